@@ -1,0 +1,1 @@
+"""Compress Hugging Face Mixture-of-Experts checkpoints, one layer at a time (the `d2moe` command)."""

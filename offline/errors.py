@@ -1,0 +1,5 @@
+"""The one exception that means: the user's input is at fault."""
+
+
+class InputError(Exception):
+    """One line that says what is wrong and how to mend it; the command prints it and exits with 2."""

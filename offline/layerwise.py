@@ -1,0 +1,143 @@
+"""A transformers model that is never whole in memory: embeddings and head, and one decoder layer at a time.
+
+The stock modeling code runs unchanged. Its decoder layers are exchanged for small probes that record the
+arguments a layer is called with, or that inject hidden states before the head, so no family needs code here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offline.errors import InputError
+from offline.families import Family
+from offline.shards import Reader
+
+LAYER_PREFIX = "model.layers."
+
+
+class _Recorder(nn.Module):
+    """Stands for one decoder layer: passes hidden states through and keeps what came with them."""
+
+    hidden: Tensor
+    arguments: dict[str, Any]
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden_states, arguments
+        return hidden_states
+
+
+class _Injector(nn.Module):
+    """Stands for all decoder layers: hands given hidden states to the head."""
+
+    hidden: Tensor
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        return self.hidden
+
+
+class _Stop(Exception):
+    pass
+
+
+class LayerwiseModel:
+    """Runs a causal language model of `reader`'s checkpoint in float32, layer by layer.
+
+    Raises InputError where transformers has no such model or a tensor is missing.
+    """
+
+    def __init__(self, reader: Reader, family: Family, hf_config: Any) -> None:
+        from transformers import AutoModelForCausalLM
+
+        config = copy.deepcopy(hf_config)
+        for attribute in ("quantization_config", "auto_map"):
+            if hasattr(config, attribute):
+                delattr(config, attribute)
+        config.use_cache = False
+        config.output_router_logits = False
+        self._reader, self._family = reader, family
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model.eval().requires_grad_(False)
+        self._blueprints = list(model.model.layers)
+        self._recorders = nn.ModuleList(_Recorder() for _ in self._blueprints)
+        self._injector = _Injector()
+        # Its frequencies are computed from the configuration, no checkpoint holds them.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+        model.model.layers = nn.ModuleList()
+        self._load(model, lambda name: not name.startswith(LAYER_PREFIX), lambda name: name)
+        if config.tie_word_embeddings:
+            model.tie_weights()
+        self._model = model
+        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._blueprints)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states before the first layer; tokens [batch, seq] -> float32 [batch, seq, hidden]."""
+        shape = (int(tokens.shape[0]), int(tokens.shape[1]))
+        self._model.model.layers = self._recorders
+        with torch.no_grad():
+            self._model.model(input_ids=tokens)
+        hidden = self._recorders[0].hidden
+        # Masks and rotary tables depend on the batch's shape alone: windows are never padded.
+        self._arguments.setdefault(shape, [recorder.arguments for recorder in self._recorders])
+        return hidden
+
+    def load_layer(self, number: int, experts: nn.Module) -> nn.Module:
+        """One decoder layer in memory, its experts replaced by `experts`."""
+        layer = copy.deepcopy(self._blueprints[number])
+        layer.set_submodule(self._family.experts_module, nn.Identity())
+        prefix = f"{LAYER_PREFIX}{number}."
+        on_disk = self._family.experts.format(layer=number) + "."
+        self._load(
+            layer,
+            lambda name: name.startswith(prefix) and not name.startswith(on_disk),
+            lambda name: self._family.module_name(name).removeprefix(prefix),
+        )
+        layer.set_submodule(self._family.experts_module, experts)
+        return layer
+
+    def run_layer(self, number: int, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """hidden [batch, seq, hidden] -> the layer's output, of the same shape."""
+        shape = (int(hidden.shape[0]), int(hidden.shape[1]))
+        if shape not in self._arguments:
+            self.embed(torch.zeros(shape, dtype=torch.int64))
+        output = layer(hidden, **self._arguments[shape][number])
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: hidden [batch, seq, hidden] -> float32 [batch, seq, vocabulary]."""
+        self._injector.hidden = hidden
+        self._model.model.layers = nn.ModuleList([self._injector])
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        return self._model(input_ids=tokens).logits.float()
+
+    def _load(self, module: nn.Module, wanted: Callable[[str], bool], rename: Callable[[str], str]) -> None:
+        """Fill a meta module with float32 tensors from disk, by assignment."""
+        names = {rename(name): name for name in self._reader.specs if wanted(name)}
+        state = {}
+        for parameter in module.state_dict():
+            if parameter in names:
+                state[parameter] = self._reader.tensor(names[parameter]).float()
+        module.load_state_dict(state, strict=False, assign=True)
+        module.requires_grad_(False)
+        left = [name for name, value in module.named_parameters() if value.is_meta]
+        tied = getattr(module, "_tied_weights_keys", None) or ()
+        if missing := [name for name in left if name not in tied]:
+            raise InputError(f"{self._reader.folder}: no tensor for {missing[0]}; download the model again")
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Summed negative log-likelihood of the true next tokens, standard causal shift.
+
+    logits: float32 [batch, seq, vocabulary]; tokens: int64 [batch, seq]; the first token of a window is
+    context only.
+    """
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")

@@ -1,0 +1,132 @@
+"""What to do, as one validated model (YAML <-> pydantic). The resolved recipe travels in the checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from d2moe_vllm.checkpoint import Scope, first_error
+from offline.errors import InputError
+
+REAL_MODEL_WIDTH = 1024
+"""From this hidden size on, `auto` multiples are 16, which the GPU kernels want."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(_Section):
+    """Which part of the calibration text is used. seq_len "auto": 2048, or the model's limit if that is less."""
+
+    windows: int = Field(default=128, ge=1)
+    seq_len: int | Literal["auto"] = "auto"
+    seed: int = 0
+
+
+class Base(_Section):
+    """The shared base (METHODS 1.1, 1.2). sparsity: unused share of its columns, half of it pruned statically."""
+
+    merge: Literal["fisher", "mean", "frequency", "none"] = "fisher"
+    fisher_epsilon: float = Field(default=1e-3, gt=0)
+    frequency_power: float = Field(default=0.0, ge=0)
+    sparsity: float = Field(default=0.1, ge=0, lt=1)
+    groups: int = Field(default=8, ge=1)
+    column_multiple: int | Literal["auto"] = "auto"
+
+
+class Delta(_Section):
+    """The low-rank deltas (METHODS 1.3). gate_weighted: weigh tokens by their squared gate value;
+    shrinkage: strength of the pull towards a plain SVD where an expert saw few tokens."""
+
+    method: Literal["whitened", "svd"] = "whitened"
+    gate_weighted: bool = True
+    shrinkage: float = Field(default=0.01, ge=0)
+    rank_multiple: int | Literal["auto"] = "auto"
+
+
+class Recipe(_Section):
+    """accounting: `stored` (share of the source's bytes gone from disk) or `paper` (Table 12's nominal share).
+    scope: the dynamic column selection that the checkpoint asks to be served with."""
+
+    method: Literal["d2"] = "d2"
+    ratio: float = Field(gt=0, lt=1)
+    accounting: Literal["stored", "paper"] = "stored"
+    scope: Scope = "off"
+    calibration: Calibration = Calibration()
+    base: Base = Base()
+    delta: Delta = Delta()
+
+    def resolve(self, hidden_size: int, max_positions: int | None) -> Recipe:
+        """This recipe with every `auto` decided for one model."""
+        multiple = 16 if hidden_size >= REAL_MODEL_WIDTH else 1
+        seq_len = self.calibration.seq_len
+        if seq_len == "auto":
+            seq_len = min(2048, max_positions or 2048)
+        elif max_positions and seq_len > max_positions:
+            raise InputError(f"calibration.seq_len {seq_len} exceeds the model's {max_positions} positions")
+        return self.model_copy(
+            update={
+                "calibration": self.calibration.model_copy(update={"seq_len": seq_len}),
+                "base": self.base.model_copy(update={"column_multiple": _decide(self.base.column_multiple, multiple)}),
+                "delta": self.delta.model_copy(update={"rank_multiple": _decide(self.delta.rank_multiple, multiple)}),
+            }
+        )
+
+    def dump(self) -> str:
+        """As YAML, in the order of the fields."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def _decide(value: int | str, automatic: int) -> int:
+    return automatic if value == "auto" else int(value)
+
+
+def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
+    """A recipe file (or the defaults) with command-line values on top.
+
+    overrides: dotted field -> value; None means not given. Raises InputError, naming the nearest valid key
+    for an unknown one.
+    """
+    content: Any = {}
+    if path is not None:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise InputError(f"recipe {path}: expected `key: value` lines, found {type(content).__name__}")
+    for dotted, value in overrides.items():
+        if value is not None:
+            *sections, key = dotted.split(".")
+            target = content
+            for section in sections:
+                target = target.setdefault(section, {})
+                if not isinstance(target, dict):
+                    raise InputError(f"recipe {path}: {section} must be a section of `key: value` lines")
+            target[key] = value
+    where = f"recipe {path}: " if path else ""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(where + _explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    finding = error.errors(include_url=False)[0]
+    location = [str(part) for part in finding["loc"]]
+    if finding["type"] == "missing" and location == ["ratio"]:
+        return "no ratio given; add --ratio 0.4 (or `ratio: 0.4` to the recipe)"
+    if finding["type"] != "extra_forbidden":
+        return first_error(error)
+    section: Any = Recipe
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    valid = list(section.model_fields)
+    near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+    return f"unknown key {'.'.join(location)!r}; {hint}"
