@@ -1,0 +1,348 @@
+"""Plain transformers models whose experts are a d2moe checkpoint's: shared pruned base, low-rank deltas.
+
+This file travels inside every checkpoint, where it must work without d2moe-vllm installed: the import of
+the reference layer below is replaced by that file's source when it is written (see this package's
+`checkpoint_modeling_source`), and the rest imports transformers, torch and safetensors only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import MixtralForCausalLM
+from transformers.activations import ACT2FN
+
+from d2moe_vllm.ops.reference import fused_experts
+
+FORMAT_VERSION = 1
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+class D2Projection(nn.Module):
+    """One expert's tensors for one projection, by the names they have in a checkpoint.
+
+    delta_u [out, rank] and delta_v [rank, in]; with kept_columns (expert 0) also base [out, kept],
+    base_columns int32 [kept] and base_norms float32 [kept]. Contents are undefined until loaded.
+    """
+
+    def __init__(self, out_features: int, in_features: int, rank: int, kept_columns: int = 0) -> None:
+        super().__init__()
+        if rank:
+            self.delta_u = nn.Parameter(torch.empty(out_features, rank), requires_grad=False)
+            self.delta_v = nn.Parameter(torch.empty(rank, in_features), requires_grad=False)
+        if kept_columns:
+            self.base = nn.Parameter(torch.empty(out_features, kept_columns), requires_grad=False)
+            self.register_buffer("base_columns", torch.zeros(kept_columns, dtype=torch.int32))
+            self.register_buffer("base_norms", torch.zeros(kept_columns, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> D2Projection:
+        norms = self._buffers.get("base_norms")
+        super()._apply(fn, recurse)
+        moved = self._buffers.get("base_norms")
+        if norms is not None and moved is not None and moved.dtype != torch.float32:
+            # model.to(bfloat16) must not round what selections are made by.
+            self._buffers["base_norms"] = norms.to(moved.device)
+        return self
+
+
+class _PerExpert(Sequence[Tensor]):
+    """Matrices indexed by expert, put together when asked for: nothing is held twice."""
+
+    def __init__(self, length: int, get: Callable[[int], Tensor]) -> None:
+        self._length, self._get = length, get
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, expert: Any) -> Any:
+        if not 0 <= expert < self._length:
+            raise IndexError(expert)
+        return self._get(expert)
+
+
+class D2Experts(nn.Module):
+    """The routed experts of one layer, in place of transformers' own module.
+
+    layer: per role ("gate", "up", "down") the checkpoint's rank, kept_columns and used_columns.
+    projections: role -> submodule name (Mixtral: w1, w3, w2); state-dict names are `{expert}.{name}.{kind}`.
+    activation: a name of `ops.reference.ACTIVATIONS` or a callable. scope: "batch", "token" or "off"; an
+    attribute that may be changed between calls. padding_mask: bool [T] or None, likewise.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        layer: Mapping[str, Mapping[str, int]],
+        *,
+        groups: int,
+        projections: Mapping[str, str],
+        activation: str | Callable[[Tensor], Tensor] = "silu",
+        scope: str = "off",
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.intermediate_size = num_experts, intermediate_size
+        self.layer, self.groups, self.projections = layer, groups, dict(projections)
+        self.activation, self.scope = activation, scope
+        self.padding_mask: Tensor | None = None
+        for expert in range(num_experts):
+            modules = nn.Module()
+            for role, name in self.projections.items():
+                down = role == "down"
+                out_features, in_features = (
+                    (hidden_size, intermediate_size) if down else (intermediate_size, hidden_size)
+                )
+                kept = layer[role]["kept_columns"] if expert == 0 else 0
+                modules.add_module(name, D2Projection(out_features, in_features, layer[role]["rank"], kept))
+            self.add_module(str(expert), modules)
+
+    def projection(self, expert: int, role: str) -> D2Projection:
+        return getattr(getattr(self, str(expert)), self.projections[role])
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [..., H], top_k_index int [T, K], top_k_weights [T, K]: [..., H]. METHODS 1.6."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        mask = self.padding_mask
+        if mask is not None and mask.shape[0] != rows.shape[0]:
+            mask = None
+        gate, down = self.layer["gate"], self.layer["down"]
+        output = fused_experts(
+            rows,
+            top_k_weights,
+            top_k_index,
+            *self._gate_up_tensors(),
+            *self._down_tensors(),
+            mask,
+            num_experts=self.num_experts,
+            gate_rank=gate["rank"],
+            activation=self.activation,
+            scope=self.scope,
+            w13_groups=self.groups,
+            w13_used=gate["used_columns"],
+            w2_groups=self.groups,
+            w2_used=down["used_columns"],
+        )
+        return output.reshape(hidden_states.shape)
+
+    def _gate_up_tensors(self) -> Iterator[Any]:
+        """Deltas u and v, base, its columns and norms, in fused_experts' layout and order."""
+        ranked = [role for role in ("gate", "up") if self.layer[role]["rank"]]
+        for kind, axis in (("delta_u", 1), ("delta_v", 0)):
+            yield self._per_expert(ranked, kind, axis) if ranked else None
+        gate, up = self.projection(0, "gate"), self.projection(0, "up")
+        if not hasattr(gate, "base"):
+            yield from (None, None, None)
+            return
+        yield torch.cat([gate.base, up.base]).t()
+        yield gate.base_columns
+        yield (gate.base_norms.square() + up.base_norms.square()).sqrt()
+
+    def _down_tensors(self) -> Iterator[Any]:
+        ranked = ["down"] if self.layer["down"]["rank"] else []
+        for kind in ("delta_u", "delta_v"):
+            yield self._per_expert(ranked, kind, 0) if ranked else None
+        down = self.projection(0, "down")
+        if not hasattr(down, "base"):
+            yield from (None, None, None)
+            return
+        yield down.base.t()
+        yield down.base_columns
+        yield down.base_norms
+
+    def _per_expert(self, roles: list[str], kind: str, axis: int) -> _PerExpert:
+        def join(expert: int) -> Tensor:
+            parts = [getattr(self.projection(expert, role), kind) for role in roles]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+
+        return _PerExpert(self.num_experts, join)
+
+
+def d2moe_config(config: Any) -> dict[str, Any] | None:
+    """The checkpoint's own configuration, or None for a dense model. Raises ValueError, in one line."""
+    content = getattr(config, "d2moe", None) or getattr(config, "quantization_config", None)
+    if not isinstance(content, dict) or content.get("quant_method") != "d2moe":
+        return None
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"d2moe format version {content.get('format_version')!r} is not supported (this file reads version "
+            f"{FORMAT_VERSION}); use the modeling_d2moe.py that came with the checkpoint"
+        )
+    if lacking := {"layers", "projections", "pruning", "experts", "num_experts"} - set(content):
+        raise ValueError(f"quantization_config lacks {', '.join(sorted(lacking))}; restore the original config.json")
+    return content
+
+
+def replace_experts(model: nn.Module, settings: Mapping[str, Any], activation: Any, experts_path: str) -> None:
+    """Puts D2Experts in place of `model.layers[i].{experts_path}` for every layer the checkpoint lists."""
+    for number, layer in settings["layers"].items():
+        parent_path, _, name = experts_path.rpartition(".")
+        parent = model.layers[int(number)].get_submodule(parent_path)
+        experts = D2Experts(
+            settings["num_experts"],
+            settings["hidden_size"],
+            settings["intermediate_size"],
+            layer,
+            groups=settings["pruning"].get("groups", 8),
+            projections=settings["projections"],
+            activation=activation,
+            scope=settings["pruning"].get("scope", "off"),
+        )
+        setattr(parent, name, experts)
+
+
+def check_files(folder: str, settings: Mapping[str, Any]) -> None:
+    """Refuse files that are not what config and manifest say. Raises ValueError, one line, naming a tensor."""
+    manifest = _read_json(folder, "d2moe_manifest.json")
+    expected = {name: (dtype, tuple(shape)) for name, (dtype, shape) in manifest["other_tensors"].items()}
+    expected.update(_expert_tensors(settings))
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in sorted(manifest["files"]):
+        path = os.path.join(folder, file)
+        if not os.path.isfile(path):
+            raise ValueError(f"{folder}: weight file {file} is missing; copy it again")
+        try:
+            with safe_open(path, framework="pt") as handle:
+                slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+                found.update({name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()})
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: damaged or truncated ({error}); copy it again") from None
+    for problem, names in (
+        ("are missing", [name for name in expected if name not in found]),
+        ("do not belong here", [name for name in found if name not in expected]),
+    ):
+        if names:
+            raise ValueError(f"{folder}: {len(names)} tensors {problem}: {', '.join(names[:3])}; copy it again")
+    for name, spec in expected.items():
+        if found[name] != spec:
+            raise ValueError(f"{folder}: {name} is {found[name]}, expected {spec}; copy the checkpoint again")
+
+
+def _expert_tensors(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    hidden, intermediate = settings["hidden_size"], settings["intermediate_size"]
+    dtype = DTYPES[settings["dtype"]]
+    for number, layer in settings["layers"].items():
+        prefix = settings["experts"].format(layer=number)
+        for role, projection in settings["projections"].items():
+            rank, kept = layer[role]["rank"], layer[role]["kept_columns"]
+            rows, columns = (hidden, intermediate) if role == "down" else (intermediate, hidden)
+            if kept:
+                yield f"{prefix}.0.{projection}.base", (dtype, (rows, kept))
+                yield f"{prefix}.0.{projection}.base_columns", ("I32", (kept,))
+                yield f"{prefix}.0.{projection}.base_norms", ("F32", (kept,))
+            for expert in range(settings["num_experts"] if rank else 0):
+                yield f"{prefix}.{expert}.{projection}.delta_u", (dtype, (rows, rank))
+                yield f"{prefix}.{expert}.{projection}.delta_v", (dtype, (rank, columns))
+
+
+def _read_json(folder: str, name: str) -> Any:
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: {name} is missing; copy the whole checkpoint again") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}: {name} is not readable as JSON ({error}); copy it again") from None
+
+
+def _local_folder(source: Any, kwargs: Mapping[str, Any]) -> str:
+    """The folder that holds the checkpoint, downloaded first if source is a Hub id."""
+    if os.path.isdir(source):
+        return os.path.join(source, kwargs.get("subfolder") or "")
+    from huggingface_hub import snapshot_download
+
+    options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    folder = snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], **options)
+    return os.path.join(folder, kwargs.get("subfolder") or "")
+
+
+class D2Mixin:
+    """What every d2moe model class adds to its family's own. For a dense config it changes nothing."""
+
+    experts_path: str
+    _keep_in_fp32_modules_strict = ["base_norms"]  # noqa: RUF012 - transformers' declaration
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        scope = kwargs.pop("d2moe_scope", None)
+        super().__init__(config, *args, **kwargs)
+        settings = d2moe_config(config)
+        if settings is None:
+            return
+        model: Any = self.model  # type: ignore[attr-defined]
+        replace_experts(model, settings, ACT2FN[config.hidden_act], self.experts_path)
+        model.register_forward_pre_hook(self._note_padding, with_kwargs=True)
+        if scope is not None:
+            self.d2moe_scope = scope
+
+    @property
+    def d2moe_scope(self) -> str:
+        """Who shares one selection of base columns: "batch", "token" or "off". May be set."""
+        return next((experts.scope for experts in self._experts()), "off")
+
+    @d2moe_scope.setter
+    def d2moe_scope(self, scope: str) -> None:
+        if scope not in ("batch", "token", "off"):
+            raise ValueError(f"d2moe_scope is {scope!r}, not batch, token or off")
+        for experts in self._experts():
+            experts.scope = scope
+
+    def _experts(self) -> Iterator[D2Experts]:
+        return (module for module in self.modules() if isinstance(module, D2Experts))  # type: ignore[attr-defined]
+
+    def _note_padding(self, _model: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Tells the experts which rows are padding, so that these have no say in a selection."""
+        mask, tokens = kwargs.get("attention_mask"), kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        padding = None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None:
+            padding = mask[:, -tokens.shape[1] :].eq(0).reshape(-1)
+        for experts in self._experts():
+            experts.padding_mask = padding
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, after refusing (ValueError, one line) a checkpoint that is not whole.
+
+        d2moe_scope="token" overrides the checkpoint's scope of dynamic column selection.
+        """
+        config = kwargs.get("config")
+        if config is None or isinstance(config, (str, os.PathLike)):
+            names = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+            options = {key: kwargs[key] for key in names if key in kwargs}
+            config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **options)  # type: ignore[attr-defined]
+        settings = d2moe_config(config)
+        if settings is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        if pretrained_model_name_or_path is not None:
+            check_files(_local_folder(pretrained_model_name_or_path, kwargs), settings)
+        # Under its usual name transformers would warn about a quantization type it does not know.
+        config.d2moe = config.__dict__.pop("quantization_config", settings)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, **{**kwargs, "config": config, "output_loading_info": True}
+        )
+        for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if info[problem]:
+                raise ValueError(f"{pretrained_model_name_or_path}: {problem} {sorted(info[problem])[:3]}")
+        model.config.quantization_config = model.config.__dict__.pop("d2moe")
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        if d2moe_config(self.config) is not None:  # type: ignore[attr-defined]
+            raise NotImplementedError(
+                "a d2moe model cannot be saved from transformers: copy the checkpoint's folder, "
+                "or make it dense with `d2moe export`"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+class D2MixtralForCausalLM(D2Mixin, MixtralForCausalLM):
+    """Mixtral with compressed experts; `modeling_d2moe.D2MixtralForCausalLM` in a checkpoint's auto_map."""
+
+    experts_path = "mlp.experts"
