@@ -16,6 +16,10 @@ from offline.families import MoEShape
 from offline.shards import SHARD_BYTES, Shard, plan_shards
 
 
+FULL = 1e9
+"""A kept share so large that every rank is full."""
+
+
 def paper_kept_share(shape: MoEShape, parameters: int, ratio: float, sparsity: float) -> float:
     """rho, the kept share of every delta, under the paper's accounting (Table 12).
 
@@ -150,14 +154,14 @@ def solve_stored(problem: Problem, ratio: float) -> Budget:
     first, `down` before `up` before `gate`. Raises InputError where the smallest ranks are already too large.
     """
     target = int((1 - ratio) * problem.draft.source.bytes)
-    smallest, largest = problem.solve(problem.uniform(0)), problem.solve(problem.uniform(float("inf")))
+    smallest, largest = problem.solve(problem.uniform(0)), problem.solve(problem.uniform(FULL))
     if smallest.nbytes > target:
         raise InputError(
             f"ratio {ratio:g} cannot be reached: even at rank {problem.rank_multiple} the ratio is "
             f"{smallest.stored_ratio:.3f}; choose a lower ratio or a higher base.sparsity"
         )
     # Names and offsets take the most room at full rank, so this bound on everything but deltas is safe.
-    fixed = largest.nbytes - problem.delta_bytes(problem.uniform(float("inf")))
+    fixed = largest.nbytes - problem.delta_bytes(problem.uniform(FULL))
 
     def fits(ranks: Ranks) -> bool:
         return fixed + problem.delta_bytes(ranks) <= target

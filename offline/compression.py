@@ -48,7 +48,7 @@ def compress_layer(
             for role in selection:
                 stored = merged[role][:, columns.long()].to(dtype)
                 tensors[config.tensor_name(number, 0, role, "base")] = stored
-                tensors[config.tensor_name(number, 0, role, "base_columns")] = columns
+                tensors[config.tensor_name(number, 0, role, "base_columns")] = columns.clone()
                 tensors[config.tensor_name(number, 0, role, "base_norms")] = stored.float().norm(dim=0)
                 bases[role] = torch.zeros_like(merged[role]).index_copy_(1, columns.long(), stored.float())
     if statistics.fisher is not None:

@@ -1,0 +1,75 @@
+"""The model card that every checkpoint gets, with the Hub's metadata."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from offline.plan import Plan
+
+TEMPLATE = """---
+{metadata}---
+
+# {name}, compressed by D2-MoE to {kept:.1f} % of its size
+
+> **Plain transformers:** load it with `trust_remote_code=True`. Without it, transformers prints one warning
+> ("Unknown quantization type") and serves **randomly initialised experts**.
+
+| | original | this checkpoint |
+|---|---|---|
+| parameters | {source_parameters:,} | {parameters:,} |
+| bytes on disk | {source_bytes:,} | {bytes:,} |
+
+Made by [d2moe-vllm](https://pypi.org/project/d2moe-vllm/): per MoE layer one shared, column-pruned base, per
+expert a low-rank delta (D2-MoE, arXiv 2502.17298). Everything but the experts is unchanged.
+
+```sh
+pip install 'd2moe-vllm[serve]'
+vllm serve <this folder or repository> --trust-remote-code
+```
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("<this folder or repository>", trust_remote_code=True)
+```
+
+Recipe: `d2moe_recipe.yaml`. Routing counts and reconstruction errors per layer: `d2moe_stats.json`.
+Sizes of every file: `d2moe inspect <this folder>`.
+"""
+
+
+def model_card(plan: Plan) -> str:
+    """README.md of the checkpoint; the licence is carried over from the source's card."""
+    source = plan.config.source
+    metadata = {
+        "base_model": source.name,
+        "base_model_relation": "quantized",
+        "library_name": "vllm",
+        "pipeline_tag": "text-generation",
+        "tags": ["d2moe", "moe", "compressed", "vllm"],
+    }
+    metadata |= {key: value for key, value in source_metadata(plan.model.folder).items() if key.startswith("licen")}
+    return TEMPLATE.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        name=source.name,
+        kept=100 * plan.budget.nbytes / source.bytes,
+        source_parameters=source.parameters,
+        source_bytes=source.bytes,
+        parameters=plan.budget.parameters,
+        bytes=plan.budget.nbytes,
+    )
+
+
+def source_metadata(folder: Path) -> dict[str, object]:
+    """The YAML front matter of a model card, or nothing where there is no readable one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    match = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        content = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,218 @@
+"""The `d2moe` command. Thin: parse, call, print; tables are in offline/tables.py."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+
+import d2moe_vllm
+from d2moe_vllm.checkpoint import CheckpointError, Scope
+from offline.errors import InputError
+
+app = typer.Typer(
+    help="Compress Mixture-of-Experts models with D2-MoE; serve the result with `vllm serve`.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Src = Annotated[str, typer.Argument(metavar="SRC", help="Model folder, or a Hub id (owner/name).")]
+Ckpt = Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a compressed checkpoint.")]
+Ratio = Annotated[float | None, typer.Option(help="Share of the source's bytes to remove, e.g. 0.4.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Recipe (YAML); options given here win over it.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Method = Annotated[Literal["d2"] | None, typer.Option(help="Compression method.")]
+Accounting = Annotated[
+    Literal["stored", "paper"] | None,
+    typer.Option(help="What the ratio means: bytes gone from disk, or the paper's nominal share."),
+]
+ScopeOption = Annotated[
+    Scope | None, typer.Option(help="Dynamic column selection: shared by a batch, per token, or off.")
+]
+WindowsOption = Annotated[int | None, typer.Option(help="Calibration windows (default 128).")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens per window (default 2048, or the model's limit).")]
+Seed = Annotated[int | None, typer.Option(help="Which windows of the text are drawn.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"d2moe-vllm {d2moe_vllm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+def _recipe(path: Path | None, **overrides: Any) -> Any:
+    from offline.recipe import load_recipe
+
+    return load_recipe(path, {name.replace("__", "."): value for name, value in overrides.items()})
+
+
+@app.command()
+def plan(
+    source: Src,
+    ratio: Ratio = None,
+    recipe: RecipeFile = None,
+    method: Method = None,
+    accounting: Accounting = None,
+    windows: WindowsOption = None,
+    seq_len: SeqLen = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Ranks, sizes, memory, disk and time, before any work."""
+    from offline.plan import make_plan
+    from offline.source import open_dense
+
+    chosen = _recipe(
+        recipe,
+        ratio=ratio,
+        method=method,
+        accounting=accounting,
+        calibration__windows=windows,
+        calibration__seq_len=seq_len,
+    )
+    summary = make_plan(open_dense(source, revision), chosen).summary()
+    if as_json:
+        _print_json(summary)
+    else:
+        from offline.tables import plan_table
+
+        plan_table(Console(), summary)
+
+
+@app.command()
+def compress(
+    source: Src,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist yet.")],
+    ratio: Ratio = None,
+    calibration: Annotated[Path | None, typer.Option(help="Calibration text: UTF-8, or JSONL with `text`.")] = None,
+    recipe: RecipeFile = None,
+    method: Method = None,
+    accounting: Accounting = None,
+    scope: ScopeOption = None,
+    windows: WindowsOption = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    revision: Revision = None,
+    workdir: Annotated[Path | None, typer.Option(help="For intermediate files (default OUT.d2moe-work).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compress SRC into OUT, layer by layer; a run that was interrupted is continued."""
+    from offline.jobs import compress as run
+
+    started = time.monotonic()
+    chosen = _recipe(
+        recipe,
+        ratio=ratio,
+        method=method,
+        accounting=accounting,
+        scope=scope,
+        calibration__windows=windows,
+        calibration__seq_len=seq_len,
+        calibration__seed=seed,
+    )
+    if calibration is None:
+        raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
+    result = run(source, out, chosen, calibration, revision=revision, workdir=workdir, console=Console(stderr=True))
+    result["seconds"] = round(time.monotonic() - started, 1)
+    result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if as_json:
+        _print_json(result)
+    else:
+        from offline.tables import compress_table
+
+        compress_table(Console(), result)
+
+
+@app.command()
+def inspect(checkpoint: Ckpt, as_json: Json = False) -> None:
+    """What is in a compressed checkpoint: parameters and bytes stored, ranks and errors per layer."""
+    from offline.inspection import inspect as look
+
+    content = look(checkpoint)
+    if as_json:
+        _print_json(content)
+    else:
+        from offline.tables import inspect_table
+
+        inspect_table(Console(), content)
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Dense or compressed model folder, or a Hub id.")],
+    text: Annotated[Path, typer.Option(help="Text to measure on: UTF-8, or JSONL with `text`.")],
+    seq_len: SeqLen = None,
+    scope: ScopeOption = None,
+    as_json: Json = False,
+) -> None:
+    """Token perplexity over non-overlapping windows, layer by layer, for dense and compressed models alike."""
+    from offline.evaluation import evaluate as run
+    from offline.progress import Steps
+
+    result = run(checkpoint, text, seq_len, scope, Steps)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        from offline.tables import eval_table
+
+        eval_table(Console(), result.to_json())
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"d2moe: {' '.join(message.split())}\n")
+    raise SystemExit(code)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Exit codes: 0 done, 2 the user's input is at fault (one line), 1 anything else."""
+    # No warnings and bars of our libraries between the user and the one line that matters.
+    _quiet_libraries()
+    try:
+        code = app(args=(sys.argv[1:] if arguments is None else arguments) or ["--help"], prog_name="d2moe", standalone_mode=False)
+    except (InputError, CheckpointError) as error:
+        _fail(str(error), 2)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted; run the same command again to continue", 130)
+    except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        _fail(f"{message} See `d2moe --help`.", 2)
+    except OSError as error:
+        if error.errno in _DISK_ERRORS:
+            _fail(f"{error.strerror}: {error.filename or 'a file'}; free some space or permit writing, run it again", 2)
+        raise
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+_DISK_ERRORS = (28, 30, 13, 122)
+"""ENOSPC, EROFS, EACCES, EDQUOT: the machine's state, not a bug."""
+
+
+def _quiet_libraries() -> None:
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    main()

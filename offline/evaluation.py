@@ -1,0 +1,153 @@
+"""Token perplexity of dense and compressed checkpoints, layer by layer: the model is never whole in memory."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
+
+from d2moe_vllm.checkpoint import CheckpointConfig, Scope, check_checkpoint
+from d2moe_vllm.hf.modeling_d2moe import D2Experts
+from offline.calibration import all_windows, read_text, tokenize
+from offline.errors import InputError
+from offline.families import FAMILIES, Family
+from offline.layerwise import LayerwiseModel, next_token_loss
+from offline.pipeline import batches
+from offline.progress import Steps
+from offline.shards import Reader
+from offline.source import open_dense, read_model_config, resolve_folder
+from offline.statistics import DenseExperts
+from offline.workdir import map_activations
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood over every token but each window's first.
+
+    scope: of the dynamic column selection, None for a dense model.
+    """
+
+    perplexity: float
+    negative_log_likelihood: float
+    tokens: int
+    windows: int
+    seq_len: int
+    scope: Scope | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A checkpoint that can be run layer by layer; experts builds the experts module of one layer."""
+
+    folder: Path
+    model: LayerwiseModel
+    experts: Callable[[int], nn.Module]
+    hidden_size: int
+    scope: Scope | None
+
+
+def evaluate(
+    source: str, text: Path, seq_len: int | None, scope: Scope | None, steps: Callable[[float], Steps]
+) -> Perplexity:
+    """Perplexity of the checkpoint on a text's non-overlapping windows, in float32, no special tokens.
+
+    seq_len: None means 2048, or the model's limit if that is less; scope: overrides the checkpoint's own.
+    Raises InputError or CheckpointError.
+    """
+    folder = resolve_folder(source)
+    limit = read_model_config(folder).get("max_position_embeddings")
+    if seq_len is not None and (seq_len < 2 or (limit and seq_len > limit)):
+        raise InputError(f"--seq-len {seq_len} is not between 2 and the model's {limit} positions")
+    length = seq_len or min(2048, limit or 2048)
+    evaluated = open_evaluated(source, scope)
+    tokens = all_windows(tokenize(folder, read_text(text)), length)
+    with steps((evaluated.model.num_layers + 1) * len(tokens)) as progress:
+        total = _loss(evaluated, tokens, progress)
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+    return Perplexity(math.exp(total / count), total / count, count, len(tokens), length, evaluated.scope)
+
+
+def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
+    """A dense or compressed checkpoint, ready to run. Raises InputError or CheckpointError."""
+    folder = resolve_folder(source)
+    quantization = read_model_config(folder).get("quantization_config") or {}
+    hf_config = AutoConfig.from_pretrained(folder)
+    activation = ACT2FN[hf_config.hidden_act]
+    if quantization.get("quant_method") == "d2moe":
+        config = check_checkpoint(folder)
+        reader, family = Reader(folder), _family(config)
+        scope = scope or config.pruning.scope
+        layerwise = LayerwiseModel(reader, family, hf_config)
+
+        def compressed(layer: int) -> nn.Module:
+            return _compressed_experts(config, reader, layer, activation, scope)
+
+        return Evaluated(folder, layerwise, compressed, config.hidden_size, scope)
+    if scope is not None:
+        raise InputError(f"--scope {scope} makes no sense for the dense model {source}")
+    model = open_dense(source)
+
+    def dense(layer: int) -> nn.Module:
+        return DenseExperts(model.weights(layer), activation)
+
+    layerwise = LayerwiseModel(model.reader, model.family, hf_config)
+    return Evaluated(folder, layerwise, dense, model.shape.hidden_size, None)
+
+
+def _family(config: CheckpointConfig) -> Family:
+    if config.family not in FAMILIES:
+        raise InputError(f"family {config.family!r} is not supported; this d2moe-vllm is older than the checkpoint")
+    return FAMILIES[config.family]
+
+
+def _compressed_experts(
+    config: CheckpointConfig, reader: Reader, layer: int, activation: Callable[[Tensor], Tensor], scope: Scope
+) -> D2Experts:
+    experts = D2Experts(
+        config.num_experts,
+        config.hidden_size,
+        config.intermediate_size,
+        config.layers[layer].model_dump(),
+        groups=config.pruning.groups,
+        projections={role: name for role, name in config.projections.items()},
+        activation=activation,
+        scope=scope,
+    )
+    prefix = config.experts.format(layer=layer) + "."
+    names = [name for role in config.projections for name in config.projection_tensors(layer, role)]
+    experts.load_state_dict({name.removeprefix(prefix): reader.tensor(name) for name in names}, strict=True)
+    return experts
+
+
+@torch.no_grad()
+def _loss(evaluated: Evaluated, tokens: Tensor, progress: Steps) -> float:
+    """Summed negative log-likelihood of all windows; hidden states lie in one temporary file."""
+    shape = (int(tokens.shape[0]), int(tokens.shape[1]), evaluated.hidden_size)
+    with tempfile.TemporaryDirectory(prefix="d2moe-eval-") as folder:
+        hidden = map_activations(Path(folder) / "hidden.f32", shape)
+        for batch in batches(*shape[:2]):
+            hidden[batch] = evaluated.model.embed(tokens[batch])
+        for number in range(evaluated.model.num_layers):
+            progress.label(f"layer {number + 1}/{evaluated.model.num_layers}")
+            layer = evaluated.model.load_layer(number, evaluated.experts(number))
+            for batch in batches(*shape[:2]):
+                hidden[batch] = evaluated.model.run_layer(number, layer, hidden[batch])
+                progress.advance(batch.stop - batch.start)
+        progress.label("head")
+        total = 0.0
+        for window in range(shape[0]):
+            one = slice(window, window + 1)
+            total += float(next_token_loss(evaluated.model.logits(hidden[one]), tokens[one]))
+            progress.advance(1)
+    return total

@@ -1,0 +1,123 @@
+"""The finished checkpoint: written next to its final name, renamed at the very end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import d2moe_vllm
+from d2moe_vllm.checkpoint import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    RECIPE_FILE,
+    STATS_FILE,
+    Manifest,
+    check_checkpoint,
+)
+from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source
+from offline.calibration import Windows
+from offline.card import model_card
+from offline.errors import InputError
+from offline.plan import Plan
+from offline.shards import write_file, write_shards
+from offline.workdir import WorkDir
+
+OURS = {"config.json", "README.md", MANIFEST_FILE, RECIPE_FILE, STATS_FILE, INDEX_FILE, MODELING_FILE}
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+INDEX_SUFFIX = ".index.json"
+
+
+def partial_folder(out: Path) -> Path:
+    """Where a checkpoint is put together; on the same filesystem as `out`, so that a rename publishes it."""
+    return out.parent / f".{out.name}.partial"
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Tokenizer, generation_config.json, chat template and whatever else belongs to a model but its weights."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.name not in OURS
+        and not path.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX))
+    )
+
+
+def publish(plan: Plan, windows: Windows, work: WorkDir, reports: dict[str, Any], out: Path) -> None:
+    """Put the layers of `work` and all that stays as it was together under `out`, all or nothing.
+
+    Raises InputError where `out` has come into being meanwhile.
+    """
+    folder = partial_folder(out)
+    if folder.exists():
+        shutil.rmtree(folder)  # of an earlier run that was killed here; the lock says nobody is using it
+    folder.mkdir(parents=True)
+    model, config = plan.model, plan.config
+    layer_of = {name: layer for layer in config.layers for role in config.projections
+                for name in config.projection_tensors(layer, role)}  # fmt: skip
+
+    def produce(name: str) -> Tensor:
+        return work.layer_tensor(layer_of[name], name) if name in layer_of else model.reader.tensor(name)
+
+    files = write_shards(folder, plan.budget.shards, produce)
+    others = {name: (spec.dtype, spec.shape) for name, spec in model.other_tensors.items()}
+    write_file(folder / MANIFEST_FILE, Manifest(other_tensors=others, files=files).model_dump_json(indent=1) + "\n")
+    write_file(folder / "config.json", _json(_model_config(plan)))
+    write_file(folder / RECIPE_FILE, plan.recipe.dump())
+    write_file(folder / STATS_FILE, _json(_stats(plan, windows, reports)))
+    write_file(folder / MODELING_FILE, checkpoint_modeling_source())
+    write_file(folder / "README.md", model_card(plan))
+    for path in companion_files(model.folder):
+        shutil.copyfile(path, folder / path.name)
+    check_checkpoint(folder)
+    _sync_folder(folder)
+    if out.exists():
+        raise InputError(f"{out} has appeared meanwhile; the finished checkpoint is in {folder}: rename it yourself")
+    folder.rename(out)
+    _sync_folder(out.parent)
+
+
+def _model_config(plan: Plan) -> dict[str, Any]:
+    quantization = plan.config.model_dump(mode="json")
+    return {
+        **plan.model.config,
+        "auto_map": auto_map(plan.model.family.model_type),
+        "quantization_config": quantization,
+    }
+
+
+def _stats(plan: Plan, windows: Windows, reports: dict[str, Any]) -> dict[str, Any]:
+    calibration = plan.recipe.calibration
+    return {
+        "format_version": FORMAT_VERSION,
+        "written_by": f"d2moe-vllm {d2moe_vllm.__version__}",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "calibration": {
+            "tokens_sha256": windows.sha256,
+            "windows": calibration.windows,
+            "seq_len": calibration.seq_len,
+            "seed": calibration.seed,
+        },
+        "layers": reports,
+    }
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,105 @@
+"""What the commands print for people; --json prints the same content."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROLES = ("gate", "up", "down")
+
+
+def size(count: float) -> str:
+    """Bytes with a decimal unit, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _sizes(console: Console, source: dict[str, Any], result: dict[str, Any]) -> None:
+    table = Table("", "before", "after", "removed", box=None, pad_edge=False)
+    gone = 1 - result["parameters"] / source["parameters"]
+    table.add_row("parameters", f"{source['parameters']:,}", f"{result['parameters']:,}", f"{100 * gone:.2f} %")
+    ratio = 1 - result["bytes"] / source["bytes"]
+    table.add_row("bytes on disk", f"{source['bytes']:,}", f"{result['bytes']:,}", f"{100 * ratio:.2f} %")
+    console.print(table)
+
+
+def _projections(console: Console, title: str, rows: dict[str, dict[str, dict[str, int]]]) -> None:
+    table = Table(title, *(f"{role} rank" for role in ROLES), "gate/up columns", "down columns", box=None, pad_edge=False)
+    for name, layer in rows.items():
+        ranks = [str(layer[role]["rank"]) for role in ROLES]
+        columns = [f"{layer[r]['kept_columns']} ({layer[r]['used_columns']} used)" for r in ("gate", "down")]
+        table.add_row(name, *ranks, *columns)
+    console.print(table)
+
+
+def plan_table(console: Console, summary: dict[str, Any]) -> None:
+    _sizes(console, summary["source"], summary["result"])
+    console.print()
+    _projections(console, "", {"first layer": summary["first_layer"]})
+    console.print()
+    shares = ", ".join(f"{role} {100 * share:.2f} %" for role, share in summary["kept_share_of_deltas"].items())
+    console.print(f"kept share of the deltas: {shares}", highlight=False)
+    console.print(f"experts alone: {100 * summary['result']['expert_ratio']:.2f} % removed", highlight=False)
+    disk = summary["disk_bytes"]
+    console.print(
+        f"to do it: about {size(summary['peak_memory_bytes'])} of memory, {size(disk['work'])} of disk while "
+        f"running, {size(disk['result'])} for the result, roughly {duration(summary['estimated_seconds'])}",
+        highlight=False,
+    )
+
+
+def compress_table(console: Console, result: dict[str, Any]) -> None:
+    _sizes(console, result["source"], result["result"])
+    predicted = result["predicted"]
+    console.print(
+        f"took {duration(result['seconds'])} ({duration(predicted['seconds'])} predicted), "
+        f"{size(result['peak_memory_bytes'])} of memory ({size(predicted['peak_memory_bytes'])} predicted)",
+        highlight=False,
+    )
+    console.print(f"serve it:  vllm serve {result['path']} --trust-remote-code", highlight=False, soft_wrap=True)
+
+
+def inspect_table(console: Console, content: dict[str, Any]) -> None:
+    console.print(
+        f"{content['path']}: {content['source']['name']} by {content['method']}, scope {content['scope']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _sizes(console, content["source"], content)
+    console.print(f"stored ratio {content['stored_ratio']:.6f}", highlight=False)
+    experts = content["experts"]
+    console.print(
+        f"experts alone: {experts['parameters']:,} of {experts['dense_parameters']:,} parameters, "
+        f"{100 * experts['ratio']:.2f} % removed",
+        highlight=False,
+    )
+    console.print()
+    _projections(console, "layer", content["layers"])
+    console.print()
+    table = Table("layer", *(f"{role} error" for role in ROLES), "routed tokens per expert", box=None, pad_edge=False)
+    for number, report in content["statistics"]["layers"].items():
+        errors = [f"{sum(values) / len(values):.4f}" for values in (report["relative_error"][role] for role in ROLES)]
+        tokens = report["tokens"]
+        table.add_row(number, *errors, f"{min(tokens)} to {max(tokens)}")
+    console.print(table)
+    console.print("errors: relative, weighted by the calibration inputs, mean over experts", style="dim")
+
+
+def eval_table(console: Console, result: dict[str, Any]) -> None:
+    scope = f", scope {result['scope']}" if result["scope"] else ""
+    console.print(
+        f"perplexity {result['perplexity']:.4f} ({result['tokens']:,} tokens, {result['windows']} windows of "
+        f"{result['seq_len']}{scope})",
+        highlight=False,
+    )
