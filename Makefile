@@ -1,0 +1,37 @@
+# Every target sets up what it needs: on a fresh clone `make test` alone is enough.
+PYTHON ?= python3
+export PYTHON
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup lock demo test test-all lint format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install everything into .venv (PYTHON=python3.12 picks the interpreter of a new one)
+	@deploy/install.sh
+
+lock: setup ## Renew the locked versions from pyproject.toml (ARGS=--upgrade: to the newest)
+	@deploy/lock.sh $(ARGS)
+
+demo: setup ## Compress the bundled model, serve it with vLLM, ask it something
+	@.venv/bin/python examples/demo.py $(ARGS)
+
+test: setup ## Fast test tier (ARGS="-k name" for some of it)
+	@.venv/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: setup ## Every test that needs no GPU; continues where it was interrupted
+	@.venv/bin/python tests/run_all.py $(ARGS)
+
+lint: setup ## Check style, formatting and types
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+
+format: setup ## Mend style and formatting
+	@.venv/bin/ruff check --fix
+	@.venv/bin/ruff format
+
+clean: ## Remove build outputs and caches (keeps .venv)
+	@rm -rf build dist *.egg-info deploy/cpu/build deploy/cpu/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

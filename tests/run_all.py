@@ -1,0 +1,104 @@
+"""Runs every test that needs no GPU, one pytest per test file, and continues where it was interrupted.
+
+The JUnit file pytest leaves when a test file has ended is the record of it: build/test-all/<hash of the code>/ holds
+one per test file, and a file whose record has no failure is not run again. Any change to the code starts afresh. The
+table of all results is build/test-all/results.md. Arguments are test files or folders (default: tests).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "build" / "test-all"
+CODE = ["pyproject.toml", "d2moe_vllm", "offline", "tests", "examples", "deploy", "Dockerfile", "Makefile"]
+
+
+def code_hash() -> str:
+    """Of the files as they are now, committed or not; documentation does not count."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *CODE]
+    names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    digest = hashlib.sha256()
+    for name in sorted(set(names)):
+        if (ROOT / name).is_file():
+            digest.update(f"{name}\0".encode() + hashlib.sha256((ROOT / name).read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def counts(record: Path) -> dict[str, float] | None:
+    """What a record says; None where the test file has not ended yet."""
+    if not record.exists():
+        return None
+    suite = ElementTree.parse(record).find("testsuite")
+    assert suite is not None
+    total, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
+    failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
+    return {
+        "passed": total - skipped - failed,
+        "skipped": skipped,
+        "failed": failed,
+        "seconds": float(suite.attrib["time"]),
+    }
+
+
+def run(test_file: Path, record: Path) -> None:
+    partial = record.with_suffix(".partial")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", f"--junitxml={partial}", str(test_file)]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    # 0 passed, 1 some failed, 5 nothing selected: the file was run to its end, all else is not a result.
+    if code not in (0, 1, 5):
+        sys.exit(f"pytest broke off with exit code {code} in {test_file}")
+    partial.replace(record)
+
+
+def table(results: dict[str, dict[str, float]], code: str) -> str:
+    total = {key: sum(row[key] for row in results.values()) for key in ("passed", "skipped", "failed", "seconds")}
+    packages = ", ".join(f"{name} {version(name)}" for name in ("vllm", "torch", "transformers"))
+    python = ".".join(map(str, sys.version_info[:3]))
+    head = [
+        "# Results of `make test-all`",
+        "",
+        f"Code `{code}`, Python {python}, {packages}, {os.cpu_count()} cores.",
+        "",
+        "| test file | passed | skipped | failed | seconds |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    rows = [
+        f"| {name} | {row['passed']:.0f} | {row['skipped']:.0f} | {row['failed']:.0f} | {row['seconds']:.0f} |"
+        for name, row in {**results, "**all**": total}.items()
+    ]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    code = code_hash()
+    folder = RESULTS / code
+    folder.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict[str, float]] = {}
+    for chosen in [Path(argument).resolve() for argument in arguments or [str(ROOT / "tests")]]:
+        for test_file in [chosen] if chosen.is_file() else sorted(chosen.rglob("test_*.py")):
+            name = test_file.relative_to(ROOT).as_posix()
+            record = folder / f"{name.replace('/', '.')}.xml"
+            known = counts(record)
+            if known is None or known["failed"]:
+                print(f"== {name}", flush=True)
+                run(test_file, record)
+                known = counts(record)
+                assert known is not None
+            results[name] = known
+            (RESULTS / "results.md").write_text(table(results, code))
+    print((RESULTS / "results.md").read_text() if results else "no test files found")
+    return 0 if results and not any(row["failed"] for row in results.values()) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("interrupted: call it again to go on from here")
