@@ -1,0 +1,87 @@
+"""Everything of vLLM's insides that moves between releases; no other file of ours touches them.
+
+Supported: vLLM 0.32 and 0.33. tests/plugin/test_contract.py names each of these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.utils import set_weight_attrs
+
+__all__ = [
+    "FusedMoEConfig",
+    "FusedMoEMethodBase",
+    "LinearBase",
+    "RoutedExperts",
+    "UnquantizedLinearMethod",
+    "additional_config",
+    "extract_layer_index",
+    "init_logger",
+    "is_first_rank",
+    "load_format",
+    "local_expert",
+    "model_source",
+    "padding_mask",
+    "set_weight_attrs",
+    "tokens_from_other_ranks",
+]
+
+BYPASSING_LOAD_FORMATS = ("ipc_cache", "modelexpress", "runai_streamer_sharded", "sharded_state", "tensorizer")
+"""Load formats that write parameters without asking their weight_loader, so that nothing can be checked."""
+
+
+def load_format() -> str:
+    """`--load-format` of the model that is being built."""
+    return str(get_current_vllm_config().load_config.load_format)
+
+
+def additional_config() -> dict[str, Any]:
+    """`--additional-config`, where it is a dict."""
+    content = get_current_vllm_config().additional_config
+    return content if isinstance(content, dict) else {}
+
+
+def model_source() -> tuple[str, str | None, str | None, bool]:
+    """(folder or Hub id, revision, download folder, weights lie elsewhere) of the model that is being built."""
+    config = get_current_vllm_config()
+    model = config.model_config
+    elsewhere = bool(getattr(model, "model_weights", ""))
+    return model.model, model.revision, config.load_config.download_dir, elsewhere
+
+
+def is_first_rank() -> bool:
+    return get_tensor_model_parallel_rank() == 0
+
+
+def local_expert(layer: Any, expert: int) -> int:
+    """A global expert's index on this rank, -1 if it lives elsewhere."""
+    return layer._map_global_expert_id_to_local_expert_id(expert)
+
+
+def tokens_from_other_ranks(moe: FusedMoEConfig) -> bool:
+    """Whether the layer's rows are gathered from several ranks, so that the padding mask does not match them."""
+    return moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel
+
+
+def padding_mask(num_rows: int) -> Tensor | None:
+    """bool [num_rows], True for padding rows of this forward pass; None where nothing is known to be padding.
+
+    A view of vLLM's persistent device tensor: what a captured CUDA graph reads is refreshed at each replay.
+    """
+    if not is_forward_context_available():
+        return None
+    mask = getattr(get_forward_context(), "is_padding", None)
+    if mask is None or mask.shape[0] < num_rows:
+        return None
+    return mask[:num_rows]
