@@ -121,7 +121,7 @@ class Source(_Model):
 class CheckpointConfig(_Model):
     """`quantization_config` of a compressed checkpoint's config.json."""
 
-    quant_method: Literal["d2moe"] = QUANT_METHOD
+    quant_method: Literal["d2moe"] = "d2moe"
     format_version: int = FORMAT_VERSION
     method: Literal["d2"] = "d2"
     family: str
@@ -325,7 +325,7 @@ def check_tensors(
         if size is None:
             raise CheckpointError(f"{folder}: weight file {name} is missing; copy it again")
         if size != entry.bytes:
-            raise CheckpointError(f"{path}: truncated or replaced ({size} bytes, {entry.bytes} expected); copy it again")
+            raise CheckpointError(f"{path}: truncated or replaced ({size} bytes, not {entry.bytes}); copy it again")
     found: dict[str, TensorSpec] = {}
     for file in sorted(set(weight_map.values())):
         for name, spec in read_header(folder / file).items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2moe_vllm import ops
-from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError, Scope
+from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, CheckpointError, Scope
 from d2moe_vllm.compat import (
     BYPASSING_LOAD_FORMATS,
     FusedMoEConfig,
@@ -53,7 +53,7 @@ class D2MoEMethod(FusedMoEMethodBase):
         if layer.apply_router_weight_on_input:
             raise ValueError("d2moe does not support models that apply router weights to the experts' input")
         names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
-        stored = tuple(self.config.projections[role] for role in ("gate", "up", "down"))  # type: ignore[index]
+        stored = tuple(self.config.projections[role] for role in ROLES)
         if names != stored:
             raise CheckpointError(f"config.json calls gate, up and down {stored}, this architecture {names}")
         parallel = self.moe.moe_parallel_config

@@ -10,8 +10,12 @@ MODEL_CLASSES = {
 }
 """Model family -> class in MODELING_FILE."""
 
-_REFERENCE_IMPORT = "from d2moe_vllm.ops.reference import fused_experts\n"
-_FUTURE_IMPORT = "from __future__ import annotations\n"
+_PACKAGE = Path(__file__).parent.parent
+_INLINED = {
+    "from d2moe_vllm.hf.experts import D2Experts\n": "hf/experts.py",
+    "from d2moe_vllm.ops.reference import fused_experts\n": "ops/reference.py",
+}
+"""Our own imports in the modeling code -> the file whose source takes their place."""
 
 
 def auto_map(family: str) -> dict[str, str]:
@@ -24,11 +28,11 @@ def checkpoint_modeling_source() -> str:
 
     The layer's arithmetic is ops/reference.py itself, put where the modeling code imports it from.
     """
-    here = Path(__file__).parent
-    modeling = (here / MODELING_FILE).read_text(encoding="utf-8")
-    reference = (here.parent / "ops" / "reference.py").read_text(encoding="utf-8")
-    before, found, after = modeling.partition(_REFERENCE_IMPORT)
-    _, future, body = reference.partition(_FUTURE_IMPORT)
-    if not found or not future:
-        raise RuntimeError("modeling_d2moe.py or ops/reference.py changed its imports; mend hf/__init__.py")
-    return f"{before}# --- d2moe_vllm/ops/reference.py ---\n{body.strip()}\n\n# --- end ---\n{after}"
+    source = (_PACKAGE / "hf" / MODELING_FILE).read_text(encoding="utf-8")
+    for statement, file in _INLINED.items():
+        # The file's own docstring and __future__ import cannot stand in the middle of another.
+        body = (_PACKAGE / file).read_text(encoding="utf-8").partition("from __future__ import annotations\n")[2]
+        if statement not in source or not body:
+            raise RuntimeError(f"{statement!r} or {file} is not as expected; mend hf/__init__.py")
+        source = source.replace(statement, f"# --- d2moe_vllm/{file} ---\n{body.strip()}\n\n# --- end of {file} ---\n")
+    return source

@@ -74,12 +74,9 @@ def fused_experts(
     """
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z = None
-    if w13_base is not None:
-        assert w13_base_columns is not None and w13_base_norms is not None
-        z = base_product(
-            x, w13_base, w13_base_columns, w13_base_norms, padding_mask, scope=scope, groups=w13_groups, used=w13_used
-        )
+    z = base_product(
+        x, w13_base, w13_base_columns, w13_base_norms, padding_mask, scope=scope, groups=w13_groups, used=w13_used
+    )
     intermediate = _intermediate_size(z, w13_delta_u)
     mix = x.new_zeros((x.shape[0], intermediate), dtype=accumulate) if w2_base is not None else None
     output = torch.zeros_like(x, dtype=accumulate)
@@ -93,8 +90,7 @@ def fused_experts(
         if w2_delta_v is not None:
             delta = hidden.to(x.dtype) @ w2_delta_v[expert].t() @ w2_delta_u[expert].t()  # type: ignore[index]
             _add(output, rows, gates, delta.to(accumulate))
-    if w2_base is not None:
-        assert mix is not None and w2_base_columns is not None and w2_base_norms is not None
+    if mix is not None:
         output += base_product(
             mix, w2_base, w2_base_columns, w2_base_norms, padding_mask, scope=scope, groups=w2_groups, used=w2_used
         )
@@ -103,16 +99,21 @@ def fused_experts(
 
 def base_product(
     x: Tensor,
-    base: Tensor,
-    columns: Tensor,
-    norms: Tensor,
+    base: Tensor | None,
+    columns: Tensor | None,
+    norms: Tensor | None,
     padding_mask: Tensor | None,
     *,
     scope: str,
     groups: int,
     used: int,
-) -> Tensor:
-    """`W_b[:, J] x[J]` for rows x [T, n] and input-major base [kept, out]: [T, out] in the base's dtype."""
+) -> Tensor | None:
+    """`W_b[:, J] x[J]` for rows x [T, n] and input-major base [kept, out]: [T, out] in the base's dtype.
+
+    None where there is no base.
+    """
+    if base is None or columns is None or norms is None:
+        return None
     kept = x.index_select(1, columns)
     mask = select_columns(kept, norms, padding_mask, scope=scope, groups=groups, used=used)
     if mask is not None:
@@ -189,9 +190,7 @@ def _add(total: Tensor, rows: Tensor, gates: Tensor, value: Tensor) -> None:
         total.index_add_(0, rows, value)
 
 
-def _visit_routed(
-    topk_ids: Tensor, topk_weights: Tensor, num_experts: int
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _visit_routed(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yields (expert, indices of its rows [n], their gates [n]) for experts that have rows. Synchronises."""
     ids = topk_ids.flatten().clamp(min=-1)
     order = ids.argsort(stable=True)
