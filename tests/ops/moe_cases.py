@@ -1,0 +1,88 @@
+"""Random layers and batches for the operator's tests."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+from moe_oracle import Case
+
+
+def random_case(
+    seed: int,
+    *,
+    tokens: int = 5,
+    hidden: int = 8,
+    intermediate: int = 16,
+    num_experts: int = 4,
+    top_k: int = 2,
+    groups: int = 2,
+    rank: tuple[int, int, int] = (3, 2, 4),
+    kept: tuple[int, int] = (3, 5),
+    used: tuple[int, int] = (2, 3),
+    scope: str = "off",
+    absent: float = 0.0,
+    padding: int = 0,
+) -> Case:
+    """rank: of gate, up, down. kept, used: per group, of gate/up and of down; kept 0 means no base.
+    absent: share of routed experts that are -1. padding: rows at the end that are no tokens."""
+    rng = np.random.default_rng(seed)
+    sizes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
+    case = Case(
+        x=rng.standard_normal((tokens, hidden)),
+        topk_ids=np.array([rng.permutation(num_experts)[:top_k] for _ in range(tokens)]).reshape(tokens, top_k),
+        topk_weights=rng.random((tokens, top_k)),
+        delta_u={},
+        delta_v={},
+        base={},
+        columns={},
+        used={},
+        groups=groups,
+        num_experts=num_experts,
+        intermediate_size=intermediate,
+        scope=scope,
+        padding=np.arange(tokens) >= tokens - padding if padding else None,
+    )
+    case.topk_ids[rng.random(case.topk_ids.shape) < absent] = -1
+    for role, k in zip(sizes, rank, strict=True):
+        out, inputs = sizes[role]
+        us = [rng.standard_normal((out, k)) * k**-0.5 for _ in range(num_experts)] if k else None
+        vs = [rng.standard_normal((k, inputs)) * inputs**-0.5 for _ in range(num_experts)] if k else None
+        case.delta_u[role], case.delta_v[role] = us, vs
+        per_group, used_per_group = (kept[1], used[1]) if role == "down" else (kept[0], used[0])
+        case.used[role] = used_per_group * groups
+        if not per_group:
+            case.base[role] = None
+            continue
+        if role == "up":
+            case.columns[role] = case.columns["gate"]
+        else:
+            size = inputs // groups
+            case.columns[role] = np.concatenate(
+                [g * size + np.sort(rng.permutation(size)[:per_group]) for g in range(groups)]
+            )
+        case.base[role] = rng.standard_normal((out, per_group * groups)) * inputs**-0.5
+        case.norms[role] = np.linalg.norm(case.base[role], axis=0).astype(np.float32).astype(np.float64)
+    return case
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    groups = draw(st.sampled_from([1, 2, 4]))
+    kept = (draw(st.integers(0, 8 // groups)), draw(st.integers(0, 16 // groups)))
+    used = (draw(st.integers(0, kept[0])), draw(st.integers(0, kept[1])))
+    # Every projection has a base or deltas.
+    rank = tuple(draw(st.integers(0 if kept[role == 2] else 1, 5)) for role in range(3))
+    tokens = draw(st.integers(0, 6))
+    return random_case(
+        draw(st.integers(0, 2**31)),
+        tokens=tokens,
+        groups=groups,
+        kept=kept,
+        used=used,
+        rank=rank,
+        num_experts=draw(st.integers(2, 6)),
+        top_k=draw(st.integers(1, 2)),
+        scope=draw(st.sampled_from(["batch", "token", "off"])),
+        absent=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        padding=draw(st.integers(0, tokens)),
+    )
