@@ -26,9 +26,12 @@ else
 fi
 
 if [ ! -x .venv/bin/pip ]; then
-  "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' ||
-    fail "vLLM needs Python 3.11 to 3.14, $python is $("$python" --version 2>&1): try 'make setup PYTHON=python3.12'"
-  say "making .venv with $("$python" --version)"
+  version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
+    fail "cannot run $python: try 'make setup PYTHON=python3.12'"
+  case $version in
+    3.11 | 3.12 | 3.13 | 3.14) say "making .venv with Python $version" ;;
+    *) fail "vLLM needs Python 3.11 to 3.14, $python is $version: try 'make setup PYTHON=python3.12'" ;;
+  esac
   "$python" -m venv --clear .venv
 fi
 rm -f "$stamp"
