@@ -46,7 +46,7 @@ def select(kept: np.ndarray, norms: np.ndarray, used: int, groups: int, scope: s
             own = range(g * count // groups, (g + 1) * count // groups)
             rows = real if scope == "batch" else [t]
             score = {j: norms[j] * math.sqrt(sum(float(kept[r, j]) ** 2 for r in rows)) for j in own}
-            best = sorted(own, key=lambda j: (-score[j], j))[: used // groups]  # noqa: B023 - used at once
+            best = sorted(own, key=lambda j: (-score[j], j))[: used // groups]
             for j in own:
                 chosen[t, j] = j in best
     return chosen

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moe_cases import cases, random_case
 from hypothesis import given, settings
+from moe_cases import cases, random_case
 from moe_oracle import Case, forward, kernel_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
