@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -184,8 +185,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> None:
     """Exit codes: 0 done, 2 the user's input is at fault (one line), 1 anything else."""
-    # No warnings and bars of our libraries between the user and the one line that matters.
-    _quiet_libraries()
+    _prepare_environment()
     try:
         code = app(args=(sys.argv[1:] if arguments is None else arguments) or ["--help"], prog_name="d2moe", standalone_mode=False)
     except (InputError, CheckpointError) as error:
@@ -206,11 +206,12 @@ _DISK_ERRORS = (28, 30, 13, 122)
 """ENOSPC, EROFS, EACCES, EDQUOT: the machine's state, not a bug."""
 
 
-def _quiet_libraries() -> None:
-    import os
-
+def _prepare_environment() -> None:
+    """Before torch is imported."""
+    # Threads that wait must sleep: spinning ones make a run many times slower on a machine that is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # No warnings of our libraries between the user and the one line that matters.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
