@@ -27,7 +27,8 @@ ROLES: tuple[Role, ...] = ("gate", "up", "down")
 Scope = Literal["batch", "token", "off"]
 """Who shares one dynamic selection of base columns: a forward pass, a token, or nobody (METHODS 1.5)."""
 
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPES: dict[Dtype, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """config.json's dtype names -> safetensors' names."""
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
@@ -130,7 +131,7 @@ class CheckpointConfig(_Model):
     num_experts: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
-    dtype: Literal["bfloat16", "float16", "float32"]
+    dtype: Dtype
     pruning: Pruning = Pruning()
     layers: dict[int, Layer] = Field(min_length=1)
     source: Source

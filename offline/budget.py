@@ -15,7 +15,6 @@ from offline.errors import InputError
 from offline.families import MoEShape
 from offline.shards import SHARD_BYTES, Shard, plan_shards
 
-
 FULL = 1e9
 """A kept share so large that every rank is full."""
 

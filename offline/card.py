@@ -43,7 +43,7 @@ Sizes of every file: `d2moe inspect <this folder>`.
 def model_card(plan: Plan) -> str:
     """README.md of the checkpoint; the licence is carried over from the source's card."""
     source = plan.config.source
-    metadata = {
+    metadata: dict[str, object] = {
         "base_model": source.name,
         "base_model_relation": "quantized",
         "library_name": "vllm",

@@ -187,7 +187,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Exit codes: 0 done, 2 the user's input is at fault (one line), 1 anything else."""
     _prepare_environment()
     try:
-        code = app(args=(sys.argv[1:] if arguments is None else arguments) or ["--help"], prog_name="d2moe", standalone_mode=False)
+        code = app(
+            args=(sys.argv[1:] if arguments is None else arguments) or ["--help"],
+            prog_name="d2moe",
+            standalone_mode=False,
+        )
     except (InputError, CheckpointError) as error:
         _fail(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):

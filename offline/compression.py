@@ -64,9 +64,7 @@ def _merge(role: Role, weights: Sequence[Tensor], statistics: LayerStatistics, r
     return MERGES[recipe.base.merge](weights, evidence)
 
 
-def _select(
-    merged: Mapping[Role, Tensor], statistics: LayerStatistics, kept: int, config: CheckpointConfig
-) -> Tensor:
+def _select(merged: Mapping[Role, Tensor], statistics: LayerStatistics, kept: int, config: CheckpointConfig) -> Tensor:
     joint = torch.stack([base.double().square().sum(dim=0) for base in merged.values()]).sum(dim=0).sqrt()
     inputs = statistics.energy[SITES[next(iter(merged))]].double().sqrt()
     return select_columns(column_scores(joint, inputs), kept, config.pruning.groups)

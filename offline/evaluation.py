@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
 from d2moe_vllm.checkpoint import CheckpointConfig, Scope, check_checkpoint
-from d2moe_vllm.hf.modeling_d2moe import D2Experts
+from d2moe_vllm.hf.experts import D2Experts
 from offline.calibration import all_windows, read_text, tokenize
 from offline.errors import InputError
 from offline.families import FAMILIES, Family
@@ -120,7 +120,7 @@ def _compressed_experts(
         config.intermediate_size,
         config.layers[layer].model_dump(),
         groups=config.pruning.groups,
-        projections={role: name for role, name in config.projections.items()},
+        projections=dict(config.projections.items()),
         activation=activation,
         scope=scope,
     )

@@ -40,10 +40,6 @@ class _Injector(nn.Module):
         return self.hidden
 
 
-class _Stop(Exception):
-    pass
-
-
 class LayerwiseModel:
     """Runs a causal language model of `reader`'s checkpoint in float32, layer by layer.
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from d2moe_vllm.checkpoint import DTYPES, ROLES, Role, TensorSpec
+from d2moe_vllm.checkpoint import DTYPES, ROLES, Dtype, Role, TensorSpec
 from offline.errors import InputError
 from offline.families import Family, MoEShape, expert_dtype, expert_weights, find_family, read_shape
 from offline.shards import Reader
@@ -65,7 +65,7 @@ class DenseModel:
     reader: Reader
     family: Family
     shape: MoEShape
-    dtype: str
+    dtype: Dtype
 
     @cached_property
     def other_tensors(self) -> Mapping[str, TensorSpec]:
@@ -100,7 +100,7 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
     prefixes = tuple(family.experts.format(layer=layer) + "." for layer in shape.layers)
     if strange := [name for name in reader.specs if name.startswith(prefixes) and name not in weights]:
         raise InputError(f"{source}: expert tensor {strange[0]} does not fit config.json; wrong config.json?")
-    dtype = next(name for name, stored in DTYPES.items() if stored == found)
+    dtype: Dtype = next(name for name, stored in DTYPES.items() if stored == found)
     is_hub = not Path(source).expanduser().is_dir()
     # A folder's path is nobody's business in a published checkpoint; its name is what a card can say.
     return DenseModel(

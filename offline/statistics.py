@@ -38,9 +38,7 @@ class LayerStatistics:
         self.fisher: dict[Role, list[Tensor]] | None = None
         if fisher:
             out = {"gate": intermediate, "up": intermediate, "down": hidden}
-            self.fisher = {
-                role: [torch.zeros(out[role], sizes[SITES[role]]) for _ in range(experts)] for role in ROLES
-            }
+            self.fisher = {role: [torch.zeros(out[role], sizes[SITES[role]]) for _ in range(experts)] for role in ROLES}
 
     @torch.no_grad()
     def add_inputs(self, expert: int, site: Site, rows: Tensor, gates: Tensor) -> None:

@@ -35,7 +35,9 @@ def _sizes(console: Console, source: dict[str, Any], result: dict[str, Any]) -> 
 
 
 def _projections(console: Console, title: str, rows: dict[str, dict[str, dict[str, int]]]) -> None:
-    table = Table(title, *(f"{role} rank" for role in ROLES), "gate/up columns", "down columns", box=None, pad_edge=False)
+    table = Table(
+        title, *(f"{role} rank" for role in ROLES), "gate/up columns", "down columns", box=None, pad_edge=False
+    )
     for name, layer in rows.items():
         ranks = [str(layer[role]["rank"]) for role in ROLES]
         columns = [f"{layer[r]['kept_columns']} ({layer[r]['used_columns']} used)" for r in ("gate", "down")]
