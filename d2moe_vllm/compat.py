@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -28,7 +27,6 @@ __all__ = [
     "additional_config",
     "extract_layer_index",
     "init_logger",
-    "is_first_rank",
     "load_format",
     "local_expert",
     "model_source",
@@ -58,10 +56,6 @@ def model_source() -> tuple[str, str | None, str | None, bool]:
     model = config.model_config
     elsewhere = bool(getattr(model, "model_weights", ""))
     return model.model, model.revision, config.load_config.download_dir, elsewhere
-
-
-def is_first_rank() -> bool:
-    return get_tensor_model_parallel_rank() == 0
 
 
 def local_expert(layer: Any, expert: int) -> int:
