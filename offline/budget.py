@@ -162,16 +162,30 @@ def solve_stored(problem: Problem, ratio: float) -> Budget:
     # Names and offsets take the most room at full rank, so this bound on everything but deltas is safe.
     fixed = largest.nbytes - problem.delta_bytes(problem.uniform(FULL))
 
-    def fits(ranks: Ranks) -> bool:
-        return fixed + problem.delta_bytes(ranks) <= target
+    room = target - fixed
+    share = _largest_share(lambda share: problem.delta_bytes(problem.uniform(share)) <= room)
+    budget, ranks = problem.solve(problem.uniform(share)), problem.uniform(share)
+    while True:
+        # The headers' true size at these ranks, where the bound above was too careful.
+        room = target - (budget.nbytes - problem.delta_bytes(ranks))
+        fuller = _fill(problem, ranks, room)
+        attempt = problem.solve(fuller)
+        if fuller == ranks or attempt.nbytes > target:
+            return budget
+        budget, ranks = attempt, fuller
 
-    ranks = problem.uniform(_largest_share(lambda share: fits(problem.uniform(share))))
+
+def _fill(problem: Problem, ranks: Ranks, room: int) -> Ranks:
+    """One more step for every rank that still has one and for which deltas stay within `room` bytes."""
+    ranks = dict(ranks)
+    left = room - problem.delta_bytes(ranks)
     for layer in reversed(problem.shape.layers):
         for role in reversed(ROLES):
-            step = {**ranks, (layer, role): ranks[layer, role] + problem.rank_multiple}
-            if step[layer, role] <= problem.limit(role) and fits(step):
-                ranks = step
-    return problem.solve(ranks)
+            step = problem.delta_bytes({(layer, role): problem.rank_multiple})
+            if step <= left and ranks[layer, role] + problem.rank_multiple <= problem.limit(role):
+                ranks[layer, role] += problem.rank_multiple
+                left -= step
+    return ranks
 
 
 def _largest_share(fits: Callable[[float], bool]) -> float:

@@ -1,0 +1,160 @@
+"""Fisher, Grams and counts of the streamed sweeps, against a whole model in float64 with a weight per position."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from offline.layerwise import next_token_loss
+from offline.pipeline import Run
+from offline.plan import make_plan
+from offline.progress import Steps
+from offline.recipe import Recipe
+from offline.source import open_dense
+from offline.statistics import LayerStatistics
+from offline.workdir import WorkDir
+
+WINDOWS, LENGTH, EXPERTS, LAYERS = 3, 7, 4, 3
+
+
+class PerPosition(nn.Module):
+    """Experts that clone every weight for every routed row, so that autograd tells positions apart."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        gate, up = gate_up.chunk(2, dim=1)
+        self.weights = {"gate": gate, "up": up, "down": down}
+        self.rows: list[tuple[int, Tensor, Tensor, Tensor, dict[str, Tensor]]] = []
+        self.mix: list[Tensor] = []
+        self.inputs: list[Tensor] = []
+
+    def forward(self, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        outputs = []
+        for token in range(len(hidden)):
+            total, mix, x = 0, 0, hidden[token]
+            for slot in range(index.shape[1]):
+                expert = int(index[token, slot])
+                own = {role: w[expert].detach().clone().requires_grad_() for role, w in self.weights.items()}
+                middle = nn.functional.silu(own["gate"] @ x) * (own["up"] @ x)
+                g = gates[token, slot]
+                total, mix = total + g * (own["down"] @ middle), mix + (g * middle).detach()
+                self.rows.append((expert, x.detach(), middle.detach(), g.detach(), own))
+            outputs.append(total)
+            self.mix.append(mix)
+            self.inputs.append(x.detach())
+        return torch.stack(outputs)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=EXPERTS, num_experts_per_tok=2, max_position_embeddings=64,
+        initializer_range=0.3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("random-mixtral")
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(0, 50, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def whole_model(folder: Path, tokens: Tensor) -> list[PerPosition]:
+    """One backward pass of the log-likelihood per window, the whole model in float64."""
+    model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    observed = []
+    for layer in model.model.layers:
+        experts = PerPosition(layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj)
+        layer.mlp.experts = experts
+        observed.append(experts)
+    for window in tokens:
+        logits = model(window[None], use_cache=False).logits
+        (-next_token_loss(logits, window[None])).backward()
+    return observed
+
+
+@pytest.fixture(scope="module")
+def expected(model_folder: Path, tokens: Tensor) -> list[PerPosition]:
+    return whole_model(model_folder, tokens)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "gate-weighted"])
+def streamed(
+    request: pytest.FixtureRequest, model_folder: Path, tokens: Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[bool, dict[int, LayerStatistics]]:
+    """What the pipeline's own sweeps hand to the compression of every layer."""
+    seen: dict[int, LayerStatistics] = {}
+    recipe = Recipe(
+        ratio=0.3,
+        calibration={"windows": WINDOWS, "seq_len": LENGTH},
+        base={"groups": 2},
+        delta={"gate_weighted": request.param},
+    )
+    plan = make_plan(open_dense(str(model_folder)), recipe)
+    work = WorkDir(tmp_path_factory.mktemp("work"), {"test": 1})
+    patch = pytest.MonkeyPatch()
+
+    def keep(number: int, weights: object, statistics: LayerStatistics, *rest: object) -> object:
+        seen[number] = statistics
+        return type("Done", (), {"tensors": {"x": torch.zeros(1)}, "report": {}})
+
+    patch.setattr("offline.pipeline.compress_layer", keep)
+    with Steps(1) as steps:
+        Run(plan, tokens, work, steps).compress_layers()
+    patch.undo()
+    return request.param, seen
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    return float((actual.double() - expected).norm()) <= 2e-4 * float(expected.norm()) + 1e-30
+
+
+def test_tokens_are_the_routed_ones(streamed: tuple, expected: list[PerPosition]) -> None:
+    for layer, observed in enumerate(expected):
+        counts = torch.zeros(EXPERTS, dtype=torch.int64)
+        for expert, *_ in observed.rows:
+            counts[expert] += 1
+        assert torch.equal(streamed[1][layer].tokens, counts)
+        assert counts.sum() == WINDOWS * LENGTH * 2
+
+
+def test_grams_are_of_routed_rows_only(streamed: tuple, expected: list[PerPosition]) -> None:
+    weighted, statistics = streamed
+    for layer, observed in enumerate(expected):
+        for expert in range(EXPERTS):
+            for site, position in (("input", 1), ("middle", 2)):
+                rows = [row[position] * (row[3] if weighted else 1) for row in observed.rows if row[0] == expert]
+                gram = sum(torch.outer(row, row) for row in rows)
+                assert close(statistics[layer].gram[site][expert], gram)
+
+
+def test_energy_is_of_what_the_base_reads(streamed: tuple, expected: list[PerPosition]) -> None:
+    for layer, observed in enumerate(expected):
+        energy = streamed[1][layer].energy
+        assert close(energy["input"], torch.stack(observed.inputs).square().sum(dim=0))
+        assert close(energy["middle"], torch.stack(observed.mix).square().sum(dim=0))
+
+
+def test_fisher_is_squared_per_position(streamed: tuple, expected: list[PerPosition]) -> None:
+    for layer, observed in enumerate(expected):
+        for role in ("gate", "up", "down"):
+            for expert in range(EXPERTS):
+                squares = [row[4][role].grad.square() for row in observed.rows if row[0] == expert]
+                assert close(streamed[1][layer].fisher[role][expert], sum(squares))
+
+
+def test_batching_of_windows_does_not_matter(model_folder: Path, tokens: Tensor, expected: list[PerPosition]) -> None:
+    """Squares are taken per position: the whole-model oracle ran windows one by one, the sweep all at once."""
+    one_by_one = whole_model(model_folder, tokens.flip(0))
+    for first, second in zip(expected, one_by_one, strict=True):
+        for expert in range(EXPERTS):
+            total = [sum(r[4]["up"].grad.square() for r in o.rows if r[0] == expert) for o in (first, second)]
+            assert torch.allclose(*total)
