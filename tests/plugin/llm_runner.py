@@ -1,0 +1,40 @@
+"""Runs vllm.LLM in a process of its own: `python llm_runner.py JOB.json`, see test_offline_llm.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    from vllm import LLM, SamplingParams
+
+    settings: dict[str, Any] = {
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "trust_remote_code": True,
+        "enable_prefix_caching": False,
+        **job["llm"],
+    }
+    llm = LLM(**settings)
+    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], logprobs=0, prompt_logprobs=0)
+    batches = [[prompt] for prompt in job["prompts"]] if job["one_by_one"] else [job["prompts"]]
+    results = []
+    for output in (output for batch in batches for output in llm.generate(batch, sampling, use_tqdm=False)):
+        completion = output.outputs[0]
+        results.append(
+            {
+                "prompt_ids": list(output.prompt_token_ids),
+                "ids": list(completion.token_ids),
+                "prompt_logprobs": [next(iter(p.values())).logprob for p in output.prompt_logprobs if p],
+                "logprobs": [p[t].logprob for p, t in zip(completion.logprobs, completion.token_ids, strict=True)],
+            }
+        )
+    Path(job["output"]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Checkpoints served by the real engine, against stock vLLM on the dense reconstruction and plain transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from synthetic import Synthetic, write_checkpoint, write_dense
+
+from d2moe_vllm.hf.modeling_d2moe import D2MixtralForCausalLM
+
+pytest.importorskip("vllm")
+
+PROMPTS = (
+    "The assignment statement evaluates the expression list and",
+    "A class definition",
+    "The import statement combines two operations; it searches for the named module, then",
+    "Lists are",
+)
+MAX_TOKENS = 24
+RUNNER = Path(__file__).with_name("llm_runner.py")
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+Results = list[dict[str, list]]
+
+
+def run_engine(folder: Path, model: Path, env: dict[str, str], **job: Any) -> tuple[int, str, Path]:
+    """Exit code, log, and where the results are; nothing of the engine outlives this."""
+    output = folder / "results.json"
+    content = {"prompts": PROMPTS, "max_tokens": MAX_TOKENS, "one_by_one": False, "output": str(output), **job}
+    content["llm"] = {"model": str(model), **job["llm"]}
+    (folder / "job.json").write_text(json.dumps(content))
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(RUNNER), str(folder / "job.json")],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **env},
+        )
+        try:
+            code = process.wait(timeout=600)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return code, (folder / "log").read_text(), output
+
+
+def generate(
+    folder: Path, model: Path, env: dict[str, str] | None = None, one_by_one: bool = False, **llm: Any
+) -> Results:
+    folder.mkdir()
+    code, log, output = run_engine(folder, model, env or {}, one_by_one=one_by_one, llm=llm)
+    assert code == 0, log[-5000:]
+    return json.loads(output.read_text())
+
+
+def assert_same(ours: Results, expected: Results, tolerance: float = 1e-4) -> None:
+    """Identical greedy tokens; log-probabilities of prompt and completion within tolerance."""
+    assert [r["ids"] for r in ours] == [r["ids"] for r in expected]
+    for kind in ("prompt_logprobs", "logprobs"):
+        for mine, theirs in zip(ours, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(mine[kind]), torch.tensor(theirs[kind]), rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def by_transformers(model: Path, scope: str, prompts: Results) -> Results:
+    """The same prompts one by one, the prompt in one forward pass and then token by token."""
+    network = D2MixtralForCausalLM.from_pretrained(model, d2moe_scope=scope, dtype=torch.float32)
+    results = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt["prompt_ids"]])
+        step = network(ids, use_cache=True)
+        scores = step.logits[0].log_softmax(-1)
+        result = {"ids": [], "logprobs": [], "prompt_logprobs": scores[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()}
+        for _ in range(MAX_TOKENS):
+            logprobs = step.logits[0, -1].log_softmax(-1)
+            token = logprobs.argmax()
+            result["ids"].append(int(token))
+            result["logprobs"].append(float(logprobs[token]))
+            step = network(token.view(1, 1), past_key_values=step.past_key_values, use_cache=True)
+        results.append(result)
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def dense(folder: Path, checkpoint: Path) -> Results:
+    """Stock vLLM, which has none of our code in its way, on the dense reconstruction."""
+    write_dense(checkpoint, folder / "dense", torch.float32)
+    return generate(folder / "stock", folder / "dense", {"VLLM_PLUGINS": ""}, dtype="float32", enforce_eager=True)
+
+
+def test_compiled_equals_stock_vllm_and_transformers(folder: Path, checkpoint: Path, dense: Results) -> None:
+    ours = generate(folder / "compiled", checkpoint, dtype="float32")
+    assert_same(ours, dense)
+    assert_same(ours, by_transformers(checkpoint, "off", ours))
+
+
+def test_eager_scope_batch_equals_transformers(folder: Path, checkpoint: Path) -> None:
+    additional = {"d2moe": {"scope": "batch"}}
+    ours = generate(
+        folder / "batch", checkpoint, one_by_one=True, dtype="float32", enforce_eager=True, additional_config=additional
+    )
+    assert_same(ours, by_transformers(checkpoint, "batch", ours))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["off", "token", "batch"])
+def test_tensor_parallel(folder: Path, checkpoint: Path, dense: Results, scope: str) -> None:
+    ours = generate(
+        folder / f"tp2-{scope}",
+        checkpoint,
+        TWO_RANKS,
+        one_by_one=True,
+        dtype="float32",
+        tensor_parallel_size=2,
+        enforce_eager=scope != "off",
+        additional_config={"d2moe": {"scope": scope}},
+    )
+    assert_same(ours, dense if scope == "off" else by_transformers(checkpoint, scope, ours))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eager", [True, False])
+def test_expert_parallel(folder: Path, checkpoint: Path, dense: Results, eager: bool) -> None:
+    parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    ours = generate(folder / f"ep2-{eager}", checkpoint, TWO_RANKS, dtype="float32", enforce_eager=eager, **parallel)
+    assert_same(ours, dense)
+
+
+@pytest.mark.slow
+def test_expert_parallel_selects_for_gate_and_up_only(folder: Path, checkpoint: Path) -> None:
+    """Equal to a checkpoint that uses all of down's columns, served without expert parallelism."""
+    what = Synthetic(dtype=torch.float32)
+    what.used["down"] = what.kept["down"]
+    write_checkpoint(folder / "all-of-down", what)
+    settings = {"dtype": "float32", "enforce_eager": True, "additional_config": {"d2moe": {"scope": "token"}}}
+    parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    ours = generate(folder / "ep2-token", checkpoint, TWO_RANKS, **settings, **parallel)
+    assert_same(ours, by_transformers(folder / "all-of-down", "token", ours))
+
+
+@pytest.mark.slow
+def test_layers_that_stay_dense_and_projections_without_base_or_deltas(folder: Path) -> None:
+    none = {"gate": 0, "up": 0, "down": 192}
+    what = Synthetic(dtype=torch.float32, dense=(1,), kept=none, used=none, rank={"gate": 24, "up": 16, "down": 0})
+    write_checkpoint(folder / "mixed", what)
+    write_dense(folder / "mixed", folder / "mixed-dense", torch.float32)
+    settings = {"dtype": "float32", "enforce_eager": True}
+    ours = generate(folder / "mixed-ours", folder / "mixed", **settings)
+    assert_same(ours, generate(folder / "mixed-stock", folder / "mixed-dense", {"VLLM_PLUGINS": ""}, **settings))
+
+
+@pytest.mark.slow
+def test_bfloat16_deviates_from_float32_no_more_than_stock_vllm(folder: Path) -> None:
+    write_checkpoint(folder / "bf16", Synthetic())
+    write_dense(folder / "bf16", folder / "bf16-dense", torch.float32)
+    deviation = {}
+    for name, model in (("ours", folder / "bf16"), ("stock", folder / "bf16-dense")):
+        scores = [
+            torch.tensor(
+                [p for r in generate(folder / f"{name}-{dtype}", model, dtype=dtype) for p in r["prompt_logprobs"]]
+            )
+            for dtype in ("float32", "bfloat16")
+        ]
+        deviation[name] = float((scores[1] - scores[0]).square().mean().sqrt())
+    print(deviation)
+    assert deviation["ours"] <= 2 * deviation["stock"]
+
+
+@pytest.mark.slow
+def test_dummy_weights_need_no_files(folder: Path, checkpoint: Path) -> None:
+    model = folder / "dummy-model"
+    model.mkdir()
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            (model / file.name).write_bytes(file.read_bytes())
+    generate(folder / "dummy", model, load_format="dummy", enforce_eager=True)
+
+
+@pytest.mark.slow
+def test_a_tensor_that_never_arrives_is_refused_by_name(folder: Path, checkpoint: Path) -> None:
+    """Past the check of the files: a loader that loses a tensor on its way."""
+    run = folder / "lost"
+    run.mkdir()
+    (run / "sitecustomize.py").write_text(
+        "from d2moe_vllm.loading import LayerLoader\n"
+        "load = LayerLoader.load\n"
+        "def lossy(self, param, tensor, kind, role, expert):\n"
+        "    lost = (self.layer, kind, role, expert) == (2, 'delta_u', 'down', 5)\n"
+        "    return False if lost else load(self, param, tensor, kind, role, expert)\n"
+        "LayerLoader.load = lossy\n"
+    )
+    code, log, _ = run_engine(run, checkpoint, {"PYTHONPATH": str(run)}, llm={"enforce_eager": True})
+    assert code != 0
+    assert "1 tensors were not loaded: model.layers.2.block_sparse_moe.experts.5.w2.delta_u" in log
