@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Role
+from offline.errors import InputError
 from offline.factorization import DELTAS, NEEDS_GRAM, gram_root, relative_error, shrink_gram
 from offline.merging import MERGES, Evidence
 from offline.pruning import column_scores, select_columns
@@ -38,6 +39,8 @@ def compress_layer(
     weights: per role and expert [out, in], in their stored dtype, which is also the dtype of the result.
     The base is pruned and rounded to that dtype first, so that the deltas absorb what both lost.
     """
+    if not all(torch.isfinite(energy).all() for energy in statistics.energy.values()):
+        raise InputError(f"layer {number}: activations overflow float32 on the calibration text; use another text")
     dtype = weights["gate"][0].dtype
     tensors: dict[str, Tensor] = {}
     bases: dict[Role, Tensor | None] = dict.fromkeys(ROLES)

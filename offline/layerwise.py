@@ -121,7 +121,7 @@ class LayerwiseModel:
         state = {}
         for parameter in module.state_dict():
             if parameter in names:
-                state[parameter] = self._reader.tensor(names[parameter]).float()
+                state[parameter] = self._reader.finite(names[parameter]).float()
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
         left = [name for name, value in module.named_parameters() if value.is_meta]

@@ -76,6 +76,14 @@ class Reader:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: {name} cannot be read ({error}); copy the file again") from None
 
+    def finite(self, name: str) -> Tensor:
+        """One tensor that is to be computed with. Raises CheckpointError where it holds a NaN or infinity."""
+        tensor = self.tensor(name)
+        if not torch.isfinite(tensor).all():
+            path = self.folder / self.weight_map[name]
+            raise CheckpointError(f"{path}: {name} holds NaN or infinite values; download the file again")
+        return tensor
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -78,9 +78,12 @@ class DenseModel:
         return self.config.get("max_position_embeddings")
 
     def weights(self, layer: int) -> dict[Role, list[Any]]:
-        """All expert weights of one layer, per role and expert [out, in], in their stored dtype."""
+        """All expert weights of one layer, per role and expert [out, in], in their stored dtype.
+
+        Raises CheckpointError for one that is not finite.
+        """
         return {
-            role: [self.reader.tensor(self.family.weight_name(layer, e, role)) for e in range(self.shape.num_experts)]
+            role: [self.reader.finite(self.family.weight_name(layer, e, role)) for e in range(self.shape.num_experts)]
             for role in ROLES
         }
 

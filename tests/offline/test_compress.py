@@ -1,0 +1,292 @@
+"""`d2moe compress` end to end on the bundled model: what is written, reproducibly, through kills, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import COMPRESS, TINY
+from safetensors import safe_open
+
+from d2moe_vllm.checkpoint import DTYPE_BYTES, read_config
+from offline.factorization import relative_error
+from offline.shards import Reader
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_inspect_prints_what_is_on_disk_to_the_byte(compressed: Path, d2moe: Command) -> None:
+    content = json.loads(d2moe("inspect", compressed, "--json").stdout)
+    on_disk = sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
+    source = sum(path.stat().st_size for path in TINY.glob("*.safetensors"))
+    assert content["bytes"] == on_disk
+    assert content["source"]["bytes"] == source
+    assert content["stored_ratio"] == 1 - on_disk / source
+    assert 0.4 <= content["stored_ratio"] < 0.402
+    parameters = 0
+    for path in compressed.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            parameters += sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert content["parameters"] == parameters
+    assert "0.40" in d2moe("inspect", compressed).stdout
+
+
+def test_plan_predicts_the_exact_bytes(compressed: Path, d2moe: Command) -> None:
+    done = d2moe("plan", TINY, *COMPRESS, "--json")
+    plan = json.loads(done.stdout)
+    assert plan["result"]["bytes"] == sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
+    assert plan["peak_memory_bytes"] > 0
+    assert plan["disk_bytes"]["work"] > 0
+    assert "ranks" not in done.stderr
+
+
+def test_all_but_the_experts_is_kept_to_the_byte(compressed: Path) -> None:
+    source, result = Reader(TINY), Reader(compressed)
+    others = [name for name in source.specs if ".experts." not in name]
+    assert len(others) == 31
+    for name in others:
+        assert result.specs[name] == source.specs[name]
+        assert torch.equal(result.tensor(name).view(torch.uint8), source.tensor(name).view(torch.uint8))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (compressed / name).read_bytes() == (TINY / name).read_bytes()
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (TINY, compressed))
+    assert {key: after[key] for key in before} == before
+    assert set(after) - set(before) == {"quantization_config", "auto_map"}
+
+
+def test_recipe_and_statistics_travel_along(compressed: Path) -> None:
+    recipe = yaml.safe_load((compressed / "d2moe_recipe.yaml").read_text())
+    assert recipe["ratio"] == 0.4
+    assert recipe["calibration"] == {"windows": 32, "seq_len": 128, "seed": 0}
+    assert recipe["delta"]["rank_multiple"] == 1
+    stats = json.loads((compressed / "d2moe_stats.json").read_text())
+    assert len(stats["calibration"]["tokens_sha256"]) == 64
+    for layer in stats["layers"].values():
+        assert sum(layer["tokens"]) == 32 * 128 * 2
+        assert all(0 < error < 1 for errors in layer["relative_error"].values() for error in errors)
+    card = (compressed / "README.md").read_text()
+    assert "base_model: tiny-mixtral" in card
+    assert "license: apache-2.0" in card
+    assert card.index("randomly initialised") < card.index("vllm serve")
+    text = "".join(p.read_text(errors="ignore") for p in compressed.iterdir() if p.suffix in (".json", ".md", ".yaml"))
+    assert str(TINY.parent) not in text
+    assert str(compressed.parent) not in text
+
+
+def test_deltas_are_far_from_zero_and_close_to_the_source(compressed: Path) -> None:
+    """The reconstruction, computed from the files alone, against the original experts."""
+    config, source, result = read_config(compressed), Reader(TINY), Reader(compressed)
+    for layer in config.layers:
+        prefix = f"model.layers.{layer}.block_sparse_moe.experts"
+        for projection in ("w1", "w2", "w3"):
+            shared = f"{prefix}.0.{projection}"
+            columns = result.tensor(f"{shared}.base_columns").long()
+            assert columns.diff().min() > 0
+            base = result.tensor(f"{shared}.base").double()
+            assert torch.allclose(result.tensor(f"{shared}.base_norms").double(), base.norm(dim=0), rtol=1e-5)
+            for expert in range(config.num_experts):
+                weight = source.tensor(f"{prefix}.{expert}.{projection}.weight").double()
+                u = result.tensor(f"{prefix}.{expert}.{projection}.delta_u").double()
+                v = result.tensor(f"{prefix}.{expert}.{projection}.delta_v").double()
+                full = u @ v
+                full[:, columns] += base
+                identity = torch.eye(weight.shape[1])
+                assert relative_error(weight, full, identity) < 0.65
+                assert relative_error(weight, full - u @ v, identity) > relative_error(weight, full, identity)
+
+
+def test_two_runs_give_the_same_bytes(
+    compressed: Path, texts: tuple[Path, Path], tmp_path: Path, d2moe: Command
+) -> None:
+    done = d2moe("compress", TINY, tmp_path / "again", "--calibration", texts[0], *COMPRESS)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "again") == digests(compressed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]
+    assert "vllm serve" in done.stdout
+    assert "left" in done.stderr or "elapsed" in done.stderr
+
+
+KILL_POINTS = [
+    "tiny.d2moe-work/fingerprint.json",
+    "tiny.d2moe-work/hidden-00000.f32",
+    "tiny.d2moe-work/hidden-00003.f32",
+    "tiny.d2moe-work/gradient-00004.f32",
+    "tiny.d2moe-work/layers/00003.safetensors",
+    "tiny.d2moe-work/gradient-00002.f32",
+    "tiny.d2moe-work/layers/00001.safetensors",
+    ".tiny.partial",
+]
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_a_killed_run_ends_in_the_same_bytes(
+    point: str, compressed: Path, texts: tuple[Path, Path], tmp_path: Path, d2moe: Command
+) -> None:
+    """SIGKILL as soon as a file appears; then the same command again."""
+    arguments = ["compress", str(TINY), str(tmp_path / "tiny"), "--calibration", str(texts[0]), *COMPRESS]
+    command = [str(Path(sys.executable).with_name("d2moe")), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / point).exists():
+        assert process.poll() is None, f"the run ended before {point} appeared"
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "tiny").exists()
+    done = d2moe(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert ("resuming" in done.stderr) == ("layers/" in point or "00002" in point or "partial" in point)
+    assert digests(tmp_path / "tiny") == digests(compressed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
+
+
+def test_changed_calibration_starts_over_and_says_so(
+    texts: tuple[Path, Path], tmp_path: Path, d2moe: Command, compressed: Path
+) -> None:
+    out, work = tmp_path / "tiny", tmp_path / "work"
+    arguments = ["compress", TINY, out, "--calibration", texts[0], "--workdir", work]
+    command = [str(Path(sys.executable).with_name("d2moe")), *map(str, arguments), *COMPRESS, "--seed", "7"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (work / "hidden-00001.f32").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    done = d2moe(*arguments, *COMPRESS)
+    assert done.returncode == 0, done.stderr
+    assert "recipe and calibration changed since the interrupted run: starting over" in " ".join(done.stderr.split())
+    assert digests(out) == digests(compressed)
+
+
+def refused(done: subprocess.CompletedProcess[str], *fragments: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for fragment in fragments:
+        assert fragment in done.stderr
+
+
+def test_refusals_before_any_work(texts: tuple[Path, Path], tmp_path: Path, d2moe: Command) -> None:
+    (tmp_path / "short.txt").write_text("too short " * 20)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("mine")
+    other = tmp_path / "llama"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    gone = tmp_path / "gone"
+    before = sorted(tmp_path.rglob("*"))
+
+    def compress(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return d2moe("compress", *arguments, "--windows", "32", "--seq-len", "128")
+
+    text = ("--calibration", texts[0])
+    refused(compress(TINY, gone, "--ratio", "0.4", "--calibration", tmp_path / "short.txt"), "too short", "--windows")
+    refused(compress(TINY, gone, "--ratio", "0.9", *text), "cannot be reached", "0.6")
+    refused(compress(TINY, gone, *text), "--ratio")
+    refused(compress(TINY, gone, "--ratio", "0.4"), "--calibration")
+    refused(compress(TINY, gone, "--ratio", "1.5", *text), "ratio")
+    refused(compress(TINY, tmp_path / "full", "--ratio", "0.4", *text), "exists")
+    refused(compress(TINY, tmp_path / "no" / "where", "--ratio", "0.4", *text), "create it first")
+    refused(compress(other, gone, "--ratio", "0.4", *text), "llama", "mixtral")
+    refused(compress(tmp_path / "nothing", gone, "--ratio", "0.4", *text), "neither a folder nor a Hub id")
+    refused(compress(TINY, gone, "--ratio", "0.4", *text, "--workdir", tmp_path / "full"), "not ours")
+    refused(compress(TINY, gone, "--ratio", "0.4", "--calibration", tmp_path / "none.txt"), "cannot be read")
+    refused(d2moe("compress", TINY, gone, "--ratio", "0.4", *text, "--seq-len", "4096"), "1024 positions")
+    refused(d2moe("frobnicate"), "frobnicate")
+    refused(d2moe("plan", TINY, "--ratio", "many"), "--ratio")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "full" / "precious").read_text() == "mine"
+
+
+def test_a_second_run_on_the_same_folder_is_refused(texts: tuple[Path, Path], tmp_path: Path, d2moe: Command) -> None:
+    import fcntl
+
+    work = tmp_path / "tiny.d2moe-work"
+    work.mkdir()
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = d2moe("compress", TINY, tmp_path / "tiny", "--calibration", texts[0], *COMPRESS)
+    refused(done, "another run")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    shutil.copytree(TINY, tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_damaged_sources_are_refused_by_name(source: Path, d2moe: Command) -> None:
+    def plan() -> subprocess.CompletedProcess[str]:
+        return d2moe("plan", source, "--ratio", "0.4")
+
+    weights, config = source / "model.safetensors", source / "config.json"
+    data, settings = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(data[:-100])
+    refused(plan(), "truncated", "model.safetensors")
+    weights.write_bytes(b"\xff" * 64)
+    refused(plan(), "damaged", "model.safetensors")
+    weights.unlink()
+    refused(plan(), "no safetensors weights")
+    weights.write_bytes(data)
+    for change, fragment in [
+        ({"num_local_experts": 9}, "experts.8.w1.weight"),
+        ({"num_local_experts": 7}, "experts.7.w1.weight"),
+        ({"num_hidden_layers": 5}, "layers.4"),
+        ({"intermediate_size": 512}, "[256, 128]"),
+        ({"num_local_experts": None}, "num_local_experts"),
+        ({"hidden_size": 10**9}, "hidden_size"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+    ]:
+        config.write_text(json.dumps(settings | change))
+        refused(plan(), fragment)
+    config.write_text("{")
+    refused(plan(), "config.json")
+
+
+def test_a_nan_in_one_weight_is_refused_by_name(
+    source: Path, texts: tuple[Path, Path], tmp_path: Path, d2moe: Command
+) -> None:
+    weights = source / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    name = "model.layers.2.block_sparse_moe.experts.5.w3.weight"
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    start = 8 + int.from_bytes(data[:8], "little") + header[name]["data_offsets"][0]
+    assert DTYPE_BYTES[header[name]["dtype"]] == 2
+    data[start : start + 2] = (0x7FC0).to_bytes(2, "little")
+    weights.write_bytes(data)
+    done = d2moe("compress", source, tmp_path / "out", "--calibration", texts[0], *COMPRESS)
+    assert done.returncode == 2, done.stderr
+    assert name in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
+def test_a_full_disk_is_one_line_and_harms_nothing(texts: tuple[Path, Path], tmp_path: Path, d2moe: Command) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    try:
+        done = d2moe("compress", TINY, disk / "tiny", "--calibration", texts[0], *COMPRESS)
+        assert done.returncode == 2, done.stderr
+        assert "No space left" in done.stderr.splitlines()[-1]
+        assert not (disk / "tiny").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
