@@ -203,8 +203,9 @@ class LayerLoader:
     def _check_columns(self, columns: Tensor, role: Role) -> None:
         """Ascending, in range, and the same number in every group."""
         groups, inputs = self.config.pruning.groups, self.config.shape(role)[1]
-        columns = columns.to(device="cpu", dtype=torch.int64)
-        expected = torch.arange(groups).repeat_interleave(columns.numel() // groups)
+        columns = columns.to(torch.int64)
+        per_group = columns.numel() // groups
+        expected = torch.arange(groups, device=columns.device).repeat_interleave(per_group)
         in_groups = torch.div(columns, inputs // groups, rounding_mode="floor")
         if not (bool((columns.diff() > 0).all()) and torch.equal(in_groups, expected)):
             name = self._name("base_columns", role, 0)

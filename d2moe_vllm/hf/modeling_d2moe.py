@@ -7,6 +7,7 @@ ours are replaced by those files' source when it is written (see this package's
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -180,6 +181,7 @@ class D2Mixin(nn.Module):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is not None:
             check_files(_local_folder(pretrained_model_name_or_path, kwargs), settings)
+        config = copy.deepcopy(config)
         # Under its usual name transformers would warn about a quantization type it does not know.
         config.d2moe = config.__dict__.pop("quantization_config", settings)
         wants_info = kwargs.pop("output_loading_info", False)

@@ -169,6 +169,27 @@ def test_files_are_checked_before_anything_is_allocated(
     config.get_quant_method(torch.nn.Module(), "model.embed_tokens")
 
 
+def test_a_hub_id_is_checked_in_its_snapshot(
+    checkpoint: Path, content: dict[str, Any], vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def snapshot_download(model: str, **options: Any) -> str:
+        asked.append((model, options["revision"], options["cache_dir"]))
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    vllm_config.model_config.model, vllm_config.model_config.revision = "someone/mixtral-d2", "v1"
+    vllm_config.load_config.download_dir = "/cache"
+    config = D2MoEConfig.from_config(content)
+    config.maybe_update_config("someone/mixtral-d2")
+    for _ in range(2):
+        config.get_quant_method(torch.nn.Module(), "model.embed_tokens")
+    assert asked == [("someone/mixtral-d2", "v1", "/cache")]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
