@@ -117,7 +117,9 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
 
 
 def _explain(error: ValidationError) -> str:
-    finding = error.errors(include_url=False)[0]
+    # A misspelt key comes first: it is often why another one is missing.
+    findings = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+    finding = findings[0]
     location = [str(part) for part in finding["loc"]]
     if finding["type"] == "missing" and location == ["ratio"]:
         return "no ratio given; add --ratio 0.4 (or `ratio: 0.4` to the recipe)"

@@ -1,10 +1,33 @@
-"""Puts tests/ and examples/ on sys.path, for helpers that several test folders share."""
+"""Puts tests/ and examples/ on sys.path, and makes one real compression that all tests share."""
 
+import json
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 # As the d2moe command does: threads that wait must sleep, spinning ones starve each other on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Calibration and held-out text: Python's language reference, split by topic."""
+    import language_reference
+
+    return language_reference.write(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Path:
+    """The bundled model at 40 %, by the default recipe on few windows. Not to be changed."""
+    from compression import COMPRESS, TINY, d2moe
+
+    out = tmp_path_factory.mktemp("compressed") / "tiny-d2-40"
+    done = d2moe("compress", TINY, out, "--calibration", texts[0], *COMPRESS, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["path"] == str(out)
+    return out

@@ -8,29 +8,25 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import COMPRESS, TINY
+from compression import COMPRESS, TINY, d2moe, script
 from safetensors import safe_open
 
 from d2moe_vllm.checkpoint import DTYPE_BYTES, read_config
 from offline.factorization import relative_error
 from offline.shards import Reader
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
-
 
 def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def test_inspect_prints_what_is_on_disk_to_the_byte(compressed: Path, d2moe: Command) -> None:
+def test_inspect_prints_what_is_on_disk_to_the_byte(compressed: Path) -> None:
     content = json.loads(d2moe("inspect", compressed, "--json").stdout)
     on_disk = sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
     source = sum(path.stat().st_size for path in TINY.glob("*.safetensors"))
@@ -46,7 +42,7 @@ def test_inspect_prints_what_is_on_disk_to_the_byte(compressed: Path, d2moe: Com
     assert "0.40" in d2moe("inspect", compressed).stdout
 
 
-def test_plan_predicts_the_exact_bytes(compressed: Path, d2moe: Command) -> None:
+def test_plan_predicts_the_exact_bytes(compressed: Path) -> None:
     done = d2moe("plan", TINY, *COMPRESS, "--json")
     plan = json.loads(done.stdout)
     assert plan["result"]["bytes"] == sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
@@ -110,9 +106,7 @@ def test_deltas_are_far_from_zero_and_close_to_the_source(compressed: Path) -> N
                 assert relative_error(weight, full - u @ v, identity) > relative_error(weight, full, identity)
 
 
-def test_two_runs_give_the_same_bytes(
-    compressed: Path, texts: tuple[Path, Path], tmp_path: Path, d2moe: Command
-) -> None:
+def test_two_runs_give_the_same_bytes(compressed: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     done = d2moe("compress", TINY, tmp_path / "again", "--calibration", texts[0], *COMPRESS)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "again") == digests(compressed)
@@ -135,11 +129,11 @@ KILL_POINTS = [
 
 @pytest.mark.parametrize("point", KILL_POINTS)
 def test_a_killed_run_ends_in_the_same_bytes(
-    point: str, compressed: Path, texts: tuple[Path, Path], tmp_path: Path, d2moe: Command
+    point: str, compressed: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """SIGKILL as soon as a file appears; then the same command again."""
     arguments = ["compress", str(TINY), str(tmp_path / "tiny"), "--calibration", str(texts[0]), *COMPRESS]
-    command = [str(Path(sys.executable).with_name("d2moe")), *arguments]
+    command = [script("d2moe"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not (tmp_path / point).exists():
@@ -157,11 +151,11 @@ def test_a_killed_run_ends_in_the_same_bytes(
 
 
 def test_changed_calibration_starts_over_and_says_so(
-    texts: tuple[Path, Path], tmp_path: Path, d2moe: Command, compressed: Path
+    texts: tuple[Path, Path], tmp_path: Path, compressed: Path
 ) -> None:
     out, work = tmp_path / "tiny", tmp_path / "work"
     arguments = ["compress", TINY, out, "--calibration", texts[0], "--workdir", work]
-    command = [str(Path(sys.executable).with_name("d2moe")), *map(str, arguments), *COMPRESS, "--seed", "7"]
+    command = [script("d2moe"), *map(str, arguments), *COMPRESS, "--seed", "7"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (work / "hidden-00001.f32").exists():
         assert process.poll() is None
@@ -182,7 +176,7 @@ def refused(done: subprocess.CompletedProcess[str], *fragments: str) -> None:
         assert fragment in done.stderr
 
 
-def test_refusals_before_any_work(texts: tuple[Path, Path], tmp_path: Path, d2moe: Command) -> None:
+def test_refusals_before_any_work(texts: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short " * 20)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("mine")
@@ -214,7 +208,7 @@ def test_refusals_before_any_work(texts: tuple[Path, Path], tmp_path: Path, d2mo
     assert (tmp_path / "full" / "precious").read_text() == "mine"
 
 
-def test_a_second_run_on_the_same_folder_is_refused(texts: tuple[Path, Path], tmp_path: Path, d2moe: Command) -> None:
+def test_a_second_run_on_the_same_folder_is_refused(texts: tuple[Path, Path], tmp_path: Path) -> None:
     import fcntl
 
     work = tmp_path / "tiny.d2moe-work"
@@ -231,7 +225,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def test_damaged_sources_are_refused_by_name(source: Path, d2moe: Command) -> None:
+def test_damaged_sources_are_refused_by_name(source: Path) -> None:
     def plan() -> subprocess.CompletedProcess[str]:
         return d2moe("plan", source, "--ratio", "0.4")
 
@@ -259,9 +253,7 @@ def test_damaged_sources_are_refused_by_name(source: Path, d2moe: Command) -> No
     refused(plan(), "config.json")
 
 
-def test_a_nan_in_one_weight_is_refused_by_name(
-    source: Path, texts: tuple[Path, Path], tmp_path: Path, d2moe: Command
-) -> None:
+def test_a_nan_in_one_weight_is_refused_by_name(source: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     weights = source / "model.safetensors"
     data = bytearray(weights.read_bytes())
     name = "model.layers.2.block_sparse_moe.experts.5.w3.weight"
@@ -277,7 +269,7 @@ def test_a_nan_in_one_weight_is_refused_by_name(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
-def test_a_full_disk_is_one_line_and_harms_nothing(texts: tuple[Path, Path], tmp_path: Path, d2moe: Command) -> None:
+def test_a_full_disk_is_one_line_and_harms_nothing(texts: tuple[Path, Path], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]

@@ -1,0 +1,24 @@
+"""How the tests compress the bundled model, and run the command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "examples" / "tiny-mixtral"
+COMPRESS = ["--ratio", "0.4", "--windows", "32", "--seq-len", "128"]
+SHARED = ROOT.parent / "shared"
+"""More models and texts than a clone has; tests that want them are skipped where they are not."""
+
+
+def script(name: str) -> str:
+    """A console script of the environment the tests run in."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def d2moe(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Run the installed command as a user would."""
+    command = [script("d2moe"), *(str(argument) for argument in arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, cwd=ROOT)

@@ -1,0 +1,81 @@
+"""`d2moe eval` against whole models in plain transformers, for dense and compressed checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from compression import TINY, d2moe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LENGTH = 200
+
+
+@torch.no_grad()
+def by_transformers(folder: Path, text: Path, scope: str | None = None) -> float:
+    """Perplexity of a whole model, one window at a time."""
+    tokens = AutoTokenizer.from_pretrained(folder)(text.read_text(), add_special_tokens=False)["input_ids"]
+    kwargs = {"trust_remote_code": True, **({"d2moe_scope": scope} if scope else {})}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs).eval()
+    windows = torch.tensor(tokens[: len(tokens) // LENGTH * LENGTH]).view(-1, LENGTH)
+    total = 0.0
+    for window in windows:
+        logprobs = model(window[None]).logits[0, :-1].double().log_softmax(-1)
+        total -= float(logprobs.gather(1, window[1:, None]).sum())
+    return math.exp(total / (len(windows) * (LENGTH - 1)))
+
+
+def evaluate(folder: Path, text: Path, *arguments: str) -> dict:
+    done = d2moe("eval", folder, "--text", text, "--seq-len", LENGTH, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def short(texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("short") / "held-out.txt"
+    path.write_text(texts[1].read_text()[:20_000])
+    return path
+
+
+def test_dense(short: Path) -> None:
+    result = evaluate(TINY, short)
+    assert result["perplexity"] == pytest.approx(by_transformers(TINY, short), rel=1e-4)
+    assert result["tokens"] == result["windows"] * (LENGTH - 1)
+    assert result["scope"] is None
+
+
+@pytest.mark.parametrize("scope", ["off", "token"])
+def test_compressed(compressed: Path, short: Path, scope: str) -> None:
+    result = evaluate(compressed, short, "--scope", scope)
+    assert result["perplexity"] == pytest.approx(by_transformers(compressed, short, scope), rel=1e-4)
+    assert result["scope"] == scope
+
+
+def test_scopes_differ_and_the_checkpoints_own_is_the_default(compressed: Path, short: Path) -> None:
+    by_scope = {
+        scope: evaluate(compressed, short, "--scope", scope)["perplexity"] for scope in ("off", "token", "batch")
+    }
+    assert len(set(by_scope.values())) == 3
+    assert evaluate(compressed, short)["perplexity"] == by_scope["off"]
+
+
+def test_jsonl_and_bad_texts(tmp_path: Path, short: Path) -> None:
+    lines = tmp_path / "text.jsonl"
+    lines.write_text(json.dumps({"text": short.read_text()}) + "\n")
+    assert evaluate(TINY, lines)["perplexity"] == evaluate(TINY, short)["perplexity"]
+    lines.write_text('{"content": "x"}\n')
+    for arguments, fragment in [
+        (("--text", lines), "line 1"),
+        (("--text", tmp_path / "none"), "cannot be read"),
+        (("--text", short, "--seq-len", "1"), "--seq-len"),
+        (("--text", short, "--seq-len", "4096"), "1024"),
+        (("--text", short, "--scope", "off"), "makes no sense"),
+    ]:
+        done = d2moe("eval", TINY, *arguments)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert fragment in done.stderr

@@ -1,0 +1,52 @@
+"""Recipes: YAML and command line, what is refused, what `auto` means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from offline.errors import InputError
+from offline.recipe import Recipe, load_recipe
+
+
+def test_round_trip() -> None:
+    recipe = Recipe(ratio=0.4).resolve(128, 1024)
+    assert Recipe.model_validate(yaml.safe_load(recipe.dump())) == recipe
+
+
+def test_auto_is_16_for_real_models_and_1_for_tiny_ones() -> None:
+    real, tiny = Recipe(ratio=0.4).resolve(4096, 32768), Recipe(ratio=0.4).resolve(128, 1024)
+    assert (real.delta.rank_multiple, real.base.column_multiple, real.calibration.seq_len) == (16, 16, 2048)
+    assert (tiny.delta.rank_multiple, tiny.base.column_multiple, tiny.calibration.seq_len) == (1, 1, 1024)
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("ratio: 0.2\nbase: {merge: mean}\ncalibration: {windows: 8}\n")
+    recipe = load_recipe(path, {"ratio": 0.6, "calibration.windows": None, "calibration.seed": 3})
+    assert (recipe.ratio, recipe.base.merge) == (0.6, "mean")
+    assert (recipe.calibration.windows, recipe.calibration.seed) == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ratoi: 0.4", "unknown key 'ratoi'; did you mean 'ratio'?"),
+        ("ratio: 0.4\nbase: {sparsty: 0.1}", "unknown key 'base.sparsty'; did you mean 'sparsity'?"),
+        ("ratio: 0.4\nbase: {merge: median}", "base.merge"),
+        ("ratio: 2", "less than 1"),
+        ("{}", "--ratio"),
+        ("- 1", "key: value"),
+        ("ratio: [", "cannot be read"),
+        ("ratio: 0.4\ncalibration: 7", "calibration"),
+    ],
+)
+def test_mistakes_are_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_recipe(path, {"calibration.seed": 1} if "calibration: 7" in text else {})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,27 @@
+"""One real server for all tests of this folder: the compressed bundled model, compiled, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from openai import OpenAI
+
+from offline.server import Server
+
+
+@pytest.fixture(scope="session")
+def server(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = ["--dtype", "float32", "--max-model-len", "512", "--served-model-name", "tiny"]
+    with Server(compressed, arguments, log=log, env={"VLLM_CPU_KVCACHE_SPACE": "1"}) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
