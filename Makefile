@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all lint format clean
+.PHONY: help setup lock demo test test-all quality lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test: setup ## Fast test tier (ARGS="-k name" for some of it)
 
 test-all: setup ## Every test that needs no GPU; continues where it was interrupted
 	@.venv/bin/python tests/run_all.py $(ARGS)
+
+quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 30 minutes)
+	@.venv/bin/python tests/quality.py
 
 lint: setup ## Check style, formatting and types
 	@.venv/bin/ruff check
