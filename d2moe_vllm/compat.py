@@ -29,6 +29,7 @@ __all__ = [
     "init_logger",
     "load_format",
     "local_expert",
+    "lora_on_every_layer",
     "model_source",
     "padding_mask",
     "set_weight_attrs",
@@ -48,6 +49,12 @@ def additional_config() -> dict[str, Any]:
     """`--additional-config`, where it is a dict."""
     content = get_current_vllm_config().additional_config
     return content if isinstance(content, dict) else {}
+
+
+def lora_on_every_layer() -> bool:
+    """Whether `--enable-lora` came without `--lora-target-modules`: vLLM then wraps the MoE layers as well."""
+    lora = get_current_vllm_config().lora_config
+    return lora is not None and not lora.target_modules
 
 
 def model_source() -> tuple[str, str | None, str | None, bool]:

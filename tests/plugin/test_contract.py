@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm import forward_context
-from vllm.config import LoadConfig, ModelConfig, VllmConfig
+from vllm.config import LoadConfig, LoRAConfig, ModelConfig, VllmConfig
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
@@ -95,6 +95,8 @@ def test_forward_context() -> None:
 
 def test_engine_configuration() -> None:
     assert "additional_config" in fields(VllmConfig)
+    assert "lora_config" in fields(VllmConfig)
+    assert "target_modules" in fields(LoRAConfig)
     assert {"load_format", "download_dir"} <= fields(LoadConfig)
     assert {"model", "revision", "model_weights"} <= fields(ModelConfig)
     assert set(compat.BYPASSING_LOAD_FORMATS) <= set(get_args(LoadFormats))
