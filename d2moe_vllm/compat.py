@@ -76,13 +76,16 @@ def tokens_from_other_ranks(moe: FusedMoEConfig) -> bool:
 
 
 def padding_mask(num_rows: int) -> Tensor | None:
-    """bool [num_rows], True for padding rows of this forward pass; None where nothing is known to be padding.
+    """bool [num_rows], True for padding rows of this forward pass; None where nothing is padding.
 
     A view of vLLM's persistent device tensor: what a captured CUDA graph reads is refreshed at each replay.
     """
     if not is_forward_context_available():
         return None
     mask = getattr(get_forward_context(), "is_padding", None)
-    if mask is None or mask.shape[0] < num_rows:
+    if mask is None:
         return None
+    if mask.shape[0] < num_rows:
+        # Taking all rows for tokens would let padding choose columns, silently.
+        raise RuntimeError(f"vLLM's padding mask has {mask.shape[0]} rows, the MoE layer {num_rows}; use scope 'token'")
     return mask[:num_rows]

@@ -160,7 +160,9 @@ def _fused_experts(
     w2_base_norms: Tensor | None,
     **layer_options: Any,
 ) -> Tensor:
-    # The mask is read here and not passed in: a traced graph would take it for a constant.
+    # Read here and not passed in: a traced graph would take it for a constant. Only a selection that the
+    # batch shares can be influenced by padding rows.
+    mask = padding_mask(x.shape[0]) if layer_options["scope"] == "batch" else None
     return ops.fused_experts(
         x,
         topk_weights,
@@ -175,7 +177,7 @@ def _fused_experts(
         w2_base,
         w2_base_columns,
         w2_base_norms,
-        padding_mask(x.shape[0]),
+        mask,
         **layer_options,
     )
 

@@ -99,9 +99,10 @@ class D2Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [..., H], top_k_index int [T, K], top_k_weights [T, K]: [..., H]. METHODS 1.6."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        mask = self.padding_mask
+        # Only a selection shared by the batch can be influenced by padding rows.
+        mask = self.padding_mask if self.scope == "batch" else None
         if mask is not None and mask.shape[0] != rows.shape[0]:
-            mask = None
+            raise ValueError(f"padding mask for {mask.shape[0]} rows, but {rows.shape[0]} tokens reach the experts")
         gate, down = self.layer["gate"], self.layer["down"]
         tensors = [rows, top_k_weights, top_k_index, *self._gate_up_tensors(), *self._down_tensors(), mask]
         output = fused_experts(
