@@ -128,12 +128,13 @@ class CheckpointConfig(_Model):
     family: str
     experts: str = Field(description="prefix of a layer's experts, with {layer}")
     projections: dict[Role, str]
-    num_experts: int = Field(ge=1)
-    hidden_size: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
+    # Bounds far above any model, so that an absurd size is refused before anything of it is computed.
+    num_experts: int = Field(ge=1, le=100_000)
+    hidden_size: int = Field(ge=1, le=1_000_000)
+    intermediate_size: int = Field(ge=1, le=1_000_000)
     dtype: Dtype
     pruning: Pruning = Pruning()
-    layers: dict[int, Layer] = Field(min_length=1)
+    layers: dict[int, Layer] = Field(min_length=1, max_length=10_000)
     source: Source
 
     @model_validator(mode="after")
