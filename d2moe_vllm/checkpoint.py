@@ -7,6 +7,7 @@ for a tensor before its name, dtype and shape have been found right.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -162,9 +163,13 @@ class CheckpointConfig(_Model):
             return self.hidden_size, self.intermediate_size
         return self.intermediate_size, self.hidden_size
 
+    def experts_prefix(self, layer: int) -> str:
+        """What every expert tensor of a layer begins with; {layer} is replaced literally."""
+        return self.experts.replace("{layer}", str(layer))
+
     def tensor_name(self, layer: int, expert: int, role: Role, kind: str) -> str:
         """`P.{expert}.{projection}.{kind}`; what the experts share rides with expert 0."""
-        return f"{self.experts.format(layer=layer)}.{expert}.{self.projections[role]}.{kind}"
+        return f"{self.experts_prefix(layer)}.{expert}.{self.projections[role]}.{kind}"
 
     def projection_tensors(self, layer: int, role: Role) -> dict[str, TensorSpec]:
         """Every tensor stored for one projection of one layer, by full name."""
@@ -209,7 +214,7 @@ class Manifest(_Model):
 
 
 def _refuse_version(found: Any, where: str) -> None:
-    if found != FORMAT_VERSION:
+    if found != FORMAT_VERSION or not isinstance(found, int) or isinstance(found, bool):
         raise CheckpointError(
             f"{where}: d2moe format version {found!r} is not supported (this d2moe-vllm reads version "
             f"{FORMAT_VERSION}); install the version that wrote it, or compress again"
@@ -234,7 +239,8 @@ def parse_config(quantization_config: Mapping[str, Any], where: str = "config.js
         raise CheckpointError(f"{where}: quantization_config has no format_version; restore the original config.json")
     _refuse_version(quantization_config["format_version"], where)
     try:
-        return CheckpointConfig.model_validate(dict(quantization_config))
+        # As JSON, where strictness tells a number from a string but takes the layers' numbers as keys.
+        return CheckpointConfig.model_validate_json(json.dumps(dict(quantization_config)), strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{where}: bad quantization_config: {first_error(error)}") from None
 
@@ -263,7 +269,7 @@ def read_manifest(folder: Path) -> Manifest:
     where = str(folder / MANIFEST_FILE)
     _refuse_version(content.get("format_version") if isinstance(content, dict) else None, where)
     try:
-        return Manifest.model_validate(content)
+        return Manifest.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{where}: {first_error(error)}") from None
 
@@ -321,13 +327,8 @@ def check_tensors(
     shape, unexpected, or in another file than the index says, and for a file of the wrong size.
     """
     weight_map = read_weight_map(folder)
-    for name, entry in (files or {}).items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
-            raise CheckpointError(f"{folder}: weight file {name} is missing; copy it again")
-        if size != entry.bytes:
-            raise CheckpointError(f"{path}: truncated or replaced ({size} bytes, not {entry.bytes}); copy it again")
+    if files is not None and (unlisted := set(weight_map.values()) ^ set(files)):
+        raise CheckpointError(f"{folder}: {INDEX_FILE} and {MANIFEST_FILE} disagree about {_names(sorted(unlisted))}")
     found: dict[str, TensorSpec] = {}
     for file in sorted(set(weight_map.values())):
         for name, spec in read_header(folder / file).items():
@@ -335,19 +336,26 @@ def check_tensors(
                 raise CheckpointError(f"{folder / file}: tensor {name} is not where the index says; copy both again")
             found[name] = spec
     if missing := [name for name in expected if name not in found]:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing: {_names(missing)}; copy it again")
+        raise CheckpointError(f"{folder}: {len(missing)} tensors missing: {_names(missing)}; copy it again")
     if unknown := [name for name in found if name not in expected]:
         raise CheckpointError(f"{folder}: {len(unknown)} tensors do not belong here: {_names(unknown)}")
     for name, spec in expected.items():
         if found[name] != spec:
             raise CheckpointError(f"{folder / weight_map[name]}: {name} is {found[name]}, expected {spec}")
+    # Last: a tensor's own name tells more than its file's size.
+    for name, entry in (files or {}).items():
+        size = (folder / name).stat().st_size
+        if size != entry.bytes:
+            raise CheckpointError(
+                f"{folder / name}: truncated or replaced ({size} bytes, not {entry.bytes}); copy it again"
+            )
     return weight_map
 
 
 def check_checkpoint(folder: Path, config: CheckpointConfig | None = None) -> CheckpointConfig:
     """Refuse a damaged checkpoint before anything is allocated: config, manifest, index and all headers.
 
-    Raises CheckpointError. Payload hashes are not read here (`d2moe verify` does that).
+    Raises CheckpointError. Payloads are not read, but for the base columns: hashes are not compared.
     """
     config = config or read_config(folder)
     manifest = read_manifest(folder)
@@ -355,5 +363,33 @@ def check_checkpoint(folder: Path, config: CheckpointConfig | None = None) -> Ch
     experts = config.expert_tensors()
     if both := [name for name in others if name in experts]:
         raise CheckpointError(f"{folder}: {MANIFEST_FILE} lists expert tensors: {_names(both)}")
-    check_tensors(folder, others | experts, manifest.files)
+    weight_map = check_tensors(folder, others | experts, manifest.files)
+    for layer, projections in config.layers.items():
+        for role in ROLES:
+            if projections[role].kept_columns:
+                name = config.tensor_name(layer, 0, role, "base_columns")
+                check_columns(name, _read_integers(folder / weight_map[name], name), config, role)
     return config
+
+
+def _read_integers(path: Path, name: str) -> list[int]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.get_tensor(name).tolist()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {name} cannot be read ({error}); copy it again") from None
+
+
+def check_columns(name: str, columns: list[int], config: CheckpointConfig, role: Role) -> None:
+    """Raises CheckpointError unless base columns ascend, are in range and as many in every group."""
+    groups, inputs = config.pruning.groups, config.shape(role)[1]
+    ascending = all(left < right for left, right in itertools.pairwise(columns))
+    per_group = len(columns) // groups
+    expected = [group for group in range(groups) for _ in range(per_group)]
+    if not ascending or [column // (inputs // groups) for column in columns] != expected:
+        raise CheckpointError(
+            f"{name}: columns must ascend, lie in 0..{inputs - 1} and be spread evenly over {groups} groups; "
+            "copy the checkpoint again"
+        )

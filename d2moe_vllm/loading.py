@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError, Role
+from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError, Role, check_columns
 
 SHARD_ROLES: dict[str, Role] = {"w1": "gate", "w3": "up", "w2": "down"}
 """vLLM's shard ids."""
@@ -119,7 +119,7 @@ class LayerLoader:
         if local < 0:
             return False
         if kind == "base_columns":
-            self._check_columns(tensor, role)
+            check_columns(self._name(kind, role, expert), tensor.tolist(), self.config, role)
         if shared:
             self._load_shared(param, tensor, kind, role)
         else:
@@ -199,19 +199,6 @@ class LayerLoader:
             raise CheckpointError(f"{name} does not belong in this checkpoint; its config.json lists no such tensor")
         if tuple(tensor.shape) != spec.shape:
             raise CheckpointError(f"{name} is {list(tensor.shape)}, expected {list(spec.shape)}; copy it again")
-
-    def _check_columns(self, columns: Tensor, role: Role) -> None:
-        """Ascending, in range, and the same number in every group."""
-        groups, inputs = self.config.pruning.groups, self.config.shape(role)[1]
-        columns = columns.to(torch.int64)
-        per_group = columns.numel() // groups
-        expected = torch.arange(groups, device=columns.device).repeat_interleave(per_group)
-        in_groups = torch.div(columns, inputs // groups, rounding_mode="floor")
-        if not (bool((columns.diff() > 0).all()) and torch.equal(in_groups, expected)):
-            name = self._name("base_columns", role, 0)
-            raise CheckpointError(
-                f"{name}: columns must ascend, lie in 0..{inputs - 1} and be spread evenly over {groups} groups"
-            )
 
 
 def options(config: CheckpointConfig, layer: int, tp_size: int, scope: str, *, prune_down: bool) -> Mapping[str, Any]:

@@ -165,14 +165,18 @@ def solve_stored(problem: Problem, ratio: float) -> Budget:
     room = target - fixed
     share = _largest_share(lambda share: problem.delta_bytes(problem.uniform(share)) <= room)
     budget, ranks = problem.solve(problem.uniform(share)), problem.uniform(share)
+    reserve = 0
     while True:
         # The headers' true size at these ranks, where the bound above was too careful.
-        room = target - (budget.nbytes - problem.delta_bytes(ranks))
+        room = target - reserve - (budget.nbytes - problem.delta_bytes(ranks))
         fuller = _fill(problem, ranks, room)
-        attempt = problem.solve(fuller)
-        if fuller == ranks or attempt.nbytes > target:
+        if fuller == ranks:
             return budget
-        budget, ranks = attempt, fuller
+        attempt = problem.solve(fuller)
+        if attempt.nbytes > target:
+            reserve += attempt.nbytes - target  # longer numbers in a header, or one more file
+        else:
+            budget, ranks = attempt, fuller
 
 
 def _fill(problem: Problem, ranks: Ranks, room: int) -> Ranks:

@@ -36,7 +36,7 @@ model = AutoModelForCausalLM.from_pretrained("<this folder or repository>", trus
 ```
 
 Recipe: `d2moe_recipe.yaml`. Routing counts and reconstruction errors per layer: `d2moe_stats.json`.
-Sizes of every file: `d2moe inspect <this folder>`.
+Ranks, sizes and errors at a glance: `d2moe inspect <this folder>`.
 """
 
 

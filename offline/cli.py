@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (InputError, CheckpointError) as error:
         _fail(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; run the same command again to continue", 130)
+        _fail("interrupted; run the same command again to continue", 1)
     except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         _fail(f"{message} See `d2moe --help`.", 2)

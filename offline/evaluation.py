@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
-from d2moe_vllm.checkpoint import CheckpointConfig, Scope, check_checkpoint
+from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Role, Scope, check_checkpoint
 from d2moe_vllm.hf.experts import D2Experts
 from offline.calibration import all_windows, read_text, tokenize
 from offline.errors import InputError
@@ -91,6 +91,8 @@ def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
         layerwise = LayerwiseModel(reader, family, hf_config)
 
         def compressed(layer: int) -> nn.Module:
+            if layer not in config.layers:
+                return DenseExperts(_dense_weights(config, family, reader, layer), activation)
             return _compressed_experts(config, reader, layer, activation, scope)
 
         return Evaluated(folder, layerwise, compressed, config.hidden_size, scope)
@@ -111,6 +113,12 @@ def _family(config: CheckpointConfig) -> Family:
     return FAMILIES[config.family]
 
 
+def _dense_weights(config: CheckpointConfig, family: Family, reader: Reader, layer: int) -> dict[Role, list[Tensor]]:
+    """Of a layer that the checkpoint left dense."""
+    experts = range(config.num_experts)
+    return {role: [reader.finite(family.weight_name(layer, expert, role)) for expert in experts] for role in ROLES}
+
+
 def _compressed_experts(
     config: CheckpointConfig, reader: Reader, layer: int, activation: Callable[[Tensor], Tensor], scope: Scope
 ) -> D2Experts:
@@ -124,7 +132,7 @@ def _compressed_experts(
         activation=activation,
         scope=scope,
     )
-    prefix = config.experts.format(layer=layer) + "."
+    prefix = config.experts_prefix(layer) + "."
     names = [name for role in config.projections for name in config.projection_tensors(layer, role)]
     experts.load_state_dict({name.removeprefix(prefix): reader.tensor(name) for name in names}, strict=True)
     return experts

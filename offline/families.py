@@ -30,9 +30,13 @@ class Family:
     experts_module: str
     renames: Mapping[str, str] = field(default_factory=dict)
 
+    def experts_prefix(self, layer: int) -> str:
+        """`experts` of one layer."""
+        return self.experts.replace("{layer}", str(layer))
+
     def weight_name(self, layer: int, expert: int, role: Role) -> str:
         """Disk name of one expert's dense weight."""
-        return f"{self.experts.format(layer=layer)}.{expert}.{self.projections[role]}.weight"
+        return f"{self.experts_prefix(layer)}.{expert}.{self.projections[role]}.weight"
 
     def module_name(self, name: str) -> str:
         """transformers' parameter name of a tensor on disk."""

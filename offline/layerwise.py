@@ -91,7 +91,7 @@ class LayerwiseModel:
         layer = copy.deepcopy(self._blueprints[number])
         layer.set_submodule(self._family.experts_module, nn.Identity())
         prefix = f"{LAYER_PREFIX}{number}."
-        on_disk = self._family.experts.format(layer=number) + "."
+        on_disk = self._family.experts_prefix(number) + "."
         self._load(
             layer,
             lambda name: name.startswith(prefix) and not name.startswith(on_disk),

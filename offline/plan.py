@@ -92,7 +92,8 @@ def make_plan(model: DenseModel, recipe: Recipe, shard_bytes: int = SHARD_BYTES)
     )
     problem = Problem(draft, shape, model.other_tensors, int(recipe.delta.rank_multiple), shard_bytes)
     if recipe.accounting == "paper":
-        budget = solve_paper(problem, recipe.ratio, 0.0 if sparsity is None else sparsity)
+        # Without a base, all of it is saved.
+        budget = solve_paper(problem, recipe.ratio, 1.0 if sparsity is None else sparsity)
     else:
         budget = solve_stored(problem, recipe.ratio)
     return Plan(model, recipe, budget)

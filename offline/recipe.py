@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +16,9 @@ REAL_MODEL_WIDTH = 1024
 """From this hidden size on, `auto` multiples are 16, which the GPU kernels want."""
 
 
+Multiple = Annotated[int, Field(ge=1)] | Literal["auto"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,7 +27,7 @@ class Calibration(_Section):
     """Which part of the calibration text is used. seq_len "auto": 2048, or the model's limit if that is less."""
 
     windows: int = Field(default=128, ge=1)
-    seq_len: int | Literal["auto"] = "auto"
+    seq_len: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     seed: int = 0
 
 
@@ -36,7 +39,7 @@ class Base(_Section):
     frequency_power: float = Field(default=0.0, ge=0)
     sparsity: float = Field(default=0.1, ge=0, lt=1)
     groups: int = Field(default=8, ge=1)
-    column_multiple: int | Literal["auto"] = "auto"
+    column_multiple: Multiple = "auto"
 
 
 class Delta(_Section):
@@ -45,8 +48,8 @@ class Delta(_Section):
 
     method: Literal["whitened", "svd"] = "whitened"
     gate_weighted: bool = True
-    shrinkage: float = Field(default=0.01, ge=0)
-    rank_multiple: int | Literal["auto"] = "auto"
+    shrinkage: float = Field(default=0.1, ge=0)
+    rank_multiple: Multiple = "auto"
 
 
 class Recipe(_Section):

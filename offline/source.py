@@ -100,7 +100,7 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
     reader = Reader(folder)
     found = expert_dtype(family, shape, reader.specs)
     weights = expert_weights(family, shape)
-    prefixes = tuple(family.experts.format(layer=layer) + "." for layer in shape.layers)
+    prefixes = tuple(family.experts_prefix(layer) + "." for layer in shape.layers)
     if strange := [name for name in reader.specs if name.startswith(prefixes) and name not in weights]:
         raise InputError(f"{source}: expert tensor {strange[0]} does not fit config.json; wrong config.json?")
     dtype: Dtype = next(name for name, stored in DTYPES.items() if stored == found)

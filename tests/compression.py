@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
+
+from offline.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny-mixtral"
@@ -22,3 +26,14 @@ def d2moe(*arguments: object, timeout: float = 600) -> subprocess.CompletedProce
     """Run the installed command as a user would."""
     command = [script("d2moe"), *(str(argument) for argument in arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+def d2moe_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which spares the start of Python and torch; an exception is the test's."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(list(map(str, arguments)), code, out.getvalue(), err.getvalue())

@@ -60,11 +60,15 @@ def replace_experts(model: nn.Module, settings: Mapping[str, Any], activation: A
 def check_files(folder: str, settings: Mapping[str, Any]) -> None:
     """Refuse files that are not what config and manifest say. Raises ValueError, one line, naming a tensor."""
     manifest = _read_json(folder, "d2moe_manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{folder}: d2moe_manifest.json is not of format version {FORMAT_VERSION}; copy it again")
     expected = {name: (dtype, tuple(shape)) for name, (dtype, shape) in manifest["other_tensors"].items()}
     expected.update(_expert_tensors(settings))
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in sorted(manifest["files"]):
         path = os.path.join(folder, file)
+        if os.path.basename(file) != file:
+            raise ValueError(f"{folder}: d2moe_manifest.json names {file!r}, which is no file of this folder")
         if not os.path.isfile(path):
             raise ValueError(f"{folder}: weight file {file} is missing; copy it again")
         try:
@@ -74,7 +78,7 @@ def check_files(folder: str, settings: Mapping[str, Any]) -> None:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: damaged or truncated ({error}); copy it again") from None
     for problem, names in (
-        ("are missing", [name for name in expected if name not in found]),
+        ("missing", [name for name in expected if name not in found]),
         ("do not belong here", [name for name in found if name not in expected]),
     ):
         if names:
@@ -82,13 +86,16 @@ def check_files(folder: str, settings: Mapping[str, Any]) -> None:
     for name, spec in expected.items():
         if found[name] != spec:
             raise ValueError(f"{folder}: {name} is {found[name]}, expected {spec}; copy the checkpoint again")
+    for file, entry in manifest["files"].items():
+        if os.path.getsize(os.path.join(folder, file)) != entry["bytes"]:
+            raise ValueError(f"{folder}: weight file {file} is truncated or replaced; copy it again")
 
 
 def _expert_tensors(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
     hidden, intermediate = settings["hidden_size"], settings["intermediate_size"]
     dtype = DTYPES[settings["dtype"]]
     for number, layer in settings["layers"].items():
-        prefix = settings["experts"].format(layer=number)
+        prefix = settings["experts"].replace("{layer}", str(number))
         for role, projection in settings["projections"].items():
             rank, kept = layer[role]["rank"], layer[role]["kept_columns"]
             rows, columns = (hidden, intermediate) if role == "down" else (intermediate, hidden)
@@ -197,8 +204,7 @@ class D2Mixin(nn.Module):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         if d2moe_config(self.config) is not None:
             raise NotImplementedError(
-                "a d2moe model cannot be saved from transformers: copy the checkpoint's folder, "
-                "or make it dense with `d2moe export`"
+                "a d2moe model cannot be saved from transformers; copy the checkpoint's folder instead"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 

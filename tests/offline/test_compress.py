@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from compression import COMPRESS, TINY, d2moe, script
+from compression import COMPRESS, TINY, d2moe, d2moe_here, script
 from safetensors import safe_open
 
 from d2moe_vllm.checkpoint import DTYPE_BYTES, read_config
@@ -116,13 +116,13 @@ def test_two_runs_give_the_same_bytes(compressed: Path, texts: tuple[Path, Path]
 
 
 KILL_POINTS = [
-    "tiny.d2moe-work/fingerprint.json",
-    "tiny.d2moe-work/hidden-00000.f32",
+    pytest.param("tiny.d2moe-work/fingerprint.json", marks=pytest.mark.slow),
+    pytest.param("tiny.d2moe-work/hidden-00000.f32", marks=pytest.mark.slow),
     "tiny.d2moe-work/hidden-00003.f32",
-    "tiny.d2moe-work/gradient-00004.f32",
+    pytest.param("tiny.d2moe-work/gradient-00004.f32", marks=pytest.mark.slow),
     "tiny.d2moe-work/layers/00003.safetensors",
     "tiny.d2moe-work/gradient-00002.f32",
-    "tiny.d2moe-work/layers/00001.safetensors",
+    pytest.param("tiny.d2moe-work/layers/00001.safetensors", marks=pytest.mark.slow),
     ".tiny.partial",
 ]
 
@@ -187,7 +187,7 @@ def test_refusals_before_any_work(texts: tuple[Path, Path], tmp_path: Path) -> N
     before = sorted(tmp_path.rglob("*"))
 
     def compress(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return d2moe("compress", *arguments, "--windows", "32", "--seq-len", "128")
+        return d2moe_here("compress", *arguments, "--windows", "32", "--seq-len", "128")
 
     text = ("--calibration", texts[0])
     refused(compress(TINY, gone, "--ratio", "0.4", "--calibration", tmp_path / "short.txt"), "too short", "--windows")
@@ -201,9 +201,9 @@ def test_refusals_before_any_work(texts: tuple[Path, Path], tmp_path: Path) -> N
     refused(compress(tmp_path / "nothing", gone, "--ratio", "0.4", *text), "neither a folder nor a Hub id")
     refused(compress(TINY, gone, "--ratio", "0.4", *text, "--workdir", tmp_path / "full"), "not ours")
     refused(compress(TINY, gone, "--ratio", "0.4", "--calibration", tmp_path / "none.txt"), "cannot be read")
-    refused(d2moe("compress", TINY, gone, "--ratio", "0.4", *text, "--seq-len", "4096"), "1024 positions")
+    refused(d2moe_here("compress", TINY, gone, "--ratio", "0.4", *text, "--seq-len", "4096"), "1024 positions")
     refused(d2moe("frobnicate"), "frobnicate")
-    refused(d2moe("plan", TINY, "--ratio", "many"), "--ratio")
+    refused(d2moe_here("plan", TINY, "--ratio", "many"), "--ratio")
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "full" / "precious").read_text() == "mine"
 
@@ -227,7 +227,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_damaged_sources_are_refused_by_name(source: Path) -> None:
     def plan() -> subprocess.CompletedProcess[str]:
-        return d2moe("plan", source, "--ratio", "0.4")
+        return d2moe_here("plan", source, "--ratio", "0.4")
 
     weights, config = source / "model.safetensors", source / "config.json"
     data, settings = weights.read_bytes(), json.loads(config.read_text())

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from compression import d2moe
+from compression import d2moe, d2moe_here
 from safetensors.torch import load_file, save_file
 
 EXPERT = "model.layers.2.block_sparse_moe.experts.5.w2.delta_u"
 ATTENTION = "model.layers.1.self_attn.k_proj.weight"
+COLUMNS = "model.layers.0.block_sparse_moe.experts.0.w3.base_columns"
 INDEX = "model.safetensors.index.json"
 
 
@@ -31,11 +32,16 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Also tells the manifest the new size, so that it is the tensor that is found wrong."""
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_columns(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Also tells the manifest the file's new size, so that it is the content that is found wrong."""
+    edit_tensors(folder, lambda t: t.update({COLUMNS: change(t[COLUMNS].clone()).contiguous()}))
+    (file,) = folder.glob("*.safetensors")
     size = file.stat().st_size
     edit_json(folder / "d2moe_manifest.json", lambda m: m["files"][file.name].update(bytes=size))
 
@@ -102,6 +108,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ),
         ["layer 1 up", "rank 999"],
     ),
+    "columns out of range": (lambda f: edit_columns(f, lambda c: c + 8), [COLUMNS, "0..127"]),
+    "columns unsorted": (lambda f: edit_columns(f, lambda c: c.flip(0)), [COLUMNS, "ascend"]),
+    "columns uneven": (lambda f: edit_columns(f, lambda c: torch.arange(len(c)).int()), [COLUMNS, "evenly"]),
+    "another size": (lambda f: edit_tensors(f, lambda t: None), ["truncated or replaced"]),
+    "manifest without files": (
+        lambda f: edit_json(f / "d2moe_manifest.json", lambda m: m.update(files={})), ["disagree"]
+    ),
+    "a version that is nearly right": (lambda f: edit_config(f, format_version=True), ["version True"]),
+    "a rank as text": (
+        lambda f: edit_json(
+            f / "config.json", lambda c: c["quantization_config"]["layers"]["1"]["up"].update(rank="27")
+        ),
+        ["layers.1.up.rank"],
+    ),
+    "a prefix with other braces": (lambda f: edit_config(f, experts="m.{layer}.{x}"), ["missing"]),
     "groups that do not divide": (lambda f: edit_config(f, pruning={"scope": "off", "groups": 7}), ["7 groups"]),
 }  # fmt: skip
 
@@ -110,7 +131,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 def test_inspect_refuses(name: str, damaged: Path) -> None:
     damage, fragments = DAMAGES[name]
     damage(damaged)
-    done = d2moe("inspect", damaged, timeout=60)
+    done = d2moe_here("inspect", damaged)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr

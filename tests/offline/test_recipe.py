@@ -41,6 +41,9 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
         ("- 1", "key: value"),
         ("ratio: [", "cannot be read"),
         ("ratio: 0.4\ncalibration: 7", "calibration"),
+        ("ratio: 0.4\ncalibration: {seq_len: 1}", "calibration.seq_len"),
+        ("ratio: 0.4\ndelta: {rank_multiple: 0}", "delta.rank_multiple"),
+        ("ratio: 0.4\nbase: {column_multiple: many}", "base.column_multiple"),
     ],
 )
 def test_mistakes_are_one_clear_line(tmp_path: Path, text: str, message: str) -> None:

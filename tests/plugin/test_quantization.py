@@ -155,7 +155,7 @@ def test_files_are_checked_before_anything_is_allocated(
     broken = shutil.copytree(checkpoint, tmp_path / "broken")
     shard = broken / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="truncated or replaced"):
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
         D2MoEConfig.from_config(content).maybe_update_config(str(broken))
     # Without any weights it depends on --load-format, which is known once layers are made.
     for file in broken.glob("*.safetensors"):

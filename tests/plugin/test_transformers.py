@@ -148,8 +148,8 @@ def edit(folder: Path, change: Callable[[dict], object], shard: str = "model-000
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (drop, "1 tensors are missing: model.layers.2.block_sparse_moe.experts.3.w3.delta_u"),
-        (drop_norm, "1 tensors are missing: model.norm.weight"),
+        (drop, "1 tensors missing: model.layers.2.block_sparse_moe.experts.3.w3.delta_u"),
+        (drop_norm, "1 tensors missing: model.norm.weight"),
         (shrink, r"model.layers.2.block_sparse_moe.experts.3.w3.delta_u is \('F32', \(256, 15\)\)"),
         (add, "1 tensors do not belong here: model.layers.9.surprise"),
         (truncate, "model-00002-of-00002.safetensors: damaged or truncated"),

@@ -44,7 +44,7 @@ def test_a_missing_attention_tensor_stops_vllm_serve_with_its_name(compressed: P
         pass
     assert "exited with 1" in str(caught.value)
     log = (tmp_path / "log").read_text()
-    assert "model-00001-of-00001.safetensors: truncated or replaced" in log
+    assert f"1 tensors missing: {name}" in log
     assert processes(marker) == []
 
 
