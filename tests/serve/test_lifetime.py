@@ -12,23 +12,10 @@ from pathlib import Path
 
 import pytest
 from compression import ROOT, TINY
+from processes import processes
 from safetensors.torch import load_file, save_file
 
 from offline.server import Server, ServerError
-
-
-def processes(fragment: str) -> list[str]:
-    """Command lines of running processes that mention `fragment`, ours and pytest's own excluded."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            environment = (folder / "environ").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if fragment in command + environment and folder.name != str(os.getpid()):
-            found.append(f"{folder.name}: {command}")
-    return found
 
 
 def test_a_missing_attention_tensor_stops_vllm_serve_with_its_name(compressed: Path, tmp_path: Path) -> None:

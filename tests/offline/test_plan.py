@@ -1,0 +1,112 @@
+"""Plans for real shapes, and that memory does not grow with the number of layers."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compression import TINY, d2moe, d2moe_here
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from d2moe_vllm.checkpoint import TensorSpec
+from offline.shards import plan_shards
+
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mixtral-8x7B's names and shapes in sparse files: 93 GB that take no room."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    shapes = {"model.embed_tokens.weight": (32000, 4096), "lm_head.weight": (32000, 4096), "model.norm.weight": (4096,)}
+    for layer in range(32):
+        prefix = f"model.layers.{layer}"
+        attention = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
+        shapes |= {f"{prefix}.self_attn.{name}_proj.weight": shape for name, shape in attention.items()}
+        shapes |= {f"{prefix}.{name}_layernorm.weight": (4096,) for name in ("input", "post_attention")}
+        shapes[f"{prefix}.block_sparse_moe.gate.weight"] = (8, 4096)
+        for expert in range(8):
+            experts = f"{prefix}.block_sparse_moe.experts.{expert}"
+            shapes |= {f"{experts}.{w}.weight": (14336, 4096) for w in ("w1", "w3")}
+            shapes[f"{experts}.w2.weight"] = (4096, 14336)
+    shards = plan_shards({name: TensorSpec("BF16", shape) for name, shape in shapes.items()})
+    for shard in shards:
+        with (folder / shard.file).open("wb") as file:
+            file.write(shard.header)
+            file.truncate(shard.nbytes)
+    weight_map = {name: shard.file for shard in shards for name in shard.tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
+    return folder
+
+
+def plan(source: Path, *arguments: str) -> dict[str, Any]:
+    done = d2moe_here("plan", source, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6])
+def test_mixtral_8x7b(mixtral: Path, ratio: float) -> None:
+    started = time.monotonic()
+    content = plan(mixtral, "--ratio", str(ratio))
+    assert time.monotonic() - started < 30
+    assert content["source"]["parameters"] == 46_702_792_704
+    assert content["source"]["bytes"] - 2 * 46_702_792_704 < 1_000_000
+    assert ratio <= content["result"]["stored_ratio"] < ratio + 0.001
+    for role in ("gate", "up", "down"):
+        assert content["first_layer"][role]["rank"] % 16 == 0
+        assert content["first_layer"][role]["kept_columns"] % 128 == 0
+    # One layer's experts are 2.8 GB; the whole model would be 93.
+    assert 10e9 < content["peak_memory_bytes"] < 26e9
+    assert content["disk_bytes"]["result"] == content["result"]["bytes"]
+
+
+def test_mixtral_at_40_percent_has_ranks_of_about_1500(mixtral: Path) -> None:
+    assert plan(mixtral, "--ratio", "0.4")["first_layer"]["down"]["rank"] == pytest.approx(1500, rel=0.03)
+
+
+def test_paper_accounting(mixtral: Path) -> None:
+    content = plan(mixtral, "--ratio", "0.6", "--accounting", "paper")
+    assert 100 * content["kept_share_of_deltas"]["gate"] == pytest.approx(26.61, abs=0.6)  # ranks are multiples of 16
+    # Dynamic pruning earns no storage credit, so a little less is really gone.
+    assert 0.59 < content["result"]["stored_ratio"] < 0.6
+
+
+def test_paper_accounting_without_a_base_charges_none(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("base: {merge: none}\n")
+    content = plan(TINY, "--ratio", "0.4", "--accounting", "paper", "--recipe", str(recipe), "--seq-len", "64")
+    assert content["result"]["parameters"] / content["source"]["parameters"] == pytest.approx(0.6, abs=0.01)
+    assert content["first_layer"]["gate"]["kept_columns"] == 0
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    """24 layers of 25 MB against 4: the peaks differ by less than two layers, where the models differ by twenty."""
+    peaks = {}
+    for layers in (4, 24):
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=8, max_position_embeddings=512, dtype=torch.float32,
+        )  # fmt: skip
+        folder = tmp_path / f"layers-{layers}"
+        MixtralForCausalLM(config).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((TINY / name).read_bytes())
+        arguments = ["--calibration", texts[0], "--ratio", "0.4", "--windows", "8", "--seq-len", "128", "--json"]
+        done = d2moe("compress", folder, tmp_path / f"out-{layers}", *arguments)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        peaks[layers] = result["peak_memory_bytes"]
+        assert result["peak_memory_bytes"] < 1.5 * result["predicted"]["peak_memory_bytes"]
+    assert peaks[24] - peaks[4] < 2 * 8 * 3 * 256 * 1024 * 4
