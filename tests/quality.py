@@ -11,27 +11,34 @@ import json
 import os
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# One thread each, and as many processes as cores: these models are too small to share a core's work.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from compression import ROOT, SHARED
 from rich.console import Console
 from run_all import code_hash
 
+from d2moe_vllm.checkpoint import Scope
 from offline.evaluation import evaluate
 from offline.jobs import compress
 from offline.progress import Steps
 from offline.recipe import Recipe
+from offline.shards import write_file
 
 PAGE = ROOT / "docs" / "quality.md"
-RESULTS = ROOT / "build" / "quality" / "results.json"
+FOLDER = ROOT / "build" / "quality"
+RESULTS = FOLDER / "results.json"
 MODELS = ("tiny-mixtral", "tiny-mixtral-scratch")
 RATIOS = (0.2, 0.4, 0.6)
 CALIBRATION = {"windows": 128, "seq_len": 256}
+DEFAULT = "**default**"
 RECIPES: dict[str, dict[str, Any]] = {
-    "**default**": {},
+    DEFAULT: {},
     "mean base": {"base": {"merge": "mean"}},
     "plain SVD": {"delta": {"method": "svd"}},
     "no base pruning": {"base": {"sparsity": 0.0}},
@@ -42,74 +49,88 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-class Quality:
-    """Measures each thing once."""
+@dataclass(frozen=True)
+class Job:
+    """One measurement. recipe: None for the dense model; choose: calibrated on 85 % of the calibration text and
+    measured on the rest, else measured on the unseen text."""
 
-    def __init__(self) -> None:
-        self._code = code_hash()
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        self._known: dict[str, float] = stored.get(self._code, {})
-        text = (SHARED / "data" / "calib.txt").read_text(encoding="utf-8")
-        cut = int(len(text) * 0.85)
-        self.fit, self.hold_out = RESULTS.parent / "fit.txt", RESULTS.parent / "hold-out.txt"
-        self.fit.write_text(text[:cut], encoding="utf-8")
-        self.hold_out.write_text(text[cut:], encoding="utf-8")
-        self.all, self.unseen = SHARED / "data" / "calib.txt", SHARED / "data" / "wikitext2-valid.txt"
+    model: str
+    choose: bool
+    ratio: float = 0.0
+    recipe: str | None = None
+    scope: Scope | None = None
 
-    def dense(self, model: str, text: Path) -> float:
-        return self._once(f"{model} dense {text.name}", lambda: self._evaluate(SHARED / "models" / model, text, None))
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self))
 
-    def compressed(self, model: str, ratio: float, recipe: dict[str, Any], scope: Any = None, *, choose: bool) -> float:
-        """choose: calibrated on 85 % of the calibration text, measured on the rest; else on the unseen text."""
-        calibration, text = (self.fit, self.hold_out) if choose else (self.all, self.unseen)
-        key = f"{model} {ratio} {json.dumps(recipe)} {scope} {text.name}"
+    def measure(self) -> float:
+        """Perplexity."""
+        source = SHARED / "models" / self.model
+        text = FOLDER / "hold-out.txt" if self.choose else SHARED / "data" / "wikitext2-valid.txt"
+        if self.recipe is None:
+            return _evaluate(source, text, None)
+        calibration = FOLDER / "fit.txt" if self.choose else SHARED / "data" / "calib.txt"
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+            out = Path(folder) / "model"
+            content = {"ratio": self.ratio, "calibration": CALIBRATION, **RECIPES[self.recipe]}
+            compress(str(source), out, Recipe.model_validate(content), calibration, console=_silent())
+            return _evaluate(out, text, self.scope)
 
-        def measure() -> float:
-            with tempfile.TemporaryDirectory(dir=RESULTS.parent) as folder:
-                out = Path(folder) / "model"
-                settings = Recipe.model_validate({"ratio": ratio, "calibration": CALIBRATION, **recipe})
-                compress(str(SHARED / "models" / model), out, settings, calibration, console=_silent())
-                return self._evaluate(out, text, scope)
 
-        return self._once(key, measure)
+Results = dict[str, float]
 
-    def _evaluate(self, folder: Path, text: Path, scope: Any) -> float:
-        return evaluate(str(folder), text, 256, scope, lambda total: Steps(total, _silent())).perplexity
 
-    def _once(self, key: str, measure: Any) -> float:
-        if key not in self._known:
-            self._known[key] = measure()
-            RESULTS.write_text(json.dumps({self._code: self._known}, indent=1))
-            print(f"{key}: {self._known[key]:.3f}", file=sys.stderr, flush=True)
-        return self._known[key]
+def jobs() -> list[Job]:
+    """Everything that the page shows."""
+    cases = [(model, ratio) for model in MODELS for ratio in RATIOS]
+    found = [Job(model, choose) for choose in (True, False) for model in MODELS]
+    found += [Job(*c[:1], choose, c[1], name) for choose in (True, False) for name in RECIPES for c in cases]
+    return found + [Job(m, False, ratio, DEFAULT, scope) for m, ratio in cases for scope in ("token", "batch")]
+
+
+def measure_all(code: str) -> Results:
+    """Every job's perplexity; what is known already is not measured again."""
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known: Results = stored.get(code, {})
+    text = (SHARED / "data" / "calib.txt").read_text(encoding="utf-8")
+    cut = int(len(text) * 0.85)
+    (FOLDER / "fit.txt").write_text(text[:cut], encoding="utf-8")
+    (FOLDER / "hold-out.txt").write_text(text[cut:], encoding="utf-8")
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        waiting = {pool.submit(job.measure): job for job in jobs() if job.key not in known}
+        for count, done in enumerate(as_completed(waiting), start=1):
+            known[waiting[done].key] = done.result()
+            write_file(RESULTS, json.dumps({code: known}, indent=1))
+            print(f"{count}/{len(waiting)} {waiting[done].key}: {done.result():.3f}", file=sys.stderr, flush=True)
+    return known
+
+
+def _evaluate(folder: Path, text: Path, scope: Scope | None) -> float:
+    return evaluate(str(folder), text, 256, scope, lambda total: Steps(total, _silent())).perplexity
 
 
 def _silent() -> Console:
     return Console(file=io.StringIO())
 
 
-def table(quality: Quality, *, choose: bool) -> str:
-    text = quality.hold_out if choose else quality.unseen
+def table(results: Results, *, choose: bool) -> str:
     head = [f"{model} {100 * ratio:.0f} %" for model in MODELS for ratio in RATIOS]
     lines = ["| recipe | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
-    rows = {
-        name: [quality.compressed(m, ratio, recipe, choose=choose) for m in MODELS for ratio in RATIOS]
-        for name, recipe in RECIPES.items()
-    }
+    rows = {name: [results[Job(m, choose, ratio, name).key] for m in MODELS for ratio in RATIOS] for name in RECIPES}
     best = [min(values) for values in zip(*rows.values(), strict=True)]
     for name, values in rows.items():
         cells = [f"**{v:.2f}**" if v == b else f"{v:.2f}" for v, b in zip(values, best, strict=True)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    dense = ", ".join(f"{model} {quality.dense(model, text):.2f}" for model in MODELS)
+    dense = ", ".join(f"{model} {results[Job(model, choose).key]:.2f}" for model in MODELS)
     return "\n".join([*lines, "", f"Uncompressed: {dense}."])
 
 
-def scopes(quality: Quality) -> str:
+def scopes(results: Results) -> str:
     lines = ["| model, ratio | off | token | batch |", "|---|---:|---:|---:|"]
     for model in MODELS:
         for ratio in RATIOS:
-            values = [quality.compressed(model, ratio, {}, s, choose=False) for s in (None, "token", "batch")]
+            values = [results[Job(model, False, ratio, DEFAULT, scope).key] for scope in (None, "token", "batch")]
             lines.append(f"| {model} {100 * ratio:.0f} % | " + " | ".join(f"{v:.2f}" for v in values) + " |")
     return "\n".join(lines)
 
@@ -117,16 +138,18 @@ def scopes(quality: Quality) -> str:
 def main() -> None:
     if not SHARED.is_dir():
         raise SystemExit("make quality needs the models and texts of ../shared")
-    quality = Quality()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    results = measure_all(code_hash())
     page = PAGE.read_text(encoding="utf-8")
-    for name, content in [
-        ("hold-out", lambda: table(quality, choose=True)),
-        ("unseen", lambda: table(quality, choose=False)),
-        ("scopes", lambda: scopes(quality)),
-    ]:
-        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    tables = {
+        "hold-out": table(results, choose=True),
+        "unseen": table(results, choose=False),
+        "scopes": scopes(results),
+    }
+    for name, content in tables.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, after = page.split(start)[0], page.split(end)[1]
-        page = before + start + content() + end + after
+        page = f"{before}{start}{content}\n{end}{after}"
     PAGE.write_text(page, encoding="utf-8")
     print(f"tables written to {PAGE.relative_to(ROOT)}")
 
