@@ -365,10 +365,16 @@ def check_checkpoint(folder: Path, config: CheckpointConfig | None = None) -> Ch
         raise CheckpointError(f"{folder}: {MANIFEST_FILE} lists expert tensors: {_names(both)}")
     weight_map = check_tensors(folder, others | experts, manifest.files)
     for layer, projections in config.layers.items():
-        for role in ROLES:
+        columns: dict[Role, list[int]] = {}
+        names = {role: config.tensor_name(layer, 0, role, "base_columns") for role in ROLES}
+        for role, name in names.items():
             if projections[role].kept_columns:
-                name = config.tensor_name(layer, 0, role, "base_columns")
-                check_columns(name, _read_integers(folder / weight_map[name], name), config, role)
+                columns[role] = _read_integers(folder / weight_map[name], name)
+                check_columns(name, columns[role], config, role)
+        if columns.get("gate") != columns.get("up"):
+            raise CheckpointError(
+                f"{names['gate']} and {names['up']} differ, gate and up share one selection; copy the checkpoint again"
+            )
     return config
 
 

@@ -82,7 +82,7 @@ def padding_mask(num_rows: int) -> Tensor | None:
     """
     if not is_forward_context_available():
         return None
-    mask = getattr(get_forward_context(), "is_padding", None)
+    mask = get_forward_context().is_padding
     if mask is None:
         return None
     if mask.shape[0] < num_rows:

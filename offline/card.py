@@ -22,11 +22,13 @@ TEMPLATE = """---
 | parameters | {source_parameters:,} | {parameters:,} |
 | bytes on disk | {source_bytes:,} | {bytes:,} |
 
-Made by [d2moe-vllm](https://pypi.org/project/d2moe-vllm/): per MoE layer one shared, column-pruned base, per
-expert a low-rank delta (D2-MoE, arXiv 2502.17298). Everything but the experts is unchanged.
+Made by d2moe-vllm: per MoE layer one shared, column-pruned base, per expert a low-rank delta (D2-MoE, arXiv
+2502.17298). Everything but the experts is unchanged.
+
+To serve it, install d2moe-vllm from a checkout of its repository:
 
 ```sh
-pip install 'd2moe-vllm[serve]'
+pip install -e '.[serve]'   # in the checkout
 vllm serve <this folder or repository> --trust-remote-code
 ```
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import MixtralForCausalLM
@@ -62,10 +63,17 @@ def check_files(folder: str, settings: Mapping[str, Any]) -> None:
     manifest = _read_json(folder, "d2moe_manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{folder}: d2moe_manifest.json is not of format version {FORMAT_VERSION}; copy it again")
-    expected = {name: (dtype, tuple(shape)) for name, (dtype, shape) in manifest["other_tensors"].items()}
+    try:
+        expected = {name: (dtype, tuple(shape)) for name, (dtype, shape) in manifest["other_tensors"].items()}
+        sizes = {file: int(entry["bytes"]) for file, entry in manifest["files"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{folder}: d2moe_manifest.json lacks other_tensors or files, or they are damaged; copy it again"
+        ) from None
     expected.update(_expert_tensors(settings))
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in sorted(manifest["files"]):
+    paths: dict[str, str] = {}
+    for file in sorted(sizes):
         path = os.path.join(folder, file)
         if os.path.basename(file) != file:
             raise ValueError(f"{folder}: d2moe_manifest.json names {file!r}, which is no file of this folder")
@@ -75,6 +83,7 @@ def check_files(folder: str, settings: Mapping[str, Any]) -> None:
             with safe_open(path, framework="pt") as handle:
                 slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
                 found.update({name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()})
+                paths.update(dict.fromkeys(slices, path))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: damaged or truncated ({error}); copy it again") from None
     for problem, names in (
@@ -86,9 +95,32 @@ def check_files(folder: str, settings: Mapping[str, Any]) -> None:
     for name, spec in expected.items():
         if found[name] != spec:
             raise ValueError(f"{folder}: {name} is {found[name]}, expected {spec}; copy the checkpoint again")
-    for file, entry in manifest["files"].items():
-        if os.path.getsize(os.path.join(folder, file)) != entry["bytes"]:
+    for file, size in sizes.items():
+        if os.path.getsize(os.path.join(folder, file)) != size:
             raise ValueError(f"{folder}: weight file {file} is truncated or replaced; copy it again")
+    for number in settings["layers"]:
+        _check_columns(folder, settings, str(number), paths)
+
+
+def _check_columns(folder: str, settings: Mapping[str, Any], number: str, paths: Mapping[str, str]) -> None:
+    """Base columns ascend, are in range, as many in every group, and the same for gate and up."""
+    prefix, groups = settings["experts"].replace("{layer}", number), settings["pruning"].get("groups", 8)
+    found: dict[str, Tensor] = {}
+    for role, projection in settings["projections"].items():
+        name = f"{prefix}.0.{projection}.base_columns"
+        if name not in paths:
+            continue
+        with safe_open(paths[name], framework="pt") as handle:
+            columns = found[role] = handle.get_tensor(name).long()
+        inputs = settings["intermediate_size" if role == "down" else "hidden_size"]
+        expected = torch.arange(groups).repeat_interleave(len(columns) // groups)
+        if not (columns.diff() > 0).all() or not torch.equal(columns * groups // inputs, expected):
+            raise ValueError(
+                f"{folder}: {name}: columns must ascend, lie in 0..{inputs - 1} and be spread evenly over "
+                f"{groups} groups; copy the checkpoint again"
+            )
+        if role != "down" and any(not torch.equal(columns, found.get(other, columns)) for other in ("gate", "up")):
+            raise ValueError(f"{folder}: {name} differs between gate and up, which share it; copy it again")
 
 
 def _expert_tensors(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:

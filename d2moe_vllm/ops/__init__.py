@@ -1,7 +1,8 @@
 """Backends of the MoE layer: one signature, `reference.fused_experts`, that every backend has.
 
 A backend is a row in BACKENDS. Tensors come first and in this order, so that the same signature serves as
-a torch custom op (SCHEMA); what is fixed per layer follows by keyword.
+a torch custom op, whose schema experts.py builds from TENSORS and OPTIONS; what is fixed per layer follows by
+keyword.
 """
 
 from __future__ import annotations

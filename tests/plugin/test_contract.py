@@ -89,6 +89,7 @@ def test_activations() -> None:
 
 
 def test_forward_context() -> None:
+    """compat.padding_mask reads the attribute as it is: None says that nothing is padding."""
     assert "is_padding" in fields(forward_context.ForwardContext)
     assert "is_padding" in names(forward_context.set_forward_context)
 

@@ -142,15 +142,18 @@ def test_expert_parallel(folder: Path, checkpoint: Path, dense: Results, eager: 
 
 
 @pytest.mark.slow
-def test_expert_parallel_selects_for_gate_and_up_only(folder: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize("scope", ["token", "batch"])
+def test_expert_parallel_selects_for_gate_and_up_only(folder: Path, checkpoint: Path, scope: str) -> None:
     """Equal to a checkpoint that uses all of down's columns, served without expert parallelism."""
     what = Synthetic(dtype=torch.float32)
     what.used["down"] = what.kept["down"]
-    write_checkpoint(folder / "all-of-down", what)
-    settings = {"dtype": "float32", "enforce_eager": True, "additional_config": {"d2moe": {"scope": "token"}}}
+    model = folder / f"all-of-down-{scope}"
+    write_checkpoint(model, what)
+    settings = {"dtype": "float32", "enforce_eager": True, "additional_config": {"d2moe": {"scope": scope}}}
     parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    ours = generate(folder / "ep2-token", checkpoint, TWO_RANKS, **settings, **parallel)
-    assert_same(ours, by_transformers(folder / "all-of-down", "token", ours))
+    # In scope batch the requests of one forward pass would share their selection.
+    ours = generate(folder / f"ep2-{scope}", checkpoint, TWO_RANKS, one_by_one=scope == "batch", **settings, **parallel)
+    assert_same(ours, by_transformers(model, scope, ours))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import NAMES, Synthetic, write_checkpoint, write_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
-from d2moe_vllm.checkpoint import check_checkpoint
+from d2moe_vllm.checkpoint import CheckpointError, check_checkpoint
 from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source
 from d2moe_vllm.hf.experts import D2Experts
 from d2moe_vllm.hf.modeling_d2moe import D2MixtralForCausalLM
@@ -139,6 +139,65 @@ def no_manifest(folder: Path) -> None:
     (folder / "d2moe_manifest.json").unlink()
 
 
+def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "d2moe_manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def no_other_tensors(folder: Path) -> None:
+    edit_manifest(folder, lambda manifest: manifest.pop("other_tensors"))
+
+
+def no_files(folder: Path) -> None:
+    edit_manifest(folder, lambda manifest: manifest.pop("files"))
+
+
+def no_sizes(folder: Path) -> None:
+    edit_manifest(folder, lambda manifest: [entry.pop("bytes") for entry in manifest["files"].values()])
+
+
+COLUMNS = "model.layers.2.block_sparse_moe.experts.0.{}.base_columns"
+
+
+def edit_columns(folder: Path, change: Callable[[torch.Tensor], torch.Tensor], *names: str) -> None:
+    names = tuple(COLUMNS.format(name) for name in names)
+    edit(folder, lambda tensors: tensors.update({name: change(tensors[name]).contiguous() for name in names}))
+
+
+def swap(columns: torch.Tensor) -> torch.Tensor:
+    """Within one group, so that only the order is wrong."""
+    return torch.cat([columns[:2].flip(0), columns[2:]])
+
+
+def unsorted(folder: Path) -> None:
+    edit_columns(folder, swap, "w2")
+
+
+def too_high(folder: Path) -> None:
+    edit_columns(folder, lambda columns: torch.cat([columns[:-1], torch.tensor([256], dtype=torch.int32)]), "w2")
+
+
+def negative(folder: Path) -> None:
+    edit_columns(folder, lambda columns: torch.cat([torch.tensor([-1], dtype=torch.int32), columns[1:]]), "w2")
+
+
+def uneven(folder: Path) -> None:
+    edit_columns(folder, lambda columns: torch.arange(len(columns), dtype=torch.int32), "w1", "w3")
+
+
+def move_one(columns: torch.Tensor) -> torch.Tensor:
+    """Another choice of 12 of the first group's 16 columns."""
+    first = columns[:12].tolist()
+    free = next(column for column in range(16) if column not in first)
+    return torch.cat([torch.tensor(sorted([*first[1:], free]), dtype=torch.int32), columns[12:]])
+
+
+def gate_is_not_up(folder: Path) -> None:
+    edit_columns(folder, move_one, "w3")
+
+
 def edit(folder: Path, change: Callable[[dict], object], shard: str = "model-00002-of-00002.safetensors") -> None:
     tensors = load_file(folder / shard)
     change(tensors)
@@ -155,6 +214,14 @@ def edit(folder: Path, change: Callable[[dict], object], shard: str = "model-000
         (truncate, "model-00002-of-00002.safetensors: damaged or truncated"),
         (new_version, "format version 9 is not supported"),
         (no_manifest, "d2moe_manifest.json is missing"),
+        (no_other_tensors, "d2moe_manifest.json lacks other_tensors or files"),
+        (no_files, "d2moe_manifest.json lacks other_tensors or files"),
+        (no_sizes, "d2moe_manifest.json lacks other_tensors or files"),
+        (unsorted, COLUMNS.format("w2") + ": columns must ascend"),
+        (too_high, COLUMNS.format("w2") + r": columns must ascend, lie in 0\.\.255"),
+        (negative, COLUMNS.format("w2") + ": columns must ascend"),
+        (uneven, COLUMNS.format("w1") + ": columns must .* evenly over 8 groups"),
+        (gate_is_not_up, COLUMNS.format("w3") + " differs between gate and up"),
     ],
 )
 def test_damage_is_refused_by_name(checkpoint: Path, tmp_path: Path, damage: Callable, words: str) -> None:
@@ -163,6 +230,14 @@ def test_damage_is_refused_by_name(checkpoint: Path, tmp_path: Path, damage: Cal
     with pytest.raises(ValueError, match=words) as error:
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert "\n" not in str(error.value)
+
+
+def test_columns_that_differ_between_gate_and_up_are_refused_everywhere(checkpoint: Path, tmp_path: Path) -> None:
+    """By inspect, eval and the vLLM plugin too, which share this check."""
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    gate_is_not_up(folder)
+    with pytest.raises(CheckpointError, match=f"{COLUMNS.format('w1')} and {COLUMNS.format('w3')} differ"):
+        check_checkpoint(folder)
 
 
 def test_saving_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_a_missing_attention_tensor_stops_vllm_serve_with_its_name(compressed: P
     tensors = load_file(file)
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
-    marker = f"d2moe-test-{tmp_path.name}"
+    marker = f"d2moe-test-{tmp_path}"
     with pytest.raises(ServerError) as caught, Server(damaged, log=tmp_path / "log", env={"MARKER": marker}):
         pass
     assert "exited with 1" in str(caught.value)
@@ -42,7 +42,7 @@ def test_the_demo_leaves_nothing_behind_when_interrupted(when: str, tmp_path: Pa
     copy.mkdir()
     for name in ("examples", "offline", "d2moe_vllm"):
         shutil.copytree(ROOT / name, copy / name)
-    marker = f"d2moe-test-{tmp_path.name}"
+    marker = f"d2moe-test-{tmp_path}"
     process = subprocess.Popen(
         [sys.executable, "examples/demo.py"],
         cwd=copy,
@@ -71,7 +71,7 @@ def test_the_demo_leaves_nothing_behind_when_interrupted(when: str, tmp_path: Pa
 
 
 def test_a_killed_parent_takes_its_server_along(tmp_path: Path) -> None:
-    marker = f"d2moe-test-{tmp_path.name}"
+    marker = f"d2moe-test-{tmp_path}"
     code = (
         "import sys, pathlib; from offline.server import Server\n"
         f"Server(pathlib.Path({str(TINY)!r}), log=pathlib.Path({str(tmp_path / 'log')!r})).__enter__()\n"
