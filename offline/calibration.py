@@ -35,11 +35,14 @@ def read_text(path: Path) -> str:
     if path.suffix.lower() != ".jsonl":
         return content
     texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            texts.append(json.loads(line)["text"])
+            text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError
+            texts.append(text)
         except (json.JSONDecodeError, KeyError, TypeError):
             raise InputError(f"{path}, line {number}: expected a JSON object with a `text` field") from None
     return "\n\n".join(texts)

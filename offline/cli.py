@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -114,6 +115,7 @@ def compress(
     seed: Seed = None,
     revision: Revision = None,
     workdir: Annotated[Path | None, typer.Option(help="For intermediate files (default OUT.d2moe-work).")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over what was begun on another machine.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress SRC into OUT, layer by layer; a run that was interrupted is continued."""
@@ -132,7 +134,8 @@ def compress(
     )
     if calibration is None:
         raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
-    result = run(source, out, chosen, calibration, revision=revision, workdir=workdir, console=Console(stderr=True))
+    options: dict[str, Any] = {"revision": revision, "workdir": workdir, "restart": restart}
+    result = run(source, out, chosen, calibration, **options, console=Console(stderr=True))
     result["seconds"] = round(time.monotonic() - started, 1)
     result["peak_memory_bytes"] = peak_memory()
     if as_json:
@@ -213,11 +216,13 @@ def main(arguments: list[str] | None = None) -> None:
         if error.errno in _DISK_ERRORS:
             _fail(f"{error.strerror}: {error.filename or 'a file'}; free some space or permit writing, run it again", 2)
         raise
+    if code == 130:  # typer's own answer to Ctrl-C
+        _fail("interrupted; run the same command again to continue", 1)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-_DISK_ERRORS = (28, 30, 13, 122)
-"""ENOSPC, EROFS, EACCES, EDQUOT: the machine's state, not a bug."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+"""The machine's state or a path the user gave, not a bug."""
 
 
 def _prepare_environment() -> None:

@@ -57,6 +57,9 @@ def compress_layer(
     if statistics.fisher is not None:
         statistics.fisher = None  # as large as the layer itself in float32, and no longer needed
     errors = _factor_all(number, weights, bases, statistics, config, recipe, tensors)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{name} came out as NaN or infinite; try another dtype of the source or another text")
     report = {"tokens": statistics.tokens.tolist(), "relative_error": errors}
     return CompressedLayer(tensors, report)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
 from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Role, Scope, check_checkpoint
@@ -19,7 +18,7 @@ from d2moe_vllm.hf.experts import D2Experts
 from offline.calibration import all_windows, read_text, tokenize
 from offline.errors import InputError
 from offline.families import FAMILIES, Family
-from offline.layerwise import LayerwiseModel, next_token_loss
+from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
 from offline.pipeline import batches
 from offline.progress import Steps
 from offline.shards import Reader
@@ -74,15 +73,17 @@ def evaluate(
     tokens = all_windows(tokenize(folder, read_text(text)), length)
     with steps((evaluated.model.num_layers + 1) * len(tokens)) as progress:
         total = _loss(evaluated, tokens, progress)
+    if not math.isfinite(total):
+        raise InputError(f"{source} gives NaN or infinite log-likelihoods on {text}; check it with d2moe inspect")
     count = tokens.shape[0] * (tokens.shape[1] - 1)
-    return Perplexity(math.exp(total / count), total / count, count, len(tokens), length, evaluated.scope)
+    return Perplexity(math.exp(min(total / count, 700.0)), total / count, count, len(tokens), length, evaluated.scope)
 
 
 def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
     """A dense or compressed checkpoint, ready to run. Raises InputError or CheckpointError."""
     folder = resolve_folder(source)
     quantization = read_model_config(folder).get("quantization_config") or {}
-    hf_config = AutoConfig.from_pretrained(folder)
+    hf_config = read_hf_config(folder)
     activation = ACT2FN[hf_config.hidden_act]
     if quantization.get("quant_method") == "d2moe":
         config = check_checkpoint(folder)
@@ -134,7 +135,7 @@ def _compressed_experts(
     )
     prefix = config.experts_prefix(layer) + "."
     names = [name for role in config.projections for name in config.projection_tensors(layer, role)]
-    experts.load_state_dict({name.removeprefix(prefix): reader.tensor(name) for name in names}, strict=True)
+    experts.load_state_dict({name.removeprefix(prefix): reader.finite(name) for name in names}, strict=True)
     return experts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,12 +19,13 @@ def shrink_gram(gram: Tensor, tokens: int, strength: float) -> Tensor:
     Returns float64 [n, n].
     """
     size = gram.shape[0]
-    gram = gram.double()
-    mean = float(gram.diagonal().mean())
+    mean = float(gram.diagonal().double().mean())
     if tokens == 0 or mean <= 0:
         return torch.eye(size, dtype=torch.float64)
     share = strength * size / (strength * size + tokens)
-    return (1 - share) * gram + share * mean * torch.eye(size, dtype=torch.float64)
+    shrunk = gram.double() * (1 - share)  # the one copy: at real sizes each is gigabytes
+    shrunk.diagonal().add_(share * mean)
+    return shrunk
 
 
 def gram_root(gram: Tensor) -> Tensor:
@@ -89,7 +91,10 @@ def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float
     weight, error, gram = weight.double(), weight.double() - approximation.double(), gram.double()
 
     def energy(matrix: Tensor) -> float:
-        return max(float(((matrix @ gram) * matrix).sum()), 0.0)
+        value = float(((matrix @ gram) * matrix).sum())
+        return max(value, 0.0) if math.isfinite(value) else math.nan
 
     total = energy(weight)
+    if not math.isfinite(total):
+        return math.nan
     return (energy(error) / total) ** 0.5 if total > 0 else 0.0

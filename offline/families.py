@@ -19,6 +19,7 @@ class Family:
         `<experts>.<expert>.<projection>.weight`, [out, in].
     experts_module: path of the experts inside transformers' decoder layer; its forward takes
         (hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k]).
+    activation: the hidden_act that vLLM's own code of the family computes, whatever config.json says.
     renames: substrings of disk names -> transformers' module names.
     """
 
@@ -29,6 +30,7 @@ class Family:
     intermediate_size_key: str
     experts_module: str
     renames: Mapping[str, str] = field(default_factory=dict)
+    activation: str = "silu"
 
     def experts_prefix(self, layer: int) -> str:
         """`experts` of one layer."""
@@ -102,6 +104,13 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
             raise InputError(f"config.json: {key} is {value!r}, a {family.model_type} model needs a positive number")
         return value
 
+    activation = config.get("hidden_act", family.activation)
+    if activation != family.activation:
+        raise InputError(
+            f"config.json: hidden_act {activation!r}; vLLM serves {family.model_type} with {family.activation}"
+        )
+    if number("num_experts_per_tok") > number(family.num_experts_key):
+        raise InputError("config.json: num_experts_per_tok exceeds the number of experts")
     return MoEShape(
         num_experts=number(family.num_experts_key),
         experts_per_token=number("num_experts_per_tok"),

@@ -50,6 +50,10 @@ def _statistics(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from None
-    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
-        raise CheckpointError(f"{path}: no layers in it; copy it again")
+    try:
+        for report in content["layers"].values():
+            if not all(report["relative_error"][role] for role in ROLES) or not report["tokens"]:
+                raise ValueError
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise CheckpointError(f"{path}: not the statistics of every layer; copy it again") from None
     return content

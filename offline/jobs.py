@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,12 @@ from rich.console import Console
 from offline.calibration import choose_windows, read_text, tokenize
 from offline.errors import InputError
 from offline.pipeline import Run
-from offline.plan import estimate_seconds, layer_work, make_plan, peak_memory
+from offline.plan import Plan, estimate_seconds, layer_work, make_plan, peak_memory, work_bytes
 from offline.progress import Steps
 from offline.publish import publish
 from offline.recipe import Recipe
 from offline.source import open_dense
-from offline.workdir import WorkDir, fingerprint
+from offline.workdir import MARKER_FILE, WorkDir, fingerprint
 
 
 def compress(
@@ -26,6 +29,7 @@ def compress(
     *,
     revision: str | None = None,
     workdir: Path | None = None,
+    restart: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Compress `source` into the new folder `out`; an interrupted run is continued.
@@ -34,19 +38,17 @@ def compress(
     Returns what was written, for printing.
     """
     console = console or Console(stderr=True)
-    out = out.absolute()
-    if out.exists():
-        raise InputError(f"{out} exists already; choose another folder or remove it")
-    if not out.parent.is_dir():
-        raise InputError(f"{out.parent} is no folder; create it first")
+    out = out.parent.resolve() / out.name
+    folder = (workdir or out.with_name(out.name + ".d2moe-work")).resolve()
+    _check_places(out, folder)
     plan = make_plan(open_dense(source, revision), recipe)
+    if folder == plan.model.folder or folder in plan.model.folder.parents:
+        raise InputError(f"--workdir {folder} holds the source; choose another")
     settings = plan.recipe.calibration
     tokens = tokenize(plan.model.folder, read_text(calibration))
     windows = choose_windows(tokens, settings.windows, int(settings.seq_len), settings.seed)
-    work = WorkDir(
-        (workdir or out.with_name(out.name + ".d2moe-work")).absolute(),
-        fingerprint(plan.model, plan.recipe, windows.sha256),
-    )
+    _check_space(plan, folder, out)
+    work = WorkDir(folder, fingerprint(plan.model, plan.recipe, windows.sha256), restart=restart)
     if work.invalidated:
         console.print(f"{' and '.join(work.invalidated)} changed since the interrupted run: starting over")
     predicted = {"seconds": round(estimate_seconds(plan), 1), "peak_memory_bytes": peak_memory(plan)}
@@ -62,8 +64,42 @@ def compress(
             run.compress_layers()
             steps.label("writing the checkpoint")
             publish(plan, windows, work, run.reports(), out)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"{error.strerror} (working folder {folder}, result in {out.parent}); "
+            "free some space and run the same command again to continue"
+        ) from None
     except BaseException:
         work.close()
         raise
     work.remove()
     return {**plan.summary(), "path": str(out), "predicted": predicted}
+
+
+def _check_places(out: Path, folder: Path) -> None:
+    """Refuse a result that would replace something, that cannot be written, or that the cleanup would take along."""
+    if os.path.lexists(out):
+        left = f" (its working folder {folder} can be removed too)" if (folder / MARKER_FILE).exists() else ""
+        raise InputError(f"{out} exists already; choose another folder or remove it{left}")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent} is no folder; create it first")
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"{out.parent} is not writable; choose another folder")
+    if folder == out or folder in out.parents or out in folder.parents:
+        raise InputError(f"--workdir {folder} and the result {out} lie inside one another; choose another --workdir")
+
+
+def _check_space(plan: Plan, folder: Path, out: Path) -> None:
+    """Refuse before the work what would fill the disk hours later."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    left_over = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    needed = work_bytes(plan) - left_over
+    if there.stat().st_dev == out.parent.stat().st_dev:
+        needed += plan.budget.nbytes
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise InputError(
+            f"No space left for {needed:,} bytes under {there}: {free:,} are free; choose another --workdir"
+        )

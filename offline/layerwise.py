@@ -7,12 +7,14 @@ arguments a layer is called with, or that inject hidden states before the head, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2moe_vllm.checkpoint import TensorSpec
 from offline.errors import InputError
 from offline.families import Family
 from offline.shards import Reader
@@ -40,6 +42,56 @@ class _Injector(nn.Module):
         return self.hidden
 
 
+def read_hf_config(folder: Path) -> Any:
+    """transformers' configuration of a model folder. Raises InputError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # validation errors of many types, some of several lines
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder / 'config.json'}: transformers refuses it: {reason[:300]}") from None
+
+
+def blueprint(hf_config: Any) -> Any:
+    """The stock model without any weight (on the meta device), in eval mode. Raises InputError."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(hf_config)
+    for attribute in ("quantization_config", "auto_map"):
+        if hasattr(config, attribute):
+            delattr(config, attribute)
+    config.use_cache = False
+    config.output_router_logits = False
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as error:  # sizes that do not go together
+        raise InputError(f"config.json: transformers cannot build this model: {' '.join(str(error).split())}") from None
+    return model.eval().requires_grad_(False)
+
+
+def check_parameters(family: Family, hf_config: Any, specs: Mapping[str, TensorSpec]) -> None:
+    """Compare every parameter of the stock model but the experts' with the tensors on disk; reads no weight.
+
+    Raises InputError, naming the first that is missing or of another shape.
+    """
+    model = blueprint(hf_config)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if hf_config.tie_word_embeddings else set()
+    found = {family.module_name(name): spec.shape for name, spec in specs.items()}
+    experts = f".{family.experts_module}."
+    for name, parameter in model.named_parameters():
+        if experts in name or name in tied:
+            continue
+        if name not in found:
+            raise InputError(f"the source has no tensor for {name}; download the model again")
+        if found[name] != tuple(parameter.shape):
+            raise InputError(
+                f"the source's {name} is {list(found[name])}, config.json makes it {list(parameter.shape)}; "
+                "wrong config.json?"
+            )
+
+
 class LayerwiseModel:
     """Runs a causal language model of `reader`'s checkpoint in float32, layer by layer.
 
@@ -47,26 +99,18 @@ class LayerwiseModel:
     """
 
     def __init__(self, reader: Reader, family: Family, hf_config: Any) -> None:
-        from transformers import AutoModelForCausalLM
-
-        config = copy.deepcopy(hf_config)
-        for attribute in ("quantization_config", "auto_map"):
-            if hasattr(config, attribute):
-                delattr(config, attribute)
-        config.use_cache = False
-        config.output_router_logits = False
         self._reader, self._family = reader, family
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        model.eval().requires_grad_(False)
+        model = blueprint(hf_config)
+        config = model.config
         self._blueprints = list(model.model.layers)
         self._recorders = nn.ModuleList(_Recorder() for _ in self._blueprints)
         self._injector = _Injector()
         # Its frequencies are computed from the configuration, no checkpoint holds them.
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
         model.model.layers = nn.ModuleList()
-        self._load(model, lambda name: not name.startswith(LAYER_PREFIX), lambda name: name)
-        if config.tie_word_embeddings:
+        tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+        self._load(model, lambda name: not name.startswith(LAYER_PREFIX), lambda name: name, tied)
+        if tied:
             model.tie_weights()
         self._model = model
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -115,8 +159,14 @@ class LayerwiseModel:
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
         return self._model(input_ids=tokens).logits.float()
 
-    def _load(self, module: nn.Module, wanted: Callable[[str], bool], rename: Callable[[str], str]) -> None:
-        """Fill a meta module with float32 tensors from disk, by assignment."""
+    def _load(
+        self,
+        module: nn.Module,
+        wanted: Callable[[str], bool],
+        rename: Callable[[str], str],
+        tied: Collection[str] = (),
+    ) -> None:
+        """Fill a meta module with float32 tensors from disk, by assignment; `tied` are filled by the caller."""
         names = {rename(name): name for name in self._reader.specs if wanted(name)}
         state = {}
         for parameter in module.state_dict():
@@ -125,7 +175,6 @@ class LayerwiseModel:
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
         left = [name for name, value in module.named_parameters() if value.is_meta]
-        tied = getattr(module, "_tied_weights_keys", None) or ()
         if missing := [name for name in left if name not in tied]:
             raise InputError(f"{self._reader.folder}: no tensor for {missing[0]}; download the model again")
 

@@ -41,7 +41,7 @@ def fisher_merge(weights: Sequence[Tensor], evidence: Evidence) -> Tensor:
     norm = torch.zeros_like(total)
     for weight, fisher, factor in zip(weights, evidence.fisher, power, strict=True):
         # Divided by the mean, so that tiny Fisher values cannot underflow.
-        importance = fisher.float() * (float(factor) / mean) + evidence.epsilon
+        importance = (fisher.double() * (float(factor) / mean)).float() + evidence.epsilon
         total.addcmul_(importance, weight.float())
         norm += importance
     return total / norm

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
 from offline.compression import compress_layer
-from offline.layerwise import LayerwiseModel, next_token_loss
+from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
 from offline.plan import BATCH_TOKENS, Plan, layer_work
 from offline.progress import Steps
 from offline.statistics import DenseExperts, LayerStatistics
@@ -43,7 +42,7 @@ class Run:
 
     def __post_init__(self) -> None:
         model = self.plan.model
-        config = AutoConfig.from_pretrained(model.folder)
+        config = read_hf_config(model.folder)
         self.streamed = LayerwiseModel(model.reader, model.family, config)
         self.activation = ACT2FN[config.hidden_act]
         self.last = model.shape.layers[-1]
@@ -73,7 +72,7 @@ class Run:
             writer.publish()
         for layer in range(last + (1 if needs_head else 0)):
             if self.work.has(f"hidden-{layer + 1:05d}"):
-                self.steps.advance(work)
+                self.steps.skip(work)
                 continue
             self._forward_layer(layer, work)
         self.steps.advance(0 if needs_head else work)

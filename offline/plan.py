@@ -96,6 +96,8 @@ def make_plan(model: DenseModel, recipe: Recipe, shard_bytes: int = SHARD_BYTES)
         budget = solve_paper(problem, recipe.ratio, 1.0 if sparsity is None else sparsity)
     else:
         budget = solve_stored(problem, recipe.ratio)
+    if budget.nbytes >= model.reader.nbytes:
+        raise InputError(f"ratio {recipe.ratio:g} would not make the model smaller; choose a higher one")
     return Plan(model, recipe, budget)
 
 

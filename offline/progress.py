@@ -38,11 +38,12 @@ class Steps:
         if self._progress:
             self._progress.stop()
 
-    def skip(self, work: float, note: str) -> None:
+    def skip(self, work: float, note: str = "") -> None:
         """Work that an earlier run did already."""
         self._resumed += work
         self.advance(work)
-        self._console.print(note, style="dim", highlight=False)
+        if note:
+            self._console.print(note, style="dim", highlight=False)
 
     def label(self, text: str) -> None:
         self._label = text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,16 +29,18 @@ from offline.card import model_card
 from offline.errors import InputError
 from offline.plan import Plan
 from offline.shards import write_file, write_shards
-from offline.workdir import WorkDir
+from offline.workdir import WorkDir, sync_file
 
 OURS = {"config.json", "README.md", MANIFEST_FILE, RECIPE_FILE, STATS_FILE, INDEX_FILE, MODELING_FILE}
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt", ".pkl", ".ot", ".npz",
+)  # fmt: skip
 INDEX_SUFFIX = ".index.json"
 
 
-def partial_folder(out: Path) -> Path:
-    """Where a checkpoint is put together; on the same filesystem as `out`, so that a rename publishes it."""
-    return out.parent / f".{out.name}.partial"
+def partial_folder(out: Path, work: Path) -> Path:
+    """Where a checkpoint is put together: next to `out`, so that a rename publishes it, and of one run alone."""
+    return out.parent / f".{out.name}.{hashlib.sha256(str(work).encode()).hexdigest()[:8]}.partial"
 
 
 def companion_files(folder: Path) -> list[Path]:
@@ -57,9 +60,9 @@ def publish(plan: Plan, windows: Windows, work: WorkDir, reports: dict[str, Any]
 
     Raises InputError where `out` has come into being meanwhile.
     """
-    folder = partial_folder(out)
+    folder = partial_folder(out, work.path)
     if folder.exists():
-        shutil.rmtree(folder)  # of an earlier run that was killed here; the lock says nobody is using it
+        shutil.rmtree(folder)  # of an earlier run with this working folder, whose lock we hold
     folder.mkdir(parents=True)
     model, config = plan.model, plan.config
     layer_of = {name: layer for layer in config.layers for role in config.projections
@@ -78,9 +81,10 @@ def publish(plan: Plan, windows: Windows, work: WorkDir, reports: dict[str, Any]
     write_file(folder / "README.md", model_card(plan))
     for path in companion_files(model.folder):
         shutil.copyfile(path, folder / path.name)
+        sync_file(folder / path.name)
     check_checkpoint(folder)
     _sync_folder(folder)
-    if out.exists():
+    if os.path.lexists(out):
         raise InputError(f"{out} has appeared meanwhile; the finished checkpoint is in {folder}: rename it yourself")
     folder.rename(out)
     _sync_folder(out.parent)

@@ -20,7 +20,7 @@ Multiple = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Calibration(_Section):
@@ -28,7 +28,7 @@ class Calibration(_Section):
 
     windows: int = Field(default=128, ge=1)
     seq_len: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 class Base(_Section):

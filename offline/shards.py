@@ -141,9 +141,14 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int = SHARD_BYTES) -
     ]
 
 
-def write_shards(
-    folder: Path, shards: list[Shard], produce: Callable[[str], Tensor], metadata: Mapping[str, object] | None = None
-) -> dict[str, FileEntry]:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file of tensors that are in memory already. Raises OSError where it cannot be written."""
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    specs = {name: TensorSpec(names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    _write_shard(path, plan_shards(specs, max_bytes=sum(s.nbytes for s in specs.values()) + 1)[0], tensors.__getitem__)
+
+
+def write_shards(folder: Path, shards: list[Shard], produce: Callable[[str], Tensor]) -> dict[str, FileEntry]:
     """Write every shard and the index into `folder`, asking `produce` for one tensor at a time.
 
     Returns size and sha256 of every file. Raises ValueError where a produced tensor does not match its plan.
@@ -152,7 +157,7 @@ def write_shards(
     weight_map = {name: shard.file for shard in shards for name in shard.tensors}
     total = sum(spec.nbytes for shard in shards for spec in shard.tensors.values())
     index = {
-        "metadata": {"total_size": total, **(metadata or {})},
+        "metadata": {"total_size": total},
         "weight_map": {name: weight_map[name] for name in sorted(weight_map, key=natural_key)},
     }
     write_file(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")

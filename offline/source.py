@@ -13,6 +13,7 @@ from typing import Any
 from d2moe_vllm.checkpoint import DTYPES, ROLES, Dtype, Role, TensorSpec
 from offline.errors import InputError
 from offline.families import Family, MoEShape, expert_dtype, expert_weights, find_family, read_shape
+from offline.layerwise import check_parameters, read_hf_config
 from offline.shards import Reader
 
 PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "*.py"]
@@ -75,7 +76,8 @@ class DenseModel:
 
     @property
     def max_positions(self) -> int | None:
-        return self.config.get("max_position_embeddings")
+        value = self.config.get("max_position_embeddings")
+        return value if isinstance(value, int) else None
 
     def weights(self, layer: int) -> dict[Role, list[Any]]:
         """All expert weights of one layer, per role and expert [out, in], in their stored dtype.
@@ -92,8 +94,8 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
     """Open SRC. Raises InputError or CheckpointError for anything that is not a whole, supported dense MoE."""
     folder = resolve_folder(source, revision)
     config = read_model_config(folder)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise InputError(f"{source} is already compressed or quantized ({method}); give the original model")
     family = find_family(config)
     shape = read_shape(family, config)
@@ -104,6 +106,7 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
     if strange := [name for name in reader.specs if name.startswith(prefixes) and name not in weights]:
         raise InputError(f"{source}: expert tensor {strange[0]} does not fit config.json; wrong config.json?")
     dtype: Dtype = next(name for name, stored in DTYPES.items() if stored == found)
+    check_parameters(family, read_hf_config(folder), reader.specs)
     is_hub = not Path(source).expanduser().is_dir()
     # A folder's path is nobody's business in a published checkpoint; its name is what a card can say.
     return DenseModel(

@@ -7,7 +7,7 @@ gradient is ever formed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +72,20 @@ class LayerStatistics:
         """G = X Xᵀ / tokens, float64 [n, n]."""
         return self.gram[site][expert].double() / max(int(self.tokens[expert]), 1)
 
-    def nbytes(self) -> int:
-        held = [*self.gram["input"], *self.gram["middle"], *self.energy.values()]
-        held += [tensor for tensors in (self.fisher or {}).values() for tensor in tensors]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+class _Project(torch.autograd.Function):
+    """rows [n, in] @ weight [out, in]ᵀ in float32. Keeps the weight as it is stored for the way back and widens
+    it once more there: autograd's own product would keep a float32 copy of every expert alive."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return linear(rows, weight.float())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight.float(), None
 
 
 class DenseExperts(nn.Module):
@@ -120,7 +130,7 @@ class DenseExperts(nn.Module):
         return output
 
     def _project(self, role: Role, expert: int, rows: Tensor) -> Tensor:
-        result = linear(rows, self._weights[role][expert].float())
+        result = _Project.apply(rows, self._weights[role][expert])
         statistics = self._statistics
         if statistics is not None and statistics.fisher is not None and result.requires_grad:
             result.register_hook(statistics.gradient_hook(expert, role, rows))

@@ -5,27 +5,31 @@ Every file appears under its final name only when it is complete, so what exists
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import d2moe_vllm
 from offline.errors import InputError
 from offline.recipe import Recipe
-from offline.shards import write_file
+from offline.shards import write_file, write_tensors
 from offline.source import DenseModel
 
 FINGERPRINT_FILE = "fingerprint.json"
+MARKER_FILE = ".d2moe-work"
+"""Lock, and sign that a folder is ours."""
+CREATED = "created"
+"""In the marker of a folder that was not there before."""
 
 
 def fingerprint(model: DenseModel, recipe: Recipe, calibration_sha256: str) -> dict[str, Any]:
@@ -46,6 +50,7 @@ def fingerprint(model: DenseModel, recipe: Recipe, calibration_sha256: str) -> d
         "calibration": calibration_sha256,
         "machine": {
             "torch": torch.__version__,
+            "transformers": importlib.metadata.version("transformers"),
             "threads": torch.get_num_threads(),
             "cpu": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         },
@@ -55,26 +60,34 @@ def fingerprint(model: DenseModel, recipe: Recipe, calibration_sha256: str) -> d
 class WorkDir:
     """The working folder of one run, locked against a second one.
 
-    Raises InputError where the folder holds something else or another run uses it.
+    expected: the fingerprint; restart: start over where it differs in the machine alone, which is otherwise refused
+    (a run of days is not thrown away because it was resumed with another thread count).
+    Raises InputError where the folder holds something else, cannot be used, or another run uses it.
     """
 
-    def __init__(self, path: Path, expected: dict[str, Any]) -> None:
+    def __init__(self, path: Path, expected: dict[str, Any], *, restart: bool = False) -> None:
         self.path = path
         self.invalidated: list[str] = []
-        if path.exists() and not path.is_dir():
-            raise InputError(f"working folder {path} is a file; choose another --workdir")
-        if path.exists() and not (path / "lock").exists() and any(path.iterdir()):
-            raise InputError(f"working folder {path} is not empty and not ours; choose another --workdir")
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / "lock").open("w")
+        marker = path / MARKER_FILE
+        try:
+            if path.is_dir() and not marker.exists() and any(path.iterdir()):
+                raise InputError(f"working folder {path} is not empty and not ours; choose another --workdir")
+            created = not path.exists()
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = marker.open("a+")
+        except OSError as error:
+            raise InputError(f"working folder {path} cannot be used ({error.strerror}); choose another") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"another run is using {path}; wait for it, or choose another --workdir") from None
-        self._check(expected)
+        if created:
+            self._lock.write(CREATED)
+            self._lock.flush()
+        self._check(expected, restart)
         (path / "layers").mkdir(exist_ok=True)
 
-    def _check(self, expected: dict[str, Any]) -> None:
+    def _check(self, expected: dict[str, Any], restart: bool) -> None:
         file = self.path / FINGERPRINT_FILE
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -85,18 +98,38 @@ class WorkDir:
             return
         if isinstance(found, dict):
             self.invalidated = [key for key in wanted if found.get(key) != wanted[key]]
-        for entry in self.path.iterdir():
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if self.invalidated == ["machine"] and not restart:
+                before, now = found["machine"], wanted["machine"]
+                changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+                raise InputError(
+                    f"{self.path} was begun elsewhere ({'; '.join(changes)}) and would end in other bytes; "
+                    "go on there, or add --restart to start over"
+                )
+        self._clear()
         write_file(file, json.dumps(wanted, indent=1) + "\n")
+
+    def _clear(self) -> None:
+        """Delete our own files, and nothing else that may lie here; what makes them trusted goes first."""
+        (self.path / FINGERPRINT_FILE).unlink(missing_ok=True)
+        for pattern in ("*.f32", "*.partial", "layers/*.safetensors", "layers/*.json", "layers/*.partial"):
+            for file in self.path.glob(pattern):
+                file.unlink()
+        if (self.path / "layers").is_dir():
+            (self.path / "layers").rmdir()
 
     def close(self) -> None:
         self._lock.close()
 
     def remove(self) -> None:
-        """Delete the folder: the run is finished and its result published."""
-        shutil.rmtree(self.path)
+        """Delete what is ours: the run is finished and its result published."""
+        self._clear()
+        self._lock.seek(0)
+        created = self._lock.read() == CREATED
+        (self.path / MARKER_FILE).unlink()
         self.close()
+        if created:
+            with contextlib.suppress(OSError):  # somebody put a file of theirs here
+                self.path.rmdir()
 
     # Activations: float32 [windows, seq, hidden], one file each, memory-mapped.
 
@@ -131,8 +164,7 @@ class WorkDir:
         path = self.layer_path(layer)
         write_file(path.with_suffix(".json"), json.dumps(report))
         partial = path.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        _sync(partial)
+        write_tensors(partial, tensors)
         partial.replace(path)  # last: this file says that the layer is done
 
     def layer_tensor(self, layer: int, name: str) -> Tensor:
@@ -153,7 +185,7 @@ class ActivationWriter:
 
     def publish(self) -> None:
         del self.array
-        _sync(self._partial)
+        sync_file(self._partial)
         self._partial.replace(self._path)
 
 
@@ -167,6 +199,6 @@ def map_activations(path: Path, shape: tuple[int, int, int]) -> Tensor:
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 import yaml
 from compression import COMPRESS, TINY, d2moe, d2moe_here, script
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from d2moe_vllm.checkpoint import DTYPE_BYTES, read_config
 from offline.factorization import relative_error
@@ -48,7 +50,6 @@ def test_plan_predicts_the_exact_bytes(compressed: Path) -> None:
     assert plan["result"]["bytes"] == sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
     assert plan["peak_memory_bytes"] > 0
     assert plan["disk_bytes"]["work"] > 0
-    assert "ranks" not in done.stderr
 
 
 def test_all_but_the_experts_is_kept_to_the_byte(compressed: Path) -> None:
@@ -112,7 +113,8 @@ def test_two_runs_give_the_same_bytes(compressed: Path, texts: tuple[Path, Path]
     assert digests(tmp_path / "again") == digests(compressed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]
     assert "vllm serve" in done.stdout
-    assert "left" in done.stderr or "elapsed" in done.stderr
+    for shown in ("layer 1/4", "elapsed", "left"):
+        assert shown in done.stderr
 
 
 KILL_POINTS = [
@@ -123,7 +125,7 @@ KILL_POINTS = [
     "tiny.d2moe-work/layers/00003.safetensors",
     "tiny.d2moe-work/gradient-00002.f32",
     pytest.param("tiny.d2moe-work/layers/00001.safetensors", marks=pytest.mark.slow),
-    ".tiny.partial",
+    ".tiny.*.partial",
 ]
 
 
@@ -136,7 +138,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
     command = [script("d2moe"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not (tmp_path / point).exists():
+    while not list(tmp_path.glob(point)):
         assert process.poll() is None, f"the run ended before {point} appeared"
         assert time.monotonic() < deadline
         time.sleep(0.0005)
@@ -213,7 +215,7 @@ def test_a_second_run_on_the_same_folder_is_refused(texts: tuple[Path, Path], tm
 
     work = tmp_path / "tiny.d2moe-work"
     work.mkdir()
-    with (work / "lock").open("w") as lock:
+    with (work / ".d2moe-work").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = d2moe("compress", TINY, tmp_path / "tiny", "--calibration", texts[0], *COMPRESS)
     refused(done, "another run")
@@ -239,6 +241,11 @@ def test_damaged_sources_are_refused_by_name(source: Path) -> None:
     refused(plan(), "no safetensors weights")
     weights.write_bytes(data)
     for change, fragment in [
+        ({"num_key_value_heads": 4}, "k_proj"),
+        ({"vocab_size": 5000}, "[4096, 128]"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"quantization_config": "x"}, "already"),
         ({"num_local_experts": 9}, "experts.8.w1.weight"),
         ({"num_local_experts": 7}, "experts.7.w1.weight"),
         ({"num_hidden_layers": 5}, "layers.4"),
@@ -268,17 +275,93 @@ def test_a_nan_in_one_weight_is_refused_by_name(source: Path, texts: tuple[Path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_source_that_lacks_a_tensor_is_refused_before_any_work(source: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    for name in ("lm_head.weight", "model.norm.weight", "model.layers.3.self_attn.q_proj.weight"):
+        save_file({n: t for n, t in tensors.items() if n != name}, source / "model.safetensors")
+        refused(d2moe_here("plan", source, "--ratio", "0.4"), name, "download")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
-def test_a_full_disk_is_one_line_and_harms_nothing(texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_refused_before_any_work(texts: tuple[Path, Path], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("this machine does not let us mount a tmpfs")
     try:
-        done = d2moe("compress", TINY, disk / "tiny", "--calibration", texts[0], *COMPRESS)
-        assert done.returncode == 2, done.stderr
-        assert "No space left" in done.stderr.splitlines()[-1]
-        assert not (disk / "tiny").exists()
+        refused(d2moe("compress", TINY, disk / "tiny", "--calibration", texts[0], *COMPRESS), "No space left")
+        assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line_and_the_run_goes_on_later(
+    texts: tuple[Path, Path], tmp_path: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arguments = ["compress", TINY, tmp_path / "tiny", "--calibration", texts[0], *COMPRESS]
+    with monkeypatch.context() as patch:
+        patch.setattr("offline.workdir.write_tensors", full)
+        done = d2moe_here(*arguments)
+    assert done.returncode == 2
+    assert "No space left" in done.stderr.splitlines()[-1]
+    assert "continue" in done.stderr.splitlines()[-1]
+    again = d2moe(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert digests(tmp_path / "tiny") == digests(compressed)
+
+
+def test_working_folder_and_result_keep_apart_and_nothing_foreign_is_deleted(
+    texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    text = ("--ratio", "0.4", "--calibration", texts[0], "--windows", "8", "--seq-len", "64")
+    work = tmp_path / "work"
+    work.mkdir()
+    refused(d2moe_here("compress", TINY, work / "out", *text, "--workdir", work), "inside one another")
+    refused(d2moe_here("compress", TINY, tmp_path / "o", *text, "--workdir", tmp_path / "o"), "inside one another")
+    (work / "lock").write_text("")
+    (work / "thesis.tex").write_text("mine")
+    refused(d2moe_here("compress", TINY, tmp_path / "o", *text, "--workdir", work), "not ours")
+    assert (work / "thesis.tex").read_text() == "mine"
+    (work / "lock").unlink()
+    (work / "thesis.tex").unlink()
+    done = d2moe_here("compress", TINY, tmp_path / "o", *text, "--workdir", work)
+    assert done.returncode == 0, done.stderr
+    assert list(work.iterdir()) == []  # the user's own folder stays
+
+
+def test_a_run_begun_with_other_threads_is_not_thrown_away(texts: tuple[Path, Path], tmp_path: Path) -> None:
+    work = tmp_path / "tiny.d2moe-work"
+    text = ("--ratio", "0.4", "--calibration", texts[0], "--windows", "8", "--seq-len", "64")
+    arguments = ["compress", TINY, tmp_path / "tiny", *text]
+    process = subprocess.Popen(
+        [script("d2moe"), *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (work / "hidden-00001.f32").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    kept = json.loads((work / "fingerprint.json").read_text())
+    kept["machine"]["threads"] = 77
+    (work / "fingerprint.json").write_text(json.dumps(kept))
+    refused(d2moe_here(*arguments), "threads 77", "--restart")
+    assert (work / "hidden-00001.f32").exists()
+    assert d2moe_here(*arguments, "--restart").returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize("ratio", ["0.2", "0.4", "0.6"])
+def test_the_default_beats_mean_base_and_plain_svd(texts: tuple[Path, Path], tmp_path: Path, ratio: str) -> None:
+    recipe = tmp_path / "plain.yaml"
+    recipe.write_text("base: {merge: mean}\ndelta: {method: svd}\n")
+    perplexity = {}
+    for name, extra in (("default", ()), ("plain", ("--recipe", recipe))):
+        text = ("--ratio", ratio, "--calibration", texts[0], "--windows", "64", "--seq-len", "128", *extra)
+        assert d2moe_here("compress", TINY, tmp_path / name, *text).returncode == 0
+        done = d2moe_here("eval", tmp_path / name, "--text", texts[1], "--seq-len", "128", "--json")
+        perplexity[name] = json.loads(done.stdout)["perplexity"]
+    assert perplexity["default"] < perplexity["plain"]
