@@ -93,6 +93,8 @@ def serve(out: Path) -> None:
 def main() -> None:
     # A plain `kill` must run the `with` block's end as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # And Ctrl-C must work where a script started us in the background, with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         serve(compress())
     except ServerError as error:
