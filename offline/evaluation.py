@@ -27,6 +27,10 @@ from offline.statistics import DenseExperts
 from offline.workdir import map_activations
 
 
+LARGEST_LOSS = 700.0
+"""Nats a token whose exponential is still a float; a uniform guess among a million tokens is 14."""
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """exp of the mean negative log-likelihood over every token but each window's first.
@@ -73,10 +77,13 @@ def evaluate(
     tokens = all_windows(tokenize(folder, read_text(text)), length)
     with steps((evaluated.model.num_layers + 1) * len(tokens)) as progress:
         total = _loss(evaluated, tokens, progress)
-    if not math.isfinite(total):
-        raise InputError(f"{source} gives NaN or infinite log-likelihoods on {text}; check it with d2moe inspect")
     count = tokens.shape[0] * (tokens.shape[1] - 1)
-    return Perplexity(math.exp(min(total / count, 700.0)), total / count, count, len(tokens), length, evaluated.scope)
+    mean = total / count
+    if not math.isfinite(mean) or mean > LARGEST_LOSS:
+        raise InputError(
+            f"{source} gives a negative log-likelihood of {mean} a token on {text}: its weights are broken"
+        )
+    return Perplexity(math.exp(mean), mean, count, len(tokens), length, evaluated.scope)
 
 
 def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
