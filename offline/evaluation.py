@@ -26,7 +26,6 @@ from offline.source import open_dense, read_model_config, resolve_folder
 from offline.statistics import DenseExperts
 from offline.workdir import map_activations
 
-
 LARGEST_LOSS = 700.0
 """Nats a token whose exponential is still a float; a uniform guess among a million tokens is 14."""
 
