@@ -64,6 +64,7 @@ def compress(
             run.compress_layers()
             steps.label("writing the checkpoint")
             publish(plan, windows, work, run.reports(), out)
+        work.remove()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -71,10 +72,8 @@ def compress(
             f"{error.strerror} (working folder {folder}, result in {out.parent}); "
             "free some space and run the same command again to continue"
         ) from None
-    except BaseException:
+    finally:
         work.close()
-        raise
-    work.remove()
     return {**plan.summary(), "path": str(out), "predicted": predicted}
 
 
