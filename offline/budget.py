@@ -7,13 +7,17 @@ that dynamic pruning merely skips.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Layer, Projection, Role, TensorSpec
 from offline.errors import InputError
 from offline.families import MoEShape
+from offline.recipe import Recipe
 from offline.shards import SHARD_BYTES, Shard, plan_shards
+from offline.statistics import SITES, Site
 
 FULL = 1e9
 """A kept share so large that every rank is full."""
@@ -43,8 +47,10 @@ class Columns:
     used: int
 
 
-def base_columns(in_features: int, sparsity: float, groups: int, multiple: int) -> Columns:
-    """Columns left when `sparsity` of them is unused in total, half of it statically (METHODS 1.2, 1.5).
+def base_columns(
+    in_features: int, sparsity: float, groups: int, multiple: int, *, static: bool = False
+) -> Columns:
+    """Columns left when `sparsity` of them is unused in total, half of it (or all) statically (METHODS 1.2, 1.5).
 
     Evenly over `groups`, rounded down to `multiple` per group. Raises InputError where groups do not
     divide the columns or nothing would be left.
@@ -57,8 +63,9 @@ def base_columns(in_features: int, sparsity: float, groups: int, multiple: int) 
         # The small term keeps e.g. (1 - 0.9) * 10 from becoming 0 in floating point.
         return groups * (int(size * share + 1e-9) // multiple * multiple)
 
-    kept = in_features if sparsity == 0 else per_group(1 - sparsity / 2)
     used = in_features if sparsity == 0 else per_group(1 - sparsity)
+    kept = in_features if sparsity == 0 else per_group(1 - sparsity / 2)
+    kept = used if static else kept
     if used == 0:
         raise InputError(
             f"base.sparsity {sparsity:g} leaves no column in groups of {size} at column_multiple {multiple}; "
@@ -67,13 +74,28 @@ def base_columns(in_features: int, sparsity: float, groups: int, multiple: int) 
     return Columns(kept, used)
 
 
+Option = Literal["none", "pruned", "full", "svd"]
+"""What a selection's base is: not there, column-pruned, all columns, low-rank."""
+OPTIONS: Mapping[str, tuple[Option, ...]] = {
+    "semi-dynamic": ("pruned",),
+    "static": ("pruned",),
+    "svd": ("svd",),
+    "none": ("none",),
+    "auto": ("none", "pruned", "full"),
+}
+"""base.kind -> the options that the budget may choose from."""
+Ranks = dict[tuple[int, Role], int]
+Choices = dict[tuple[int, Site], Option]
+
+
 @dataclass(frozen=True)
 class Budget:
-    """A solved budget. shards: the exact files that will be written."""
+    """A solved budget. shards: the exact files that will be written; choices: each selection's kind of base."""
 
     config: CheckpointConfig
     shards: list[Shard]
     kept_share: dict[Role, float]
+    choices: Choices
 
     @property
     def nbytes(self) -> int:
@@ -90,41 +112,92 @@ class Budget:
         return 1 - self.nbytes / self.config.source.bytes
 
 
-Ranks = dict[tuple[int, Role], int]
-
-
 @dataclass(frozen=True)
 class Problem:
     """What the ranks have to fit into.
 
-    draft: the checkpoint's configuration, its ranks not yet decided; other_tensors: all that is kept as it is.
+    draft: the checkpoint's configuration but for its layers; other_tensors: all that is kept as it is; trimmed: per
+    layer the experts without deltas (their number decides sizes, which ones they are is known after calibration).
     """
 
     draft: CheckpointConfig
     shape: MoEShape
     other_tensors: Mapping[str, TensorSpec]
-    rank_multiple: int
+    recipe: Recipe
+    trimmed: Mapping[int, tuple[int, ...]]
     shard_bytes: int = SHARD_BYTES
 
+    @property
+    def options(self) -> tuple[Option, ...]:
+        return OPTIONS[self.recipe.base.kind]
+
+    @property
+    def rank_multiple(self) -> int:
+        """Ranks are multiples of it; deltas that are columns also spread evenly over the groups."""
+        multiple = int(self.recipe.delta.rank_multiple)
+        return math.lcm(multiple, self.recipe.base.groups) if self.recipe.delta.method == "prune" else multiple
+
     def rank(self, role: Role, kept_share: float) -> int:
-        """k = floor(rho m n / (m + n)), rounded down to the multiple, at least one multiple."""
+        """k = floor(rho m n / (m + n)), or floor(rho n) columns, rounded down to the multiple, at least one."""
         out_features, in_features = self.shape.projection(role)
-        rank = int(kept_share * out_features * in_features / (out_features + in_features))
-        rank = max(rank // self.rank_multiple, 1) * self.rank_multiple
-        return min(rank, self.limit(role))
+        full = out_features * in_features / (out_features + in_features)
+        rank = int(kept_share * (in_features if self.recipe.delta.method == "prune" else full))
+        return min(max(rank // self.rank_multiple, 1) * self.rank_multiple, self.limit(role))
 
     def limit(self, role: Role) -> int:
-        full = min(self.shape.projection(role))
+        out_features, in_features = self.shape.projection(role)
+        full = in_features if self.recipe.delta.method == "prune" else min(out_features, in_features)
         return full // self.rank_multiple * self.rank_multiple or full
 
     def uniform(self, kept_share: float) -> Ranks:
         return {(layer, role): self.rank(role, kept_share) for layer in self.shape.layers for role in ROLES}
 
-    def solve(self, ranks: Ranks) -> Budget:
-        layers = {
-            number: Layer(**{role: layer[role].model_copy(update={"rank": ranks[number, role]}) for role in ROLES})
-            for number, layer in self.draft.layers.items()
+    def same(self, option: Option) -> Choices:
+        """One kind of base everywhere."""
+        return {(layer, site): option for layer in self.shape.layers for site in ("input", "middle")}
+
+    def columns(self, role: Role, option: Option) -> Columns:
+        """Base columns of a projection under an option; (0, 0) where the base is not made of columns."""
+        in_features = self.shape.projection(role)[1]
+        if option == "full":
+            return Columns(in_features, in_features)
+        if option != "pruned":
+            return Columns(0, 0)
+        base = self.recipe.base
+        return base_columns(
+            in_features, base.sparsity, base.groups, int(base.column_multiple), static=base.kind == "static"
+        )
+
+    def projection(self, role: Role, option: Option, rank: int) -> Projection:
+        """What would be stored of one projection."""
+        columns, delta = self.columns(role, option), self.recipe.delta
+        base_rank = 0
+        if option == "svd":  # as many parameters as a statically pruned base has
+            out_features, in_features = self.shape.projection(role)
+            whole = (1 - self.recipe.base.sparsity) * out_features * in_features / (out_features + in_features)
+            multiple = int(delta.rank_multiple)
+            base_rank = max(int(whole) // multiple, 1) * multiple
+        return Projection(
+            rank=rank,
+            kept_columns=columns.kept,
+            used_columns=columns.used,
+            base_rank=base_rank,
+            delta="columns" if delta.method == "prune" else "factors",
+            shared_v=delta.share_v,
+            distinct_u=delta.distinct_u,
+        )
+
+    def layers(self, choices: Choices, ranks: Ranks) -> dict[int, Layer]:
+        return {
+            layer: Layer(
+                **{role: self.projection(role, choices[layer, SITES[role]], ranks[layer, role]) for role in ROLES},
+                trimmed=self.trimmed[layer],
+            )
+            for layer in self.shape.layers
         }
+
+    def solve(self, choices: Choices, ranks: Ranks) -> Budget:
+        layers = self.layers(choices, ranks)
         config = CheckpointConfig.model_validate(self.draft.model_dump() | {"layers": layers})
         shards = plan_shards({**self.other_tensors, **config.expert_tensors()}, self.shard_bytes)
         share = {}
@@ -132,28 +205,55 @@ class Problem:
             out_features, in_features = self.shape.projection(role)
             mean = sum(ranks[layer, role] for layer in self.shape.layers) / len(self.shape.layers)
             share[role] = mean * (out_features + in_features) / (out_features * in_features)
-        return Budget(config, shards, share)
+        return Budget(config, shards, share, choices)
+
+    def step_bytes(self, role: Role) -> int:
+        """Payload that one more rank costs a projection of one layer."""
+        return self._payload(role, "none", 2 * self.rank_multiple) - self._payload(role, "none", self.rank_multiple)
+
+    def base_bytes(self, role: Role, option: Option) -> int:
+        """Payload of a projection's base in one layer."""
+        return self._payload(role, option, self.rank_multiple) - self._payload(role, "none", self.rank_multiple)
+
+    def _payload(self, role: Role, option: Option, rank: int) -> int:
+        """By the format itself, so that no formula for sizes stands twice."""
+        layer = self.shape.layers[0]
+        # Sizes are linear in the rank: a rank above the matrix's limit serves to measure a step.
+        projection = self.projection(role, option, rank)
+        config = self.draft.model_copy(
+            update={
+                "layers": {
+                    layer: Layer.model_construct(gate=projection, up=projection, down=projection,
+                                                 trimmed=self.trimmed[layer])
+                }
+            }
+        )  # fmt: skip
+        return sum(spec.nbytes for spec in config.projection_tensors(layer, role).values())
 
     def delta_bytes(self, ranks: Ranks) -> int:
-        """Payload of all deltas, without building their names."""
-        width = self.shape.num_experts * (4 if self.draft.dtype == "float32" else 2)
-        return sum(rank * sum(self.shape.projection(role)) * width for (_, role), rank in ranks.items())
+        """Payload of all deltas but their indices, without building their names."""
+        steps = {role: self.step_bytes(role) for role in ROLES}
+        return sum(rank // self.rank_multiple * steps[role] for (_, role), rank in ranks.items())
 
 
-def solve_paper(problem: Problem, ratio: float, sparsity: float) -> Budget:
+def solve_paper(problem: Problem, ratio: float) -> Budget:
     """Ranks by the paper's nominal accounting."""
+    base = problem.recipe.base
+    sparsity = 1.0 if base.kind == "none" else base.sparsity  # without a base, all of it is saved
     share = paper_kept_share(problem.shape, problem.draft.source.parameters, ratio, sparsity)
-    return problem.solve(problem.uniform(share))
+    return problem.solve(problem.same(problem.options[0]), problem.uniform(share))
 
 
-def solve_stored(problem: Problem, ratio: float) -> Budget:
-    """The largest ranks whose files are at most (1 - ratio) of the source's bytes.
+def solve_stored(problem: Problem, ratio: float, option: Option | None = None) -> Budget:
+    """The largest ranks whose files are at most (1 - ratio) of the source's bytes, with one kind of base.
 
     One kept share for all deltas, then the rest is handed out in steps of the rank multiple, last layers
     first, `down` before `up` before `gate`. Raises InputError where the smallest ranks are already too large.
     """
+    choices = problem.same(option or problem.options[0])
     target = int((1 - ratio) * problem.draft.source.bytes)
-    smallest, largest = problem.solve(problem.uniform(0)), problem.solve(problem.uniform(FULL))
+    smallest = problem.solve(choices, problem.uniform(0))
+    largest = problem.solve(choices, problem.uniform(FULL))
     if smallest.nbytes > target:
         raise InputError(
             f"ratio {ratio:g} cannot be reached: even at rank {problem.rank_multiple} the ratio is "
@@ -164,31 +264,40 @@ def solve_stored(problem: Problem, ratio: float) -> Budget:
 
     room = target - fixed
     share = _largest_share(lambda share: problem.delta_bytes(problem.uniform(share)) <= room)
-    budget, ranks = problem.solve(problem.uniform(share)), problem.uniform(share)
+    return fill(problem, choices, problem.uniform(share), target, _one_more_each)
+
+
+Filler = Callable[[Problem, Ranks, int], Ranks]
+"""(problem, ranks, bytes that deltas may take) -> ranks that fill more of them."""
+
+
+def fill(problem: Problem, choices: Choices, ranks: Ranks, target: int, more: Filler) -> Budget:
+    """The budget of `ranks` that fit into `target` bytes, filled up by `more` as far as headers let it."""
+    budget = problem.solve(choices, ranks)
     reserve = 0
     while True:
-        # The headers' true size at these ranks, where the bound above was too careful.
+        # The headers' true size at these ranks, where an earlier bound was too careful.
         room = target - reserve - (budget.nbytes - problem.delta_bytes(ranks))
-        fuller = _fill(problem, ranks, room)
+        fuller = more(problem, ranks, room)
         if fuller == ranks:
             return budget
-        attempt = problem.solve(fuller)
+        attempt = problem.solve(choices, fuller)
         if attempt.nbytes > target:
             reserve += attempt.nbytes - target  # longer numbers in a header, or one more file
         else:
             budget, ranks = attempt, fuller
 
 
-def _fill(problem: Problem, ranks: Ranks, room: int) -> Ranks:
+def _one_more_each(problem: Problem, ranks: Ranks, room: int) -> Ranks:
     """One more step for every rank that still has one and for which deltas stay within `room` bytes."""
     ranks = dict(ranks)
     left = room - problem.delta_bytes(ranks)
+    steps = {role: problem.step_bytes(role) for role in ROLES}
     for layer in reversed(problem.shape.layers):
         for role in reversed(ROLES):
-            step = problem.delta_bytes({(layer, role): problem.rank_multiple})
-            if step <= left and ranks[layer, role] + problem.rank_multiple <= problem.limit(role):
+            if steps[role] <= left and ranks[layer, role] + problem.rank_multiple <= problem.limit(role):
                 ranks[layer, role] += problem.rank_multiple
-                left -= step
+                left -= steps[role]
     return ranks
 
 
@@ -200,16 +309,3 @@ def _largest_share(fits: Callable[[float], bool]) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def draft_layers(shape: MoEShape, sparsity: float | None, groups: int, multiple: int) -> dict[int, Layer]:
-    """Layers with their base columns decided and ranks still 1; sparsity None means no base at all."""
-
-    def projection(role: Role) -> Projection:
-        if sparsity is None:
-            return Projection(rank=1, kept_columns=0, used_columns=0)
-        columns = base_columns(shape.projection(role)[1], sparsity, groups, multiple)
-        return Projection(rank=1, kept_columns=columns.kept, used_columns=columns.used)
-
-    layer = Layer(gate=projection("gate"), up=projection("up"), down=projection("down"))
-    return dict.fromkeys(shape.layers, layer)

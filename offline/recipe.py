@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d2moe_vllm.checkpoint import Scope, first_error
 from offline.errors import InputError
@@ -24,45 +24,88 @@ class _Section(BaseModel):
 
 
 class Calibration(_Section):
-    """Which part of the calibration text is used. seq_len "auto": 2048, or the model's limit if that is less."""
+    """Which part of the calibration text is used, and what a layer sees of it.
+
+    seq_len "auto": 2048, or the model's limit if that is less. inputs: a layer's activations come from the `dense`
+    layers before it, or from these layers as they are after compression.
+    """
 
     windows: int = Field(default=128, ge=1)
     seq_len: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     seed: int = Field(default=0, ge=0, lt=2**63)
+    inputs: Literal["dense", "compressed"] = "dense"
 
 
 class Base(_Section):
-    """The shared base (METHODS 1.1, 1.2). sparsity: unused share of its columns, half of it pruned statically."""
+    """The shared base (METHODS 1.1, 1.2).
 
-    merge: Literal["fisher", "mean", "frequency", "none"] = "fisher"
+    kind: `semi-dynamic` prunes half of `sparsity` statically and leaves the other half to dynamic selection,
+    `static` prunes all of it, `svd` is a low-rank base of the same size as `static`, `none` has no base, `auto`
+    lets the budget decide per layer between none, semi-dynamic and a full base.
+    """
+
+    kind: Literal["semi-dynamic", "static", "svd", "none", "auto"] = "semi-dynamic"
+    merge: Literal["fisher", "mean", "frequency", "regmean", "ties"] = "fisher"
     fisher_epsilon: float = Field(default=1e-3, gt=0)
     frequency_power: float = Field(default=0.0, ge=0)
+    regmean_shrinkage: float = Field(default=0.1, ge=0, le=1)
+    ties_density: float = Field(default=0.2, gt=0, le=1)
     sparsity: float = Field(default=0.1, ge=0, lt=1)
     groups: int = Field(default=8, ge=1)
     column_multiple: Multiple = "auto"
 
 
 class Delta(_Section):
-    """The low-rank deltas (METHODS 1.3). gate_weighted: weigh tokens by their squared gate value;
-    shrinkage: strength of the pull towards a plain SVD where an expert saw few tokens."""
+    """The deltas (METHODS 1.3, 1.7).
 
-    method: Literal["whitened", "svd"] = "whitened"
+    gate_weighted: weigh tokens by their squared gate value; shrinkage: strength of the pull towards a plain SVD where
+    an expert saw few tokens; trim: so many of a layer's least routed experts get no delta; share_v: one V for all
+    experts of a projection; distinct_u: so many distinct U's per layer and projection, 0 for one per expert.
+    """
+
+    method: Literal["whitened", "svd", "asvd", "prune"] = "whitened"
     gate_weighted: bool = True
     shrinkage: float = Field(default=0.1, ge=0)
     rank_multiple: Multiple = "auto"
+    trim: int = Field(default=0, ge=0)
+    share_v: bool = False
+    distinct_u: int = Field(default=0, ge=0)
+
+    @property
+    def joint(self) -> bool:
+        """Whether experts are factored together."""
+        return self.share_v or self.distinct_u > 0
+
+    @model_validator(mode="after")
+    def _compatible(self) -> Delta:
+        if self.joint and self.method != "whitened":
+            raise ValueError(f"share_v and distinct_u need method whitened, not {self.method}")
+        return self
 
 
 class Recipe(_Section):
     """accounting: `stored` (share of the source's bytes gone from disk) or `paper` (Table 12's nominal share).
+    allocation: `uniform` (one kept share for all) or `adaptive` (ranks where they save most error, METHODS 1.7).
     scope: the dynamic column selection that the checkpoint asks to be served with."""
 
     method: Literal["d2"] = "d2"
     ratio: float = Field(gt=0, lt=1)
     accounting: Literal["stored", "paper"] = "stored"
+    allocation: Literal["uniform", "adaptive"] = "uniform"
     scope: Scope = "off"
     calibration: Calibration = Calibration()
     base: Base = Base()
     delta: Delta = Delta()
+
+    @model_validator(mode="after")
+    def _compatible(self) -> Recipe:
+        if self.allocation == "adaptive" and self.accounting == "paper":
+            raise ValueError("allocation adaptive needs accounting stored")
+        if self.base.kind == "auto" and self.allocation != "adaptive":
+            raise ValueError("base.kind auto needs allocation adaptive")
+        if self.delta.trim and self.base.kind == "none":
+            raise ValueError("delta.trim needs a base: trimmed experts run on it alone")
+        return self
 
     def resolve(self, hidden_size: int, max_positions: int | None) -> Recipe:
         """This recipe with every `auto` decided for one model."""

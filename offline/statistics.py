@@ -1,12 +1,14 @@
-"""What one pass over the calibration windows tells about one layer's experts: Fisher, Grams, routing counts.
+"""What the calibration text tells about one layer's experts: Fisher, Grams, routing counts.
 
-Only rows that the router sends to an expert count for it. Everything is accumulated in float32; no weight
-gradient is ever formed.
+Two steps. While the layer runs over all windows, what reaches its experts is written down (`Recorder`). Then
+each expert is taken alone over the rows that were routed to it, so that memory holds one expert's statistics
+whatever their number. Everything is accumulated in float32; no weight gradient is ever formed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,63 +16,49 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from d2moe_vllm.checkpoint import ROLES, Role
+from offline.activations import Rows
 
 Site = Literal["input", "middle"]
 """Where a projection reads: gate and up from the layer's input, down from the expert's activations."""
 SITES: Mapping[Role, Site] = {"gate": "input", "up": "input", "down": "middle"}
 
+Weights = Mapping[Role, Tensor]
+"""One expert's projections, [out, in] each, in their stored dtype."""
+Activation = Callable[[Tensor], Tensor]
 
-class LayerStatistics:
-    """Sums over all calibration tokens of one layer.
 
-    tokens: int64 [experts]; gram[site][expert]: float32 [n, n], sum of x xᵀ, weighted by the squared gate if
-    so asked; energy[site]: float32 [n], sum of x² of what the base reads there: every token's input, and the
-    gate-weighted mix of the experts' activations (METHODS 1.2); fisher[role][expert]: float32 [out, in], or
-    None where not asked for.
+class Recorder:
+    """Writes down what reaches the experts of a layer; `at` is set before each batch of windows.
+
+    inputs, upstream: [tokens, hidden], the experts' input and the gradient of the summed log-likelihood at their
+    output (None where no gradient is wanted); choice int32, gates float32: [tokens, k]. energy[site]: float64 [n],
+    sum of x² of what the base reads there: every token's input, and the gate-weighted mix of the experts'
+    activations (METHODS 1.2).
     """
 
-    def __init__(self, experts: int, hidden: int, intermediate: int, *, fisher: bool, gate_weighted: bool) -> None:
-        sizes: dict[Site, int] = {"input": hidden, "middle": intermediate}
-        self.gate_weighted = gate_weighted
-        self.tokens = torch.zeros(experts, dtype=torch.int64)
-        self.gram = {site: [torch.zeros(n, n) for _ in range(experts)] for site, n in sizes.items()}
-        self.energy = {site: torch.zeros(n) for site, n in sizes.items()}
-        self.fisher: dict[Role, list[Tensor]] | None = None
-        if fisher:
-            out = {"gate": intermediate, "up": intermediate, "down": hidden}
-            self.fisher = {role: [torch.zeros(out[role], sizes[SITES[role]]) for _ in range(experts)] for role in ROLES}
+    def __init__(self, inputs: Rows, choice: Rows, gates: Rows, upstream: Rows | None, sizes: Mapping[Site, int]):
+        self.inputs, self.choice, self.gates, self.upstream = inputs, choice, gates, upstream
+        self.energy = {site: torch.zeros(size, dtype=torch.float64) for site, size in sizes.items()}
+        self.at = slice(0, 0)
 
     @torch.no_grad()
-    def add_inputs(self, expert: int, site: Site, rows: Tensor, gates: Tensor) -> None:
-        """rows: [tokens, n] that expert reads at a site; gates: [tokens, 1]."""
-        weighted = rows * gates if self.gate_weighted else rows
-        self.gram[site][expert].addmm_(weighted.T, weighted)
-        if site == "input":
-            self.tokens[expert] += len(rows)
+    def routed(self, hidden: Tensor, choice: Tensor, gates: Tensor) -> None:
+        self.inputs.write(self.at, hidden)
+        self.choice.write(self.at, choice.to(torch.int32))
+        self.gates.write(self.at, gates.float())
+        self._add_energy("input", hidden)
 
     @torch.no_grad()
-    def add_energy(self, site: Site, rows: Tensor) -> None:
-        """rows: [tokens, n] that the base reads at a site."""
-        self.energy[site] += rows.square().sum(dim=0)
+    def mixed(self, mix: Tensor) -> None:
+        self._add_energy("middle", mix)
 
-    def gradient_hook(self, expert: int, role: Role, rows: Tensor) -> Callable[[Tensor], None]:
-        """A hook for the projection's output [tokens, out]; rows [tokens, in] is what it read.
+    def watch(self, output: Tensor) -> None:
+        if self.upstream is not None and output.requires_grad:
+            at, upstream = self.at, self.upstream
+            output.register_hook(lambda gradient: upstream.write(at, gradient))
 
-        Adds F = (Δ∘Δ)ᵀ (x∘x), Δ being the gradient of the windows' summed log-likelihood: squared per
-        position, so that the result does not depend on how windows are batched (METHODS 1.1).
-        """
-        assert self.fisher is not None
-        total, squares = self.fisher[role][expert], rows.detach().square()
-
-        @torch.no_grad()
-        def hook(gradient: Tensor) -> None:
-            total.addmm_(gradient.square().T, squares)
-
-        return hook
-
-    def mean_gram(self, expert: int, site: Site) -> Tensor:
-        """G = X Xᵀ / tokens, float64 [n, n]."""
-        return self.gram[site][expert].double() / max(int(self.tokens[expert]), 1)
+    def _add_energy(self, site: Site, rows: Tensor) -> None:
+        self.energy[site] += rows.square().sum(dim=0).cpu().double()
 
 
 class _Project(torch.autograd.Function):
@@ -89,49 +77,121 @@ class _Project(torch.autograd.Function):
 
 
 class DenseExperts(nn.Module):
-    """The dense experts of one layer in float32, optionally watched by `statistics`.
+    """The dense experts of one layer in float32, optionally watched by a recorder.
 
-    weights: per role and expert [out, in], kept in the stored dtype and widened one matrix at a time.
+    weights: per expert and role [out, in], kept in the stored dtype and widened one matrix at a time.
     Fits where transformers' decoder layers of all families call their experts.
     """
 
-    def __init__(
-        self,
-        weights: Mapping[Role, Sequence[Tensor]],
-        activation: Callable[[Tensor], Tensor],
-        statistics: LayerStatistics | None = None,
-    ) -> None:
+    def __init__(self, weights: Mapping[int, Weights], activation: Activation, recorder: Recorder | None = None) -> None:
         super().__init__()
-        self._weights, self._activation, self._statistics = weights, activation, statistics
+        self._weights, self._activation, self._recorder = weights, activation, recorder
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden]."""
-        statistics = self._statistics
+        recorder = self._recorder
         output = torch.zeros_like(hidden_states)
         mix = None
-        if statistics is not None:
-            statistics.add_energy("input", hidden_states)
-            mix = hidden_states.new_zeros(len(hidden_states), self._weights["down"][0].shape[1])
-        for expert in range(len(self._weights["gate"])):
+        if recorder is not None:
+            recorder.routed(hidden_states, top_k_index, top_k_weights)
+            mix = hidden_states.new_zeros(len(hidden_states), self._weights[0]["down"].shape[1])
+        for expert, weights in self._weights.items():
             token, slot = (top_k_index == expert).nonzero(as_tuple=True)
             if not len(token):
                 continue
             rows, gates = hidden_states[token], top_k_weights[token, slot, None]
-            gate, up = self._project("gate", expert, rows), self._project("up", expert, rows)
-            middle = self._activation(gate) * up
-            result = self._project("down", expert, middle)
-            output = output.index_add(0, token, gates * result)
-            if statistics is not None and mix is not None:
-                statistics.add_inputs(expert, "input", rows, gates)
-                statistics.add_inputs(expert, "middle", middle, gates)
+            middle = self._activation(_Project.apply(rows, weights["gate"])) * _Project.apply(rows, weights["up"])
+            output = output.index_add(0, token, gates * _Project.apply(middle, weights["down"]))
+            if mix is not None:
                 mix.index_add_(0, token, (gates * middle).detach())
-        if statistics is not None and mix is not None:
-            statistics.add_energy("middle", mix)
+        if recorder is not None and mix is not None:
+            recorder.mixed(mix)
+            recorder.watch(output)
         return output
 
-    def _project(self, role: Role, expert: int, rows: Tensor) -> Tensor:
-        result = _Project.apply(rows, self._weights[role][expert])
-        statistics = self._statistics
-        if statistics is not None and statistics.fisher is not None and result.requires_grad:
-            result.register_hook(statistics.gradient_hook(expert, role, rows))
-        return result
+
+@dataclass(frozen=True)
+class Routing:
+    """The rows that reach each expert of one layer, from a finished recording.
+
+    choice: int32 [tokens, k]; gates: float32 [tokens, k]; chunk: rows that are taken at once.
+    """
+
+    inputs: Rows
+    choice: Tensor
+    gates: Tensor
+    upstream: Rows | None
+    chunk: int
+    device: torch.device
+
+    def batches(self, expert: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(token numbers int64 [n], inputs [n, hidden], gates [n, 1]) of an expert, `chunk` rows at a time."""
+        token, slot = (self.choice == expert).nonzero(as_tuple=True)
+        gates = self.gates[token, slot, None]
+        for part, gate in zip(token.split(self.chunk), gates.split(self.chunk), strict=True):
+            if len(part):
+                yield part, self.inputs.read(part).to(self.device), gate.to(self.device)
+
+
+@dataclass
+class Gradients:
+    """Squared gradients of the log-likelihood at one expert's projections.
+
+    fisher[role]: float32 [out, in], F = (Δ∘Δ)ᵀ (x∘x), squared per position, so that the result does not depend on
+    how windows are batched (METHODS 1.1); None where not asked for. sensitivity[role]: what a unit of squared error
+    at the projection's output costs, sum over tokens of |Δ|² / out, Δ before the gate where Grams carry the gate.
+    """
+
+    fisher: dict[Role, Tensor] | None
+    sensitivity: dict[Role, float]
+
+
+@torch.no_grad()
+def gradients(
+    weights: Weights, routing: Routing, expert: int, activation: Activation, *, fisher: bool, gate_weighted: bool
+) -> Gradients:
+    """One expert's squared gradients over all of its rows. Raises ValueError where no upstream was recorded."""
+    if routing.upstream is None:
+        raise ValueError("gradients need a recording with upstream gradients")
+    total: dict[Role, Tensor] = {}
+    if fisher:
+        total = {role: torch.zeros(weights[role].shape, device=routing.device) for role in ROLES}
+    sums: dict[Role, float] = dict.fromkeys(ROLES, 0.0)
+    for token, x, gates in routing.batches(expert):
+        upstream = routing.upstream.read(token).to(routing.device)
+        gate, up = linear(x, weights["gate"].float()), linear(x, weights["up"].float())
+        back = upstream @ weights["down"].float()
+        with torch.enable_grad():
+            gate.requires_grad_()
+            activated = activation(gate)
+            (gate_back,) = torch.autograd.grad(activated, gate, back * up)
+        activated = activated.detach()
+        inputs: dict[Role, Tensor] = {"gate": x, "up": x, "down": activated * up}
+        outputs: dict[Role, Tensor] = {"gate": gate_back, "up": back * activated, "down": upstream}
+        for role in ROLES:
+            squares = outputs[role].square_()
+            gated = squares * gates.square()
+            sums[role] += float((squares if gate_weighted else gated).sum(dtype=torch.float64)) / squares.shape[1]
+            if fisher:
+                total[role].addmm_(gated.T, inputs[role].square())
+    return Gradients(total if fisher else None, sums)
+
+
+@torch.no_grad()
+def mean_gram(
+    weights: Weights, routing: Routing, expert: int, site: Site, activation: Activation, *, gate_weighted: bool
+) -> Tensor:
+    """G = X Xᵀ / tokens of what one expert reads at a site, float32 [n, n]; tokens weighted by their squared gate
+    if so asked. Zero where no token was routed to it."""
+    size = weights["gate" if site == "input" else "down"].shape[1]
+    total = torch.zeros(size, size, device=routing.device)
+    count = 0
+    for token, x, gates in routing.batches(expert):
+        rows = x
+        if site == "middle":
+            rows = activation(linear(x, weights["gate"].float())) * linear(x, weights["up"].float())
+        if gate_weighted:
+            rows = rows * gates
+        total.addmm_(rows.T, rows)
+        count += len(token)
+    return total.div_(max(count, 1))

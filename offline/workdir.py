@@ -20,6 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import d2moe_vllm
+from offline.activations import Rows
+from offline.distributed import Group
 from offline.errors import InputError
 from offline.recipe import Recipe
 from offline.shards import write_file, write_tensors
@@ -32,9 +34,10 @@ CREATED = "created"
 """In the marker of a folder that was not there before."""
 
 
-def fingerprint(model: DenseModel, recipe: Recipe, calibration_sha256: str) -> dict[str, Any]:
+def fingerprint(model: DenseModel, recipe: Recipe, calibration_sha256: str, machine: dict[str, Any]) -> dict[str, Any]:
     """Everything the result's bytes depend on. Weight files count by size, time and header: hashing
-    hundreds of gigabytes at every start would cost more than it protects."""
+    hundreds of gigabytes at every start would cost more than it protects. machine: what else decides the order of
+    sums (token batches, processes, device)."""
     files = {}
     for file in model.reader.files:
         path = model.folder / file
@@ -53,6 +56,7 @@ def fingerprint(model: DenseModel, recipe: Recipe, calibration_sha256: str) -> d
             "transformers": importlib.metadata.version("transformers"),
             "threads": torch.get_num_threads(),
             "cpu": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+            **machine,
         },
     }
 
@@ -65,9 +69,17 @@ class WorkDir:
     Raises InputError where the folder holds something else, cannot be used, or another run uses it.
     """
 
-    def __init__(self, path: Path, expected: dict[str, Any], *, restart: bool = False) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, expected: dict[str, Any], *, restart: bool = False, group: Group | None = None
+    ) -> None:
+        self.path, self.group = path, group or Group()
         self.invalidated: list[str] = []
+        if self.group.first:
+            self._open(expected, restart)
+        self.group.barrier()
+
+    def _open(self, expected: dict[str, Any], restart: bool) -> None:
+        path = self.path
         marker = path / MARKER_FILE
         try:
             if path.is_dir() and not marker.exists() and any(path.iterdir()):
@@ -111,17 +123,21 @@ class WorkDir:
     def _clear(self) -> None:
         """Delete our own files, and nothing else that may lie here; what makes them trusted goes first."""
         (self.path / FINGERPRINT_FILE).unlink(missing_ok=True)
-        for pattern in ("*.f32", "*.partial", "layers/*.safetensors", "layers/*.json", "layers/*.partial"):
+        for pattern in ("*.rows", "*.partial", "layers/*/*.safetensors", "layers/*/*.partial"):
             for file in self.path.glob(pattern):
                 file.unlink()
-        if (self.path / "layers").is_dir():
-            (self.path / "layers").rmdir()
+        for folder in (*self.path.glob("layers/*"), self.path / "layers"):
+            if folder.is_dir():
+                folder.rmdir()
 
     def close(self) -> None:
-        self._lock.close()
+        if self.group.first:
+            self._lock.close()
 
     def remove(self) -> None:
         """Delete what is ours: the run is finished and its result published."""
+        if not self.group.first:
+            return
         self._clear()
         self._lock.seek(0)
         created = self._lock.read() == CREATED
@@ -131,74 +147,61 @@ class WorkDir:
             with contextlib.suppress(OSError):  # somebody put a file of theirs here
                 self.path.rmdir()
 
-    # Activations: float32 [windows, seq, hidden], one file each, memory-mapped.
+    # Arrays with a row per token. Every process writes its own rows; the first one creates and publishes.
 
-    def _activation_path(self, name: str) -> Path:
-        return self.path / f"{name}.f32"
+    def _array_path(self, name: str) -> Path:
+        return self.path / f"{name}.rows"
 
     def has(self, name: str) -> bool:
-        return self._activation_path(name).exists()
+        return self._array_path(name).exists()
 
-    def read(self, name: str, shape: tuple[int, int, int]) -> Tensor:
-        """Memory-mapped; raises FileNotFoundError where it is not there."""
-        path = self._activation_path(name)
+    def rows(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Rows:
+        """An array that was published. Raises FileNotFoundError where it is not there."""
+        path = self._array_path(name)
         if not path.exists():
             raise FileNotFoundError(path)
-        return map_activations(path, shape)
+        return Rows(path, rows, width, dtype)
 
-    def create(self, name: str, shape: tuple[int, int, int]) -> ActivationWriter:
-        return ActivationWriter(self._activation_path(name), shape)
+    def create(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Rows:
+        """A new array to be filled; it is not there until `publish`."""
+        array = Rows(self._array_path(name).with_suffix(".partial"), rows, width, dtype)
+        if self.group.first:
+            array.path.unlink(missing_ok=True)
+            array.allocate()
+        self.group.barrier()
+        return array
 
-    def discard(self, name: str) -> None:
-        self._activation_path(name).unlink(missing_ok=True)
+    def publish(self, name: str, array: Rows) -> None:
+        """Gives a filled array its name, once every process has written its rows."""
+        self.group.barrier()
+        if self.group.first:
+            array.publish(self._array_path(name))
+        self.group.barrier()
 
-    # Results: one safetensors file and one report per layer.
+    def discard(self, *names: str) -> None:
+        if self.group.first:
+            for name in names:
+                self._array_path(name).unlink(missing_ok=True)
 
-    def layer_path(self, layer: int) -> Path:
-        return self.path / "layers" / f"{layer:05d}.safetensors"
+    # Results: per layer a folder with a safetensors file per part ("shared", an expert's number, ...).
 
-    def layer_done(self, layer: int) -> bool:
-        return self.layer_path(layer).exists()
+    def part_path(self, layer: int, part: str) -> Path:
+        return self.path / "layers" / f"{layer:05d}" / f"{part}.safetensors"
 
-    def save_layer(self, layer: int, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
-        path = self.layer_path(layer)
-        write_file(path.with_suffix(".json"), json.dumps(report))
+    def has_part(self, layer: int, part: str) -> bool:
+        return self.part_path(layer, part).exists()
+
+    def save_part(self, layer: int, part: str, tensors: dict[str, Tensor]) -> None:
+        path = self.part_path(layer, part)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         write_tensors(partial, tensors)
-        partial.replace(path)  # last: this file says that the layer is done
+        partial.replace(path)
 
-    def layer_tensor(self, layer: int, name: str) -> Tensor:
-        with safe_open(self.layer_path(layer), framework="pt") as file:
-            return file.get_tensor(name)
+    def load_part(self, layer: int, part: str, *keys: str) -> dict[str, Tensor]:
+        """The named tensors of a part, or all of them."""
+        with safe_open(self.part_path(layer, part), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in keys or file.keys()}
 
-    def layer_report(self, layer: int) -> dict[str, Any]:
-        return json.loads(self.layer_path(layer).with_suffix(".json").read_text(encoding="utf-8"))
-
-
-class ActivationWriter:
-    """A float32 array being filled; `publish` gives it its final name, all or nothing."""
-
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self._path, self._partial = path, path.with_suffix(".partial")
-        self._partial.unlink(missing_ok=True)
-        self.array = map_activations(self._partial, shape)
-
-    def publish(self) -> None:
-        del self.array
-        sync_file(self._partial)
-        self._partial.replace(self._path)
-
-
-def map_activations(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """A float32 array of this shape, kept in a file that is created where it does not exist."""
-    size = shape[0] * shape[1] * shape[2]
-    if not path.exists():
-        # Reserves the blocks: a full disk is an error here, not a SIGBUS in the middle of the work.
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size * 4)
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
-
-
-def sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    def discard_part(self, layer: int, part: str) -> None:
+        self.part_path(layer, part).unlink(missing_ok=True)
