@@ -122,7 +122,10 @@ class Problem:
 
     def solve(self, ranks: Ranks) -> Budget:
         layers = {
-            number: Layer(**{role: layer[role].model_copy(update={"rank": ranks[number, role]}) for role in ROLES})
+            number: Layer.model_validate(
+                layer.model_dump()
+                | {role: layer[role].model_copy(update={"rank": ranks[number, role]}) for role in ROLES}
+            )
             for number, layer in self.draft.layers.items()
         }
         config = CheckpointConfig.model_validate(self.draft.model_dump() | {"layers": layers})
