@@ -1,17 +1,14 @@
-"""The d2moe checkpoint format, version 1: configuration, tensor names, validation.
+"""The d2moe checkpoint format, version 1: configuration, tensor names, dtypes and shapes.
 
-docs/checkpoint-format.md is the prose of this file. Both halves of the project use it, so it knows
-neither vLLM nor any compression method, and reads safetensors headers only: nothing is allocated
-for a tensor before its name, dtype and shape have been found right.
+docs/checkpoint-format.md is the prose of this file and of checkfiles.py, which reads the files. Both halves of
+the project use it, so it knows neither vLLM nor any compression method.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +24,9 @@ Role = Literal["gate", "up", "down"]
 ROLES: tuple[Role, ...] = ("gate", "up", "down")
 Scope = Literal["batch", "token", "off"]
 """Who shares one dynamic selection of base columns: a forward pass, a token, or nobody (METHODS 1.5)."""
+
+Delta = Literal["factors", "columns"]
+"""How an expert's delta is stored: a product of two factors, or some of its columns as they are."""
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: dict[Dtype, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -69,34 +69,65 @@ class _Model(BaseModel):
 class Projection(_Model):
     """What is stored of one projection of one layer.
 
-    rank: columns of each expert's U, rows of its V; 0 means no deltas.
-    kept_columns: input columns of the base that survived static pruning; 0 means no base.
+    rank: columns of each expert's U, rows of its V; 0 means no deltas, whatever the fields about deltas say.
+    kept_columns: input columns of the base that survived static pruning; 0 means no such base.
     used_columns: how many of these a forward pass uses under dynamic selection.
+    base_rank: rank of a low-rank base, which takes the place of kept columns; 0 means no such base.
+    delta: "factors" U V, or "columns": U is the delta itself on `rank` of its input columns, else it is zero.
+    shared_v: one V for all experts (METHODS 1.7). distinct_u: how many U's are stored, shared by all experts; 0
+    means that every expert has its own.
     """
 
     rank: int = Field(ge=0)
     kept_columns: int = Field(ge=0)
     used_columns: int = Field(ge=0)
+    base_rank: int = Field(default=0, ge=0)
+    delta: Delta = "factors"
+    shared_v: bool = False
+    distinct_u: int = Field(default=0, ge=0)
+
+    @property
+    def has_base(self) -> bool:
+        return bool(self.kept_columns or self.base_rank)
+
+    @property
+    def shares_u(self) -> bool:
+        """Whether a u_index is stored."""
+        return bool(self.rank and self.distinct_u)
 
     @model_validator(mode="after")
     def _consistent(self) -> Projection:
         if self.used_columns > self.kept_columns:
             raise ValueError(f"used_columns {self.used_columns} exceeds kept_columns {self.kept_columns}")
-        if self.rank == 0 and self.kept_columns == 0:
-            raise ValueError("a projection needs a base or a delta, rank and kept_columns are both 0")
+        if self.kept_columns and self.base_rank:
+            raise ValueError("a base has kept_columns or a base_rank, not both; set one of them to 0")
+        if not self.rank and not self.has_base:
+            raise ValueError("a projection needs a base or a delta, rank, kept_columns and base_rank are all 0")
+        if self.delta == "columns" and (self.shared_v or self.distinct_u):
+            raise ValueError("shared_v and distinct_u need delta 'factors'; delta 'columns' has no V and shares no U")
         return self
 
 
 class Layer(_Model):
+    """trimmed: experts without any deltas, in ascending order; they run on the base alone (METHODS 1.7)."""
+
     gate: Projection
     up: Projection
     down: Projection
+    trimmed: tuple[int, ...] = ()
 
     @model_validator(mode="after")
-    def _shared_selection(self) -> Layer:
+    def _agrees(self) -> Layer:
         gate, up = self.gate, self.up
         if (gate.kept_columns, gate.used_columns) != (up.kept_columns, up.used_columns):
             raise ValueError("gate and up share one selection of base columns, their column counts must agree")
+        for field in ("delta", "shared_v", "distinct_u"):
+            if getattr(gate, field) != getattr(up, field):
+                raise ValueError(f"gate and up have different {field}; they must agree")
+        if any(left >= right for left, right in itertools.pairwise(self.trimmed)):
+            raise ValueError("trimmed must list experts in ascending order, each once")
+        if self.trimmed and (lacking := [role for role in ROLES if not self[role].has_base]):
+            raise ValueError(f"trimmed experts run on the base alone, but {' and '.join(lacking)} have no base")
         return self
 
     def __getitem__(self, role: Role) -> Projection:
@@ -144,18 +175,34 @@ class CheckpointConfig(_Model):
             raise ValueError("projections must name gate, up and down, each differently")
         if "{layer}" not in self.experts:
             raise ValueError(f"experts prefix {self.experts!r} lacks {{layer}}")
+        for role in ROLES:
+            if (inputs := self.shape(role)[1]) % self.pruning.groups:
+                raise ValueError(f"{self.pruning.groups} groups do not divide {role}'s {inputs} columns")
         for number, layer in self.layers.items():
+            if layer.trimmed and not 0 <= layer.trimmed[0] <= layer.trimmed[-1] < self.num_experts:
+                raise ValueError(f"layer {number}: trimmed experts must lie in 0..{self.num_experts - 1}")
             for role in ROLES:
-                out_features, in_features = self.shape(role)
-                if in_features % self.pruning.groups:
-                    raise ValueError(f"{self.pruning.groups} groups do not divide {role}'s {in_features} columns")
-                projection = layer[role]
-                if projection.rank > min(out_features, in_features):
-                    raise ValueError(f"layer {number} {role}: rank {projection.rank} exceeds the matrix")
-                for columns in (projection.kept_columns, projection.used_columns):
-                    if columns > in_features or columns % self.pruning.groups:
-                        raise ValueError(f"layer {number} {role}: {columns} columns do not fit the groups")
+                if problem := self._misfit(layer, role):
+                    raise ValueError(f"layer {number} {role}: {problem}")
         return self
+
+    def _misfit(self, layer: Layer, role: Role) -> str | None:
+        """Which of a projection's sizes does not fit the matrices, if any."""
+        (out_features, in_features), groups = self.shape(role), self.pruning.groups
+        projection = layer[role]
+        # Many U's can make use of more shared rows, or columns, than one of them has outputs.
+        whole = projection.delta == "columns" or projection.shared_v
+        if projection.rank > (in_features if whole else min(out_features, in_features)):
+            return f"rank {projection.rank} exceeds the matrix"
+        if projection.base_rank > min(out_features, in_features):
+            return f"base_rank {projection.base_rank} exceeds the matrix"
+        delta_columns = projection.rank if projection.delta == "columns" else 0
+        for columns in (projection.kept_columns, projection.used_columns, delta_columns):
+            if columns > in_features or columns % groups:
+                return f"{columns} columns do not fit the groups"
+        if projection.distinct_u > (untrimmed := self.num_experts - len(layer.trimmed)):
+            return f"distinct_u {projection.distinct_u} exceeds the {untrimmed} experts that have deltas"
+        return None
 
     def shape(self, role: Role) -> tuple[int, int]:
         """(out, in) features of one expert's projection."""
@@ -176,16 +223,35 @@ class CheckpointConfig(_Model):
         out_features, in_features = self.shape(role)
         projection = self.layers[layer][role]
         dtype = DTYPES[self.dtype]
-        tensors: dict[str, TensorSpec] = {}
+        shared: dict[str, TensorSpec] = {}
         if kept := projection.kept_columns:
-            tensors[self.tensor_name(layer, 0, role, "base")] = TensorSpec(dtype, (out_features, kept))
-            tensors[self.tensor_name(layer, 0, role, "base_columns")] = TensorSpec("I32", (kept,))
-            tensors[self.tensor_name(layer, 0, role, "base_norms")] = TensorSpec("F32", (kept,))
-        if rank := projection.rank:
-            for expert in range(self.num_experts):
-                tensors[self.tensor_name(layer, expert, role, "delta_u")] = TensorSpec(dtype, (out_features, rank))
+            shared["base"] = TensorSpec(dtype, (out_features, kept))
+            shared["base_columns"] = TensorSpec("I32", (kept,))
+            shared["base_norms"] = TensorSpec("F32", (kept,))
+        if base_rank := projection.base_rank:
+            shared["base_u"] = TensorSpec(dtype, (out_features, base_rank))
+            shared["base_v"] = TensorSpec(dtype, (base_rank, in_features))
+        if (rank := projection.rank) and projection.shared_v:
+            shared["shared_v"] = TensorSpec(dtype, (rank, in_features))
+        if projection.shares_u:
+            shared["u_index"] = TensorSpec("I32", (self.num_experts,))
+        tensors = {self.tensor_name(layer, 0, role, kind): spec for kind, spec in shared.items()}
+        if not rank:
+            return tensors
+        own = self.untrimmed(layer)
+        for j in range(projection.distinct_u) if projection.distinct_u else own:
+            tensors[self.tensor_name(layer, j, role, "delta_u")] = TensorSpec(dtype, (out_features, rank))
+        for expert in () if projection.shared_v else own:
+            if projection.delta == "columns":
+                tensors[self.tensor_name(layer, expert, role, "delta_columns")] = TensorSpec("I32", (rank,))
+            else:
                 tensors[self.tensor_name(layer, expert, role, "delta_v")] = TensorSpec(dtype, (rank, in_features))
         return tensors
+
+    def untrimmed(self, layer: int) -> list[int]:
+        """The experts of a layer that have deltas, in ascending order."""
+        trimmed = set(self.layers[layer].trimmed)
+        return [expert for expert in range(self.num_experts) if expert not in trimmed]
 
     def expert_tensors(self) -> dict[str, TensorSpec]:
         """Every expert tensor of the checkpoint, by full name."""
@@ -213,7 +279,8 @@ class Manifest(_Model):
     files: dict[str, FileEntry]
 
 
-def _refuse_version(found: Any, where: str) -> None:
+def refuse_version(found: Any, where: str) -> None:
+    """Raises CheckpointError for any format version but ours."""
     if found != FORMAT_VERSION or not isinstance(found, int) or isinstance(found, bool):
         raise CheckpointError(
             f"{where}: d2moe format version {found!r} is not supported (this d2moe-vllm reads version "
@@ -237,165 +304,9 @@ def parse_config(quantization_config: Mapping[str, Any], where: str = "config.js
         raise CheckpointError(f"{where}: quant_method is {method!r}, not {QUANT_METHOD!r}: not a d2moe checkpoint")
     if "format_version" not in quantization_config:
         raise CheckpointError(f"{where}: quantization_config has no format_version; restore the original config.json")
-    _refuse_version(quantization_config["format_version"], where)
+    refuse_version(quantization_config["format_version"], where)
     try:
         # As JSON, where strictness tells a number from a string but takes the layers' numbers as keys.
         return CheckpointConfig.model_validate_json(json.dumps(dict(quantization_config)), strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{where}: bad quantization_config: {first_error(error)}") from None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: {path.name} is missing; copy the whole checkpoint again") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); copy the checkpoint again") from None
-
-
-def read_config(folder: Path) -> CheckpointConfig:
-    """The configuration of the compressed checkpoint in `folder`. Raises CheckpointError."""
-    content = _read_json(folder / "config.json")
-    config = content.get("quantization_config") if isinstance(content, dict) else None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder}: config.json has no quantization_config: this is a dense checkpoint")
-    return parse_config(config, str(folder / "config.json"))
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Raises CheckpointError."""
-    content = _read_json(folder / MANIFEST_FILE)
-    where = str(folder / MANIFEST_FILE)
-    _refuse_version(content.get("format_version") if isinstance(content, dict) else None, where)
-    try:
-        return Manifest.model_validate_json(json.dumps(content), strict=True)
-    except ValidationError as error:
-        raise CheckpointError(f"{where}: {first_error(error)}") from None
-
-
-def read_weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index, or from the headers where one file needs no index.
-
-    Works on dense checkpoints too. Raises CheckpointError for file names that leave the folder.
-    """
-    index = folder / INDEX_FILE
-    if index.exists():
-        content = _read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index}: no weight_map; copy the checkpoint again")
-    elif (folder / "model.safetensors").exists():
-        weight_map = dict.fromkeys(read_header(folder / "model.safetensors"), "model.safetensors")
-    else:
-        raise CheckpointError(f"{folder}: neither {INDEX_FILE} nor model.safetensors: no safetensors weights here")
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", file):
-            raise CheckpointError(f"{index}: {tensor} points at {file!r}, which is not a file name in this folder")
-    return weight_map
-
-
-def read_header(path: Path) -> dict[str, TensorSpec]:
-    """Names, dtypes and shapes in one safetensors file; its data is not read.
-
-    Raises CheckpointError for a missing, truncated or damaged file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return {name: TensorSpec(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: weight file {path.name} is missing; copy it again") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or truncated ({error}); copy it again") from None
-
-
-def _names(names: Iterable[str], limit: int = 3) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def check_tensors(
-    folder: Path, expected: Mapping[str, TensorSpec], files: Mapping[str, FileEntry] | None = None
-) -> dict[str, str]:
-    """Compare index and headers of every weight file with `expected`; returns the weight map.
-
-    Raises CheckpointError, naming the first offenders, for a tensor that is missing, of the wrong dtype or
-    shape, unexpected, or in another file than the index says, and for a file of the wrong size.
-    """
-    weight_map = read_weight_map(folder)
-    if files is not None and (unlisted := set(weight_map.values()) ^ set(files)):
-        raise CheckpointError(f"{folder}: {INDEX_FILE} and {MANIFEST_FILE} disagree about {_names(sorted(unlisted))}")
-    found: dict[str, TensorSpec] = {}
-    for file in sorted(set(weight_map.values())):
-        for name, spec in read_header(folder / file).items():
-            if weight_map.get(name) != file:
-                raise CheckpointError(f"{folder / file}: tensor {name} is not where the index says; copy both again")
-            found[name] = spec
-    if missing := [name for name in expected if name not in found]:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors missing: {_names(missing)}; copy it again")
-    if unknown := [name for name in found if name not in expected]:
-        raise CheckpointError(f"{folder}: {len(unknown)} tensors do not belong here: {_names(unknown)}")
-    for name, spec in expected.items():
-        if found[name] != spec:
-            raise CheckpointError(f"{folder / weight_map[name]}: {name} is {found[name]}, expected {spec}")
-    # Last: a tensor's own name tells more than its file's size.
-    for name, entry in (files or {}).items():
-        size = (folder / name).stat().st_size
-        if size != entry.bytes:
-            raise CheckpointError(
-                f"{folder / name}: truncated or replaced ({size} bytes, not {entry.bytes}); copy it again"
-            )
-    return weight_map
-
-
-def check_checkpoint(folder: Path, config: CheckpointConfig | None = None) -> CheckpointConfig:
-    """Refuse a damaged checkpoint before anything is allocated: config, manifest, index and all headers.
-
-    Raises CheckpointError. Payloads are not read, but for the base columns: hashes are not compared.
-    """
-    config = config or read_config(folder)
-    manifest = read_manifest(folder)
-    others = {name: TensorSpec(dtype, shape) for name, (dtype, shape) in manifest.other_tensors.items()}
-    experts = config.expert_tensors()
-    if both := [name for name in others if name in experts]:
-        raise CheckpointError(f"{folder}: {MANIFEST_FILE} lists expert tensors: {_names(both)}")
-    weight_map = check_tensors(folder, others | experts, manifest.files)
-    for layer, projections in config.layers.items():
-        columns: dict[Role, list[int]] = {}
-        names = {role: config.tensor_name(layer, 0, role, "base_columns") for role in ROLES}
-        for role, name in names.items():
-            if projections[role].kept_columns:
-                columns[role] = _read_integers(folder / weight_map[name], name)
-                check_columns(name, columns[role], config, role)
-        if columns.get("gate") != columns.get("up"):
-            raise CheckpointError(
-                f"{names['gate']} and {names['up']} differ, gate and up share one selection; copy the checkpoint again"
-            )
-    return config
-
-
-def _read_integers(path: Path, name: str) -> list[int]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return file.get_tensor(name).tolist()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {name} cannot be read ({error}); copy it again") from None
-
-
-def check_columns(name: str, columns: list[int], config: CheckpointConfig, role: Role) -> None:
-    """Raises CheckpointError unless base columns ascend, are in range and as many in every group."""
-    groups, inputs = config.pruning.groups, config.shape(role)[1]
-    ascending = all(left < right for left, right in itertools.pairwise(columns))
-    per_group = len(columns) // groups
-    expected = [group for group in range(groups) for _ in range(per_group)]
-    if not ascending or [column // (inputs // groups) for column in columns] != expected:
-        raise CheckpointError(
-            f"{name}: columns must ascend, lie in 0..{inputs - 1} and be spread evenly over {groups} groups; "
-            "copy the checkpoint again"
-        )

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError, Role, check_columns
+from d2moe_vllm.checkfiles import check_columns
+from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError, Role
 
 SHARD_ROLES: dict[str, Role] = {"w1": "gate", "w3": "up", "w2": "down"}
 """vLLM's shard ids."""

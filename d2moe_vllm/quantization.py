@@ -9,12 +9,12 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from d2moe_vllm import unsupported
+from d2moe_vllm.checkfiles import check_checkpoint
 from d2moe_vllm.checkpoint import (
     QUANT_METHOD,
     CheckpointConfig,
     CheckpointError,
     Scope,
-    check_checkpoint,
     parse_config,
 )
 

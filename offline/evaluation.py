@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Role, Scope, check_checkpoint
+from d2moe_vllm.checkfiles import check_checkpoint
+from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Role, Scope
 from d2moe_vllm.hf.experts import D2Experts
 from offline.calibration import all_windows, read_text, tokenize
 from offline.errors import InputError

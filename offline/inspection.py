@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from d2moe_vllm.checkpoint import ROLES, STATS_FILE, CheckpointError, check_checkpoint
+from d2moe_vllm.checkfiles import check_checkpoint
+from d2moe_vllm.checkpoint import ROLES, STATS_FILE, CheckpointError
 from offline.shards import Reader
 
 

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 
 import d2moe_vllm
+from d2moe_vllm.checkfiles import check_checkpoint
 from d2moe_vllm.checkpoint import (
     FORMAT_VERSION,
     INDEX_FILE,
@@ -21,7 +22,6 @@ from d2moe_vllm.checkpoint import (
     RECIPE_FILE,
     STATS_FILE,
     Manifest,
-    check_checkpoint,
 )
 from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source
 from offline.calibration import Windows

@@ -19,14 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from d2moe_vllm.checkfiles import read_header, read_weight_map
 from d2moe_vllm.checkpoint import (
     DTYPE_BYTES,
     INDEX_FILE,
     CheckpointError,
     FileEntry,
     TensorSpec,
-    read_header,
-    read_weight_map,
 )
 
 SHARD_BYTES = 5_000_000_000

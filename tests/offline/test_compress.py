@@ -19,7 +19,8 @@ from compression import COMPRESS, TINY, d2moe, d2moe_here, script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from d2moe_vllm.checkpoint import DTYPE_BYTES, read_config
+from d2moe_vllm.checkfiles import read_config
+from d2moe_vllm.checkpoint import DTYPE_BYTES
 from offline.factorization import relative_error
 from offline.shards import Reader
 

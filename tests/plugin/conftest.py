@@ -6,7 +6,8 @@ import pytest
 import torch
 from synthetic import Synthetic, write_checkpoint
 
-from d2moe_vllm.checkpoint import CheckpointConfig, read_config
+from d2moe_vllm.checkfiles import read_config
+from d2moe_vllm.checkpoint import CheckpointConfig
 
 
 @pytest.fixture(scope="session")
