@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline.shards import sync_file
+
 _NUMPY = {torch.float32: np.float32, torch.int32: np.int32}
 
 
@@ -54,6 +56,5 @@ class Rows:
 
     def publish(self, path: Path) -> None:
         """Gives the filled file its final name."""
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(self.path)
         self.path.replace(path)

@@ -38,7 +38,8 @@ class _Market:
         for layer in self.problem.shape.layers:
             for site, roles in _SELECTIONS.items():
                 best = min(
-                    (self._best(layer, option, roles, price) for option in self.problem.options), key=lambda found: found[0]
+                    (self._best(layer, option, roles, price) for option in self.problem.options),
+                    key=lambda found: found[0],
                 )
                 choices[layer, site] = best[1]
                 for role, steps in zip(roles, best[2], strict=True):

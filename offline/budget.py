@@ -47,9 +47,7 @@ class Columns:
     used: int
 
 
-def base_columns(
-    in_features: int, sparsity: float, groups: int, multiple: int, *, static: bool = False
-) -> Columns:
+def base_columns(in_features: int, sparsity: float, groups: int, multiple: int, *, static: bool = False) -> Columns:
     """Columns left when `sparsity` of them is unused in total, half of it (or all) statically (METHODS 1.2, 1.5).
 
     Evenly over `groups`, rounded down to `multiple` per group. Raises InputError where groups do not
@@ -96,6 +94,10 @@ class Budget:
     shards: list[Shard]
     kept_share: dict[Role, float]
     choices: Choices
+
+    @property
+    def ranks(self) -> Ranks:
+        return {(number, role): layer[role].rank for number, layer in self.config.layers.items() for role in ROLES}
 
     @property
     def nbytes(self) -> int:
@@ -232,8 +234,8 @@ class Problem:
 
     def delta_bytes(self, ranks: Ranks) -> int:
         """Payload of all deltas but their indices, without building their names."""
-        steps = {role: self.step_bytes(role) for role in ROLES}
-        return sum(rank // self.rank_multiple * steps[role] for (_, role), rank in ranks.items())
+        each = {role: self.step_bytes(role) // self.rank_multiple for role in ROLES}
+        return sum(rank * each[role] for (_, role), rank in ranks.items())
 
 
 def solve_paper(problem: Problem, ratio: float) -> Budget:

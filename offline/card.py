@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from offline.budget import Budget
 from offline.plan import Plan
 
 TEMPLATE = """---
@@ -42,7 +43,7 @@ Ranks, sizes and errors at a glance: `d2moe inspect <this folder>`.
 """
 
 
-def model_card(plan: Plan) -> str:
+def model_card(plan: Plan, budget: Budget) -> str:
     """README.md of the checkpoint; the licence is carried over from the source's card."""
     source = plan.config.source
     metadata: dict[str, object] = {
@@ -56,11 +57,11 @@ def model_card(plan: Plan) -> str:
     return TEMPLATE.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=source.name,
-        kept=100 * plan.budget.nbytes / source.bytes,
+        kept=100 * budget.nbytes / source.bytes,
         source_parameters=source.parameters,
         source_bytes=source.bytes,
-        parameters=plan.budget.parameters,
-        bytes=plan.budget.nbytes,
+        parameters=budget.parameters,
+        bytes=budget.nbytes,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -16,6 +17,7 @@ from rich.console import Console
 
 import d2moe_vllm
 from d2moe_vllm.checkpoint import CheckpointError, Scope
+from offline.distributed import is_first
 from offline.errors import InputError
 
 app = typer.Typer(
@@ -42,6 +44,23 @@ ScopeOption = Annotated[
 WindowsOption = Annotated[int | None, typer.Option(help="Calibration windows (default 128).")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens per window (default 2048, or the model's limit).")]
 Seed = Annotated[int | None, typer.Option(help="Which windows of the text are drawn.")]
+
+
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Memory to stay within, e.g. 24GB (default: what the machine has).")
+]
+
+
+def parse_size(text: str | None) -> int | None:
+    """Bytes of "24GB", "800 MB", "1.5TB" or a plain number. Raises InputError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?b?|b)?\s*", text.lower())
+    if not match or float(match[1]) == 0:
+        raise InputError(f"--memory {text!r} is no size; write it as 24GB or 800MB")
+    unit = (match[2] or "b")[0]
+    base = 1024 if "i" in (match[2] or "") else 1000
+    return int(float(match[1]) * base ** ("bkmgt".index(unit)))
 
 
 def _version(value: bool) -> None:
@@ -76,11 +95,14 @@ def plan(
     accounting: Accounting = None,
     windows: WindowsOption = None,
     seq_len: SeqLen = None,
+    memory: Memory = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on one machine, as torchrun would start.")] = 1,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Ranks, sizes, memory, disk and time, before any work."""
     from offline.plan import make_plan
+    from offline.plan import summary as summarize
     from offline.source import open_dense
 
     chosen = _recipe(
@@ -91,7 +113,7 @@ def plan(
         calibration__windows=windows,
         calibration__seq_len=seq_len,
     )
-    summary = make_plan(open_dense(source, revision), chosen).summary()
+    summary = summarize(make_plan(open_dense(source, revision), chosen, memory=parse_size(memory), processes=processes))
     if as_json:
         _print_json(summary)
     else:
@@ -115,6 +137,8 @@ def compress(
     seed: Seed = None,
     revision: Revision = None,
     workdir: Annotated[Path | None, typer.Option(help="For intermediate files (default OUT.d2moe-work).")] = None,
+    memory: Memory = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Start over what was begun on another machine.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -134,10 +158,13 @@ def compress(
     )
     if calibration is None:
         raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
-    options: dict[str, Any] = {"revision": revision, "workdir": workdir, "restart": restart}
-    result = run(source, out, chosen, calibration, **options, console=Console(stderr=True))
+    options: dict[str, Any] = {"revision": revision, "workdir": workdir, "restart": restart, "device": device}
+    console = Console(stderr=True, quiet=not is_first())
+    result = run(source, out, chosen, calibration, **options, memory=parse_size(memory), console=console)
     result["seconds"] = round(time.monotonic() - started, 1)
     result["peak_memory_bytes"] = peak_memory()
+    if not is_first():
+        return  # one of several processes speaks for all
     if as_json:
         _print_json(result)
     else:

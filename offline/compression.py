@@ -1,106 +1,261 @@
-"""One layer: merge, prune, factor. Weights and statistics in, the checkpoint's tensors out."""
+"""One layer: merge, prune, factor, an expert at a time. What the calibration recorded goes in, parts in the working
+folder come out, which `assembly.py` turns into the checkpoint's tensors once all ranks are decided.
+
+Every part is written as soon as it is known, so an interrupted layer continues with its next expert, and
+several processes share a layer's experts out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Role
+from d2moe_vllm.checkpoint import ROLES, Role
+from offline.budget import Option
 from offline.errors import InputError
-from offline.factorization import DELTAS, NEEDS_GRAM, gram_root, relative_error, shrink_gram
-from offline.merging import MERGES, Evidence
+from offline.factorization import DELTAS, column_factors, error_curve, shrink_gram, svd_base
+from offline.merging import MERGES, MergeOptions
+from offline.plan import Plan
 from offline.pruning import column_scores, select_columns
-from offline.recipe import Recipe
-from offline.statistics import SITES, LayerStatistics
+from offline.statistics import Activation, Routing, Site, Weights, gradients, mean_gram
+from offline.workdir import WorkDir
 
-SELECTIONS: tuple[tuple[Role, ...], ...] = (("gate", "up"), ("down",))
+SELECTIONS: Mapping[Site, tuple[Role, ...]] = {"input": ("gate", "up"), "middle": ("down",)}
 """Projections that share one selection of base columns, so that one gather feeds both (METHODS 1.2)."""
-
-Weights = Mapping[Role, Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
-class CompressedLayer:
-    """tensors: by full checkpoint name; report: what d2moe_stats.json tells of this layer."""
+class LayerJob:
+    """The compression of one layer on this process.
 
-    tensors: dict[str, Tensor]
-    report: dict[str, Any]
-
-
-def compress_layer(
-    number: int, weights: Weights, statistics: LayerStatistics, config: CheckpointConfig, recipe: Recipe
-) -> CompressedLayer:
-    """Base and deltas of one layer (METHODS 1.1-1.3).
-
-    weights: per role and expert [out, in], in their stored dtype, which is also the dtype of the result.
-    The base is pruned and rounded to that dtype first, so that the deltas absorb what both lost.
+    tokens: int64 [experts], rows routed to each; trimmed: experts that get no delta (METHODS 1.7);
+    energy[site]: float64 [n], sums of x² of what the base reads.
     """
-    if not all(torch.isfinite(energy).all() for energy in statistics.energy.values()):
-        raise InputError(f"layer {number}: activations overflow float32 on the calibration text; use another text")
-    dtype = weights["gate"][0].dtype
-    tensors: dict[str, Tensor] = {}
-    bases: dict[Role, Tensor | None] = dict.fromkeys(ROLES)
-    if recipe.base.merge != "none":
-        for selection in SELECTIONS:
-            merged = {role: _merge(role, weights[role], statistics, recipe) for role in selection}
-            columns = _select(merged, statistics, config.layers[number][selection[0]].kept_columns, config)
-            for role in selection:
-                stored = merged[role][:, columns.long()].to(dtype)
-                tensors[config.tensor_name(number, 0, role, "base")] = stored
-                tensors[config.tensor_name(number, 0, role, "base_columns")] = columns.clone()
-                tensors[config.tensor_name(number, 0, role, "base_norms")] = stored.float().norm(dim=0)
-                bases[role] = torch.zeros_like(merged[role]).index_copy_(1, columns.long(), stored.float())
-    if statistics.fisher is not None:
-        statistics.fisher = None  # as large as the layer itself in float32, and no longer needed
-    errors = _factor_all(number, weights, bases, statistics, config, recipe, tensors)
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{name} came out as NaN or infinite; try another dtype of the source or another text")
-    report = {"tokens": statistics.tokens.tolist(), "relative_error": errors}
-    return CompressedLayer(tensors, report)
+
+    number: int
+    plan: Plan
+    work: WorkDir
+    routing: Routing
+    tokens: Tensor
+    trimmed: tuple[int, ...]
+    energy: Mapping[Site, Tensor]
+    activation: Activation
+
+    @property
+    def experts(self) -> int:
+        return self.plan.model.shape.num_experts
+
+    @property
+    def own(self) -> list[int]:
+        """The experts of this process."""
+        return self.work.group.own(range(self.experts))
+
+    def weights(self, expert: int) -> Weights:
+        model, device = self.plan.model, self.routing.device
+        return {role: model.weight(self.number, expert, role).to(device) for role in ROLES}
+
+    # Merge
+
+    def merge(self, advance: Callable[[float], None]) -> None:
+        """Writes the parts `merged` (float32 [out, in] per role) and `sensitivity` (float64 [3, experts])."""
+        recipe, group = self.plan.recipe, self.work.group
+        needs_base = recipe.base.kind != "none"
+        sensitivity = torch.zeros(len(ROLES), self.experts, dtype=torch.float64)
+        merges = {role: self._new_merge(role) for role in ROLES} if needs_base else {}
+        for number in range(max((merge.passes for merge in merges.values()), default=1)):
+            if number:
+                for merge in merges.values():
+                    merge.next_pass()
+            for expert in self.own:
+                self._add_expert(expert, merges, sensitivity if number == 0 else None)
+                advance(1 / len(self.own))
+            for merge in merges.values():
+                group.sum(merge.state())
+        group.sum([sensitivity])
+        if not torch.isfinite(sensitivity).all():
+            raise InputError(f"layer {self.number}: gradients overflow on the calibration text; use another text")
+        if group.first:
+            if merges:
+                self.work.save_part(
+                    self.number, "merged", {role: merge.result().cpu() for role, merge in merges.items()}
+                )
+            self.work.save_part(self.number, "sensitivity", {"sensitivity": sensitivity})
+        group.barrier()
+
+    def _new_merge(self, role: Role):
+        base = self.plan.recipe.base
+        out_features, in_features = self.plan.model.shape.projection(role)
+        options = MergeOptions(
+            fisher_epsilon=base.fisher_epsilon,
+            frequency_power=base.frequency_power,
+            regmean_shrinkage=base.regmean_shrinkage,
+            ties_density=base.ties_density,
+            device=self.routing.device,
+        )
+        return MERGES[base.merge](out_features, in_features, self.experts, options)
+
+    def _add_expert(self, expert: int, merges: Mapping[Role, object], sensitivity: Tensor | None) -> None:
+        recipe, weights = self.plan.recipe, self.weights(expert)
+        needs = MERGES[recipe.base.merge]
+        fisher = None
+        if self.routing.upstream is not None and (needs.needs_fisher or sensitivity is not None):
+            found = gradients(
+                weights,
+                self.routing,
+                expert,
+                self.activation,
+                fisher=bool(merges) and needs.needs_fisher,
+                gate_weighted=recipe.delta.gate_weighted,
+            )
+            fisher = found.fisher
+            if sensitivity is not None:
+                sensitivity[:, expert] = torch.tensor([found.sensitivity[role] for role in ROLES])
+        total = int(self.tokens.sum())
+        for site, roles in SELECTIONS.items():
+            gram = self._gram(expert, weights, site) if merges and needs.needs_gram else None
+            for role in roles:
+                if role in merges:
+                    merges[role].add(  # type: ignore[attr-defined]
+                        weights[role],
+                        tokens=int(self.tokens[expert]),
+                        total_tokens=total,
+                        fisher=None if fisher is None else fisher[role],
+                        gram=gram,
+                    )
+
+    def _gram(self, expert: int, weights: Weights, site: Site) -> Tensor:
+        weighted = self.plan.recipe.delta.gate_weighted
+        gram = mean_gram(weights, self.routing, expert, site, self.activation, gate_weighted=weighted)
+        if not torch.isfinite(gram).all():
+            raise InputError(f"layer {self.number}: activations overflow float32 on the calibration text; use another")
+        return gram
+
+    # Base
+
+    def build_bases(self) -> None:
+        """Writes a part `base-<option>` per kind of base that the budget may choose, rounded as it will be stored."""
+        if not all(torch.isfinite(energy).all() for energy in self.energy.values()):
+            raise InputError(f"layer {self.number}: activations overflow float32 on the calibration text; use another")
+        if self.work.group.first:
+            for option in self.plan.problem.options:
+                if option != "none" and not self.work.has_part(self.number, f"base-{option}"):
+                    tensors: dict[str, Tensor] = {}
+                    for site in SELECTIONS:
+                        tensors |= self._base(option, site)
+                    self._save(f"base-{option}", tensors)
+        self.work.group.barrier()
+
+    def _base(self, option: Option, site: Site) -> dict[str, Tensor]:
+        merged = self.work.load_part(self.number, "merged", *SELECTIONS[site])
+        problem, dtype = self.plan.problem, self.plan.torch_dtype
+        tensors: dict[str, Tensor] = {}
+        if option == "svd":
+            for role, base in merged.items():
+                rank = problem.projection(role, option, problem.rank_multiple).base_rank
+                u, v = svd_base(base.to(self.routing.device), self.energy[site], rank)
+                tensors |= {f"{role}.base_u": u.to(dtype).cpu(), f"{role}.base_v": v.to(dtype).cpu()}
+            return tensors
+        joint = torch.stack([base.double().square().sum(dim=0) for base in merged.values()]).sum(dim=0).sqrt()
+        kept = problem.columns(SELECTIONS[site][0], option).kept
+        scores = column_scores(joint, self.energy[site].sqrt())
+        columns = select_columns(scores, kept, self.plan.recipe.base.groups)
+        for role, base in merged.items():
+            stored = base[:, columns.long()].to(dtype)
+            tensors |= {
+                f"{role}.base": stored,
+                f"{role}.base_columns": columns.clone(),
+                f"{role}.base_norms": stored.float().norm(dim=0),
+            }
+        return tensors
+
+    def base(self, option: Option, role: Role) -> Tensor | None:
+        """The whole base [out, in] as it will be stored, float32; None where the option has none."""
+        if option == "none":
+            return None
+        device = self.routing.device
+        if option == "svd":
+            parts = self.work.load_part(self.number, "base-svd", f"{role}.base_u", f"{role}.base_v")
+            u, v = (part.to(device).float() for part in parts.values())
+            return u @ v
+        parts = self.work.load_part(self.number, f"base-{option}", f"{role}.base", f"{role}.base_columns")
+        whole = torch.zeros(self.plan.model.shape.projection(role), device=device)
+        return whole.index_copy_(
+            1, parts[f"{role}.base_columns"].long().to(device), parts[f"{role}.base"].to(device).float()
+        )
+
+    def delta(self, option: Option, role: Role, weight: Tensor) -> Tensor:
+        """W_i - W_b, float32 [out, in]."""
+        base = self.base(option, role)
+        return weight.float() if base is None else weight.float() - base
+
+    # Deltas
+
+    def factor(self, advance: Callable[[float], None]) -> None:
+        """Writes a part per expert: factors at the largest rank they may get, and their error at every rank."""
+        for expert in self.own:
+            if not self.work.has_part(self.number, f"{expert:05d}"):
+                self._save(f"{expert:05d}", self._factor_expert(expert))
+            advance(1 / len(self.own))
+        self.work.group.barrier()
+
+    def _factor_expert(self, expert: int) -> dict[str, Tensor]:
+        weights, tensors = self.weights(expert), {}
+        for site, roles in SELECTIONS.items():
+            gram = self.shrunk_gram(expert, weights, site)
+            for role in roles:
+                energy = _energy(weights[role], gram)
+                for option in self.plan.problem.options:
+                    delta = self.delta(option, role, weights[role])
+                    found = self._deltas(delta, gram, role, expert)
+                    found["curve"] = self._curve(delta, gram, role, found)
+                    found["energy"] = torch.tensor([energy], dtype=torch.float64)
+                    tensors |= {f"{option}.{role}.{kind}": value.cpu() for kind, value in found.items()}
+        return tensors
+
+    def shrunk_gram(self, expert: int, weights: Weights, site: Site) -> Tensor:
+        gram = self._gram(expert, weights, site)
+        return shrink_gram(gram, int(self.tokens[expert]), self.plan.recipe.delta.shrinkage)
+
+    def _deltas(self, delta: Tensor, gram: Tensor, role: Role, expert: int) -> dict[str, Tensor]:
+        """Rounded as they will be stored; nothing for an expert that is trimmed."""
+        recipe, dtype, cap = self.plan.recipe, self.plan.torch_dtype, self.plan.cap(self.number, role)
+        if expert in self.trimmed:
+            return {}
+        if recipe.delta.method == "prune":
+            order = column_factors(delta, gram, cap, recipe.base.groups)
+            return {"u": order[0].to(dtype), "columns": order[1]}
+        u, v = DELTAS[recipe.delta.method](delta, gram, cap)
+        return {"u": u.to(dtype), "v": v.to(dtype)}
+
+    def _curve(self, delta: Tensor, gram: Tensor, role: Role, found: Mapping[str, Tensor]) -> Tensor:
+        """float64 [steps + 1]: squared whitened error at 0, 1, 2, ... rank multiples."""
+        multiple = self.plan.problem.rank_multiple
+        cap = self.plan.cap(self.number, role)
+        if "u" not in found:
+            return _energy(delta, gram) * torch.ones(-(-cap // multiple) + 1, dtype=torch.float64)
+        if "columns" in found:
+            v = torch.zeros(cap, delta.shape[1], device=delta.device)
+            v[torch.arange(cap), found["columns"].long()] = 1.0
+        else:
+            v = found["v"]
+        curve = error_curve(delta, gram, found["u"], v)
+        picks = torch.arange(0, cap + multiple, multiple).clamp(max=cap).unique()
+        return curve.cpu()[picks]
+
+    def _save(self, part: str, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise InputError(
+                    f"layer {self.number}, {part}: {name} came out as NaN or infinite; try another dtype of the "
+                    "source or another text"
+                )
+        self.work.save_part(self.number, part, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def _merge(role: Role, weights: Sequence[Tensor], statistics: LayerStatistics, recipe: Recipe) -> Tensor:
-    fisher = statistics.fisher[role] if statistics.fisher is not None else None
-    evidence = Evidence(statistics.tokens, fisher, recipe.base.fisher_epsilon, recipe.base.frequency_power)
-    return MERGES[recipe.base.merge](weights, evidence)
-
-
-def _select(merged: Mapping[Role, Tensor], statistics: LayerStatistics, kept: int, config: CheckpointConfig) -> Tensor:
-    joint = torch.stack([base.double().square().sum(dim=0) for base in merged.values()]).sum(dim=0).sqrt()
-    inputs = statistics.energy[SITES[next(iter(merged))]].double().sqrt()
-    return select_columns(column_scores(joint, inputs), kept, config.pruning.groups)
-
-
-def _factor_all(
-    number: int,
-    weights: Weights,
-    bases: Mapping[Role, Tensor | None],
-    statistics: LayerStatistics,
-    config: CheckpointConfig,
-    recipe: Recipe,
-    tensors: dict[str, Tensor],
-) -> dict[Role, list[float]]:
-    """Add every delta to `tensors`; returns the whitened relative error per role and expert."""
-    errors: dict[Role, list[float]] = {role: [] for role in ROLES}
-    for expert in range(config.num_experts):
-        for selection in SELECTIONS:
-            measured = statistics.mean_gram(expert, SITES[selection[0]])
-            gram = shrink_gram(measured, int(statistics.tokens[expert]), recipe.delta.shrinkage)
-            tall = config.shape(selection[0])[0] > config.shape(selection[0])[1]
-            # gate and up see the same inputs, the root of their Gram is taken once.
-            root = gram_root(gram) if recipe.delta.method in NEEDS_GRAM and tall else None
-            for role in selection:
-                weight, base = weights[role][expert], bases[role]
-                delta = weight.double() if base is None else weight.double() - base.double()
-                rank = config.layers[number][role].rank
-                u, v = (f.to(weight.dtype) for f in DELTAS[recipe.delta.method](delta, gram, rank, root))
-                tensors[config.tensor_name(number, expert, role, "delta_u")] = u
-                tensors[config.tensor_name(number, expert, role, "delta_v")] = v
-                approximation = u.double() @ v.double() + (0 if base is None else base.double())
-                errors[role].append(relative_error(weight, approximation, gram))
-    return errors
+def _energy(matrix: Tensor, gram: Tensor) -> float:
+    """||M G^1/2||_F^2."""
+    nothing = matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0, matrix.shape[1])
+    return float(error_curve(matrix, gram, *nothing)[0])

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,15 @@ class Group:
 
     def barrier(self) -> None:
         if self.size > 1:
+            import torch.distributed as dist
+
             dist.barrier()
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Adds each tensor up over all processes, in place."""
         if self.size > 1:
+            import torch.distributed as dist
+
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
@@ -47,6 +51,9 @@ def join() -> Group:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Group()
+    import torch
+    import torch.distributed as dist
+
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Group(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))

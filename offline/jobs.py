@@ -5,18 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from offline.assembly import settle
 from offline.calibration import choose_windows, read_text, tokenize
+from offline.distributed import is_first, join
 from offline.errors import InputError
 from offline.pipeline import Run
-from offline.plan import Plan, estimate_seconds, layer_work, make_plan, peak_memory, work_bytes
+from offline.plan import Plan, make_plan, summary
 from offline.progress import Steps
 from offline.publish import publish
 from offline.recipe import Recipe
+from offline.resources import estimate_seconds, peak_memory, total_work, work_bytes
 from offline.source import open_dense
 from offline.workdir import MARKER_FILE, WorkDir, fingerprint
 
@@ -30,40 +35,57 @@ def compress(
     revision: str | None = None,
     workdir: Path | None = None,
     restart: bool = False,
+    memory: int | None = None,
+    device: str = "auto",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Compress `source` into the new folder `out`; an interrupted run is continued.
+    """Compress `source` into the new folder `out`; an interrupted run is continued. Under torchrun every process
+    calls this, and they share the work out.
 
+    memory: bytes that this machine's processes may hold together; device: "auto", "cpu" or "cuda".
     Every check that needs no work comes first: a refusal (InputError, CheckpointError) leaves nothing behind.
     Returns what was written, for printing.
     """
     console = console or Console(stderr=True)
+    chosen = choose_device(device)
     out = out.parent.resolve() / out.name
     folder = (workdir or out.with_name(out.name + ".d2moe-work")).resolve()
-    _check_places(out, folder)
-    plan = make_plan(open_dense(source, revision), recipe)
+    if is_first():
+        _check_places(out, folder)
+    group = join()
+    plan = make_plan(open_dense(source, revision), recipe, memory=memory, processes=group.local_size)
     if folder == plan.model.folder or folder in plan.model.folder.parents:
         raise InputError(f"--workdir {folder} holds the source; choose another")
     settings = plan.recipe.calibration
     tokens = tokenize(plan.model.folder, read_text(calibration))
     windows = choose_windows(tokens, settings.windows, int(settings.seq_len), settings.seed)
-    _check_space(plan, folder, out)
-    work = WorkDir(folder, fingerprint(plan.model, plan.recipe, windows.sha256), restart=restart)
+    if group.first:
+        _check_space(plan, folder, out)
+    machine = {"device": chosen.type, "processes": group.size, "at_once": list(asdict(plan.resources).values())}
+    mark = fingerprint(plan.model, plan.recipe, windows.sha256, machine)
+    work = WorkDir(folder, mark, restart=restart, group=group)
     if work.invalidated:
         console.print(f"{' and '.join(work.invalidated)} changed since the interrupted run: starting over")
-    predicted = {"seconds": round(estimate_seconds(plan), 1), "peak_memory_bytes": peak_memory(plan)}
+    predicted = {
+        "seconds": round(estimate_seconds(plan), 1),
+        "peak_memory_bytes": peak_memory(plan),
+        "work_bytes": work_bytes(plan),
+    }
     console.print(
         f"compressing {plan.model.name}: about {predicted['seconds']:.0f} s, "
-        f"{predicted['peak_memory_bytes'] / 1e9:.1f} GB of memory at the peak",
+        f"{predicted['peak_memory_bytes'] / 1e9:.1f} GB of memory at the peak"
+        f"{' for each process' if group.size > 1 else ''}",
         highlight=False,
     )
     try:
-        run_work = len(plan.model.shape.layers) * sum(layer_work(plan))
-        with Steps(run_work, console) as steps:
-            run = Run(plan, windows.tokens, work, steps)
-            run.compress_layers()
+        with Steps(total_work(plan), console) as steps:
+            Run(plan, windows.tokens, work, steps, chosen).compress_layers()
             steps.label("writing the checkpoint")
-            publish(plan, windows, work, run.reports(), out)
+            disk = work.nbytes()
+            budget = settle(plan, work)
+            if group.first:
+                publish(plan, budget, windows, work, out)
+        group.barrier()
         work.remove()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -74,7 +96,19 @@ def compress(
         ) from None
     finally:
         work.close()
-    return {**plan.summary(), "path": str(out), "predicted": predicted}
+    done = replace(plan, budget=budget)
+    return {**summary(done), "path": str(out), "predicted": predicted, "work_bytes": disk}
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is a GPU where there is one. Raises InputError for one that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU; use --device cpu")
+    if device == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(device)
 
 
 def _check_places(out: Path, folder: Path) -> None:

@@ -1,43 +1,65 @@
-"""The loop over layers. Two sweeps: forwards to store every layer's input, then backwards, where each layer
-is run once more with statistics, compressed and written. One layer's weights are in memory at a time.
+"""The loop over layers. One decoder layer's weights are in memory at a time, one expert's statistics.
 
-Going backwards means that a layer's Fisher information, Gram matrices and result exist only while it is
-the current one: nothing of the size of the model ever lies in memory or in the working folder.
+Where gradients are needed (Fisher information, adaptive ranks) two sweeps: forwards to store every layer's input,
+then backwards, where each layer is run once more with its experts watched, merged and factored, and its input's
+gradient handed down. A layer's statistics and result exist only while it is the current one.
+Without gradients one sweep forwards does it. Where calibration follows the compression, factors are left to a
+last sweep forwards, in which every layer sees what the compressed layers before it give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from offline.compression import compress_layer
+from d2moe_vllm.checkpoint import ROLES
+from d2moe_vllm.hf.experts import D2Experts
+from offline.activations import Rows
+from offline.assembly import Assembly, trimmed_experts
+from offline.compression import LayerJob
 from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
-from offline.plan import BATCH_TOKENS, Plan, layer_work
+from offline.plan import Plan
 from offline.progress import Steps
-from offline.statistics import DenseExperts, LayerStatistics
+from offline.resources import BATCH_TOKENS, layer_work
+from offline.statistics import DenseExperts, Recorder, Routing, Site, Weights
 from offline.workdir import WorkDir
 
 
-def batches(windows: int, length: int) -> Iterator[slice]:
-    """Windows that run together, about BATCH_TOKENS tokens at a time."""
-    step = max(1, BATCH_TOKENS // length)
+def batches(windows: int, length: int, tokens: int = BATCH_TOKENS) -> Iterator[slice]:
+    """Windows that run together, about `tokens` tokens at a time."""
+    step = max(1, tokens // length)
     for start in range(0, windows, step):
         yield slice(start, min(start + step, windows))
 
 
+def _hidden(layer: int) -> str:
+    return f"hidden-{layer:05d}"
+
+
+def _gradient(layer: int) -> str:
+    return f"gradient-{layer:05d}"
+
+
+def _following(layer: int) -> str:
+    return f"following-{layer:05d}"
+
+
+Name = Callable[[int], str]
+
+
 @dataclass
 class Run:
-    """One compression, from tokens to a compressed layer file for every layer in the working folder."""
+    """One compression, from tokens to the parts of every layer in the working folder."""
 
     plan: Plan
     tokens: Tensor
     work: WorkDir
     steps: Steps
+    device: torch.device = torch.device("cpu")
     streamed: LayerwiseModel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,99 +67,311 @@ class Run:
         config = read_hf_config(model.folder)
         self.streamed = LayerwiseModel(model.reader, model.family, config)
         self.activation = ACT2FN[config.hidden_act]
-        self.last = model.shape.layers[-1]
+        self.layers = model.num_layers
+        self.moe = set(model.shape.layers)
+        self.costs = layer_work(self.plan)
+        # Windows are shared out in whole batches, so that every process count makes the same sums.
+        every = list(batches(*self.plan.windows, self.plan.resources.batch_tokens))
+        self.batches = [every[number] for number in self.work.group.own(range(len(every)))]
 
     def compress_layers(self) -> None:
-        """Run or resume: every layer ends as a file in the working folder."""
-        layers = self.plan.model.shape.layers
-        pending = [layer for layer in layers if not self.work.layer_done(layer)]
-        forward, statistics, factor = layer_work(self.plan)
-        if done := len(layers) - len(pending):
-            work = done * (forward + statistics + factor)
-            self.steps.skip(work, f"resuming: {done} of {len(layers)} layers are done already")
+        """Run or resume: every MoE layer ends as parts in the working folder."""
+        if self.plan.needs_gradient:
+            self._backwards()
+            if self.plan.follows:
+                self._forwards(_following)
+        else:
+            self._forwards(_hidden)
+
+    # Sweeps
+
+    def _backwards(self) -> None:
+        """Fisher information and merges need the gradient: the dense model forwards, then backwards."""
+        merged = "merged" if self.plan.follows else "factored"
+        pending = [layer for layer in sorted(self.moe) if not self._done(layer, merged)]
+        if not pending:
+            self.steps.skip(self.layers * (self.costs.forward + self.costs.record), "resuming: calibration is done")
+            return
+        if len(pending) < len(self.moe):
+            self.steps.skip(0, f"resuming: {len(self.moe) - len(pending)} of {len(self.moe)} MoE layers are done")
+        self._store_inputs(pending[-1])
+        for layer in range(self._top(pending[-1]), pending[0] - 1, -1):
+            if layer in self.moe and not self._done(layer, merged):
+                self._record(layer, _hidden, gradient=layer > pending[0])
+                job = self._job(layer)
+                if not self.work.has_part(layer, "sensitivity"):
+                    self._merge(job)
+                if self.plan.follows:
+                    self._discard_part(layer, "facts")  # the last sweep records anew
+                else:
+                    self._factor(job)
+                self._finish(layer, merged)
+            else:
+                self._pass_gradient(layer)
+            self.work.discard(_gradient(layer + 1), _hidden(layer))
+        self.work.discard(_gradient(pending[0]), *(_hidden(layer) for layer in range(pending[0])))
+
+    def _forwards(self, name: Name) -> None:
+        """Every layer in turn: watched, merged unless it is already, factored; then its output for the next one."""
+        pending = [layer for layer in sorted(self.moe) if not self._done(layer, "factored")]
         if not pending:
             return
-        self._sweep_forward(pending[-1], forward)
-        for layer in reversed(pending):
-            self._statistics_and_factors(layer, statistics, factor)
+        # A layer's input is discarded when its output is there.
+        start = next((layer for layer in range(self.layers) if self.work.has(name(layer))), 0)
+        if start == 0:
+            self._embed(name)
+        for layer in range(start, pending[-1] + 1):
+            if layer not in self.moe:
+                self._plain_forward(layer, name)
+            elif not self._done(layer, "factored"):
+                self._record(layer, name, gradient=False, forward=not self.plan.follows)
+                job = self._job(layer)
+                if self.plan.recipe.base.kind != "none" and not self.work.has_part(layer, "merged"):
+                    self._merge(job)
+                self._factor(job)
+                self._finish(layer, "factored")
+            if self.plan.follows and layer in self.moe and layer < pending[-1] and not self.work.has(name(layer + 1)):
+                self._compressed_forward(layer, name)
+            self.work.discard(name(layer))
+        self.work.discard(name(pending[-1] + 1))
 
-    def _sweep_forward(self, last: int, work: float) -> None:
-        """Store the input of layers 0 to `last`, and the last layer's output where its gradient is still needed."""
-        needs_head = self.plan.needs_fisher and last == self.last and not self.work.has(f"gradient-{last + 1:05d}")
-        if not self.work.has("hidden-00000"):
-            self.steps.label("embeddings")
-            writer = self.work.create("hidden-00000", self.plan.windows)
-            for batch in batches(*self.plan.windows[:2]):
-                writer.array[batch] = self.streamed.embed(self.tokens[batch])
-            writer.publish()
-        for layer in range(last + (1 if needs_head else 0)):
-            if self.work.has(f"hidden-{layer + 1:05d}"):
-                self.steps.skip(work)
-                continue
-            self._forward_layer(layer, work)
-        self.steps.advance(0 if needs_head else work)
-        if needs_head:
-            self._head_gradient(last + 1)
+    def _top(self, last: int) -> int:
+        """The layer from which gradients have to come down to layer `last`."""
+        return next(layer for layer in range(last, self.layers) if self.work.has(_gradient(layer + 1)))
 
-    def _forward_layer(self, layer: int, work: float) -> None:
-        self.steps.label(f"layer {layer + 1}/{self.last + 1}: forward")
-        module = self.streamed.load_layer(layer, DenseExperts(self.plan.model.weights(layer), self.activation))
-        hidden = self.work.read(f"hidden-{layer:05d}", self.plan.windows)
-        writer = self.work.create(f"hidden-{layer + 1:05d}", self.plan.windows)
-        for batch in batches(*self.plan.windows[:2]):
+    # Activations
+
+    def _embed(self, name: Name) -> None:
+        if self.work.has(name(0)):
+            return
+        self.steps.label("embeddings")
+        array = self._create(name(0))
+        for batch in self.batches:
+            self._write(array, batch, self.streamed.embed(self.tokens[batch]))
+        self.work.publish(name(0), array)
+        self.streamed.release()
+
+    def _store_inputs(self, last: int) -> None:
+        """The input of layers 0 to `last`; where no gradient is at hand, of all layers, and the head's gradient."""
+        if any(self.work.has(_gradient(layer + 1)) for layer in range(last, self.layers)):
+            upto = last
+        else:
+            upto = self.layers
+        self._embed(_hidden)
+        for layer in range(upto):
+            if self.work.has(_hidden(layer + 1)):
+                self.steps.skip(self.costs.forward)
+            else:
+                self._plain_forward(layer, _hidden)
+        if upto == self.layers:
+            self._head_gradient()
+
+    def _plain_forward(self, layer: int, name: Name) -> None:
+        """The dense layer's output."""
+        self.steps.label(f"layer {layer + 1}/{self.layers}: forward")
+        experts = DenseExperts(self._weights(layer), self.activation) if layer in self.moe else None
+        self._run(layer, experts, name, self.costs.forward)
+
+    def _compressed_forward(self, layer: int, name: Name) -> None:
+        """The output of the layer as it is compressed."""
+        self.steps.label(f"layer {layer + 1}/{self.layers}: compressed forward")
+        self._run(layer, self._compressed_experts(layer), name, self.costs.forward)
+
+    def _run(self, layer: int, experts: nn.Module | None, name: Name, cost: float) -> None:
+        module = self.streamed.load_layer(layer, experts)
+        hidden, array = self._array(name(layer)), self._create(name(layer + 1))
+        for batch in self.batches:
             with torch.no_grad():
-                writer.array[batch] = self.streamed.run_layer(layer, module, hidden[batch])
-            self.steps.advance(work * (batch.stop - batch.start) / self.plan.windows[0])
-        writer.publish()
+                self._write(array, batch, self.streamed.run_layer(layer, module, self._read(hidden, batch)))
+            self._advance(batch, cost)
+        self.work.publish(name(layer + 1), array)
 
-    def _head_gradient(self, number: int) -> None:
+    def _head_gradient(self) -> None:
         """Gradient of every window's summed log-likelihood at the last layer's output."""
+        if self.work.has(_gradient(self.layers)):
+            return
         self.steps.label("head gradient")
-        hidden = self.work.read(f"hidden-{number:05d}", self.plan.windows)
-        writer = self.work.create(f"gradient-{number:05d}", self.plan.windows)
-        for batch in batches(*self.plan.windows[:2]):
+        hidden, array = self._array(_hidden(self.layers)), self._create(_gradient(self.layers))
+        for batch in self.batches:
             for window in range(batch.start, batch.stop):  # one at a time: logits are as wide as the vocabulary
-                inputs = hidden[window : window + 1].clone().requires_grad_()
-                loss = next_token_loss(self.streamed.logits(inputs), self.tokens[window : window + 1])
-                (writer.array[window : window + 1],) = torch.autograd.grad(-loss, inputs)
-        writer.publish()
-        self.work.discard(f"hidden-{number:05d}")
+                one = slice(window, window + 1)
+                inputs = self._read(hidden, one).requires_grad_()
+                loss = next_token_loss(self.streamed.logits(inputs), self.tokens[one].to(self.device))
+                self._write(array, one, torch.autograd.grad(-loss, inputs)[0])
+        self.work.publish(_gradient(self.layers), array)
+        self.work.discard(_hidden(self.layers))
+        self.streamed.release()
 
-    def _statistics_and_factors(self, layer: int, statistics_work: float, factor_work: float) -> None:
-        shape, needs_fisher = self.plan.model.shape, self.plan.needs_fisher
-        name = f"layer {layer + 1}/{self.last + 1}"
-        self.steps.label(f"{name}: statistics")
-        weights = self.plan.model.weights(layer)
-        statistics = LayerStatistics(
+    def _pass_gradient(self, layer: int) -> None:
+        """The gradient at the input of a layer that is not to be compressed (any more)."""
+        if self.work.has(_gradient(layer)):
+            return
+        self.steps.label(f"layer {layer + 1}/{self.layers}: gradient")
+        experts = DenseExperts(self._weights(layer), self.activation) if layer in self.moe else None
+        module = self.streamed.load_layer(layer, experts)
+        array = self._create(_gradient(layer))
+        for batch in self.batches:
+            self._through(layer, module, batch, array)
+            self._advance(batch, self.costs.record)
+        self.work.publish(_gradient(layer), array)
+
+    def _through(self, layer: int, module: nn.Module, batch: slice, array: Rows | None) -> None:
+        """One batch forwards and backwards; the input's gradient goes into `array`."""
+        inputs = self._read(self._array(_hidden(layer)), batch).requires_grad_()
+        with torch.enable_grad():
+            output = self.streamed.run_layer(layer, module, inputs)
+        upper = self._read(self._array(_gradient(layer + 1)), batch)
+        (gradient,) = torch.autograd.grad(output, inputs, upper)
+        if array is not None:
+            self._write(array, batch, gradient)
+
+    # One MoE layer
+
+    def _record(self, layer: int, name: Name, *, gradient: bool, forward: bool = False) -> None:
+        """Runs a layer with its experts watched. gradient: its input's gradient is kept for the layer below;
+        forward: its output is kept for the layer above."""
+        if self.work.has_part(layer, "facts"):
+            self.steps.skip(self.costs.record)
+            return
+        self.steps.label(f"layer {layer + 1}/{self.layers}: calibration")
+        backwards = name is _hidden and self.plan.needs_gradient
+        recorder = self._recorder(backwards)
+        module = self.streamed.load_layer(layer, DenseExperts(self._weights(layer), self.activation, recorder))
+        below = self._create(_gradient(layer)) if gradient else None
+        above = self._create(name(layer + 1)) if forward and layer + 1 < self.layers else None
+        length = self.plan.windows[1]
+        for batch in self.batches:
+            recorder.at = slice(batch.start * length, batch.stop * length)
+            if backwards:
+                self._through(layer, module, batch, below)
+            else:
+                with torch.no_grad():
+                    output = self.streamed.run_layer(layer, module, self._read(self._array(name(layer)), batch))
+                if above is not None:
+                    self._write(above, batch, output)
+            self._advance(batch, self.costs.record)
+        for array, title in ((below, _gradient(layer)), (above, name(layer + 1))):
+            if array is not None:
+                self.work.publish(title, array)
+        self._finish_recording(layer, recorder)
+
+    def _recorder(self, backwards: bool) -> Recorder:
+        shape, tokens = self.plan.model.shape, self.plan.tokens
+        sizes: dict[Site, int] = {"input": shape.hidden_size, "middle": shape.intermediate_size}
+        return Recorder(
+            self.work.create("inputs", tokens, shape.hidden_size),
+            self.work.create("choice", tokens, shape.experts_per_token, torch.int32),
+            self.work.create("gates", tokens, shape.experts_per_token),
+            self.work.create("upstream", tokens, shape.hidden_size) if backwards else None,
+            sizes,
+        )
+
+    def _finish_recording(self, layer: int, recorder: Recorder) -> None:
+        arrays = {"inputs": recorder.inputs, "choice": recorder.choice, "gates": recorder.gates}
+        if recorder.upstream is not None:
+            arrays["upstream"] = recorder.upstream
+        for name, array in arrays.items():
+            self.work.publish(name, array)
+        self.work.group.sum(recorder.energy.values())
+        choice = self._whole("choice", torch.int32)
+        tokens = torch.bincount(choice.flatten(), minlength=self.plan.model.shape.num_experts)
+        facts = {"tokens": tokens, **{f"energy.{site}": energy for site, energy in recorder.energy.items()}}
+        least = tokens.argsort(stable=True)[: self.plan.recipe.delta.trim].sort().values
+        if self.work.group.first:
+            self.work.save_part(layer, "facts", {**facts, "trimmed": least})
+        self.work.group.barrier()
+
+    def _whole(self, name: str, dtype: torch.dtype) -> Tensor:
+        width = self.plan.model.shape.experts_per_token
+        return self.work.rows(name, self.plan.tokens, width, dtype).read(slice(0, self.plan.tokens))
+
+    def _job(self, layer: int) -> LayerJob:
+        hidden, tokens = self.plan.model.shape.hidden_size, self.plan.tokens
+        routing = Routing(
+            self.work.rows("inputs", tokens, hidden),
+            self._whole("choice", torch.int32),
+            self._whole("gates", torch.float32),
+            self.work.rows("upstream", tokens, hidden) if self.work.has("upstream") else None,
+            self.plan.resources.rows,
+            self.device,
+        )
+        facts = self.work.load_part(layer, "facts")
+        energy: dict[Site, Tensor] = {"input": facts["energy.input"], "middle": facts["energy.middle"]}
+        trimmed = tuple(facts["trimmed"].tolist())
+        return LayerJob(layer, self.plan, self.work, routing, facts["tokens"], trimmed, energy, self.activation)
+
+    def _merge(self, job: LayerJob) -> None:
+        self.steps.label(f"layer {job.number + 1}/{self.layers}: merge")
+        job.merge(lambda share: self.steps.advance(self.costs.merge * share))
+
+    def _factor(self, job: LayerJob) -> None:
+        self.steps.label(f"layer {job.number + 1}/{self.layers}: prune, factor")
+        job.build_bases()
+        job.factor(lambda share: self.steps.advance(self.costs.factor * share))
+
+    def _finish(self, layer: int, what: str) -> None:
+        """Marks a layer as done, and only then discards what it was made from."""
+        if self.work.group.first:
+            self.work.save_part(layer, f"{what}-done", {"done": torch.ones(1)})
+        self.work.discard("inputs", "choice", "gates", "upstream")
+        if what == "factored":
+            self._discard_part(layer, "merged")
+        self.work.group.barrier()
+
+    def _discard_part(self, layer: int, part: str) -> None:
+        if self.work.group.first:
+            self.work.discard_part(layer, part)
+        self.work.group.barrier()
+
+    def _compressed_experts(self, layer: int) -> D2Experts:
+        """The layer as the plan's own budget makes it: final where ranks do not wait for all layers' errors."""
+        plan, shape = self.plan, self.plan.model.shape
+        # Which experts are trimmed is known by now.
+        problem = replace(plan.problem, trimmed={**plan.problem.trimmed, layer: trimmed_experts(self.work, layer)})
+        budget = problem.solve(plan.budget.choices, plan.budget.ranks)
+        config, assembly = budget.config, Assembly(plan, budget, self.work)
+        names = [name for role in config.projections for name in config.projection_tensors(layer, role)]
+        experts = D2Experts(
             shape.num_experts,
             shape.hidden_size,
             shape.intermediate_size,
-            fisher=needs_fisher,
-            gate_weighted=self.plan.recipe.delta.gate_weighted,
+            config.layers[layer].model_dump(),
+            groups=config.pruning.groups,
+            projections=dict(config.projections.items()),
+            activation=self.activation,
+            scope="off",
         )
-        module = self.streamed.load_layer(layer, DenseExperts(weights, self.activation, statistics))
-        hidden = self.work.read(f"hidden-{layer:05d}", self.plan.windows)
-        upper = self.work.read(f"gradient-{layer + 1:05d}", self.plan.windows) if needs_fisher else None
-        writer = self.work.create(f"gradient-{layer:05d}", self.plan.windows) if upper is not None and layer else None
-        for batch in batches(*self.plan.windows[:2]):
-            inputs = hidden[batch].clone().requires_grad_(needs_fisher)
-            with torch.set_grad_enabled(needs_fisher):
-                output = self.streamed.run_layer(layer, module, inputs)
-            if upper is not None:
-                (gradient,) = torch.autograd.grad(output, inputs, upper[batch])
-                if writer is not None:
-                    writer.array[batch] = gradient
-            self.steps.advance(statistics_work * (batch.stop - batch.start) / self.plan.windows[0])
-        if writer is not None:
-            writer.publish()
-        del module
-        self.steps.label(f"{name}: merge, prune, factor")
-        result = compress_layer(layer, weights, statistics, self.plan.config, self.plan.recipe)
-        self.work.save_layer(layer, result.tensors, result.report)
-        self.work.discard(f"gradient-{layer + 1:05d}")
-        self.work.discard(f"hidden-{layer:05d}")
-        self.steps.advance(factor_work)
+        prefix = config.experts_prefix(layer) + "."
+        state = {name.removeprefix(prefix): assembly.tensor(name).float() for name in names}
+        experts.load_state_dict(state, strict=True)
+        return experts
 
-    def reports(self) -> dict[str, Any]:
-        """Per layer: routed tokens per expert and relative errors."""
-        return {str(layer): self.work.layer_report(layer) for layer in self.plan.model.shape.layers}
+    def _weights(self, layer: int) -> dict[int, Weights]:
+        """A layer's experts on the device, in their stored dtype."""
+        model = self.plan.model
+        experts = range(model.shape.num_experts)
+        return {e: {role: model.weight(layer, e, role).to(self.device) for role in ROLES} for e in experts}
+
+    # Bookkeeping
+
+    def _done(self, layer: int, what: str) -> bool:
+        return self.work.has_part(layer, f"{what}-done")
+
+    def _create(self, name: str) -> Rows:
+        return self.work.create(name, self.plan.tokens, self.plan.model.shape.hidden_size)
+
+    def _array(self, name: str) -> Rows:
+        return self.work.rows(name, self.plan.tokens, self.plan.model.shape.hidden_size)
+
+    def _read(self, array: Rows, batch: slice) -> Tensor:
+        length = self.plan.windows[1]
+        rows = array.read(slice(batch.start * length, batch.stop * length))
+        return rows.view(batch.stop - batch.start, length, -1).to(self.device)
+
+    def _write(self, array: Rows, batch: slice, values: Tensor) -> None:
+        length = self.plan.windows[1]
+        array.write(slice(batch.start * length, batch.stop * length), values.flatten(0, 1))
+
+    def _advance(self, batch: slice, cost: float) -> None:
+        share = (batch.stop - batch.start) / self.plan.windows[0] * self.work.group.size
+        self.steps.advance(cost * share)

@@ -2,81 +2,111 @@
 
 from __future__ import annotations
 
-import time
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Pruning, Source
-from offline.budget import Budget, Problem, draft_layers, solve_paper, solve_stored
+from d2moe_vllm.checkpoint import DTYPES, ROLES, CheckpointConfig, Pruning, Role, Source
+from offline.budget import Budget, Option, Problem, solve_paper, solve_stored
 from offline.errors import InputError
-from offline.merging import NEEDS_FISHER
+from offline.merging import MERGES
 from offline.recipe import Recipe
-from offline.shards import SHARD_BYTES
+from offline.resources import Resources, check_resources
+from offline.shards import SHARD_BYTES, TORCH_DTYPES
 from offline.source import DenseModel
-
-BATCH_TOKENS = 4096
-"""Tokens that run through a layer at once during calibration and evaluation."""
-PROCESS_BYTES = 600_000_000
-"""A Python process with torch and transformers imported."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """recipe: with every `auto` decided; budget: exact files, bytes and ranks."""
+    """recipe: with every `auto` decided; budget: exact files, bytes and ranks where ranks do not wait for measured
+    errors, else those of the uniform allocation; resources: how much is in memory at once."""
 
     model: DenseModel
     recipe: Recipe
+    problem: Problem
     budget: Budget
+    caps: dict[tuple[int, Role], int]
+    resources: Resources = Resources()
 
     @property
     def config(self) -> CheckpointConfig:
         return self.budget.config
 
     @property
-    def needs_fisher(self) -> bool:
-        return self.recipe.base.merge in NEEDS_FISHER
+    def needs_gradient(self) -> bool:
+        """Whether the calibration runs backwards: for Fisher information, or for what errors cost."""
+        merges = self.recipe.base.kind != "none" and MERGES[self.recipe.base.merge].needs_fisher
+        return merges or self.recipe.allocation == "adaptive"
 
     @property
-    def windows(self) -> tuple[int, int, int]:
-        """Shape of one set of activations: [windows, seq, hidden]."""
-        calibration = self.recipe.calibration
-        return calibration.windows, int(calibration.seq_len), self.model.shape.hidden_size
+    def follows(self) -> bool:
+        """Whether layers are calibrated on the activations of the compressed layers before them."""
+        return self.recipe.calibration.inputs == "compressed"
 
-    def summary(self) -> dict[str, Any]:
-        """What `plan --json` prints."""
-        source, shape = self.config.source, self.model.shape
-        experts = shape.num_experts * shape.expert_parameters * len(shape.layers)
-        kept = sum(spec.numel for spec in self.config.expert_tensors().values())
-        first = self.config.layers[shape.layers[0]]
-        return {
-            "source": {"name": source.name, "parameters": source.parameters, "bytes": source.bytes},
-            "result": {
-                "parameters": self.budget.parameters,
-                "bytes": self.budget.nbytes,
-                "stored_ratio": self.budget.stored_ratio,
-                "expert_ratio": 1 - kept / experts,
-                "files": len(self.budget.shards),
-            },
-            "kept_share_of_deltas": {role: self.budget.kept_share[role] for role in ROLES},
-            "first_layer": {role: first[role].model_dump() for role in ROLES},
-            "peak_memory_bytes": peak_memory(self),
-            "disk_bytes": {"work": work_bytes(self), "result": self.budget.nbytes},
-            "estimated_seconds": estimate_seconds(self),
-            "recipe": self.recipe.model_dump(),
-        }
+    @property
+    def settled(self) -> bool:
+        """Whether the budget is final before calibration."""
+        return self.recipe.allocation == "uniform" and not self.recipe.delta.trim
+
+    def cap(self, layer: int, role: Role) -> int:
+        """The largest rank that a projection may get: factors are computed up to it, then cut."""
+        return self.caps[layer, role]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the experts as they are stored."""
+        return TORCH_DTYPES[DTYPES[self.model.dtype]]
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """Calibration windows and tokens in each."""
+        return self.recipe.calibration.windows, int(self.recipe.calibration.seq_len)
+
+    @property
+    def tokens(self) -> int:
+        return self.windows[0] * self.windows[1]
 
 
-def make_plan(model: DenseModel, recipe: Recipe, shard_bytes: int = SHARD_BYTES) -> Plan:
-    """Decide ranks and columns. Raises InputError where the ratio cannot be reached."""
+def make_plan(
+    model: DenseModel, recipe: Recipe, *, memory: int | None = None, processes: int = 1, shard_bytes: int = SHARD_BYTES
+) -> Plan:
+    """Decide ranks, columns and how much is in memory at once.
+
+    memory: bytes that all processes of this machine may hold together, None for all it has; processes: on this
+    machine. Raises InputError where the ratio cannot be reached or the memory does not suffice.
+    """
     recipe = recipe.resolve(model.shape.hidden_size, model.max_positions)
     base, shape = recipe.base, model.shape
-    sparsity = None if base.merge == "none" else base.sparsity
     for role in ROLES:
         if shape.projection(role)[1] % base.groups:
             raise InputError(f"base.groups {base.groups} does not divide {role}'s {shape.projection(role)[1]} inputs")
-    draft = CheckpointConfig(
+    _check_counts(recipe, shape.num_experts)
+    problem = _problem(model, recipe, shard_bytes)
+    if recipe.accounting == "paper":
+        budget = solve_paper(problem, recipe.ratio)
+    else:
+        budget = _uniform(problem, recipe.ratio)
+    if budget.nbytes >= model.reader.nbytes:
+        raise InputError(f"ratio {recipe.ratio:g} would not make the model smaller; choose a higher one")
+    plan = Plan(model, recipe, problem, budget, _caps(problem, budget))
+    return check_resources(plan, memory, processes)
+
+
+def _check_counts(recipe: Recipe, experts: int) -> None:
+    delta = recipe.delta
+    if delta.trim >= experts:
+        raise InputError(f"delta.trim {delta.trim} leaves none of {experts} experts a delta; choose a smaller number")
+    if delta.distinct_u > experts - delta.trim:
+        raise InputError(
+            f"delta.distinct_u {delta.distinct_u} exceeds the {experts - delta.trim} experts that have deltas"
+        )
+
+
+def _problem(model: DenseModel, recipe: Recipe, shard_bytes: int) -> Problem:
+    shape = model.shape
+    draft = CheckpointConfig.model_construct(
         family=model.family.model_type,
         experts=model.family.experts,
         projections=dict(model.family.projections),
@@ -84,88 +114,69 @@ def make_plan(model: DenseModel, recipe: Recipe, shard_bytes: int = SHARD_BYTES)
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         dtype=model.dtype,
-        pruning=Pruning(scope=recipe.scope, groups=base.groups),
-        layers=draft_layers(shape, sparsity, base.groups, int(base.column_multiple)),
+        pruning=Pruning(scope=recipe.scope, groups=recipe.base.groups),
+        layers={},
         source=Source(
             name=model.name, revision=model.revision, parameters=model.reader.parameters, bytes=model.reader.nbytes
         ),
     )
-    problem = Problem(draft, shape, model.other_tensors, int(recipe.delta.rank_multiple), shard_bytes)
-    if recipe.accounting == "paper":
-        # Without a base, all of it is saved.
-        budget = solve_paper(problem, recipe.ratio, 1.0 if sparsity is None else sparsity)
-    else:
-        budget = solve_stored(problem, recipe.ratio)
-    if budget.nbytes >= model.reader.nbytes:
-        raise InputError(f"ratio {recipe.ratio:g} would not make the model smaller; choose a higher one")
-    return Plan(model, recipe, budget)
+    trimmed = dict.fromkeys(shape.layers, tuple(range(recipe.delta.trim)))
+    return Problem(draft, shape, model.other_tensors, recipe, trimmed, shard_bytes)
 
 
-def _layer_bytes(plan: Plan) -> int:
-    width = 4 if plan.config.dtype == "float32" else 2
-    return plan.model.shape.num_experts * plan.model.shape.expert_parameters * width
+def _uniform(problem: Problem, ratio: float) -> Budget:
+    """The uniform allocation; where the kind of base is left open, with the first kind that fits."""
+    preferred = [option for option in ("pruned", "svd", "none") if option in problem.options]
+    for option in preferred[:-1]:
+        try:
+            return solve_stored(problem, ratio, option)
+        except InputError:
+            continue
+    return solve_stored(problem, ratio, preferred[-1])
 
 
-def peak_memory(plan: Plan) -> int:
-    """Bytes resident at the worst moment: one layer's weights, its statistics and the eigenproblems' workspace."""
-    shape = plan.model.shape
-    hidden, middle = shape.hidden_size, shape.intermediate_size
-    in_layers = "model.layers."
-    outside = [spec.numel for name, spec in plan.model.other_tensors.items() if not name.startswith(in_layers)]
-    inside = [spec.numel for name, spec in plan.model.other_tensors.items() if name.startswith(in_layers)]
-    statistics = shape.num_experts * 4 * (hidden**2 + middle**2)
-    fisher = shape.num_experts * 4 * shape.expert_parameters if plan.needs_fisher else 0
-    bases = 4 * shape.expert_parameters
-    small, large = min(hidden, middle), max(hidden, middle)
-    workspace = 8 * (2 * large**2 + 4 * hidden * middle + 6 * small**2)
-    vocabulary = 4 * 3 * BATCH_TOKENS * int(plan.model.config.get("vocab_size", 0))
-    activations = 4 * BATCH_TOKENS * (24 * hidden + 12 * middle * shape.experts_per_token)
-    return int(
-        PROCESS_BYTES
-        + 4 * sum(outside)
-        + max(
-            4 * sum(inside) // max(len(shape.layers), 1)
-            + _layer_bytes(plan)
-            + statistics
-            + max(fisher + activations, bases + workspace, fisher + bases),
-            vocabulary,
-        )
-    )
+def _caps(problem: Problem, budget: Budget) -> dict[tuple[int, Role], int]:
+    ranks = {(layer, role): budget.config.layers[layer][role].rank for layer in problem.shape.layers for role in ROLES}
+    recipe, multiple = problem.recipe, problem.rank_multiple
+    if recipe.allocation == "uniform":
+        # Which experts are trimmed changes the length of names, and that may be worth one more rank.
+        more = multiple if recipe.delta.trim else 0
+        return {key: min(rank + more, problem.limit(key[1])) for key, rank in ranks.items()}
+    smallest: Option = "none" if "none" in problem.options else problem.options[0]
+    richest = solve_stored(problem, recipe.ratio, smallest)
+    most = {role: max(richest.config.layers[layer][role].rank for layer in problem.shape.layers) for role in ROLES}
+    # Twice the uniform rank leaves the budget room to move, and bounds the working folder.
+    return {
+        (layer, role): min(math.ceil(2 * most[role] / multiple) * multiple, problem.limit(role))
+        for layer, role in ranks
+    }
 
 
-def work_bytes(plan: Plan) -> int:
-    """Bytes on disk while running, besides the result: hidden states of every layer, two gradients, layer results."""
-    windows, length, hidden = plan.windows
-    arrays = len(plan.model.shape.layers) + 1 + (2 if plan.needs_fisher else 0)
-    return arrays * windows * length * hidden * 4 + sum(s.nbytes for s in plan.config.expert_tensors().values())
+def summary(plan: Plan) -> dict[str, Any]:
+    """What `plan --json` prints."""
+    from offline.resources import estimate_seconds, peak_memory, phases, work_bytes
 
-
-def layer_work(plan: Plan) -> tuple[float, float, float]:
-    """Floating-point operations of one layer: forward sweep, statistics sweep, merge + factor (as float32 ones)."""
-    shape = plan.model.shape
-    hidden, middle = shape.hidden_size, shape.intermediate_size
-    windows, length, _ = plan.windows
-    rows = windows * length * shape.experts_per_token
-    others = [s.numel for name, s in plan.model.other_tensors.items() if name.startswith("model.layers.")]
-    attention = 2 * windows * length * (sum(others) / len(shape.layers) + 2 * length * hidden)
-    forward = 2 * rows * shape.expert_parameters + attention
-    grams = 2 * rows * (hidden**2 + middle**2)
-    # Input gradients cost as much as the forward pass, Fisher's squared products as much again.
-    statistics = grams + forward * (3 if plan.needs_fisher else 1)
-    small = min(hidden, middle)
-    # One root and three eigenproblems an expert at about 25 n^3 each, and the products around them; in float64.
-    factor = shape.num_experts * 2 * (4 * 25 * small**3 + 12 * hidden * middle * (hidden + middle))
-    return forward, statistics, factor
-
-
-def estimate_seconds(plan: Plan) -> float:
-    """A rough wall-clock prediction from a short measurement of this machine's matrix product."""
-    a = torch.randn(1024, 1024)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(4):
-        a @ a
-    rate = 4 * 2 * 1024**3 / (time.perf_counter() - start)
-    # Small matrices and memory traffic keep real layers well below the peak.
-    efficiency = 0.5
-    return len(plan.model.shape.layers) * sum(layer_work(plan)) / (rate * efficiency) + 5
+    source, shape, config = plan.config.source, plan.model.shape, plan.config
+    experts = shape.num_experts * shape.expert_parameters * len(shape.layers)
+    kept = sum(spec.numel for spec in config.expert_tensors().values())
+    first = config.layers[shape.layers[0]]
+    return {
+        "source": {"name": source.name, "parameters": source.parameters, "bytes": source.bytes},
+        "result": {
+            "parameters": plan.budget.parameters,
+            "bytes": plan.budget.nbytes,
+            "stored_ratio": plan.budget.stored_ratio,
+            "expert_ratio": 1 - kept / experts,
+            "files": len(plan.budget.shards),
+            "final": plan.settled,
+        },
+        "kept_share_of_deltas": {role: plan.budget.kept_share[role] for role in ROLES},
+        "first_layer": {role: first[role].model_dump() for role in ROLES},
+        "peak_memory_bytes": peak_memory(plan),
+        "memory_phases": phases(plan),
+        "tokens_at_once": plan.resources.batch_tokens,
+        "rows_at_once": plan.resources.rows,
+        "disk_bytes": {"work": work_bytes(plan), "result": plan.budget.nbytes},
+        "estimated_seconds": estimate_seconds(plan),
+        "recipe": plan.recipe.model_dump(),
+    }

@@ -24,12 +24,14 @@ from d2moe_vllm.checkpoint import (
     Manifest,
 )
 from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source
+from offline.assembly import Assembly
+from offline.budget import Budget
 from offline.calibration import Windows
 from offline.card import model_card
 from offline.errors import InputError
 from offline.plan import Plan
-from offline.shards import write_file, write_shards
-from offline.workdir import WorkDir, sync_file
+from offline.shards import sync_file, write_file, write_shards
+from offline.workdir import WorkDir
 
 OURS = {"config.json", "README.md", MANIFEST_FILE, RECIPE_FILE, STATS_FILE, INDEX_FILE, MODELING_FILE}
 WEIGHT_SUFFIXES = (
@@ -55,7 +57,7 @@ def companion_files(folder: Path) -> list[Path]:
     )
 
 
-def publish(plan: Plan, windows: Windows, work: WorkDir, reports: dict[str, Any], out: Path) -> None:
+def publish(plan: Plan, budget: Budget, windows: Windows, work: WorkDir, out: Path) -> None:
     """Put the layers of `work` and all that stays as it was together under `out`, all or nothing.
 
     Raises InputError where `out` has come into being meanwhile.
@@ -64,21 +66,19 @@ def publish(plan: Plan, windows: Windows, work: WorkDir, reports: dict[str, Any]
     if folder.exists():
         shutil.rmtree(folder)  # of an earlier run with this working folder, whose lock we hold
     folder.mkdir(parents=True)
-    model, config = plan.model, plan.config
-    layer_of = {name: layer for layer in config.layers for role in config.projections
-                for name in config.projection_tensors(layer, role)}  # fmt: skip
+    model, assembly = plan.model, Assembly(plan, budget, work)
 
     def produce(name: str) -> Tensor:
-        return work.layer_tensor(layer_of[name], name) if name in layer_of else model.reader.tensor(name)
+        return assembly.tensor(name) if name in assembly else model.other_tensor(name)
 
-    files = write_shards(folder, plan.budget.shards, produce)
+    files = write_shards(folder, budget.shards, produce)
     others = {name: (spec.dtype, spec.shape) for name, spec in model.other_tensors.items()}
     write_file(folder / MANIFEST_FILE, Manifest(other_tensors=others, files=files).model_dump_json(indent=1) + "\n")
-    write_file(folder / "config.json", _json(_model_config(plan)))
+    write_file(folder / "config.json", _json(_model_config(plan, budget)))
     write_file(folder / RECIPE_FILE, plan.recipe.dump())
-    write_file(folder / STATS_FILE, _json(_stats(plan, windows, reports)))
+    write_file(folder / STATS_FILE, _json(_stats(plan, windows, assembly.reports())))
     write_file(folder / MODELING_FILE, checkpoint_modeling_source())
-    write_file(folder / "README.md", model_card(plan))
+    write_file(folder / "README.md", model_card(plan, budget))
     for path in companion_files(model.folder):
         shutil.copyfile(path, folder / path.name)
         sync_file(folder / path.name)
@@ -90,8 +90,8 @@ def publish(plan: Plan, windows: Windows, work: WorkDir, reports: dict[str, Any]
     _sync_folder(out.parent)
 
 
-def _model_config(plan: Plan) -> dict[str, Any]:
-    quantization = plan.config.model_dump(mode="json")
+def _model_config(plan: Plan, budget: Budget) -> dict[str, Any]:
+    quantization = budget.config.model_dump(mode="json")
     return {
         **plan.model.config,
         "auto_map": auto_map(plan.model.family.model_type),

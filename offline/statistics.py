@@ -83,7 +83,9 @@ class DenseExperts(nn.Module):
     Fits where transformers' decoder layers of all families call their experts.
     """
 
-    def __init__(self, weights: Mapping[int, Weights], activation: Activation, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, weights: Mapping[int, Weights], activation: Activation, recorder: Recorder | None = None
+    ) -> None:
         super().__init__()
         self._weights, self._activation, self._recorder = weights, activation, recorder
 

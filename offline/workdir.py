@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -129,6 +128,10 @@ class WorkDir:
         for folder in (*self.path.glob("layers/*"), self.path / "layers"):
             if folder.is_dir():
                 folder.rmdir()
+
+    def nbytes(self) -> int:
+        """Bytes that lie here now."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def close(self) -> None:
         if self.group.first:

@@ -1,0 +1,193 @@
+"""Memory, disk and time of a compression, predicted from shapes; and how much to take at once so that memory holds.
+
+What memory can hold is decided by two sizes: how many tokens run through a layer together, and how many rows of
+one expert are taken together. Everything else (one layer's weights in their stored dtype, one expert's
+statistics) is fixed by the model.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from offline.errors import InputError
+
+if TYPE_CHECKING:
+    from offline.plan import Plan
+
+BATCH_TOKENS = 4096
+"""Tokens that run through a layer at once during calibration and evaluation, where memory allows."""
+PROCESS_BYTES = 650_000_000
+"""A Python process with torch and transformers imported."""
+FLOAT32, FLOAT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Resources:
+    """batch_tokens: that run through a layer at once (at least one window); rows: of one expert at once."""
+
+    batch_tokens: int = BATCH_TOKENS
+    rows: int = BATCH_TOKENS
+    processes: int = 1
+
+
+def check_resources(plan: Plan, memory: int | None, processes: int) -> Plan:
+    """The plan with as much at once as fits into `memory` bytes for all processes of this machine together.
+
+    None means what the machine has. Raises InputError where even the smallest steps need more.
+    """
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = (memory or available) // processes
+    step = max(plan.windows[1], 1)
+    batches = sorted({max(step, size // step * step) for size in (4096, 2048, 1024, 512, 256)}, reverse=True)
+    plan = replace(plan, resources=Resources(batches[-1], 256, processes))
+    if (needed := peak_memory(plan)) > limit:
+        whose = "--memory" if memory else "this machine's memory"
+        raise InputError(
+            f"{whose} of {(memory or available) / 1e9:.1f} GB does not suffice: about {needed / 1e9:.1f} GB are "
+            f"needed{f' by each of {processes} processes' if processes > 1 else ''}, most of it for "
+            f"{max(phases(plan).items(), key=lambda item: item[1])[0]}"
+            + ("; use fewer processes" if processes > 1 else "; use a machine with more" if not memory else "")
+        )
+    for batch in batches:
+        chosen = replace(plan, resources=replace(plan.resources, batch_tokens=batch))
+        if peak_memory(chosen) <= limit:
+            break
+    for rows in (4096, 2048, 1024, 512, 256):
+        chosen = replace(chosen, resources=replace(chosen.resources, rows=rows))
+        if peak_memory(chosen) <= limit:
+            break
+    return chosen
+
+
+def _outside_and_inside(plan: Plan) -> tuple[int, int]:
+    """Parameters outside of the decoder layers, and the most that one layer has besides its routed experts."""
+    outside, inside = 0, {}
+    for name, spec in plan.model.other_tensors.items():
+        if name.startswith("model.layers."):
+            layer = name.split(".")[2]
+            inside[layer] = inside.get(layer, 0) + spec.numel
+        else:
+            outside += spec.numel
+    return outside, max(inside.values(), default=0)
+
+
+def phases(plan: Plan) -> dict[str, int]:
+    """Bytes resident on one process at the worst moment of each phase of a run."""
+    shape, resources, recipe = plan.model.shape, plan.resources, plan.recipe
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix = hidden * middle
+    width = plan.torch_dtype.itemsize
+    outside, inside = _outside_and_inside(plan)
+    vocabulary = int(plan.model.config.get("vocab_size", 0))
+    length, batch, rows = plan.windows[1], resources.batch_tokens, resources.rows
+    backwards = plan.needs_gradient
+    # A decoder layer's own tensors: normed, projected and attended states, and their gradients.
+    states = FLOAT32 * batch * hidden * (24 if backwards else 12)
+    # Autograd keeps five tensors of an expert's width per routed token.
+    routed = FLOAT32 * batch * shape.experts_per_token * (middle * (6 if backwards else 3) + hidden * 3)
+    expert = 3 * matrix * width
+    result = {
+        "embeddings": FLOAT32 * (outside + 2 * batch * hidden),
+        "layer": FLOAT32 * inside + shape.num_experts * expert + 2 * FLOAT32 * matrix + states + routed,
+    }
+    if backwards:
+        result["head"] = FLOAT32 * (outside + 4 * length * vocabulary + 8 * length * hidden)
+    if recipe.base.kind != "none" or backwards:
+        fisher = 3 * FLOAT32 * matrix if backwards else 0
+        # Three accumulators per projection, and what adding one expert takes.
+        merging = FLOAT32 * matrix * (9 + 3) if recipe.base.kind != "none" else 0
+        gram = FLOAT64 * 2 * middle**2 if recipe.base.merge == "regmean" else 0
+        result["merge"] = expert + 2 * FLOAT32 * matrix + fisher + merging + gram + _rows(rows, hidden, middle)
+    small, large = min(hidden, middle), max(hidden, middle)
+    gram = FLOAT32 * middle**2 + max(FLOAT32 * middle**2 if hidden > middle else 0, FLOAT32 * hidden**2)
+    eigen = FLOAT64 * 4 * small**2
+    cap = max(plan.caps.values())
+    factors = (FLOAT64 * 2 + FLOAT32 * 2) * cap * (hidden + middle)
+    products = FLOAT64 * (2 * matrix + large * 1024)
+    result["factor"] = expert + 3 * FLOAT32 * matrix + gram + eigen + factors + products + _rows(rows, hidden, middle)
+    if recipe.delta.joint:
+        result["factor"] += FLOAT64 * 5 * large**2
+    return {name: PROCESS_BYTES + size for name, size in result.items()}
+
+
+def _rows(rows: int, hidden: int, middle: int) -> int:
+    return FLOAT32 * rows * (10 * middle + 4 * hidden)
+
+
+def peak_memory(plan: Plan) -> int:
+    """Bytes resident on one process at the worst moment."""
+    return max(phases(plan).values())
+
+
+def work_bytes(plan: Plan) -> int:
+    """Bytes on disk while running, besides the result: activations, gradients, factors at their largest ranks."""
+    shape, width = plan.model.shape, plan.torch_dtype.itemsize
+    # Every layer's input where the run goes backwards, else two; two gradients; what reaches one layer's experts.
+    arrays = (plan.model.num_layers + 1 + 3 + 2 if plan.needs_gradient else 4) + (3 if plan.follows else 0)
+    activations = FLOAT32 * plan.tokens * (arrays * shape.hidden_size + 2 * shape.experts_per_token)
+    options = len(plan.problem.options)
+    factors = sum(
+        rank * sum(shape.projection(role)) * shape.num_experts * width * options
+        for (_, role), rank in plan.caps.items()
+    )
+    bases = len(shape.layers) * shape.expert_parameters * (options * width + (FLOAT32 if plan.follows else 0))
+    return activations + factors + bases + FLOAT32 * shape.expert_parameters
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations per layer, as float32 ones: running it over the calibration windows once, with what
+    reaches its experts written down, merging, and factoring."""
+
+    forward: float
+    record: float
+    merge: float
+    factor: float
+
+
+def layer_work(plan: Plan) -> Work:
+    """What one MoE layer costs; a layer without experts costs at most `forward` or `record`."""
+    shape = plan.model.shape
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix = hidden * middle
+    rows = plan.tokens * shape.experts_per_token
+    _, inside = _outside_and_inside(plan)
+    attention = 2 * plan.tokens * (inside + 2 * plan.windows[1] * hidden)
+    forward = 2 * rows * 3 * matrix + attention
+    record = forward * (3 if plan.needs_gradient else 1)
+    # Gate, up and the way back through down; Fisher's squared products where the merge wants them.
+    merge = 2 * rows * matrix * 6 if plan.needs_gradient else 20.0 * shape.num_experts * 3 * matrix
+    grams = 2 * rows * (hidden**2 + middle**2 + 2 * matrix)
+    small = min(hidden, middle)
+    # Per projection an eigenproblem of about 15 n^3 and the products around it, in float64.
+    eigen = 2 * shape.num_experts * 3 * (15 * small**3 + 4 * matrix * (hidden + middle)) * len(plan.problem.options)
+    return Work(forward, record, merge, grams + eigen)
+
+
+def total_work(plan: Plan) -> float:
+    work, layers = layer_work(plan), plan.model.num_layers
+    moe = len(plan.model.shape.layers)
+    sweeps = layers * work.record + moe * (work.merge + work.factor)
+    if plan.needs_gradient:
+        sweeps += layers * work.forward
+    if plan.follows:
+        sweeps += 2 * layers * work.forward
+    return sweeps
+
+
+def estimate_seconds(plan: Plan) -> float:
+    """A rough wall-clock prediction from a short measurement of this machine's matrix product."""
+    a = torch.randn(1024, 1024)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    rate = 4 * 2 * 1024**3 / (time.perf_counter() - start)
+    # Small matrices and memory traffic keep real layers well below the peak.
+    efficiency = 0.5
+    return total_work(plan) / (rate * efficiency) / plan.resources.processes + 5
