@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from d2moe_vllm.checkfiles import check_checkpoint
-from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Role, Scope
+from d2moe_vllm.checkpoint import CheckpointConfig, Scope
 from d2moe_vllm.hf.experts import D2Experts
+from offline.activations import Rows
 from offline.calibration import all_windows, read_text, tokenize
 from offline.errors import InputError
 from offline.families import FAMILIES, Family, read_shape
@@ -25,8 +26,7 @@ from offline.progress import Steps
 from offline.shards import Reader
 from offline.source import open_dense, read_model_config, resolve_folder
 from offline.statistics import DenseExperts
-from offline.stored import SourceReader, StoredExperts, find_experts
-from offline.workdir import map_activations
+from offline.stored import SourceReader, find_experts
 
 LARGEST_LOSS = 700.0
 """Nats a token whose exponential is still a float; a uniform guess among a million tokens is 14."""
@@ -105,7 +105,7 @@ def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
         def compressed(layer: int) -> nn.Module | None:
             if layer in config.layers:
                 return _compressed_experts(config, reader, layer, activation, scope)
-            return DenseExperts(_dense_weights(kept, layer), activation) if kept and layer in left else None
+            return DenseExperts(kept.weights(layer), activation) if kept and layer in left else None
 
         return Evaluated(folder, layerwise, compressed, config.hidden_size, scope)
     if scope is not None:
@@ -123,12 +123,6 @@ def _family(config: CheckpointConfig) -> Family:
     if config.family not in FAMILIES:
         raise InputError(f"family {config.family!r} is not supported; this d2moe-vllm is older than the checkpoint")
     return FAMILIES[config.family]
-
-
-def _dense_weights(kept: StoredExperts, layer: int) -> dict[Role, list[Tensor]]:
-    """Of a layer that the checkpoint left dense."""
-    experts = range(kept.shape.num_experts)
-    return {role: [kept.weight(layer, expert, role) for expert in experts] for role in ROLES}
 
 
 def _compressed_experts(
@@ -153,21 +147,30 @@ def _compressed_experts(
 @torch.no_grad()
 def _loss(evaluated: Evaluated, tokens: Tensor, progress: Steps) -> float:
     """Summed negative log-likelihood of all windows; hidden states lie in one temporary file."""
-    shape = (int(tokens.shape[0]), int(tokens.shape[1]), evaluated.hidden_size)
+    count, length = tokens.shape
     with tempfile.TemporaryDirectory(prefix="d2moe-eval-") as folder:
-        hidden = map_activations(Path(folder) / "hidden.f32", shape)
-        for batch in batches(*shape[:2]):
-            hidden[batch] = evaluated.model.embed(tokens[batch])
+        hidden = Rows(Path(folder) / "hidden.rows", count * length, evaluated.hidden_size)
+        hidden.allocate()
+
+        def rows(batch: slice) -> slice:
+            return slice(batch.start * length, batch.stop * length)
+
+        def read(batch: slice) -> Tensor:
+            return hidden.read(rows(batch)).view(batch.stop - batch.start, length, -1)
+
+        for batch in batches(count, length):
+            hidden.write(rows(batch), evaluated.model.embed(tokens[batch]).flatten(0, 1))
+        evaluated.model.release()
         for number in range(evaluated.model.num_layers):
             progress.label(f"layer {number + 1}/{evaluated.model.num_layers}")
             layer = evaluated.model.load_layer(number, evaluated.experts(number))
-            for batch in batches(*shape[:2]):
-                hidden[batch] = evaluated.model.run_layer(number, layer, hidden[batch])
+            for batch in batches(count, length):
+                hidden.write(rows(batch), evaluated.model.run_layer(number, layer, read(batch)).flatten(0, 1))
                 progress.advance(batch.stop - batch.start)
         progress.label("head")
         total = 0.0
-        for window in range(shape[0]):
+        for window in range(count):
             one = slice(window, window + 1)
-            total += float(next_token_loss(evaluated.model.logits(hidden[one]), tokens[one]))
+            total += float(next_token_loss(evaluated.model.logits(read(one)), tokens[one]))
             progress.advance(1)
     return total

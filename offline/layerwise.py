@@ -116,27 +116,39 @@ def _tied(model: Any) -> set[str]:
 
 
 class LayerwiseModel:
-    """Runs a causal language model of `reader`'s checkpoint in float32, layer by layer.
+    """Runs a causal language model of `reader`'s checkpoint in float32 on `device`, layer by layer.
 
+    Embeddings and head are read when they are first needed and dropped by `release`.
     Raises InputError where transformers has no such model or a tensor is missing.
     """
 
-    def __init__(self, reader: Reader, family: Family, hf_config: Any) -> None:
-        self._reader, self._family = reader, family
-        model = blueprint(hf_config)
-        config = model.config
-        self._blueprints = list(model.model.layers)
+    def __init__(self, reader: Reader, family: Family, hf_config: Any, device: torch.device | None = None) -> None:
+        self._reader, self._family, self._config = reader, family, hf_config
+        self._device = device or torch.device("cpu")
+        self._blueprints = list(blueprint(hf_config).model.layers)
         self._recorders = nn.ModuleList(_Recorder() for _ in self._blueprints)
         self._injector = _Injector()
-        # Its frequencies are computed from the configuration, no checkpoint holds them.
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-        model.model.layers = nn.ModuleList()
-        tied = _tied(model)
-        self._load(model, lambda name: not name.startswith(LAYER_PREFIX), lambda name: name, tied)
-        if tied:
-            model.tie_weights()
-        self._model = model
+        self._ends: Any = None
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    @property
+    def _model(self) -> Any:
+        """The model without its decoder layers."""
+        if self._ends is None:
+            model = blueprint(self._config)
+            # Its frequencies are computed from the configuration, no checkpoint holds them.
+            model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+            model.model.layers = nn.ModuleList()
+            tied = _tied(model)
+            self._load(model, lambda name: not name.startswith(LAYER_PREFIX), lambda name: name, tied)
+            if tied:
+                model.tie_weights()
+            self._ends = model.to(self._device)
+        return self._ends
+
+    def release(self) -> None:
+        """Drops embeddings and head from memory."""
+        self._ends = None
 
     @property
     def num_layers(self) -> int:
@@ -147,7 +159,7 @@ class LayerwiseModel:
         shape = (int(tokens.shape[0]), int(tokens.shape[1]))
         self._model.model.layers = self._recorders
         with torch.no_grad():
-            self._model.model(input_ids=tokens)
+            self._model.model(input_ids=tokens.to(self._device))
         hidden = self._recorders[0].hidden
         # Masks and rotary tables depend on the batch's shape alone: windows are never padded.
         self._arguments.setdefault(shape, [recorder.arguments for recorder in self._recorders])
@@ -166,13 +178,16 @@ class LayerwiseModel:
         )
         if experts is not None:
             layer.set_submodule(self._family.experts_module, experts)
-        return layer
+        return layer.to(self._device)
 
     def run_layer(self, number: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         """hidden [batch, seq, hidden] -> the layer's output, of the same shape."""
         shape = (int(hidden.shape[0]), int(hidden.shape[1]))
         if shape not in self._arguments:
+            loaded = self._ends is not None
             self.embed(torch.zeros(shape, dtype=torch.int64))
+            if not loaded:
+                self.release()
         output = layer(hidden, **self._arguments[shape][number])
         return output[0] if isinstance(output, tuple) else output
 
@@ -180,7 +195,7 @@ class LayerwiseModel:
         """Final norm and head: hidden [batch, seq, hidden] -> float32 [batch, seq, vocabulary]."""
         self._injector.hidden = hidden
         self._model.model.layers = nn.ModuleList([self._injector])
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
         return self._model(input_ids=tokens).logits.float()
 
     def _load(
@@ -195,7 +210,7 @@ class LayerwiseModel:
         state = {}
         for parameter in module.state_dict():
             if parameter in names:
-                state[parameter] = self._reader.finite(names[parameter]).float()
+                state[parameter] = self._reader.finite(names[parameter]).to(self._device).float()
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
         held = [*module.named_parameters(), *module.named_buffers()]

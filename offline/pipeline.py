@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from d2moe_vllm.checkpoint import ROLES
 from d2moe_vllm.hf.experts import D2Experts
 from offline.activations import Rows
 from offline.assembly import Assembly, trimmed_experts
@@ -59,13 +58,13 @@ class Run:
     tokens: Tensor
     work: WorkDir
     steps: Steps
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     streamed: LayerwiseModel = field(init=False)
 
     def __post_init__(self) -> None:
         model = self.plan.model
         config = read_hf_config(model.folder)
-        self.streamed = LayerwiseModel(model.reader, model.family, config)
+        self.streamed = LayerwiseModel(model.reader, model.family, config, self.device)
         self.activation = ACT2FN[config.hidden_act]
         self.layers = model.num_layers
         self.moe = set(model.shape.layers)
@@ -153,10 +152,8 @@ class Run:
 
     def _store_inputs(self, last: int) -> None:
         """The input of layers 0 to `last`; where no gradient is at hand, of all layers, and the head's gradient."""
-        if any(self.work.has(_gradient(layer + 1)) for layer in range(last, self.layers)):
-            upto = last
-        else:
-            upto = self.layers
+        resumed = any(self.work.has(_gradient(layer + 1)) for layer in range(last, self.layers))
+        upto = last if resumed else self.layers
         self._embed(_hidden)
         for layer in range(upto):
             if self.work.has(_hidden(layer + 1)):
@@ -346,16 +343,15 @@ class Run:
         experts.load_state_dict(state, strict=True)
         return experts
 
-    def _weights(self, layer: int) -> dict[int, Weights]:
-        """A layer's experts on the device, in their stored dtype."""
-        model = self.plan.model
-        experts = range(model.shape.num_experts)
-        return {e: {role: model.weight(layer, e, role).to(self.device) for role in ROLES} for e in experts}
-
     # Bookkeeping
 
     def _done(self, layer: int, what: str) -> bool:
         return self.work.has_part(layer, f"{what}-done")
+
+    def _weights(self, layer: int) -> dict[int, Weights]:
+        """A layer's experts on the device, in their stored dtype."""
+        experts = self.plan.model.weights(layer)
+        return {e: {role: weight.to(self.device) for role, weight in w.items()} for e, w in experts.items()}
 
     def _create(self, name: str) -> Rows:
         return self.work.create(name, self.plan.tokens, self.plan.model.shape.hidden_size)

@@ -28,7 +28,7 @@ class Plan:
     problem: Problem
     budget: Budget
     caps: dict[tuple[int, Role], int]
-    resources: Resources = Resources()
+    resources: Resources
 
     @property
     def config(self) -> CheckpointConfig:
@@ -84,13 +84,10 @@ def make_plan(
             raise InputError(f"base.groups {base.groups} does not divide {role}'s {shape.projection(role)[1]} inputs")
     _check_counts(recipe, shape.num_experts)
     problem = _problem(model, recipe, shard_bytes)
-    if recipe.accounting == "paper":
-        budget = solve_paper(problem, recipe.ratio)
-    else:
-        budget = _uniform(problem, recipe.ratio)
+    budget = solve_paper(problem, recipe.ratio) if recipe.accounting == "paper" else _uniform(problem, recipe.ratio)
     if budget.nbytes >= model.reader.nbytes:
         raise InputError(f"ratio {recipe.ratio:g} would not make the model smaller; choose a higher one")
-    plan = Plan(model, recipe, problem, budget, _caps(problem, budget))
+    plan = Plan(model, recipe, problem, budget, _caps(problem, budget), Resources())
     return check_resources(plan, memory, processes)
 
 

@@ -43,7 +43,10 @@ def check_resources(plan: Plan, memory: int | None, processes: int) -> Plan:
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = (memory or available) // processes
     step = max(plan.windows[1], 1)
-    batches = sorted({max(step, size // step * step) for size in (4096, 2048, 1024, 512, 256)}, reverse=True)
+    # Every process gets a batch of windows.
+    most = -(-plan.windows[0] // processes) * step
+    sizes = (min(size, most) for size in (4096, 2048, 1024, 512, 256))
+    batches = sorted({max(step, size // step * step) for size in sizes}, reverse=True)
     plan = replace(plan, resources=Resources(batches[-1], 256, processes))
     if (needed := peak_memory(plan)) > limit:
         whose = "--memory" if memory else "this machine's memory"
@@ -66,7 +69,8 @@ def check_resources(plan: Plan, memory: int | None, processes: int) -> Plan:
 
 def _outside_and_inside(plan: Plan) -> tuple[int, int]:
     """Parameters outside of the decoder layers, and the most that one layer has besides its routed experts."""
-    outside, inside = 0, {}
+    outside = 0
+    inside: dict[str, int] = {}
     for name, spec in plan.model.other_tensors.items():
         if name.startswith("model.layers."):
             layer = name.split(".")[2]

@@ -87,9 +87,9 @@ class DenseModel:
         """One expert weight [out, in], in `dtype`. Raises CheckpointError where it is not finite."""
         return self.experts.weight(layer, expert, role)
 
-    def weights(self, layer: int) -> dict[Role, list[Tensor]]:
-        """All expert weights of one layer, per role and expert. Raises CheckpointError."""
-        return {role: [self.weight(layer, e, role) for e in range(self.shape.num_experts)] for role in ROLES}
+    def weights(self, layer: int) -> dict[int, dict[Role, Tensor]]:
+        """All expert weights of one layer. Raises CheckpointError."""
+        return self.experts.weights(layer)
 
     @cached_property
     def _others(self) -> Mapping[str, str]:

@@ -137,6 +137,10 @@ class StoredExperts:
             return self.reader.part(name, (expert, slice(None), rows)).T.contiguous()
         return self.reader.part(name, (expert, rows))
 
+    def weights(self, layer: int) -> dict[int, dict[Role, Tensor]]:
+        """All of one layer, per expert and role. Raises CheckpointError."""
+        return {e: {role: self.weight(layer, e, role) for role in ROLES} for e in range(self.shape.num_experts)}
+
 
 def expert_tensors(shape: MoEShape, layout: Layout, layers: Iterable[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape ([experts,] out, in) of every tensor that holds expert weights in this layout; gate and up

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2moe_vllm.checkpoint import CheckpointConfig, Pruning, Source, TensorSpec
-from offline.budget import Problem, base_columns, draft_layers, paper_kept_share, solve_stored
+from offline.budget import Problem, base_columns, paper_kept_share, solve_stored
 from offline.errors import InputError
 from offline.families import FAMILIES, MoEShape
+from offline.recipe import Recipe
 
 MIXTRAL_8X7B = MoEShape(8, 2, 4096, 14336, tuple(range(32)))
 MIXTRAL_8X7B_PARAMETERS = 46_702_792_704
@@ -57,18 +58,29 @@ def test_columns_that_do_not_work_out_are_refused(arguments: tuple[int, float, i
         base_columns(*arguments)
 
 
-def problem(shape: MoEShape, sparsity: float | None, multiple: int, dtype: str = "bfloat16") -> Problem:
+def problem(
+    shape: MoEShape, sparsity: float | None, multiple: int, dtype: str = "bfloat16", delta: dict | None = None
+) -> Problem:
     family = FAMILIES["mixtral"]
     other = {"model.embed_tokens.weight": TensorSpec("BF16", (64, shape.hidden_size))}
     experts = shape.num_experts * shape.expert_parameters * len(shape.layers)
     width = 4 if dtype == "float32" else 2
     source = Source(name="x", parameters=experts + other["model.embed_tokens.weight"].numel, bytes=experts * width)
-    draft = CheckpointConfig(
+    draft = CheckpointConfig.model_construct(
         family="mixtral", experts=family.experts, projections=dict(family.projections), num_experts=shape.num_experts,
         hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, dtype=dtype,
-        pruning=Pruning(groups=4), layers=draft_layers(shape, sparsity, 4, 1), source=source,
+        pruning=Pruning(groups=4), layers={}, source=source,
     )  # fmt: skip
-    return Problem(draft, shape, other, multiple, shard_bytes=100_000)
+    base = {"groups": 4, "column_multiple": 1}
+    base |= {"kind": "none"} if sparsity is None else {"sparsity": sparsity}
+    recipe = Recipe(ratio=0.5, base=base, delta={"rank_multiple": multiple, **(delta or {})})
+    trimmed = dict.fromkeys(shape.layers, tuple(range(recipe.delta.trim)))
+    return Problem(draft, shape, other, recipe, trimmed, shard_bytes=100_000)
+
+
+DELTAS = [
+    {}, {"method": "prune"}, {"share_v": True}, {"distinct_u": 2}, {"share_v": True, "distinct_u": 1}, {"trim": 1},
+]  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,28 +93,39 @@ def problem(shape: MoEShape, sparsity: float | None, multiple: int, dtype: str =
     sparsity=st.sampled_from([None, 0.0, 0.1, 0.5]),
     multiple=st.sampled_from([1, 4]),
     dtype=st.sampled_from(["bfloat16", "float32"]),
+    delta=st.sampled_from(DELTAS),
 )
 def test_budget_is_kept_and_used_up(
-    ratio: float, experts: int, hidden: int, middle: int, layers: int, sparsity: float | None, multiple: int, dtype: str
+    ratio: float,
+    experts: int,
+    hidden: int,
+    middle: int,
+    layers: int,
+    sparsity: float | None,
+    multiple: int,
+    dtype: str,
+    delta: dict,
 ) -> None:
+    if delta.get("trim") and sparsity is None:
+        return
     shape = MoEShape(experts, 2, hidden, middle, tuple(range(layers)))
-    asked = problem(shape, sparsity, multiple, dtype)
+    asked = problem(shape, sparsity, multiple, dtype, delta)
     target = (1 - ratio) * asked.draft.source.bytes
     try:
         budget = solve_stored(asked, ratio)
     except InputError:
-        assert asked.solve(asked.uniform(0)).nbytes > target
+        assert asked.solve(asked.same(asked.options[0]), asked.uniform(0)).nbytes > target
         return
     assert budget.nbytes <= target
     assert budget.stored_ratio >= ratio
     ranks = {(n, role): budget.config.layers[n][role].rank for n in shape.layers for role in ("gate", "up", "down")}
-    assert all(rank % multiple == 0 and rank >= 1 for rank in ranks.values())
+    step = asked.rank_multiple
+    assert all(rank % step == 0 and rank >= 1 for rank in ranks.values())
     # Nothing of the size of a step is left over, unless everything is at full rank.
-    steps = [multiple * sum(shape.projection(role)) for (n, role) in ranks if ranks[n, role] < asked.limit(role)]
+    steps = [asked.step_bytes(role) for (n, role) in ranks if ranks[n, role] < asked.limit(role)]
     if steps:
-        width = 4 if dtype == "float32" else 2
         headers = sum(len(shard.header) for shard in budget.shards)
-        assert target - budget.nbytes < min(steps) * experts * width + 0.05 * headers
+        assert target - budget.nbytes < min(steps) + 0.05 * headers
 
 
 def test_higher_ratios_never_give_higher_ranks() -> None:

@@ -83,7 +83,7 @@ def test_paper_accounting(mixtral: Path) -> None:
 
 def test_paper_accounting_without_a_base_charges_none(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("base: {merge: none}\n")
+    recipe.write_text("base: {kind: none}\n")
     content = plan(TINY, "--ratio", "0.4", "--accounting", "paper", "--recipe", str(recipe), "--seq-len", "64")
     assert content["result"]["parameters"] / content["source"]["parameters"] == pytest.approx(0.6, abs=0.01)
     assert content["first_layer"]["gate"]["kept_columns"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from offline.compression import LayerJob
 from offline.layerwise import next_token_loss
 from offline.pipeline import Run
 from offline.plan import make_plan
 from offline.progress import Steps
 from offline.recipe import Recipe
+from offline.resources import Resources
 from offline.source import open_dense
-from offline.statistics import LayerStatistics
+from offline.statistics import Gradients, gradients, mean_gram
 from offline.workdir import WorkDir
 
 WINDOWS, LENGTH, EXPERTS, LAYERS = 3, 7, 4, 3
@@ -86,30 +89,46 @@ def expected(model_folder: Path, tokens: Tensor) -> list[PerPosition]:
     return whole_model(model_folder, tokens)
 
 
+@dataclass
+class Seen:
+    """What the pipeline's own sweeps hand to the compression of one layer."""
+
+    tokens: Tensor
+    energy: dict[str, Tensor]
+    gradients: list[Gradients]
+    gram: dict[str, list[Tensor]]
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "gate-weighted"])
 def streamed(
     request: pytest.FixtureRequest, model_folder: Path, tokens: Tensor, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[bool, dict[int, LayerStatistics]]:
-    """What the pipeline's own sweeps hand to the compression of every layer."""
-    seen: dict[int, LayerStatistics] = {}
+) -> tuple[bool, dict[int, Seen]]:
+    seen: dict[int, Seen] = {}
     recipe = Recipe(
         ratio=0.3,
         calibration={"windows": WINDOWS, "seq_len": LENGTH},
         base={"groups": 2},
         delta={"gate_weighted": request.param},
     )
+    # Two windows and five rows at once: neither divides what there is.
     plan = make_plan(open_dense(str(model_folder)), recipe)
+    plan = replace(plan, resources=Resources(batch_tokens=2 * LENGTH, rows=5))
     work = WorkDir(tmp_path_factory.mktemp("work"), {"test": 1})
-    patch = pytest.MonkeyPatch()
 
-    def keep(number: int, weights: object, statistics: LayerStatistics, *rest: object) -> object:
-        seen[number] = statistics
-        return type("Done", (), {"tensors": {"x": torch.zeros(1)}, "report": {}})
+    def look(run: Run, job: LayerJob) -> None:
+        weighted = {"gate_weighted": request.param}
+        grads, grams = [], {"input": [], "middle": []}
+        for expert in range(EXPERTS):
+            weights = job.weights(expert)
+            grads.append(gradients(weights, job.routing, expert, job.activation, fisher=True, **weighted))
+            for site, found in grams.items():
+                found.append(mean_gram(weights, job.routing, expert, site, job.activation, **weighted))
+        seen[job.number] = Seen(job.tokens, dict(job.energy), grads, grams)
 
-    patch.setattr("offline.pipeline.compress_layer", keep)
-    with Steps(1) as steps:
-        Run(plan, tokens, work, steps).compress_layers()
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch, Steps(1) as steps:
+        patch.setattr(Run, "_merge", look)
+        patch.setattr(Run, "_factor", lambda run, job: None)
+        Run(plan, tokens, work, steps, torch.device("cpu")).compress_layers()
     return request.param, seen
 
 
@@ -132,7 +151,7 @@ def test_grams_are_of_routed_rows_only(streamed: tuple, expected: list[PerPositi
         for expert in range(EXPERTS):
             for site, position in (("input", 1), ("middle", 2)):
                 rows = [row[position] * (row[3] if weighted else 1) for row in observed.rows if row[0] == expert]
-                gram = sum(torch.outer(row, row) for row in rows)
+                gram = sum(torch.outer(row, row) for row in rows) / len(rows)
                 assert close(statistics[layer].gram[site][expert], gram)
 
 
@@ -148,7 +167,24 @@ def test_fisher_is_squared_per_position(streamed: tuple, expected: list[PerPosit
         for role in ("gate", "up", "down"):
             for expert in range(EXPERTS):
                 squares = [row[4][role].grad.square() for row in observed.rows if row[0] == expert]
-                assert close(streamed[1][layer].fisher[role][expert], sum(squares))
+                assert close(streamed[1][layer].gradients[expert].fisher[role], sum(squares))
+
+
+def test_sensitivity_is_what_an_error_at_the_output_costs(streamed: tuple, expected: list[PerPosition]) -> None:
+    """Sum over rows of |d log-likelihood / d output|², over outputs; before the gate where Grams carry the gate."""
+    weighted, statistics = streamed
+    for layer, observed in enumerate(expected):
+        for role in ("gate", "up", "down"):
+            for expert in range(EXPERTS):
+                total = 0.0
+                for row in (row for row in observed.rows if row[0] == expert):
+                    # The weight's gradient is the outer product of the output's gradient and the input.
+                    inputs = row[2] if role == "down" else row[1]
+                    gradient = row[4][role].grad
+                    square = gradient.square().sum() / inputs.square().sum() / len(gradient)
+                    total += float(square / row[3].square() if weighted else square)
+                found = statistics[layer].gradients[expert].sensitivity[role]
+                assert found == pytest.approx(total, rel=1e-3)
 
 
 def test_batching_of_windows_does_not_matter(model_folder: Path, tokens: Tensor, expected: list[PerPosition]) -> None:
