@@ -16,8 +16,8 @@ from torch import Tensor
 from d2moe_vllm.checkpoint import ROLES, Role
 from offline.budget import Option
 from offline.errors import InputError
-from offline.factorization import DELTAS, column_factors, error_curve, shrink_gram, svd_base
-from offline.merging import MERGES, MergeOptions
+from offline.factorization import DELTAS, column_factors, error_curve, shrink_gram, svd_base, whitened_energy
+from offline.merging import MERGES, Merge, MergeOptions
 from offline.plan import Plan
 from offline.pruning import column_scores, select_columns
 from offline.statistics import Activation, Routing, Site, Weights, gradients, mean_gram
@@ -66,9 +66,8 @@ class LayerJob:
         sensitivity = torch.zeros(len(ROLES), self.experts, dtype=torch.float64)
         merges = {role: self._new_merge(role) for role in ROLES} if needs_base else {}
         for number in range(max((merge.passes for merge in merges.values()), default=1)):
-            if number:
-                for merge in merges.values():
-                    merge.next_pass()
+            for merge in merges.values() if number else ():
+                merge.next_pass()
             for expert in self.own:
                 self._add_expert(expert, merges, sensitivity if number == 0 else None)
                 advance(1 / len(self.own))
@@ -85,7 +84,7 @@ class LayerJob:
             self.work.save_part(self.number, "sensitivity", {"sensitivity": sensitivity})
         group.barrier()
 
-    def _new_merge(self, role: Role):
+    def _new_merge(self, role: Role) -> Merge:
         base = self.plan.recipe.base
         out_features, in_features = self.plan.model.shape.projection(role)
         options = MergeOptions(
@@ -97,7 +96,7 @@ class LayerJob:
         )
         return MERGES[base.merge](out_features, in_features, self.experts, options)
 
-    def _add_expert(self, expert: int, merges: Mapping[Role, object], sensitivity: Tensor | None) -> None:
+    def _add_expert(self, expert: int, merges: Mapping[Role, Merge], sensitivity: Tensor | None) -> None:
         recipe, weights = self.plan.recipe, self.weights(expert)
         needs = MERGES[recipe.base.merge]
         fisher = None
@@ -118,7 +117,7 @@ class LayerJob:
             gram = self._gram(expert, weights, site) if merges and needs.needs_gram else None
             for role in roles:
                 if role in merges:
-                    merges[role].add(  # type: ignore[attr-defined]
+                    merges[role].add(
                         weights[role],
                         tokens=int(self.tokens[expert]),
                         total_tokens=total,
@@ -153,7 +152,8 @@ class LayerJob:
         problem, dtype = self.plan.problem, self.plan.torch_dtype
         tensors: dict[str, Tensor] = {}
         if option == "svd":
-            for role, base in merged.items():
+            for role in SELECTIONS[site]:
+                base = merged[role]
                 rank = problem.projection(role, option, problem.rank_multiple).base_rank
                 u, v = svd_base(base.to(self.routing.device), self.energy[site], rank)
                 tensors |= {f"{role}.base_u": u.to(dtype).cpu(), f"{role}.base_v": v.to(dtype).cpu()}
@@ -162,8 +162,8 @@ class LayerJob:
         kept = problem.columns(SELECTIONS[site][0], option).kept
         scores = column_scores(joint, self.energy[site].sqrt())
         columns = select_columns(scores, kept, self.plan.recipe.base.groups)
-        for role, base in merged.items():
-            stored = base[:, columns.long()].to(dtype)
+        for role in SELECTIONS[site]:
+            stored = merged[role][:, columns.long()].to(dtype)
             tensors |= {
                 f"{role}.base": stored,
                 f"{role}.base_columns": columns.clone(),
@@ -202,11 +202,12 @@ class LayerJob:
         self.work.group.barrier()
 
     def _factor_expert(self, expert: int) -> dict[str, Tensor]:
-        weights, tensors = self.weights(expert), {}
+        weights = self.weights(expert)
+        tensors: dict[str, Tensor] = {}
         for site, roles in SELECTIONS.items():
             gram = self.shrunk_gram(expert, weights, site)
             for role in roles:
-                energy = _energy(weights[role], gram)
+                energy = whitened_energy(weights[role], gram)
                 for option in self.plan.problem.options:
                     delta = self.delta(option, role, weights[role])
                     found = self._deltas(delta, gram, role, expert)
@@ -225,8 +226,9 @@ class LayerJob:
         if expert in self.trimmed:
             return {}
         if recipe.delta.method == "prune":
-            order = column_factors(delta, gram, cap, recipe.base.groups)
-            return {"u": order[0].to(dtype), "columns": order[1]}
+            u, columns = column_factors(delta, gram, cap, recipe.base.groups)
+            best = _best_first(u.norm(dim=0) * gram.diagonal()[columns.long()].sqrt(), recipe.base.groups)
+            return {"u": u[:, best].to(dtype), "columns": columns[best]}
         u, v = DELTAS[recipe.delta.method](delta, gram, cap)
         return {"u": u.to(dtype), "v": v.to(dtype)}
 
@@ -235,7 +237,7 @@ class LayerJob:
         multiple = self.plan.problem.rank_multiple
         cap = self.plan.cap(self.number, role)
         if "u" not in found:
-            return _energy(delta, gram) * torch.ones(-(-cap // multiple) + 1, dtype=torch.float64)
+            return whitened_energy(delta, gram) * torch.ones(-(-cap // multiple) + 1, dtype=torch.float64)
         if "columns" in found:
             v = torch.zeros(cap, delta.shape[1], device=delta.device)
             v[torch.arange(cap), found["columns"].long()] = 1.0
@@ -255,7 +257,11 @@ class LayerJob:
         self.work.save_part(self.number, part, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def _energy(matrix: Tensor, gram: Tensor) -> float:
-    """||M G^1/2||_F^2."""
-    nothing = matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0, matrix.shape[1])
-    return float(error_curve(matrix, gram, *nothing)[0])
+def _best_first(scores: Tensor, groups: int) -> Tensor:
+    """An order in which the first r of scored columns, r a multiple of groups, are the best r, evenly over groups.
+
+    scores: [kept], the groups' columns one after the other.
+    """
+    ranked = scores.view(groups, -1).argsort(dim=1, descending=True, stable=True)
+    starts = torch.arange(groups, device=scores.device).unsqueeze(1) * ranked.shape[1]
+    return (ranked + starts).T.flatten()
