@@ -11,8 +11,8 @@ from torch import Tensor
 
 from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Role
 from offline.errors import InputError
-from offline.factorization import DELTAS, NEEDS_GRAM, gram_root, relative_error, shrink_gram
-from offline.merging import MERGES, Evidence
+from offline.factorization import DELTAS, relative_error, shrink_gram
+from offline.merging import MERGES, MergeOptions
 from offline.pruning import column_scores, select_columns
 from offline.recipe import Recipe
 from offline.statistics import SITES, LayerStatistics
@@ -65,9 +65,13 @@ def compress_layer(
 
 
 def _merge(role: Role, weights: Sequence[Tensor], statistics: LayerStatistics, recipe: Recipe) -> Tensor:
-    fisher = statistics.fisher[role] if statistics.fisher is not None else None
-    evidence = Evidence(statistics.tokens, fisher, recipe.base.fisher_epsilon, recipe.base.frequency_power)
-    return MERGES[recipe.base.merge](weights, evidence)
+    options = MergeOptions(recipe.base.fisher_epsilon, recipe.base.frequency_power)
+    out_features, in_features = weights[0].shape
+    merge = MERGES[recipe.base.merge](out_features, in_features, len(weights), options)
+    for expert, weight in enumerate(weights):
+        fisher = statistics.fisher[role][expert] if statistics.fisher is not None else None
+        merge.add(weight, int(statistics.tokens[expert]), int(statistics.tokens.sum()), fisher)
+    return merge.result()
 
 
 def _select(merged: Mapping[Role, Tensor], statistics: LayerStatistics, kept: int, config: CheckpointConfig) -> Tensor:
@@ -91,14 +95,11 @@ def _factor_all(
         for selection in SELECTIONS:
             measured = statistics.mean_gram(expert, SITES[selection[0]])
             gram = shrink_gram(measured, int(statistics.tokens[expert]), recipe.delta.shrinkage)
-            tall = config.shape(selection[0])[0] > config.shape(selection[0])[1]
-            # gate and up see the same inputs, the root of their Gram is taken once.
-            root = gram_root(gram) if recipe.delta.method in NEEDS_GRAM and tall else None
             for role in selection:
                 weight, base = weights[role][expert], bases[role]
                 delta = weight.double() if base is None else weight.double() - base.double()
                 rank = config.layers[number][role].rank
-                u, v = (f.to(weight.dtype) for f in DELTAS[recipe.delta.method](delta, gram, rank, root))
+                u, v = (f.to(weight.dtype) for f in DELTAS[recipe.delta.method](delta, gram, rank))
                 tensors[config.tensor_name(number, expert, role, "delta_u")] = u
                 tensors[config.tensor_name(number, expert, role, "delta_v")] = v
                 approximation = u.double() @ v.double() + (0 if base is None else base.double())
