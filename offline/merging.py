@@ -1,73 +1,269 @@
-"""Base by merging the experts of a layer (D2-MoE §3.2, METHODS 1.1): a table of named functions."""
+"""Base by merging the experts of a layer (D2-MoE §3.2, METHODS 1.1): a table of streaming accumulators.
+
+Experts are added one at a time, in any order, so that no more than one expert is ever held:
+
+    merge = MERGES["fisher"](out_features, in_features, experts, MergeOptions())
+    for number in range(merge.passes):
+        for expert in ...:
+            merge.add(weight, tokens, total_tokens, fisher, gram)
+        # several processes, each with some of the experts: sum merge.state() over them here, in place
+        if number + 1 < merge.passes:
+            merge.next_pass()
+    base = merge.result()
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from offline.factorization import column_blocks
+
+RIDGE = 1e-6
+"""RegMean's ridge, as a share of the mean energy of an input: directions without any evidence get the plain mean."""
+
 
 @dataclass(frozen=True)
-class Evidence:
-    """What calibration knows about the experts of one projection.
+class MergeOptions:
+    """fisher_epsilon: share of the mean Fisher added everywhere; frequency_power: p_i = (routed share)^power.
 
-    tokens: int64 [experts], routed tokens; fisher: per expert float32 [out, in], or None if not gathered.
+    regmean_shrinkage: how far RegMean's Grams are pulled to their diagonal, 0 to 1 (RegMean, arXiv 2212.09849,
+    section 4: it multiplies off-diagonals by 0.9). ties_density: share of entries that TIES keeps of each
+    expert (TIES-Merging, arXiv 2306.01708: the top 20 %). device: where the accumulators live.
     """
 
-    tokens: Tensor
-    fisher: Sequence[Tensor] | None
-    epsilon: float
-    frequency_power: float
+    fisher_epsilon: float = 1e-3
+    frequency_power: float = 0.0
+    regmean_shrinkage: float = 0.1
+    ties_density: float = 0.2
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def fisher_merge(weights: Sequence[Tensor], evidence: Evidence) -> Tensor:
-    """sum_i F_i * W_i / sum_i F_i, element-wise (D2-MoE eq. 4-5).
+class Merge:
+    """What all merges share: the plain mean, and the count of experts added in this pass."""
 
-    weights: per expert [out, in]. F_i + epsilon * mean(F) enters both sums, so that positions and experts
-    without any evidence fall back to the plain mean. Returns float32 [out, in].
-    Raises ValueError where no Fisher information was gathered.
+    needs_fisher = False
+    needs_gram = False
+    passes = 1
+
+    def __init__(self, out_features: int, in_features: int, experts: int, options: MergeOptions) -> None:
+        """experts: how many will be added in all, over all processes."""
+        self.shape = (out_features, in_features)
+        self.experts = experts
+        self.options = options
+        self.sum = self.zeros()
+        self.added = self.zeros(1, dtype=torch.float64)
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape or self.shape, dtype=dtype, device=self.options.device)
+
+    def add(
+        self, weight: Tensor, tokens: int, total_tokens: int, fisher: Tensor | None = None, gram: Tensor | None = None
+    ) -> None:
+        """One expert. weight: [out, in], any float dtype; tokens: routed to it, of total_tokens in the layer
+        (over all experts); fisher: float [out, in], summed over tokens; gram: float [in, in], the mean over
+        its tokens. Nothing is kept of the arguments, nor changed in them.
+        Raises ValueError where the shape is another or what the merge needs is missing.
+        """
+        if weight.shape != self.shape:
+            raise ValueError(f"weight is {list(weight.shape)}, the merge is of {list(self.shape)}")
+        self.added += 1
+        self._add(weight.to(self.options.device, torch.float32), tokens / max(total_tokens, 1), fisher, gram)
+
+    def _add(self, weight: Tensor, share: float, fisher: Tensor | None, gram: Tensor | None) -> None:
+        self.sum += weight
+
+    def state(self) -> list[Tensor]:
+        """The accumulators of this pass. Summed over processes, in place, they are those of all experts."""
+        return [self.sum, self.added]
+
+    def next_pass(self) -> None:
+        """Between two passes, where `passes` says there are two."""
+        self._check_complete()
+        self.added.zero_()
+
+    def result(self) -> Tensor:
+        """The base, float32 [out, in]. Ends the merge: accumulators may be reused for the result.
+
+        Raises ValueError where the number of experts added is not the number announced.
+        """
+        self._check_complete()
+        return self._result()
+
+    def _result(self) -> Tensor:
+        return self.sum.div_(self.experts)
+
+    def _check_complete(self) -> None:
+        if int(self.added) != self.experts:
+            raise ValueError(f"{int(self.added)} experts were added to a merge of {self.experts}")
+
+
+class MeanMerge(Merge):
+    """The plain mean."""
+
+
+class FrequencyMerge(Merge):
+    """The mean weighted by routed tokens; the plain mean where none was routed."""
+
+    def __init__(self, out_features: int, in_features: int, experts: int, options: MergeOptions) -> None:
+        super().__init__(out_features, in_features, experts, options)
+        self.weighted = self.zeros()
+        self.shares = self.zeros(1, dtype=torch.float64)
+
+    def _add(self, weight: Tensor, share: float, fisher: Tensor | None, gram: Tensor | None) -> None:
+        self.sum += weight
+        self.weighted.add_(weight, alpha=share)
+        self.shares += share
+
+    def state(self) -> list[Tensor]:
+        return [*super().state(), self.weighted, self.shares]
+
+    def _result(self) -> Tensor:
+        return self.weighted.div_(float(self.shares)) if self.shares > 0 else super()._result()
+
+
+class FisherMerge(Merge):
+    """sum_i F'_i * W_i / sum_i F'_i, element-wise (D2-MoE eq. 4-5), with F'_i = p_i F_i / M + epsilon.
+
+    M is the mean of p_i F_i over all experts and positions, which is known only at the end: the sums of
+    p_i F_i * W_i, of p_i F_i and of W_i are kept. The plain mean where there is no evidence at all.
     """
-    if evidence.fisher is None:
-        raise ValueError("the fisher merge needs Fisher information")
-    share = evidence.tokens.double() / evidence.tokens.sum().clamp(min=1)
-    power = share**evidence.frequency_power
-    mean = sum(float(f.double().mean()) * float(p) for f, p in zip(evidence.fisher, power, strict=True))
-    mean /= len(weights)
-    if mean == 0:
-        return mean_merge(weights, evidence)
-    total = torch.zeros_like(weights[0], dtype=torch.float32)
-    norm = torch.zeros_like(total)
-    for weight, fisher, factor in zip(weights, evidence.fisher, power, strict=True):
-        # Divided by the mean, so that tiny Fisher values cannot underflow.
-        importance = (fisher.double() * (float(factor) / mean)).float() + evidence.epsilon
-        total.addcmul_(importance, weight.float())
-        norm += importance
-    return total / norm
+
+    needs_fisher = True
+
+    def __init__(self, out_features: int, in_features: int, experts: int, options: MergeOptions) -> None:
+        super().__init__(out_features, in_features, experts, options)
+        self.top = self.zeros()
+        self.bottom = self.zeros()
+
+    def _add(self, weight: Tensor, share: float, fisher: Tensor | None, gram: Tensor | None) -> None:
+        if fisher is None:
+            raise ValueError("the fisher merge needs Fisher information")
+        power = share**self.options.frequency_power
+        fisher = fisher.to(self.options.device, torch.float32)
+        self.sum += weight
+        self.top.addcmul_(fisher, weight, value=power)
+        self.bottom.add_(fisher, alpha=power)
+
+    def state(self) -> list[Tensor]:
+        return [*super().state(), self.top, self.bottom]
+
+    def _result(self) -> Tensor:
+        mean = sum(float(row.double().sum()) for row in self.bottom.split(256)) / (self.experts * self.sum.numel())
+        if mean == 0:
+            return super()._result()
+        epsilon = self.options.fisher_epsilon
+        for total, top, bottom in zip(self.sum.split(256), self.top.split(256), self.bottom.split(256), strict=True):
+            # Divided by the mean in float64, so that tiny Fisher values cannot underflow.
+            above = top.double().div_(mean).add_(total, alpha=epsilon)
+            total.copy_(above / bottom.double().div_(mean).add_(epsilon * self.experts))
+        return self.sum
 
 
-def mean_merge(weights: Sequence[Tensor], evidence: Evidence) -> Tensor:
-    """The plain mean; float32 [out, in]."""
-    return _weighted(weights, torch.ones(len(weights)))
+class RegMeanMerge(Merge):
+    """(sum_i W_i G'_i)(sum_i G'_i)^-1, the least-squares merge (RegMean, arXiv 2212.09849, eq. 2).
+
+    G'_i = (1 - a) G_i + a diag(G_i) with G_i the *sum* over routed tokens and a = regmean_shrinkage. A small
+    ridge towards the plain mean, so that a singular sum is no special case. Sums and solution in float64:
+    8 (in^2 + out * in) bytes, and as much again for the solution.
+    """
+
+    needs_gram = True
+
+    def __init__(self, out_features: int, in_features: int, experts: int, options: MergeOptions) -> None:
+        super().__init__(out_features, in_features, experts, options)
+        self.top = self.zeros(dtype=torch.float64)
+        self.bottom = self.zeros(in_features, in_features, dtype=torch.float64)
+
+    def _add(self, weight: Tensor, share: float, fisher: Tensor | None, gram: Tensor | None) -> None:
+        if gram is None or gram.shape != self.bottom.shape:
+            raise ValueError(f"the regmean merge needs a Gram matrix of {self.shape[1]} inputs")
+        self.sum += weight
+        weight = weight.double()
+        for block in column_blocks(self.shape[1]):
+            # In shares, not counts, of tokens: the scale cancels.
+            part = gram[:, block].to(self.options.device, torch.float64) * share
+            diagonal = part[block].diagonal().clone()
+            part *= 1 - self.options.regmean_shrinkage
+            part[block].diagonal().copy_(diagonal)
+            self.bottom[:, block] += part
+            self.top[:, block] += weight @ part
+
+    def state(self) -> list[Tensor]:
+        return [*super().state(), self.top, self.bottom]
+
+    def _result(self) -> Tensor:
+        energy = float(self.bottom.diagonal().mean())
+        mean = super()._result()
+        if energy <= 0:
+            return mean
+        # The ridge belongs to both sides: what no input ever showed stays at the mean.
+        self.top.add_(mean, alpha=RIDGE * energy)
+        self.bottom.diagonal().add_(RIDGE * energy)
+        root, failed = torch.linalg.cholesky_ex(self.bottom)
+        if failed:  # float32 Grams may be indefinite by more than the ridge
+            solution = torch.linalg.solve(self.bottom, self.top, left=False)
+        else:
+            solution = torch.cholesky_solve(self.top.T, root).T
+        return solution.float()
 
 
-def frequency_merge(weights: Sequence[Tensor], evidence: Evidence) -> Tensor:
-    """The mean weighted by routed tokens; the plain mean where none was routed. float32 [out, in]."""
-    tokens = evidence.tokens.double()
-    return _weighted(weights, tokens if tokens.sum() > 0 else torch.ones(len(weights)))
+class TiesMerge(Merge):
+    """TIES-Merging (arXiv 2306.01708, algorithm 1) of the experts' differences from their plain mean, scaling 1.
+
+    Of each difference the largest `ties_density` share of entries is kept, the sign of their sum elected per
+    position, and the mean of the entries with that sign added to the plain mean. Two passes: first the mean,
+    then the differences. Sums of both signs are kept apart, so the election needs no third pass.
+    """
+
+    passes = 2
+
+    def __init__(self, out_features: int, in_features: int, experts: int, options: MergeOptions) -> None:
+        super().__init__(out_features, in_features, experts, options)
+        self.mean: Tensor | None = None
+        self.signed: list[Tensor] = []
+
+    def _add(self, weight: Tensor, share: float, fisher: Tensor | None, gram: Tensor | None) -> None:
+        if self.mean is None:
+            self.sum += weight
+            return
+        difference = weight - self.mean
+        kept = max(round(self.options.ties_density * difference.numel()), 1)
+        if kept < difference.numel():
+            magnitude = difference.abs()
+            threshold = magnitude.flatten().kthvalue(difference.numel() - kept + 1).values
+            difference.masked_fill_(magnitude < threshold, 0)
+        positive, positives, negative, negatives = self.signed
+        positive += difference.clamp(min=0)
+        positives += difference > 0
+        negative += difference.clamp(max=0)
+        negatives += difference < 0
+
+    def state(self) -> list[Tensor]:
+        return [*(self.signed or [self.sum]), self.added]
+
+    def next_pass(self) -> None:
+        super().next_pass()
+        self.mean = self.sum.div_(self.experts)
+        self.signed = [self.zeros(), self.zeros(dtype=torch.int32), self.zeros(), self.zeros(dtype=torch.int32)]
+
+    def _result(self) -> Tensor:
+        if self.mean is None:
+            raise ValueError("the ties merge takes two passes")
+        positive, positives, negative, negatives = self.signed
+        elected = positive + negative
+        agreeing = torch.where(elected > 0, positive / positives.clamp(min=1), negative / negatives.clamp(min=1))
+        return self.mean + agreeing.masked_fill_(elected == 0, 0)
 
 
-def _weighted(weights: Sequence[Tensor], factors: Tensor) -> Tensor:
-    total = torch.zeros_like(weights[0], dtype=torch.float32)
-    for weight, factor in zip(weights, (factors.double() / factors.sum()).tolist(), strict=True):
-        total.add_(weight.float(), alpha=factor)
-    return total
-
-
-MERGES: dict[str, Callable[[Sequence[Tensor], Evidence], Tensor]] = {
-    "fisher": fisher_merge,
-    "mean": mean_merge,
-    "frequency": frequency_merge,
+MERGES: dict[str, type[Merge]] = {
+    "fisher": FisherMerge,
+    "mean": MeanMerge,
+    "frequency": FrequencyMerge,
+    "regmean": RegMeanMerge,
+    "ties": TiesMerge,
 }
-NEEDS_FISHER = frozenset({"fisher"})
+NEEDS_FISHER = frozenset(name for name, merge in MERGES.items() if merge.needs_fisher)
+NEEDS_GRAM = frozenset(name for name, merge in MERGES.items() if merge.needs_gram)

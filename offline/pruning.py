@@ -24,5 +24,5 @@ def select_columns(scores: Tensor, kept: int, groups: int) -> Tensor:
     if columns % groups or kept % groups or kept > columns:
         raise ValueError(f"cannot keep {kept} of {columns} columns in {groups} groups")
     order = scores.view(groups, -1).sort(dim=1, descending=True, stable=True).indices[:, : kept // groups]
-    offsets = torch.arange(groups).unsqueeze(1) * (columns // groups)
+    offsets = torch.arange(groups, device=scores.device).unsqueeze(1) * (columns // groups)
     return (order.sort(dim=1).values + offsets).flatten().to(torch.int32)
