@@ -19,7 +19,8 @@ from transformers.activations import ACT2FN
 from d2moe_vllm.hf.experts import D2Experts
 from offline.activations import Rows
 from offline.assembly import Assembly, trimmed_experts
-from offline.compression import LayerJob
+from offline.compression import build_bases, factor_experts, merge_experts
+from offline.layerjob import LayerJob
 from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
 from offline.plan import Plan
 from offline.progress import Steps
@@ -299,12 +300,12 @@ class Run:
 
     def _merge(self, job: LayerJob) -> None:
         self.steps.label(f"layer {job.number + 1}/{self.layers}: merge")
-        job.merge(lambda share: self.steps.advance(self.costs.merge * share))
+        merge_experts(job, lambda share: self.steps.advance(self.costs.merge * share))
 
     def _factor(self, job: LayerJob) -> None:
         self.steps.label(f"layer {job.number + 1}/{self.layers}: prune, factor")
-        job.build_bases()
-        job.factor(lambda share: self.steps.advance(self.costs.factor * share))
+        build_bases(job)
+        factor_experts(job, lambda share: self.steps.advance(self.costs.factor * share))
 
     def _finish(self, layer: int, what: str) -> None:
         """Marks a layer as done, and only then discards what it was made from."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from offline.compression import LayerJob
+from offline.layerjob import LayerJob
 from offline.layerwise import next_token_loss
 from offline.pipeline import Run
 from offline.plan import make_plan

@@ -1,0 +1,178 @@
+"""Factors that experts of a layer share (METHODS 1.7): one V for all, or fewer U's than experts.
+
+The algebra is in sharing.py; this is its order of work over experts, which are taken one at a time. The part
+`shared` of a layer holds, per option and role: `shared_v` and `projector` (Share-V), `delta_u.<j>`, `scale.<j>`
+and `u_index` (Merge-U); with both no projector and no scales. Everything at the largest rank, nested, rounded as it
+will be stored. An expert's own part holds what it does not share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2moe_vllm.checkpoint import Role
+from offline.budget import Option
+from offline.factorization import input_moment, output_moment
+from offline.layerjob import SELECTIONS, LayerJob
+from offline.sharing import least, mean_u, merged_u, seed_experts, shared_v, unexplained
+from offline.statistics import SITES, Site
+
+SHARED_PART = "shared"
+
+
+@dataclass(frozen=True)
+class _Clusters:
+    """seeds: the experts that founded them, ascending; joined: int32 [experts], -1 for trimmed ones."""
+
+    seeds: list[int]
+    joined: Tensor
+
+    def members(self, number: int) -> list[int]:
+        return (self.joined == number).nonzero().flatten().tolist()
+
+
+@dataclass(frozen=True)
+class JointFactors:
+    """The shared factors of one layer. Every process sums over its own experts."""
+
+    job: LayerJob
+
+    def write(self) -> None:
+        """Writes the part `shared`."""
+        job, delta = self.job, self.job.plan.recipe.delta
+        if job.work.has_part(job.number, SHARED_PART):
+            return
+        tensors: dict[str, Tensor] = {}
+        for site, roles in SELECTIONS.items():
+            for option in job.plan.problem.options:
+                common = {role: self._share_v(option, role) for role in roles} if delta.share_v else {}
+                for role, (v, projector) in common.items():
+                    tensors[f"{option}.{role}.shared_v"] = v
+                    if not delta.distinct_u:
+                        tensors[f"{option}.{role}.projector"] = projector
+                if delta.distinct_u:
+                    tensors |= self._merge_u(option, site, common)
+        if job.work.group.first:
+            job.save(SHARED_PART, {name: tensor.cpu() for name, tensor in tensors.items()})
+        job.work.group.barrier()
+
+    def factors(self, option: Option, role: Role, expert: int, delta: Tensor) -> dict[str, Tensor]:
+        """An expert's u and v as they will be stored, on the device; delta: [out, in]."""
+        recipe, dtype = self.job.plan.recipe.delta, self.job.plan.torch_dtype
+        if recipe.share_v:
+            v = self._load(option, role, "shared_v")
+            if not recipe.distinct_u:
+                return {"u": (delta.double() @ self._load(option, role, "projector")).to(dtype), "v": v}
+        place = int(self._load(option, role, "u_index")[expert])
+        u = self._load(option, role, f"delta_u.{place}")
+        if recipe.share_v:
+            return {"u": u, "v": v}
+        # The stored U carries its scale once; V carries its inverse.
+        scale = self._load(option, role, f"scale.{place}")
+        return {"u": u, "v": ((u.double() / scale.square()).T @ delta.double()).to(dtype)}
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Which factors are an expert's own."""
+        delta = self.job.plan.recipe.delta
+        return tuple(kind for kind, shared in (("u", delta.distinct_u), ("v", delta.share_v)) if not shared)
+
+    def _load(self, option: Option, role: Role, kind: str) -> Tensor:
+        key = f"{option}.{role}.{kind}"
+        return self.job.work.load_part(self.job.number, SHARED_PART, key)[key].to(self.job.routing.device)
+
+    @property
+    def _members(self) -> list[int]:
+        return [expert for expert in range(self.job.experts) if expert not in self.job.trimmed]
+
+    def _each(self, option: Option, role: Role, experts: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(expert, delta [out, in], second moment of its inputs, summed over tokens [in, in])."""
+        for expert in experts:
+            weights = self.job.weights(expert)
+            gram = self.job.shrunk_gram(expert, weights, SITES[role])
+            gram *= max(int(self.job.tokens[expert]), 1)  # each counts by what it is used
+            yield expert, self.job.delta(option, role, weights[role]), gram
+
+    def _own(self, experts: list[int]) -> list[int]:
+        own = set(self.job.own)
+        return [expert for expert in experts if expert in own]
+
+    def _share_v(self, option: Option, role: Role) -> tuple[Tensor, Tensor]:
+        """(v in the stored dtype [rank, in], projector float64 [in, rank])."""
+        job = self.job
+        size = job.plan.model.shape.projection(role)[1]
+        gram, moment = (torch.zeros(size, size, dtype=torch.float64, device=job.routing.device) for _ in range(2))
+        for _, delta, own_gram in self._each(option, role, self._own(self._members)):
+            gram += own_gram
+            moment += input_moment(delta, torch.float64)
+        job.work.group.sum([gram, moment])
+        v, projector = shared_v(gram, moment, job.plan.cap(job.number, role), len(self._members))
+        return v.to(job.plan.torch_dtype), projector
+
+    def _merge_u(self, option: Option, site: Site, common: Mapping[Role, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        clusters = self._join(option, SELECTIONS[site], common)
+        tensors: dict[str, Tensor] = {}
+        for role in SELECTIONS[site]:
+            tensors[f"{option}.{role}.u_index"] = clusters.joined
+            for number in range(len(clusters.seeds)):
+                members = clusters.members(number)
+                u, scale = self._common_u(option, role, members, common)
+                tensors[f"{option}.{role}.delta_u.{number}"] = u
+                if scale is not None:
+                    tensors[f"{option}.{role}.scale.{number}"] = scale
+        return tensors
+
+    def _join(self, option: Option, roles: tuple[Role, ...], common: Mapping[Role, tuple[Tensor, Tensor]]) -> _Clusters:
+        """The most routed experts found clusters, each other one joins where it loses least, in all `roles`
+        together: gate and up share one map."""
+        job = self.job
+        tokens = [int(job.tokens[expert]) for expert in self._members]
+        seeds = [self._members[place] for place in seed_experts(tokens, job.plan.recipe.delta.distinct_u)]
+        errors = torch.zeros(job.experts, len(seeds), dtype=torch.float64)
+        for role in roles:
+            founders = [self._founder(option, role, seed, common) for seed in seeds]
+            others = [expert for expert in self._members if expert not in seeds]
+            for expert, delta, gram in self._each(option, role, self._own(others)):
+                for number, u in enumerate(founders):
+                    v = common[role][0] if common else u.T @ delta.double()
+                    errors[expert, number] += unexplained(delta, gram, u, v)
+        job.work.group.sum([errors])
+        joined = torch.full((job.experts,), -1, dtype=torch.int32)
+        for expert in self._members:
+            joined[expert] = seeds.index(expert) if expert in seeds else least(errors[expert].tolist())
+        return _Clusters(seeds, joined)
+
+    def _founder(self, option: Option, role: Role, seed: int, common: Mapping[Role, tuple[Tensor, Tensor]]) -> Tensor:
+        """The U that a cluster starts with, float64 [out, rank]."""
+        _, delta, gram = next(self._each(option, role, [seed]))
+        if common:
+            return delta.double() @ common[role][1]
+        return merged_u(output_moment(delta, gram, torch.float64), self.job.plan.cap(self.job.number, role))
+
+    def _common_u(
+        self, option: Option, role: Role, members: list[int], common: Mapping[Role, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """A cluster's U in the stored dtype, and the scale that it carries for its V's (None with a shared V)."""
+        job, dtype = self.job, self.job.plan.torch_dtype
+        if common:
+            # A layer's members are few and their U's small: every process takes the mean of all.
+            each = self._each(option, role, members)
+            return mean_u((d.double() @ common[role][1], int(job.tokens[e])) for e, d, _ in each).to(dtype), None
+        rows = job.plan.model.shape.projection(role)[0]
+        moment = torch.zeros(rows, rows, dtype=torch.float64, device=job.routing.device)
+        for _, delta, gram in self._each(option, role, self._own(members)):
+            moment += output_moment(delta, gram, torch.float64)
+        job.work.group.sum([moment])
+        u = merged_u(moment, job.plan.cap(job.number, role))
+        squares = torch.zeros(u.shape[1], dtype=torch.float64, device=u.device)
+        for expert in self._own(members):
+            squares += (u.T @ job.delta(option, role, job.weights(expert)[role]).double()).square().sum(dim=1)
+        job.work.group.sum([squares])
+        # As in single factors, U's columns and V's rows get the same norm, here in the mean over members.
+        scale = (squares / len(members)).sqrt().sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)
+        return (u * scale).to(dtype), scale
