@@ -216,8 +216,9 @@ class TiesMerge(Merge):
     """TIES-Merging (arXiv 2306.01708, algorithm 1) of the experts' differences from their plain mean, scaling 1.
 
     Of each difference the largest `ties_density` share of entries is kept, the sign of their sum elected per
-    position, and the mean of the entries with that sign added to the plain mean. Where no sign wins the mean stays. Two passes: first the mean,
-    then the differences. Sums of both signs are kept apart, so the election needs no third pass.
+    position, and the mean of the entries with that sign added to the plain mean, which stays where no sign wins.
+    Two passes: first the mean, then the differences. Sums of both signs are kept apart, so the election needs
+    no third pass.
     """
 
     passes = 2
