@@ -23,6 +23,8 @@ from offline.factorization import column_blocks
 
 RIDGE = 1e-6
 """RegMean's ridge, as a share of the mean energy of an input: directions without any evidence get the plain mean."""
+TIE = 1e-5
+"""Differences from a mean that are all kept sum to rounding: below this share of their magnitudes no sign wins."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +216,9 @@ class TiesMerge(Merge):
     """TIES-Merging (arXiv 2306.01708, algorithm 1) of the experts' differences from their plain mean, scaling 1.
 
     Of each difference the largest `ties_density` share of entries is kept, the sign of their sum elected per
-    position, and the mean of the entries with that sign added to the plain mean. Two passes: first the mean,
-    then the differences. Sums of both signs are kept apart, so the election needs no third pass.
+    position, and the mean of the entries with that sign added to the plain mean, which stays where no sign wins.
+    Two passes: first the mean, then the differences. Sums of both signs are kept apart, so the election needs
+    no third pass.
     """
 
     passes = 2
@@ -254,8 +257,9 @@ class TiesMerge(Merge):
             raise ValueError("the ties merge takes two passes")
         positive, positives, negative, negatives = self.signed
         elected = positive + negative
+        tie = elected.abs() <= TIE * (positive - negative)
         agreeing = torch.where(elected > 0, positive / positives.clamp(min=1), negative / negatives.clamp(min=1))
-        return self.mean + agreeing.masked_fill_(elected == 0, 0)
+        return self.mean + agreeing.masked_fill_(tie, 0)
 
 
 MERGES: dict[str, type[Merge]] = {
