@@ -27,14 +27,10 @@ CONFIG_CLASSES = {
 
 _PACKAGE = Path(__file__).parent.parent
 _INLINED = {
-    "from d2moe_vllm.hf.experts import INDEX_KINDS, D2Experts, projection_shapes
-": "hf/experts.py",
-    "from d2moe_vllm.hf.modeling_deepseek import DeepseekForCausalLM
-": "hf/modeling_deepseek.py",
-    "from d2moe_vllm.hf.configuration_deepseek import DeepseekConfig
-": "hf/configuration_deepseek.py",
-    "from d2moe_vllm.ops.reference import Weights, fused_experts
-": "ops/reference.py",
+    "from d2moe_vllm.hf.experts import INDEX_KINDS, D2Experts, projection_shapes\n": "hf/experts.py",
+    "from d2moe_vllm.hf.modeling_deepseek import DeepseekForCausalLM\n": "hf/modeling_deepseek.py",
+    "from d2moe_vllm.hf.configuration_deepseek import DeepseekConfig\n": "hf/configuration_deepseek.py",
+    "from d2moe_vllm.ops.reference import Weights, fused_experts\n": "ops/reference.py",
 }
 """Our own imports in the modeling code -> the file whose source takes their place."""
 
