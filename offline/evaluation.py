@@ -92,7 +92,7 @@ def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
     folder = resolve_folder(source)
     quantization = read_model_config(folder).get("quantization_config") or {}
     hf_config = read_hf_config(folder)
-    activation = ACT2FN[hf_config.hidden_act]
+    activation, cpu = ACT2FN[hf_config.hidden_act], torch.device("cpu")
     if quantization.get("quant_method") == "d2moe":
         config = check_checkpoint(folder)
         reader, family = SourceReader(folder), _family(config)
@@ -105,7 +105,7 @@ def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
         def compressed(layer: int) -> nn.Module | None:
             if layer in config.layers:
                 return _compressed_experts(config, reader, layer, activation, scope)
-            return DenseExperts(kept.weights(layer), activation) if kept and layer in left else None
+            return DenseExperts(shape, kept.held(layer, cpu), activation) if kept and layer in left else None
 
         return Evaluated(folder, layerwise, compressed, config.hidden_size, scope)
     if scope is not None:
@@ -113,7 +113,11 @@ def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
     model = open_dense(source)
 
     def dense(layer: int) -> nn.Module | None:
-        return DenseExperts(model.weights(layer), activation) if layer in model.shape.layers else None
+        return (
+            DenseExperts(model.shape, model.experts.held(layer, cpu), activation)
+            if layer in model.shape.layers
+            else None
+        )
 
     layerwise = LayerwiseModel(model.reader, model.family, hf_config)
     return Evaluated(folder, layerwise, dense, model.shape.hidden_size, None)

@@ -25,7 +25,7 @@ from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
 from offline.plan import Plan
 from offline.progress import Steps
 from offline.resources import BATCH_TOKENS, layer_work
-from offline.statistics import DenseExperts, Recorder, Routing, Site, Weights
+from offline.statistics import DenseExperts, Recorder, Routing, Site
 from offline.workdir import WorkDir
 
 
@@ -167,7 +167,7 @@ class Run:
     def _plain_forward(self, layer: int, name: Name) -> None:
         """The dense layer's output."""
         self.steps.label(f"layer {layer + 1}/{self.layers}: forward")
-        experts = DenseExperts(self._weights(layer), self.activation) if layer in self.moe else None
+        experts = self._experts(layer) if layer in self.moe else None
         self._run(layer, experts, name, self.costs.forward)
 
     def _compressed_forward(self, layer: int, name: Name) -> None:
@@ -205,7 +205,7 @@ class Run:
         if self.work.has(_gradient(layer)):
             return
         self.steps.label(f"layer {layer + 1}/{self.layers}: gradient")
-        experts = DenseExperts(self._weights(layer), self.activation) if layer in self.moe else None
+        experts = self._experts(layer) if layer in self.moe else None
         module = self.streamed.load_layer(layer, experts)
         array = self._create(_gradient(layer))
         for batch in self.batches:
@@ -234,7 +234,7 @@ class Run:
         self.steps.label(f"layer {layer + 1}/{self.layers}: calibration")
         backwards = name is _hidden and self.plan.needs_gradient
         recorder = self._recorder(backwards)
-        module = self.streamed.load_layer(layer, DenseExperts(self._weights(layer), self.activation, recorder))
+        module = self.streamed.load_layer(layer, self._experts(layer, recorder))
         below = self._create(_gradient(layer)) if gradient else None
         above = self._create(name(layer + 1)) if forward and layer + 1 < self.layers else None
         length = self.plan.windows[1]
@@ -349,10 +349,11 @@ class Run:
     def _done(self, layer: int, what: str) -> bool:
         return self.work.has_part(layer, f"{what}-done")
 
-    def _weights(self, layer: int) -> dict[int, Weights]:
-        """A layer's experts on the device, in their stored dtype."""
-        experts = self.plan.model.weights(layer)
-        return {e: {role: weight.to(self.device) for role, weight in w.items()} for e, w in experts.items()}
+    def _experts(self, layer: int, recorder: Recorder | None = None) -> DenseExperts:
+        """A layer's dense experts: held in memory where there is room, else read when they are needed."""
+        stored = self.plan.model.experts
+        take = stored.held if self.plan.resources.hold_layer else stored.fetched
+        return DenseExperts(self.plan.model.shape, take(layer, self.device), self.activation, recorder)
 
     def _create(self, name: str) -> Rows:
         return self.work.create(name, self.plan.tokens, self.plan.model.shape.hidden_size)

@@ -7,6 +7,7 @@ statistics) is fixed by the model.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from dataclasses import dataclass, replace
@@ -21,17 +22,21 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 4096
 """Tokens that run through a layer at once during calibration and evaluation, where memory allows."""
-PROCESS_BYTES = 650_000_000
+ROWS = (4096, 2048, 1024, 512, 256)
+"""Of one expert at once, by how much memory there is."""
+PROCESS_BYTES = 500_000_000
 """A Python process with torch and transformers imported."""
 FLOAT32, FLOAT64 = 4, 8
 
 
 @dataclass(frozen=True)
 class Resources:
-    """batch_tokens: that run through a layer at once (at least one window); rows: of one expert at once."""
+    """batch_tokens: that run through a layer at once (at least one window); rows: of one expert at once; hold_layer:
+    a layer's experts are all in memory while it runs, else each is read when it is needed."""
 
     batch_tokens: int = BATCH_TOKENS
     rows: int = BATCH_TOKENS
+    hold_layer: bool = True
     processes: int = 1
 
 
@@ -45,26 +50,27 @@ def check_resources(plan: Plan, memory: int | None, processes: int) -> Plan:
     step = max(plan.windows[1], 1)
     # Every process gets a batch of windows.
     most = -(-plan.windows[0] // processes) * step
-    sizes = (min(size, most) for size in (4096, 2048, 1024, 512, 256))
+    sizes = (min(size, most) for size in ROWS)
     batches = sorted({max(step, size // step * step) for size in sizes}, reverse=True)
-    plan = replace(plan, resources=Resources(batches[-1], 256, processes))
-    if (needed := peak_memory(plan)) > limit:
-        whose = "--memory" if memory else "this machine's memory"
-        raise InputError(
-            f"{whose} of {(memory or available) / 1e9:.1f} GB does not suffice: about {needed / 1e9:.1f} GB are "
-            f"needed{f' by each of {processes} processes' if processes > 1 else ''}, most of it for "
-            f"{max(phases(plan).items(), key=lambda item: item[1])[0]}"
-            + ("; use fewer processes" if processes > 1 else "; use a machine with more" if not memory else "")
-        )
-    for batch in batches:
-        chosen = replace(plan, resources=replace(plan.resources, batch_tokens=batch))
-        if peak_memory(chosen) <= limit:
-            break
-    for rows in (4096, 2048, 1024, 512, 256):
-        chosen = replace(chosen, resources=replace(chosen.resources, rows=rows))
-        if peak_memory(chosen) <= limit:
-            break
-    return chosen
+    smallest = replace(plan, resources=Resources(batches[-1], ROWS[-1], False, processes))
+    if (needed := peak_memory(smallest)) > limit:
+        raise InputError(_too_small(smallest, memory, available, needed))
+    choices = itertools.product((True, False), batches, ROWS)
+    fitting = (replace(plan, resources=Resources(batch, rows, hold, processes)) for hold, batch, rows in choices)
+    return next(chosen for chosen in fitting if peak_memory(chosen) <= limit)
+
+
+def _too_small(plan: Plan, memory: int | None, available: int, needed: int) -> str:
+    whose = "--memory" if memory else "this machine's memory"
+    processes = plan.resources.processes
+    each = f" by each of {processes} processes" if processes > 1 else ""
+    largest = max(phases(plan).items(), key=lambda item: item[1])[0]
+    mend = "fewer processes" if processes > 1 else "a higher --memory" if memory else "a machine with more"
+    return (
+        f"{whose} of {(memory or available) / 1e9:.2f} GB does not suffice: {needed / 1e9:.2f} GB are needed{each}, "
+        f"most of it in the phase {largest!r}; use {mend}"
+        + ("" if plan.windows[1] <= 256 else ", or a lower --seq-len")
+    )
 
 
 def _outside_and_inside(plan: Plan) -> tuple[int, int]:
@@ -91,13 +97,15 @@ def phases(plan: Plan) -> dict[str, int]:
     length, batch, rows = plan.windows[1], resources.batch_tokens, resources.rows
     backwards = plan.needs_gradient
     # A decoder layer's own tensors: normed, projected and attended states, and their gradients.
-    states = FLOAT32 * batch * hidden * (24 if backwards else 12)
-    # Autograd keeps five tensors of an expert's width per routed token.
-    routed = FLOAT32 * batch * shape.experts_per_token * (middle * (6 if backwards else 3) + hidden * 3)
+    states = FLOAT32 * batch * hidden * (20 if backwards else 12)
+    # Autograd keeps three tensors of an expert's width per routed token; then the mix, and one expert at work.
+    kept = shape.experts_per_token * (3 * middle + 2 * hidden) if backwards else 0
+    routed = FLOAT32 * batch * (kept + 4 * middle + 3 * hidden)
     expert = 3 * matrix * width
+    held = shape.num_experts * expert if resources.hold_layer else matrix * width
     result = {
         "embeddings": FLOAT32 * (outside + 2 * batch * hidden),
-        "layer": FLOAT32 * inside + shape.num_experts * expert + 2 * FLOAT32 * matrix + states + routed,
+        "layer": FLOAT32 * inside + held + FLOAT32 * matrix + states + routed,
     }
     if backwards:
         result["head"] = FLOAT32 * (outside + 4 * length * vocabulary + 8 * length * hidden)
@@ -111,7 +119,7 @@ def phases(plan: Plan) -> dict[str, int]:
     gram = FLOAT32 * middle**2 + max(FLOAT32 * middle**2 if hidden > middle else 0, FLOAT32 * hidden**2)
     eigen = FLOAT64 * 4 * small**2
     cap = max(plan.caps.values())
-    factors = (FLOAT64 * 2 + FLOAT32 * 2) * cap * (hidden + middle)
+    factors = (FLOAT64 + FLOAT32 + width) * cap * (hidden + middle) + FLOAT64 * cap * middle
     products = FLOAT64 * (2 * matrix + large * 1024)
     result["factor"] = expert + 3 * FLOAT32 * matrix + gram + eigen + factors + products + _rows(rows, hidden, middle)
     if recipe.delta.joint:

@@ -87,10 +87,6 @@ class DenseModel:
         """One expert weight [out, in], in `dtype`. Raises CheckpointError where it is not finite."""
         return self.experts.weight(layer, expert, role)
 
-    def weights(self, layer: int) -> dict[int, dict[Role, Tensor]]:
-        """All expert weights of one layer. Raises CheckpointError."""
-        return self.experts.weights(layer)
-
     @cached_property
     def _others(self) -> Mapping[str, str]:
         """Name as it will be written -> stored name, of all that is not an expert weight."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.functional import linear
 
 from d2moe_vllm.checkpoint import ROLES, Role
 from offline.activations import Rows
+from offline.families import MoEShape
 
 Site = Literal["input", "middle"]
 """Where a projection reads: gate and up from the layer's input, down from the expert's activations."""
@@ -62,32 +64,36 @@ class Recorder:
 
 
 class _Project(torch.autograd.Function):
-    """rows [n, in] @ weight [out, in]ᵀ in float32. Keeps the weight as it is stored for the way back and widens
-    it once more there: autograd's own product would keep a float32 copy of every expert alive."""
+    """rows [n, in] @ weight [out, in]ᵀ in float32. The weight is fetched and widened once more on the way back:
+    autograd's own product would keep a float32 copy of every expert alive."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return linear(rows, weight.float())
+    def forward(ctx: Any, rows: Tensor, fetch: Callable[[], Tensor]) -> Tensor:
+        ctx.fetch = fetch
+        return linear(rows, fetch().float())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return gradients[0] @ weight.float(), None
+        return gradients[0] @ ctx.fetch().float(), None
 
 
 class DenseExperts(nn.Module):
     """The dense experts of one layer in float32, optionally watched by a recorder.
 
-    weights: per expert and role [out, in], kept in the stored dtype and widened one matrix at a time.
-    Fits where transformers' decoder layers of all families call their experts.
+    fetch: (expert, role) -> weight [out, in] in its stored dtype, from memory or from disk; it is asked for one
+    matrix at a time, which is widened then. Fits where transformers' decoder layers of all families call their
+    experts.
     """
 
     def __init__(
-        self, weights: Mapping[int, Weights], activation: Activation, recorder: Recorder | None = None
+        self,
+        shape: MoEShape,
+        fetch: Callable[[int, Role], Tensor],
+        activation: Activation,
+        recorder: Recorder | None = None,
     ) -> None:
         super().__init__()
-        self._weights, self._activation, self._recorder = weights, activation, recorder
+        self._shape, self._fetch, self._activation, self._recorder = shape, fetch, activation, recorder
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden]."""
@@ -96,20 +102,23 @@ class DenseExperts(nn.Module):
         mix = None
         if recorder is not None:
             recorder.routed(hidden_states, top_k_index, top_k_weights)
-            mix = hidden_states.new_zeros(len(hidden_states), self._weights[0]["down"].shape[1])
-        for expert, weights in self._weights.items():
+            mix = hidden_states.new_zeros(len(hidden_states), self._shape.intermediate_size)
+        for expert in range(self._shape.num_experts):
             token, slot = (top_k_index == expert).nonzero(as_tuple=True)
             if not len(token):
                 continue
             rows, gates = hidden_states[token], top_k_weights[token, slot, None]
-            middle = self._activation(_Project.apply(rows, weights["gate"])) * _Project.apply(rows, weights["up"])
-            output = output.index_add(0, token, gates * _Project.apply(middle, weights["down"]))
+            middle = self._activation(self._project(expert, "gate", rows)) * self._project(expert, "up", rows)
+            output = output.index_add(0, token, gates * self._project(expert, "down", middle))
             if mix is not None:
                 mix.index_add_(0, token, (gates * middle).detach())
         if recorder is not None and mix is not None:
             recorder.mixed(mix)
             recorder.watch(output)
         return output
+
+    def _project(self, expert: int, role: Role, rows: Tensor) -> Tensor:
+        return _Project.apply(rows, partial(self._fetch, expert, role))
 
 
 @dataclass(frozen=True)

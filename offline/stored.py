@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,9 +137,15 @@ class StoredExperts:
             return self.reader.part(name, (expert, slice(None), rows)).T.contiguous()
         return self.reader.part(name, (expert, rows))
 
-    def weights(self, layer: int) -> dict[int, dict[Role, Tensor]]:
-        """All of one layer, per expert and role. Raises CheckpointError."""
-        return {e: {role: self.weight(layer, e, role) for role in ROLES} for e in range(self.shape.num_experts)}
+    def held(self, layer: int, device: torch.device) -> Callable[[int, Role], Tensor]:
+        """`weight` of one layer from memory: all of it is read now."""
+        found = {(e, role): self.weight(layer, e, role).to(device) for e in range(self.shape.num_experts)
+                 for role in ROLES}  # fmt: skip
+        return lambda expert, role: found[expert, role]
+
+    def fetched(self, layer: int, device: torch.device) -> Callable[[int, Role], Tensor]:
+        """`weight` of one layer from disk, read each time."""
+        return lambda expert, role: self.weight(layer, expert, role).to(device)
 
 
 def expert_tensors(shape: MoEShape, layout: Layout, layers: Iterable[int]) -> Iterator[tuple[str, tuple[int, ...]]]:

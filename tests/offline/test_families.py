@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from d2moe_vllm.checkpoint import ROLES, CheckpointError, check_checkpoint
+from d2moe_vllm.checkfiles import check_checkpoint
+from d2moe_vllm.checkpoint import ROLES, CheckpointError
 from d2moe_vllm.hf import MODEL_CLASSES, register_configs
 from offline.errors import InputError
 from offline.evaluation import open_evaluated
@@ -116,7 +117,8 @@ def test_gradients_are_the_stock_models(family: str, released: Callable[[str], P
     layerwise = LayerwiseModel(model.reader, model.family, read_hf_config(model.folder))
     hidden = first = layerwise.embed(TOKENS).requires_grad_()
     for number in range(layerwise.num_layers):
-        experts = DenseExperts(model.weights(number), ACT2FN["silu"]) if number in model.shape.layers else None
+        held = model.experts.fetched(number, torch.device("cpu"))
+        experts = DenseExperts(model.shape, held, ACT2FN["silu"]) if number in model.shape.layers else None
         hidden = layerwise.run_layer(number, layerwise.load_layer(number, experts), hidden)
     (found,) = torch.autograd.grad(next_token_loss(layerwise.logits(hidden), TOKENS), first)
     # Granite scales its embeddings before the first layer.
