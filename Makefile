@@ -3,10 +3,10 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all quality lint format clean
+.PHONY: help setup lock demo test test-all quality bench-offline lint format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install everything into .venv (PYTHON=python3.12 picks the interpreter of a new one)
 	@deploy/install.sh
@@ -25,6 +25,9 @@ test-all: setup ## Every test that needs no GPU; continues where it was interrup
 
 quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 30 minutes)
 	@.venv/bin/python tests/quality.py
+
+bench-offline: setup ## Time merge, prune and factor at Mixtral's shapes beside the paper's recipe (ARGS="--experts 1")
+	@.venv/bin/python tests/bench_offline.py $(ARGS)
 
 lint: setup ## Check style, formatting and types
 	@.venv/bin/ruff check
