@@ -18,13 +18,14 @@ from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Role, Scope
 from d2moe_vllm.hf.experts import D2Experts
 from offline.calibration import all_windows, read_text, tokenize
 from offline.errors import InputError
-from offline.families import FAMILIES, Family
+from offline.families import FAMILIES, Family, read_shape
 from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
 from offline.pipeline import batches
 from offline.progress import Steps
 from offline.shards import Reader
 from offline.source import open_dense, read_model_config, resolve_folder
 from offline.statistics import DenseExperts
+from offline.stored import SourceReader, StoredExperts, find_experts
 from offline.workdir import map_activations
 
 LARGEST_LOSS = 700.0
@@ -51,11 +52,11 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A checkpoint that can be run layer by layer; experts builds the experts module of one layer."""
+    """A checkpoint that can be run layer by layer; experts builds one layer's experts, None where it has none."""
 
     folder: Path
     model: LayerwiseModel
-    experts: Callable[[int], nn.Module]
+    experts: Callable[[int], nn.Module | None]
     hidden_size: int
     scope: Scope | None
 
@@ -94,22 +95,25 @@ def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
     activation = ACT2FN[hf_config.hidden_act]
     if quantization.get("quant_method") == "d2moe":
         config = check_checkpoint(folder)
-        reader, family = Reader(folder), _family(config)
+        reader, family = SourceReader(folder), _family(config)
         scope = scope or config.pruning.scope
         layerwise = LayerwiseModel(reader, family, hf_config)
+        shape = read_shape(family, read_model_config(folder))
+        left = [layer for layer in shape.layers if layer not in config.layers]
+        kept = find_experts(family, shape, reader, left) if left else None
 
-        def compressed(layer: int) -> nn.Module:
-            if layer not in config.layers:
-                return DenseExperts(_dense_weights(config, family, reader, layer), activation)
-            return _compressed_experts(config, reader, layer, activation, scope)
+        def compressed(layer: int) -> nn.Module | None:
+            if layer in config.layers:
+                return _compressed_experts(config, reader, layer, activation, scope)
+            return DenseExperts(_dense_weights(kept, layer), activation) if kept and layer in left else None
 
         return Evaluated(folder, layerwise, compressed, config.hidden_size, scope)
     if scope is not None:
         raise InputError(f"--scope {scope} makes no sense for the dense model {source}")
     model = open_dense(source)
 
-    def dense(layer: int) -> nn.Module:
-        return DenseExperts(model.weights(layer), activation)
+    def dense(layer: int) -> nn.Module | None:
+        return DenseExperts(model.weights(layer), activation) if layer in model.shape.layers else None
 
     layerwise = LayerwiseModel(model.reader, model.family, hf_config)
     return Evaluated(folder, layerwise, dense, model.shape.hidden_size, None)
@@ -121,10 +125,10 @@ def _family(config: CheckpointConfig) -> Family:
     return FAMILIES[config.family]
 
 
-def _dense_weights(config: CheckpointConfig, family: Family, reader: Reader, layer: int) -> dict[Role, list[Tensor]]:
+def _dense_weights(kept: StoredExperts, layer: int) -> dict[Role, list[Tensor]]:
     """Of a layer that the checkpoint left dense."""
-    experts = range(config.num_experts)
-    return {role: [reader.finite(family.weight_name(layer, expert, role)) for expert in experts] for role in ROLES}
+    experts = range(kept.shape.num_experts)
+    return {role: [kept.weight(layer, expert, role) for expert in experts] for role in ROLES}
 
 
 def _compressed_experts(

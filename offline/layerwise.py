@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2moe_vllm.checkpoint import TensorSpec
 from offline.errors import InputError
-from offline.families import Family
+from offline.families import Family, find_family
 from offline.shards import Reader
 
 LAYER_PREFIX = "model.layers."
@@ -43,11 +43,23 @@ class _Injector(nn.Module):
 
 
 def read_hf_config(folder: Path) -> Any:
-    """transformers' configuration of a model folder. Raises InputError."""
-    from transformers import AutoConfig
+    """transformers' configuration of a model folder. Raises InputError.
+
+    Never runs code that came with the model: a family that transformers does not know is built from what it
+    does know, or from ours (DeepSeek v1).
+    """
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    from d2moe_vllm.hf import register_stock_classes
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        content, _ = PreTrainedConfig.get_config_dict(folder)
+        family = find_family(content)
+        register_stock_classes()
+        stock = family.stock or family.model_type
+        return CONFIG_MAPPING[stock].from_dict({**content, "model_type": stock})
+    except InputError:
+        raise
     except Exception as error:  # validation errors of many types, some of several lines
         reason = " ".join(str(error).split())
         raise InputError(f"{folder / 'config.json'}: transformers refuses it: {reason[:300]}") from None
@@ -71,16 +83,21 @@ def blueprint(hf_config: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def check_parameters(family: Family, hf_config: Any, specs: Mapping[str, TensorSpec]) -> None:
-    """Compare every parameter of the stock model but the experts' with the tensors on disk; reads no weight.
+def check_parameters(
+    family: Family, hf_config: Any, specs: Mapping[str, TensorSpec], moe_layers: Collection[int]
+) -> None:
+    """Compare all that the stock model holds but its experts with the tensors on disk; reads no weight.
 
-    Raises InputError, naming the first that is missing or of another shape.
+    Raises InputError, naming the first tensor that is missing or of another shape, or the first layer that has
+    experts in transformers and none in moe_layers, or the other way round.
     """
     model = blueprint(hf_config)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if hf_config.tie_word_embeddings else set()
+    for number, layer in enumerate(model.model.layers):
+        if (family.experts_module in dict(layer.named_modules())) != (number in moe_layers):
+            raise InputError(f"config.json leaves open whether layer {number} has experts; {family.dense_keys} say so")
     found = {family.module_name(name): spec.shape for name, spec in specs.items()}
-    experts = f".{family.experts_module}."
-    for name, parameter in model.named_parameters():
+    experts, tied = f".{family.experts_module}.", _tied(model)
+    for name, parameter in model.state_dict().items():
         if experts in name or name in tied:
             continue
         if name not in found:
@@ -90,6 +107,12 @@ def check_parameters(family: Family, hf_config: Any, specs: Mapping[str, TensorS
                 f"the source's {name} is {list(found[name])}, config.json makes it {list(parameter.shape)}; "
                 "wrong config.json?"
             )
+
+
+def _tied(model: Any) -> set[str]:
+    """Parameters that are others under a second name."""
+    keys = getattr(model, "_tied_weights_keys", None) or ()
+    return set(keys) if model.config.tie_word_embeddings else set()
 
 
 class LayerwiseModel:
@@ -108,7 +131,7 @@ class LayerwiseModel:
         # Its frequencies are computed from the configuration, no checkpoint holds them.
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
         model.model.layers = nn.ModuleList()
-        tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+        tied = _tied(model)
         self._load(model, lambda name: not name.startswith(LAYER_PREFIX), lambda name: name, tied)
         if tied:
             model.tie_weights()
@@ -130,18 +153,19 @@ class LayerwiseModel:
         self._arguments.setdefault(shape, [recorder.arguments for recorder in self._recorders])
         return hidden
 
-    def load_layer(self, number: int, experts: nn.Module) -> nn.Module:
-        """One decoder layer in memory, its experts replaced by `experts`."""
+    def load_layer(self, number: int, experts: nn.Module | None) -> nn.Module:
+        """One decoder layer in memory, its experts replaced by `experts`; None for a layer that has none."""
         layer = copy.deepcopy(self._blueprints[number])
-        layer.set_submodule(self._family.experts_module, nn.Identity())
+        if experts is not None:
+            layer.set_submodule(self._family.experts_module, nn.Identity())
         prefix = f"{LAYER_PREFIX}{number}."
-        on_disk = self._family.experts_prefix(number) + "."
         self._load(
             layer,
-            lambda name: name.startswith(prefix) and not name.startswith(on_disk),
+            lambda name: name.startswith(prefix),
             lambda name: self._family.module_name(name).removeprefix(prefix),
         )
-        layer.set_submodule(self._family.experts_module, experts)
+        if experts is not None:
+            layer.set_submodule(self._family.experts_module, experts)
         return layer
 
     def run_layer(self, number: int, layer: nn.Module, hidden: Tensor) -> Tensor:
@@ -174,8 +198,8 @@ class LayerwiseModel:
                 state[parameter] = self._reader.finite(names[parameter]).float()
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
-        left = [name for name, value in module.named_parameters() if value.is_meta]
-        if missing := [name for name in left if name not in tied]:
+        held = [*module.named_parameters(), *module.named_buffers()]
+        if missing := [name for name, value in held if value.is_meta and name not in tied]:
             raise InputError(f"{self._reader.folder}: no tensor for {missing[0]}; download the model again")
 
 

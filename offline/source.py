@@ -10,11 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from d2moe_vllm.checkpoint import DTYPES, ROLES, Dtype, Role, TensorSpec
 from offline.errors import InputError
-from offline.families import Family, MoEShape, expert_dtype, expert_weights, find_family, read_shape
+from offline.families import Family, MoEShape, find_family, read_shape
 from offline.layerwise import check_parameters, read_hf_config
-from offline.shards import Reader
+from offline.stored import SourceReader, StoredExperts, expert_tensors, find_experts, read_fp8_blocks
 
 PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "*.py"]
 
@@ -56,6 +59,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 class DenseModel:
     """A dense MoE checkpoint, checked: every expert weight is there, with the shape config.json says.
 
+    reader: its tensors as they are computed with, fp8 ones dequantised to bfloat16.
     dtype: config.json's name of the experts' dtype ("bfloat16").
     """
 
@@ -63,50 +67,82 @@ class DenseModel:
     name: str
     revision: str | None
     config: dict[str, Any]
-    reader: Reader
+    reader: SourceReader
     family: Family
     shape: MoEShape
+    experts: StoredExperts
     dtype: Dtype
 
-    @cached_property
-    def other_tensors(self) -> Mapping[str, TensorSpec]:
-        """All that is not an expert weight, by disk name."""
-        experts = expert_weights(self.family, self.shape)
-        return {name: spec for name, spec in self.reader.specs.items() if name not in experts}
+    @property
+    def num_layers(self) -> int:
+        """All decoder layers; those with experts are shape.layers."""
+        return int(self.config["num_hidden_layers"])
 
     @property
     def max_positions(self) -> int | None:
         value = self.config.get("max_position_embeddings")
         return value if isinstance(value, int) else None
 
-    def weights(self, layer: int) -> dict[Role, list[Any]]:
-        """All expert weights of one layer, per role and expert [out, in], in their stored dtype.
+    def weight(self, layer: int, expert: int, role: Role) -> Tensor:
+        """One expert weight [out, in], in `dtype`. Raises CheckpointError where it is not finite."""
+        return self.experts.weight(layer, expert, role)
 
-        Raises CheckpointError for one that is not finite.
-        """
-        return {
-            role: [self.reader.finite(self.family.weight_name(layer, e, role)) for e in range(self.shape.num_experts)]
-            for role in ROLES
-        }
+    def weights(self, layer: int) -> dict[Role, list[Tensor]]:
+        """All expert weights of one layer, per role and expert. Raises CheckpointError."""
+        return {role: [self.weight(layer, e, role) for e in range(self.shape.num_experts)] for role in ROLES}
+
+    @cached_property
+    def _others(self) -> Mapping[str, str]:
+        """Name as it will be written -> stored name, of all that is not an expert weight."""
+        return {self.family.disk_name(name): name for name in self.reader.specs if name not in self.experts.names}
+
+    @cached_property
+    def other_tensors(self) -> Mapping[str, TensorSpec]:
+        """All that is not an expert weight, as it will be written: by the released checkpoints' names,
+        which vLLM knows, and dequantised."""
+        return {written: self.reader.specs[name] for written, name in self._others.items()}
+
+    def kept_experts(self, layer: int) -> Mapping[str, TensorSpec]:
+        """The expert weights of a layer that stays dense, as they will be written: in the released layout."""
+        stored = DTYPES[self.dtype]
+        tensors = expert_tensors(self.shape, self.family.layouts[0], [layer])
+        return {name: TensorSpec(stored, shape) for name, shape in tensors}
+
+    def other_tensor(self, name: str) -> Tensor:
+        """A tensor of other_tensors or of some layer's kept_experts. Raises CheckpointError."""
+        if name in self._others:
+            return self.reader.tensor(self._others[name])
+        if name in self.experts.names and self.experts.layout == self.family.layouts[0] and not self.experts.transposed:
+            return self.reader.tensor(name)
+        return self._rewritten(name)
+
+    def _rewritten(self, name: str) -> Tensor:
+        """An expert tensor of the released layout, put together from another one."""
+        layout, experts = self.family.layouts[0], range(self.shape.num_experts)
+        for layer in self.shape.layers:
+            for expert in experts:
+                roles = [role for role in ROLES if layout.name(layer, expert, role) == name]
+                if roles and not layout.stacked:
+                    return self.weight(layer, expert, roles[0])
+                if roles:
+                    return torch.stack([torch.cat([self.weight(layer, e, role) for role in roles]) for e in experts])
+        raise KeyError(name)
 
 
 def open_dense(source: str, revision: str | None = None) -> DenseModel:
     """Open SRC. Raises InputError or CheckpointError for anything that is not a whole, supported dense MoE."""
     folder = resolve_folder(source, revision)
     config = read_model_config(folder)
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise InputError(f"{source} is already compressed or quantized ({method}); give the original model")
+    try:
+        fp8_blocks = read_fp8_blocks(config)
+    except InputError as error:
+        raise InputError(f"{source} is {error}") from None
     family = find_family(config)
     shape = read_shape(family, config)
-    reader = Reader(folder)
-    found = expert_dtype(family, shape, reader.specs)
-    weights = expert_weights(family, shape)
-    prefixes = tuple(family.experts_prefix(layer) + "." for layer in shape.layers)
-    if strange := [name for name in reader.specs if name.startswith(prefixes) and name not in weights]:
-        raise InputError(f"{source}: expert tensor {strange[0]} does not fit config.json; wrong config.json?")
-    dtype: Dtype = next(name for name, stored in DTYPES.items() if stored == found)
-    check_parameters(family, read_hf_config(folder), reader.specs)
+    reader = SourceReader(folder, fp8_blocks)
+    experts = find_experts(family, shape, reader, shape.layers)
+    dtype: Dtype = next(name for name, stored in DTYPES.items() if stored == experts.dtype)
+    check_parameters(family, read_hf_config(folder), reader.specs, shape.layers)
     is_hub = not Path(source).expanduser().is_dir()
     # A folder's path is nobody's business in a published checkpoint; its name is what a card can say.
     return DenseModel(
@@ -117,5 +153,6 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
         reader=reader,
         family=family,
         shape=shape,
+        experts=experts,
         dtype=dtype,
     )

@@ -36,3 +36,7 @@ def checkpoint_modeling_source() -> str:
             raise RuntimeError(f"{statement!r} or {file} is not as expected; mend hf/__init__.py")
         source = source.replace(statement, f"# --- d2moe_vllm/{file} ---\n{body.strip()}\n\n# --- end of {file} ---\n")
     return source
+
+
+def register_stock_classes() -> None:
+    """Makes transformers know the families that it has no classes of: DeepSeek v1."""
