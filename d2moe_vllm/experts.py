@@ -145,41 +145,12 @@ def _refuse_unsupported(
 
 
 def _fused_experts(
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    w13_delta_u: Tensor | None,
-    w13_delta_v: Tensor | None,
-    w13_base: Tensor | None,
-    w13_base_columns: Tensor | None,
-    w13_base_norms: Tensor | None,
-    w2_delta_u: Tensor | None,
-    w2_delta_v: Tensor | None,
-    w2_base: Tensor | None,
-    w2_base_columns: Tensor | None,
-    w2_base_norms: Tensor | None,
-    **layer_options: Any,
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *parameters: Tensor | None, **layer_options: Any
 ) -> Tensor:
     # Read here and not passed in: a traced graph would take it for a constant. Only a selection that the
     # batch shares can be influenced by padding rows.
     mask = padding_mask(x.shape[0]) if layer_options["scope"] == "batch" else None
-    return ops.fused_experts(
-        x,
-        topk_weights,
-        topk_ids,
-        w13_delta_u,
-        w13_delta_v,
-        w13_base,
-        w13_base_columns,
-        w13_base_norms,
-        w2_delta_u,
-        w2_delta_v,
-        w2_base,
-        w2_base_columns,
-        w2_base_norms,
-        mask,
-        **layer_options,
-    )
+    return ops.fused_experts(x, topk_weights, topk_ids, *parameters, padding_mask=mask, **layer_options)
 
 
 def _fused_experts_fake(x: Tensor, *args: Any, **layer_options: Any) -> Tensor:
@@ -188,7 +159,7 @@ def _fused_experts_fake(x: Tensor, *args: Any, **layer_options: Any) -> Tensor:
 
 def _register_operator() -> torch.library.Library:
     """Defines torch.ops.d2moe.fused_experts: opaque to compilation, which on CPU traces through apply."""
-    required = ", ".join(f"Tensor {name}" for name in ops.TENSORS[:3])
+    required = ", ".join(f"Tensor {name}" for name in ops.INPUTS)
     optional = ", ".join(f"Tensor? {name}" for name in ops.PARAMETERS)
     constants = ", ".join(f"{kind} {name}" for name, kind in ops.OPTIONS.items())
     library = torch.library.Library("d2moe", "FRAGMENT")

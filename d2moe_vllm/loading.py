@@ -4,7 +4,8 @@ Knows neither vLLM nor any backend: a rank is (tensor-parallel rank and size, wh
 
 Tensor-parallel slices need no collective of their own (the layer's all-reduce adds up): gate and up
 replicate V and shard U and base by output rows; down shards V and base by input columns and replicates U.
-Kept columns are spread evenly over `groups` slices of the input, so a rank's are one contiguous run.
+Columns of a base or delta are spread evenly over `groups` slices of the input, so a rank's are one contiguous run.
+Under expert parallelism a rank has its own experts' U's and V's; what experts share is on every rank.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2moe_vllm.checkfiles import check_columns
-from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError, Role
+from d2moe_vllm.checkfiles import check_columns, check_u_index, differ_message
+from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, CheckpointError, Projection, Role
 
 SHARD_ROLES: dict[str, Role] = {"w1": "gate", "w3": "up", "w2": "down"}
 """vLLM's shard ids."""
 
-SHARED_KINDS = ("base", "base_columns", "base_norms")
+SHARED_KINDS = ("base", "base_columns", "base_norms", "base_u", "base_v", "shared_v", "u_index")
 """What rides with expert 0 and belongs to every rank, wherever expert 0 lives."""
+
+JOINT_KINDS = ("base_columns", "base_norms", "u_index")
+"""What gate and up both store and share at run time."""
 
 
 class LayerLoader:
@@ -49,9 +53,17 @@ class LayerLoader:
                 f"{config.intermediate_size} intermediate channels; use a size that divides both"
             )
         self.config, self.layer = config, layer
-        self.num_local_experts, self.local_expert = num_local_experts, local_expert
         self.tp_rank, self.tp_size = tp_rank, tp_size
-        self.loaded: set[tuple[str, Role, int]] = set()
+        self.specs = {role: config.projection_tensors(layer, role) for role in ROLES}
+        # This rank's experts by global number, in the order of their own index here, -1 for none; and where in
+        # the parameters the deltas of those that have any lie.
+        self.experts = [-1] * num_local_experts
+        for expert in range(config.num_experts):
+            if (local := local_expert(expert)) >= 0:
+                self.experts[local] = expert
+        untrimmed = set(config.untrimmed(layer))
+        self.places = {e: place for place, e in enumerate(e for e in self.experts if e in untrimmed)}
+        self.loaded: set[str] = set()
         self._arrived: dict[tuple[str, Role], Tensor] = {}
 
     @property
@@ -64,24 +76,49 @@ class LayerLoader:
 
         Columns and norms get valid values, because `--load-format dummy` leaves integers as they are.
         """
-        layer, experts = self.config.layers[self.layer], self.num_local_experts
+        layer, groups = self.config.layers[self.layer], self.config.pruning.groups
         hidden, own = self.config.hidden_size, self.intermediate_size
         parameters: dict[str, Tensor] = {}
-        if rank := layer.gate.rank + layer.up.rank:
-            parameters["w13_delta_u"] = torch.empty(experts, own, rank, dtype=dtype)
-            parameters["w13_delta_v"] = torch.empty(experts, rank, hidden, dtype=dtype)
-        if kept := layer.gate.kept_columns:
-            parameters["w13_base"] = torch.empty(kept, 2 * own, dtype=dtype)
-            parameters["w13_base_columns"] = self._spread(hidden, kept, self.config.pruning.groups)
-            parameters["w13_base_norms"] = torch.ones(kept, dtype=torch.float32)
-        if rank := layer.down.rank:
-            parameters["w2_delta_u"] = torch.empty(experts, hidden, rank, dtype=dtype)
-            parameters["w2_delta_v"] = torch.empty(experts, rank, own, dtype=dtype)
-        if kept := layer.down.kept_columns // self.tp_size:
-            parameters["w2_base"] = torch.empty(kept, hidden, dtype=dtype)
-            parameters["w2_base_columns"] = self._spread(own, kept, self.config.pruning.groups // self.tp_size)
-            parameters["w2_base_norms"] = torch.ones(kept, dtype=torch.float32)
+        for half, roles, inputs, own_groups in (
+            ("w13", (layer.gate, layer.up), hidden, groups),
+            ("w2", (layer.down,), own, groups // self.tp_size),
+        ):
+            # Down's inputs are this rank's, gate's and up's outputs.
+            outputs, share = (own, 1) if half == "w13" else (hidden, self.tp_size)
+            found = self._empty_deltas(roles, outputs, inputs, own_groups, share, dtype)
+            if kept := roles[0].kept_columns // share:
+                found["base"] = torch.empty(kept, len(roles) * outputs, dtype=dtype)
+                found["base_columns"] = self._spread(inputs, kept, own_groups)
+                found["base_norms"] = torch.ones(kept, dtype=torch.float32)
+            if rank := sum(projection.base_rank for projection in roles):
+                found["base_u"] = torch.empty(outputs, rank, dtype=dtype)
+                found["base_v"] = torch.empty(rank, inputs, dtype=dtype)
+            parameters.update({f"{half}_{kind}": tensor for kind, tensor in found.items()})
         return parameters
+
+    def _empty_deltas(
+        self, roles: tuple[Projection, ...], outputs: int, inputs: int, groups: int, share: int, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """By kind. share: how many ranks divide a delta's columns among them."""
+        by_columns, distinct = roles[0].delta == "columns", roles[0].distinct_u
+        ranks = [projection.rank // share if by_columns else projection.rank for projection in roles]
+        if not (rank := sum(ranks)):
+            return {}
+        stored = len(self.places)
+        found = {"delta_u": torch.empty(distinct or stored, outputs, rank, dtype=dtype)}
+        if by_columns:
+            columns = torch.cat([self._spread(inputs, columns, groups) for columns in ranks])
+            found["delta_columns"] = columns.repeat(stored, 1)
+        elif roles[0].shared_v:
+            found["shared_v"] = torch.empty(rank, inputs, dtype=dtype)
+        else:
+            found["delta_v"] = torch.empty(stored, rank, inputs, dtype=dtype)
+        own = torch.tensor([self.places.get(expert, -1) for expert in self.experts], dtype=torch.int32)
+        if self.config.layers[self.layer].trimmed or distinct:
+            found["u_index"] = own.clamp(max=0) if distinct else own
+        if self.config.layers[self.layer].trimmed and not roles[0].shared_v:
+            found["v_index"] = own.clone()
+        return found
 
     @staticmethod
     def _spread(inputs: int, kept: int, groups: int) -> Tensor:
@@ -114,71 +151,79 @@ class LayerLoader:
         Returns False where nothing of it belongs on this rank. Raises CheckpointError, naming the tensor,
         for a wrong shape and for columns that break the format.
         """
-        shared = kind in SHARED_KINDS
-        self._check_shape(tensor, kind, role, expert)
-        local = 0 if shared else self.local_expert(expert)
-        if local < 0:
-            return False
-        if kind == "base_columns":
-            check_columns(self._name(kind, role, expert), tensor.tolist(), self.config, role)
-        if shared:
+        self._check(tensor, kind, role, expert)
+        if kind in SHARED_KINDS:
             self._load_shared(param, tensor, kind, role)
+        elif kind == "delta_u" and self.config.layers[self.layer][role].distinct_u:
+            self._load_factor(param[expert], tensor, kind, role)
+        elif expert not in self.places:
+            return False
         else:
-            self._load_delta(param[local], tensor, kind, role)
-        self.loaded.add((kind, role, 0 if shared else expert))
+            self._load_factor(param[self.places[expert]], tensor, kind, role)
+        self.loaded.add(self._name(kind, role, expert))
         return True
 
     def missing(self) -> list[str]:
         """Checkpoint names of this rank's tensors that have not been loaded, in checkpoint order."""
-        names = []
-        for role in self.config.projections:
-            projection = self.config.layers[self.layer][role]
-            expected = [(kind, 0) for kind in SHARED_KINDS if projection.kept_columns]
-            experts = [e for e in range(self.config.num_experts) if projection.rank and self.local_expert(e) >= 0]
-            expected += [(kind, expert) for expert in experts for kind in ("delta_u", "delta_v")]
-            names += [self._name(k, role, e) for k, e in expected if (k, role, e) not in self.loaded]
-        return names
+        elsewhere = {
+            self._name(kind, role, expert)
+            for role in ROLES
+            for expert in range(self.config.num_experts)
+            if expert not in self.places
+            for kind in ("delta_u", "delta_v", "delta_columns")
+            if not (kind == "delta_u" and self.config.layers[self.layer][role].distinct_u)
+        }
+        expected = [name for role in self.config.projections for name in self.specs[role]]
+        return [name for name in expected if name not in self.loaded and name not in elsewhere]
 
-    def _load_delta(self, param: Tensor, tensor: Tensor, kind: str, role: Role) -> None:
-        """param: the local expert's [out, k] or [k, in]."""
+    def _load_shared(self, param: Tensor, tensor: Tensor, kind: str, role: Role) -> None:
+        if kind in JOINT_KINDS and role != "down":
+            self._load_joint(param, tensor, kind, role)
+        elif kind == "u_index":
+            param.copy_(tensor[self.experts])
+        elif kind == "base_columns":
+            param.copy_(self._inputs(tensor) - self.tp_rank * self.intermediate_size)
+        elif kind == "base_norms":
+            param.copy_(self._inputs(tensor))
+        elif kind != "base":
+            self._load_factor(param, tensor, kind, role)
+        elif role == "down":
+            param.copy_(self._inputs(tensor).t())
+        else:
+            start = 0 if role == "gate" else self.intermediate_size
+            param[:, start : start + self.intermediate_size].copy_(self._outputs(tensor).t())
+
+    def _load_factor(self, param: Tensor, tensor: Tensor, kind: str, role: Role) -> None:
+        """param: [outputs, k] for a U, [k, inputs] for a V, int [k] for a delta's columns."""
+        layer = self.config.layers[self.layer]
+        is_u = kind in ("delta_u", "base_u")
         if role == "down":
-            param.copy_(tensor if kind == "delta_u" else self._inputs(tensor))
+            # A U belongs to every rank, unless its columns are inputs themselves.
+            sliced = not is_u or (kind == "delta_u" and layer.down.delta == "columns")
+            own = self._inputs(tensor) if sliced else tensor
+            param.copy_(own - self.tp_rank * self.intermediate_size if kind == "delta_columns" else own)
             return
-        rank = self.config.layers[self.layer].gate.rank
+        rank = layer.gate.base_rank if kind.startswith("base") else layer.gate.rank
         part = slice(0, rank) if role == "gate" else slice(rank, None)
-        if kind == "delta_u":
+        if is_u:
             param[:, part].copy_(self._outputs(tensor))
         else:
             param[part].copy_(tensor)
 
-    def _load_shared(self, param: Tensor, tensor: Tensor, kind: str, role: Role) -> None:
-        if kind == "base":
-            if role == "down":
-                param.copy_(self._inputs(tensor).t())
-            else:
-                start = 0 if role == "gate" else self.intermediate_size
-                param[:, start : start + self.intermediate_size].copy_(self._outputs(tensor).t())
-        elif role == "down":
-            offset = self.tp_rank * self.intermediate_size if kind == "base_columns" else 0
-            param.copy_(self._inputs(tensor) - offset)
-        else:
-            self._load_joint(param, tensor, kind, role)
-
     def _load_joint(self, param: Tensor, tensor: Tensor, kind: str, role: Role) -> None:
-        """Columns and norms of gate and up, which share one selection: both have to arrive."""
+        """What gate and up share: both have to arrive, where both store it."""
         self._arrived[kind, role] = tensor
-        other: Role = "up" if role == "gate" else "gate"
-        if (kind, other) not in self._arrived:
+        both: tuple[Role, Role] = ("gate", "up")
+        stored = [r for r in both if self._name(kind, r, 0) in self.specs[r]]
+        if any((kind, r) not in self._arrived for r in stored):
             return
-        twin = self._arrived.pop((kind, other))
-        self._arrived.pop((kind, role))
+        tensors = [self._arrived.pop((kind, r)) for r in stored]
         if kind == "base_norms":
-            param.copy_((tensor.float().square() + twin.float().square()).sqrt())
-        elif torch.equal(tensor, twin):
-            param.copy_(tensor)
+            param.copy_((tensors[0].float().square() + tensors[1].float().square()).sqrt())
+        elif torch.equal(tensors[0], tensors[-1]):
+            param.copy_(tensor[self.experts] if kind == "u_index" else tensor)
         else:
-            names = f"{self._name(kind, 'gate', 0)} and {self._name(kind, 'up', 0)}"
-            raise CheckpointError(f"{names} differ, gate and up share one selection; compress the model again")
+            raise CheckpointError(differ_message(*(self._name(kind, r, 0) for r in both)))
 
     def _outputs(self, tensor: Tensor) -> Tensor:
         """This rank's output rows."""
@@ -193,13 +238,17 @@ class LayerLoader:
     def _name(self, kind: str, role: Role, expert: int) -> str:
         return self.config.tensor_name(self.layer, expert, role, kind)
 
-    def _check_shape(self, tensor: Tensor, kind: str, role: Role, expert: int) -> None:
+    def _check(self, tensor: Tensor, kind: str, role: Role, expert: int) -> None:
         name = self._name(kind, role, expert)
-        spec = self.config.projection_tensors(self.layer, role).get(name)
+        spec = self.specs[role].get(name)
         if spec is None:
             raise CheckpointError(f"{name} does not belong in this checkpoint; its config.json lists no such tensor")
         if tuple(tensor.shape) != spec.shape:
             raise CheckpointError(f"{name} is {list(tensor.shape)}, expected {list(spec.shape)}; copy it again")
+        if kind in ("base_columns", "delta_columns"):
+            check_columns(name, tensor.tolist(), self.config, role)
+        if kind == "u_index":
+            check_u_index(name, tensor.tolist(), self.config, self.layer, role)
 
 
 def options(config: CheckpointConfig, layer: int, tp_size: int, scope: str, *, prune_down: bool) -> Mapping[str, Any]:
@@ -211,6 +260,7 @@ def options(config: CheckpointConfig, layer: int, tp_size: int, scope: str, *, p
     down_used = projections.down.used_columns if prune_down else projections.down.kept_columns
     return {
         "gate_rank": projections.gate.rank,
+        "base_gate_rank": projections.gate.base_rank,
         "scope": scope,
         "w13_groups": groups,
         "w13_used": projections.gate.used_columns,

@@ -12,8 +12,8 @@ MODEL_CLASSES = {
 
 _PACKAGE = Path(__file__).parent.parent
 _INLINED = {
-    "from d2moe_vllm.hf.experts import D2Experts\n": "hf/experts.py",
-    "from d2moe_vllm.ops.reference import fused_experts\n": "ops/reference.py",
+    "from d2moe_vllm.hf.experts import INDEX_KINDS, D2Experts, projection_shapes\n": "hf/experts.py",
+    "from d2moe_vllm.ops.reference import Weights, fused_experts\n": "ops/reference.py",
 }
 """Our own imports in the modeling code -> the file whose source takes their place."""
 

@@ -11,25 +11,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2moe_vllm.ops.reference import fused_experts
+from d2moe_vllm.ops.reference import Weights, fused_experts
+
+INDEX_KINDS = ("base_columns", "delta_columns", "u_index")
+"""The tensors that say which columns, or whose U; all others but base_norms (float32) have the weights' dtype."""
+
+
+def projection_shapes(
+    projection: Mapping[str, Any], trimmed: Sequence[int], num_experts: int, out_features: int, in_features: int
+) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    """(expert, kind, shape) of every tensor a checkpoint stores of one projection of one layer.
+
+    projection: the layer's entry of `quantization_config` for one role. trimmed: experts without deltas.
+    """
+    if kept := projection["kept_columns"]:
+        yield 0, "base", (out_features, kept)
+        yield 0, "base_columns", (kept,)
+        yield 0, "base_norms", (kept,)
+    if base_rank := projection.get("base_rank", 0):
+        yield 0, "base_u", (out_features, base_rank)
+        yield 0, "base_v", (base_rank, in_features)
+    if not (rank := projection["rank"]):
+        return
+    own = [expert for expert in range(num_experts) if expert not in trimmed]
+    shared_v, distinct_u = projection.get("shared_v", False), projection.get("distinct_u", 0)
+    if shared_v:
+        yield 0, "shared_v", (rank, in_features)
+    if distinct_u:
+        yield 0, "u_index", (num_experts,)
+    for j in range(distinct_u) if distinct_u else own:
+        yield j, "delta_u", (out_features, rank)
+    for expert in () if shared_v else own:
+        if projection.get("delta", "factors") == "columns":
+            yield expert, "delta_columns", (rank,)
+        else:
+            yield expert, "delta_v", (rank, in_features)
 
 
 class D2Projection(nn.Module):
     """One expert's tensors for one projection, by the names they have in a checkpoint.
 
-    delta_u [out, rank] and delta_v [rank, in]; with kept_columns (expert 0) also base [out, kept],
-    base_columns int32 [kept] and base_norms float32 [kept]. Contents are undefined until loaded.
+    Which these are, projection_shapes says. Contents are undefined until loaded.
     """
 
-    def __init__(self, out_features: int, in_features: int, rank: int, kept_columns: int = 0) -> None:
-        super().__init__()
-        if rank:
-            self.delta_u = nn.Parameter(torch.empty(out_features, rank), requires_grad=False)
-            self.delta_v = nn.Parameter(torch.empty(rank, in_features), requires_grad=False)
-        if kept_columns:
-            self.base = nn.Parameter(torch.empty(out_features, kept_columns), requires_grad=False)
-            self.register_buffer("base_columns", torch.zeros(kept_columns, dtype=torch.int32))
-            self.register_buffer("base_norms", torch.zeros(kept_columns, dtype=torch.float32))
+    def add(self, kind: str, shape: tuple[int, ...]) -> None:
+        if kind in INDEX_KINDS:
+            self.register_buffer(kind, torch.zeros(shape, dtype=torch.int32))
+        elif kind == "base_norms":
+            self.register_buffer(kind, torch.zeros(shape, dtype=torch.float32))
+        else:
+            self.register_parameter(kind, nn.Parameter(torch.empty(shape), requires_grad=False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> D2Projection:
         norms = self._buffers.get("base_norms")
@@ -59,7 +90,7 @@ class _PerExpert(Sequence[Tensor]):
 class D2Experts(nn.Module):
     """The routed experts of one layer, in place of transformers' own module.
 
-    layer: per role ("gate", "up", "down") the checkpoint's rank, kept_columns and used_columns.
+    layer: its entry of `quantization_config`, per role ("gate", "up", "down") and with `trimmed`.
     projections: role -> submodule name (Mixtral: w1, w3, w2); state-dict names are `{expert}.{name}.{kind}`.
     activation: a name of `ops.reference.ACTIVATIONS` or a callable. scope: "batch", "token" or "off"; an
     attribute that may be changed between calls. padding_mask: bool [T] or None, likewise.
@@ -70,7 +101,7 @@ class D2Experts(nn.Module):
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        layer: Mapping[str, Mapping[str, int]],
+        layer: Mapping[str, Any],
         *,
         groups: int,
         projections: Mapping[str, str],
@@ -81,17 +112,17 @@ class D2Experts(nn.Module):
         self.num_experts, self.intermediate_size = num_experts, intermediate_size
         self.layer, self.groups, self.projections = layer, groups, dict(projections)
         self.activation, self.scope = activation, scope
+        self.trimmed = tuple(layer.get("trimmed", ()))
         self.padding_mask: Tensor | None = None
         for expert in range(num_experts):
             modules = nn.Module()
-            for role, name in self.projections.items():
-                down = role == "down"
-                out_features, in_features = (
-                    (hidden_size, intermediate_size) if down else (intermediate_size, hidden_size)
-                )
-                kept = layer[role]["kept_columns"] if expert == 0 else 0
-                modules.add_module(name, D2Projection(out_features, in_features, layer[role]["rank"], kept))
+            for name in self.projections.values():
+                modules.add_module(name, D2Projection())
             self.add_module(str(expert), modules)
+        for role in self.projections:
+            sizes = (hidden_size, intermediate_size) if role == "down" else (intermediate_size, hidden_size)
+            for expert, kind, shape in projection_shapes(layer[role], self.trimmed, num_experts, *sizes):
+                self.projection(expert, role).add(kind, shape)
 
     def projection(self, expert: int, role: str) -> D2Projection:
         return getattr(getattr(self, str(expert)), self.projections[role])
@@ -104,11 +135,16 @@ class D2Experts(nn.Module):
         if mask is not None and mask.shape[0] != rows.shape[0]:
             raise ValueError(f"padding mask for {mask.shape[0]} rows, but {rows.shape[0]} tokens reach the experts")
         gate, down = self.layer["gate"], self.layer["down"]
-        tensors = [rows, top_k_weights, top_k_index, *self._gate_up_tensors(), *self._down_tensors(), mask]
         output = fused_experts(
-            *tensors,
+            rows,
+            top_k_weights,
+            top_k_index,
+            self._weights("gate", "up"),
+            self._weights("down"),
+            mask,
             num_experts=self.num_experts,
             gate_rank=gate["rank"],
+            base_gate_rank=gate.get("base_rank", 0),
             activation=self.activation,
             scope=self.scope,
             w13_groups=self.groups,
@@ -118,34 +154,42 @@ class D2Experts(nn.Module):
         )
         return output.reshape(hidden_states.shape)
 
-    def _gate_up_tensors(self) -> Iterator[Any]:
-        """Deltas u and v, base, its columns and norms, in fused_experts' layout and order."""
-        ranked = [role for role in ("gate", "up") if self.layer[role]["rank"]]
-        for kind, axis in (("delta_u", 1), ("delta_v", 0)):
-            yield self._per_expert(ranked, kind, axis) if ranked else None
-        gate, up = self.projection(0, "gate"), self.projection(0, "up")
-        if not hasattr(gate, "base"):
-            yield from (None, None, None)
-            return
-        yield torch.cat([gate.base, up.base]).t()
-        yield gate.base_columns
-        yield (gate.base_norms.square() + up.base_norms.square()).sqrt()
+    def _weights(self, *roles: str) -> Weights:
+        """fused_experts' view of gate and up, or of down; nothing per expert is put together yet."""
+        first = self.layer[roles[0]]
+        ranked = [role for role in roles if self.layer[role]["rank"]]
+        tensors: dict[str, Any] = {}
+        if ranked:
+            tensors["delta_u"] = self._per_expert(first.get("distinct_u", 0) or self.num_experts, ranked, "delta_u", 1)
+            if first.get("delta", "factors") == "columns":
+                tensors["delta_columns"] = self._per_expert(self.num_experts, ranked, "delta_columns", 0)
+            elif first.get("shared_v", False):
+                tensors["shared_v"] = self._join(0, ranked, "shared_v", 0)
+            else:
+                tensors["delta_v"] = self._per_expert(self.num_experts, ranked, "delta_v", 0)
+            tensors["u_index"] = self._u_index(ranked[0])
+        based = [self.projection(0, role) for role in roles]
+        if first["kept_columns"]:
+            norms = [projection.base_norms for projection in based]
+            tensors["base"] = torch.cat([projection.base for projection in based]).t()
+            tensors["base_columns"] = based[0].base_columns
+            tensors["base_norms"] = norms[0] if len(norms) == 1 else (norms[0].square() + norms[1].square()).sqrt()
+        if low_rank := [role for role in roles if self.layer[role].get("base_rank", 0)]:
+            tensors["base_u"] = self._join(0, low_rank, "base_u", 1)
+            tensors["base_v"] = self._join(0, low_rank, "base_v", 0)
+        return Weights(**tensors)
 
-    def _down_tensors(self) -> Iterator[Any]:
-        ranked = ["down"] if self.layer["down"]["rank"] else []
-        for kind in ("delta_u", "delta_v"):
-            yield self._per_expert(ranked, kind, 0) if ranked else None
-        down = self.projection(0, "down")
-        if not hasattr(down, "base"):
-            yield from (None, None, None)
-            return
-        yield down.base.t()
-        yield down.base_columns
-        yield down.base_norms
+    def _u_index(self, role: str) -> Tensor | None:
+        """Whose U each expert uses, -1 for none; None: its own."""
+        if self.layer[role].get("distinct_u", 0):
+            return self.projection(0, role).u_index
+        if not self.trimmed:
+            return None
+        return torch.tensor([-1 if expert in self.trimmed else expert for expert in range(self.num_experts)])
 
-    def _per_expert(self, roles: list[str], kind: str, axis: int) -> _PerExpert:
-        def join(expert: int) -> Tensor:
-            parts = [getattr(self.projection(expert, role), kind) for role in roles]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+    def _join(self, expert: int, roles: list[str], kind: str, axis: int) -> Tensor:
+        parts = [getattr(self.projection(expert, role), kind) for role in roles]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
-        return _PerExpert(self.num_experts, join)
+    def _per_expert(self, length: int, roles: list[str], kind: str, axis: int) -> _PerExpert:
+        return _PerExpert(length, lambda expert: self._join(expert, roles, kind, axis))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import MixtralForCausalLM
 from transformers.activations import ACT2FN
 
-from d2moe_vllm.hf.experts import D2Experts
+from d2moe_vllm.hf.experts import INDEX_KINDS, D2Experts, projection_shapes
 
 FORMAT_VERSION = 1
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -99,45 +99,56 @@ def check_files(folder: str, settings: Mapping[str, Any]) -> None:
         if os.path.getsize(os.path.join(folder, file)) != size:
             raise ValueError(f"{folder}: weight file {file} is truncated or replaced; copy it again")
     for number in settings["layers"]:
-        _check_columns(folder, settings, str(number), paths)
+        _check_indices(folder, settings, str(number), paths)
 
 
-def _check_columns(folder: str, settings: Mapping[str, Any], number: str, paths: Mapping[str, str]) -> None:
-    """Base columns ascend, are in range, as many in every group, and the same for gate and up."""
-    prefix, groups = settings["experts"].replace("{layer}", number), settings["pruning"].get("groups", 8)
-    found: dict[str, Tensor] = {}
-    for role, projection in settings["projections"].items():
-        name = f"{prefix}.0.{projection}.base_columns"
-        if name not in paths:
-            continue
-        with safe_open(paths[name], framework="pt") as handle:
-            columns = found[role] = handle.get_tensor(name).long()
-        inputs = settings["intermediate_size" if role == "down" else "hidden_size"]
-        expected = torch.arange(groups).repeat_interleave(len(columns) // groups)
-        if not (columns.diff() > 0).all() or not torch.equal(columns * groups // inputs, expected):
-            raise ValueError(
-                f"{folder}: {name}: columns must ascend, lie in 0..{inputs - 1} and be spread evenly over "
-                f"{groups} groups; copy the checkpoint again"
-            )
-        if role != "down" and any(not torch.equal(columns, found.get(other, columns)) for other in ("gate", "up")):
+def _check_indices(folder: str, settings: Mapping[str, Any], number: str, paths: Mapping[str, str]) -> None:
+    """A layer's columns and U indices are what the format says, and the same for gate and up where these share them."""
+    layer, groups = settings["layers"][number], settings["pruning"].get("groups", 8)
+    trimmed = torch.tensor([expert in layer.get("trimmed", ()) for expert in range(settings["num_experts"])])
+    tensors = [(name, role, kind) for name, role, kind, _ in _layer_tensors(settings, number) if kind in INDEX_KINDS]
+    indices: dict[str, Tensor] = {}
+    for path in sorted({paths[name] for name, _, _ in tensors}):
+        with safe_open(path, framework="pt") as handle:
+            indices.update({name: handle.get_tensor(name).long() for name, _, _ in tensors if paths[name] == path})
+    shared: dict[str, Tensor] = {}
+    for name, role, kind in tensors:
+        values = indices[name]
+        if kind == "u_index":
+            stored = layer[role]["distinct_u"]
+            if not (torch.where(trimmed, values == -1, (values >= 0) & (values < stored))).all():
+                raise ValueError(
+                    f"{folder}: {name}: must be -1 for trimmed experts and lie in 0..{stored - 1} for all others; "
+                    "copy the checkpoint again"
+                )
+        else:
+            inputs = settings["intermediate_size" if role == "down" else "hidden_size"]
+            expected = torch.arange(groups).repeat_interleave(len(values) // groups)
+            if not (values.diff() > 0).all() or not torch.equal(values * groups // inputs, expected):
+                raise ValueError(
+                    f"{folder}: {name}: columns must ascend, lie in 0..{inputs - 1} and be spread evenly over "
+                    f"{groups} groups; copy the checkpoint again"
+                )
+        if role != "down" and kind != "delta_columns" and not torch.equal(values, shared.setdefault(kind, values)):
             raise ValueError(f"{folder}: {name} differs between gate and up, which share it; copy it again")
 
 
-def _expert_tensors(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+def _layer_tensors(settings: Mapping[str, Any], number: str) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+    """(name, role, kind, shape) of all of a layer's expert tensors."""
     hidden, intermediate = settings["hidden_size"], settings["intermediate_size"]
-    dtype = DTYPES[settings["dtype"]]
-    for number, layer in settings["layers"].items():
-        prefix = settings["experts"].replace("{layer}", str(number))
-        for role, projection in settings["projections"].items():
-            rank, kept = layer[role]["rank"], layer[role]["kept_columns"]
-            rows, columns = (hidden, intermediate) if role == "down" else (intermediate, hidden)
-            if kept:
-                yield f"{prefix}.0.{projection}.base", (dtype, (rows, kept))
-                yield f"{prefix}.0.{projection}.base_columns", ("I32", (kept,))
-                yield f"{prefix}.0.{projection}.base_norms", ("F32", (kept,))
-            for expert in range(settings["num_experts"] if rank else 0):
-                yield f"{prefix}.{expert}.{projection}.delta_u", (dtype, (rows, rank))
-                yield f"{prefix}.{expert}.{projection}.delta_v", (dtype, (rank, columns))
+    prefix, layer = settings["experts"].replace("{layer}", number), settings["layers"][number]
+    for role, projection in settings["projections"].items():
+        sizes = (hidden, intermediate) if role == "down" else (intermediate, hidden)
+        shapes = projection_shapes(layer[role], layer.get("trimmed", ()), settings["num_experts"], *sizes)
+        for expert, kind, shape in shapes:
+            yield f"{prefix}.{expert}.{projection}.{kind}", role, kind, shape
+
+
+def _expert_tensors(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    dtypes = {**dict.fromkeys(INDEX_KINDS, "I32"), "base_norms": "F32"}
+    for number in settings["layers"]:
+        for name, _, kind, shape in _layer_tensors(settings, str(number)):
+            yield name, (dtypes.get(kind, DTYPES[settings["dtype"]]), shape)
 
 
 def _read_json(folder: str, name: str) -> Any:

@@ -1,8 +1,7 @@
 """Backends of the MoE layer: one signature, `reference.fused_experts`, that every backend has.
 
-A backend is a row in BACKENDS. Tensors come first and in this order, so that the same signature serves as
-a torch custom op, whose schema experts.py builds from TENSORS and OPTIONS; what is fixed per layer follows by
-keyword.
+A backend is a row in BACKENDS. A torch custom op knows no structures: experts.py builds its schema from INPUTS,
+PARAMETERS and OPTIONS, and `fused_experts` puts the flat list together again.
 """
 
 from __future__ import annotations
@@ -14,28 +13,14 @@ from torch import Tensor
 
 from d2moe_vllm.ops import reference
 
-TENSORS = (
-    "x",
-    "topk_weights",
-    "topk_ids",
-    "w13_delta_u",
-    "w13_delta_v",
-    "w13_base",
-    "w13_base_columns",
-    "w13_base_norms",
-    "w2_delta_u",
-    "w2_delta_v",
-    "w2_base",
-    "w2_base_columns",
-    "w2_base_norms",
-    "padding_mask",
-)
-PARAMETERS = TENSORS[3:-1]
-"""The layer's own tensors, as parameters of a vLLM layer are called; each may be None."""
+INPUTS = ("x", "topk_weights", "topk_ids")
+PARAMETERS = tuple(f"{half}_{field}" for half in ("w13", "w2") for field in reference.Weights._fields)
+"""The layer's own tensors, by their names in a vLLM layer; each may be None."""
 
 OPTIONS = {
     "num_experts": "int",
     "gate_rank": "int",
+    "base_gate_rank": "int",
     "activation": "str",
     "scope": "str",
     "w13_groups": "int",
@@ -52,8 +37,21 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def fused_experts(*tensors: Tensor | None, backend: str = "reference", **options: Any) -> Tensor:
-    """`reference.fused_experts` by the named backend. Shapes are static wherever a graph may be captured."""
-    x = tensors[0]
-    assert x is not None
-    return BACKENDS[backend](*tensors, **options, static_shapes=x.device.type != "cpu")
+def fused_experts(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *parameters: Tensor | None,
+    padding_mask: Tensor | None = None,
+    backend: str = "reference",
+    **options: Any,
+) -> Tensor:
+    """`reference.fused_experts` by the named backend, parameters in the order of PARAMETERS.
+
+    Shapes are static wherever a graph may be captured.
+    """
+    half = len(PARAMETERS) // 2
+    w13, w2 = (reference.Weights._make(tensors) for tensors in (parameters[:half], parameters[half:]))
+    return BACKENDS[backend](
+        x, topk_weights, topk_ids, w13, w2, padding_mask, **options, static_shapes=x.device.type != "cpu"
+    )

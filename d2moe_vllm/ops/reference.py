@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,24 +28,48 @@ ACTIVATIONS: dict[str, Activation] = {
 """Gate activations by vLLM's names."""
 
 
+class Weights(NamedTuple):
+    """What one layer has of gate and up together ("w13") or of down ("w2"); what it does not have is None.
+
+    [out, in] is [2 I, H] for w13, gate's outputs before up's, and [H, I] for w2. Their ranks k and r are gate's
+    plus up's; U's of gate and up lie side by side in [I, k], gate's columns first, so that one product of
+    theirs with the input serves both. D and D' count the U's and V's that are stored here.
+
+    delta_u: [D, I, k] for w13, [D, H, k] for w2. One of the next three says what it is multiplied with:
+    delta_v: [D', k, in]; delta_columns: int [D', k], the inputs themselves (U is the delta at these columns);
+    shared_v: [k, in], for all experts. Deltas may also be sequences of matrices.
+    u_index, v_index: int [E], each expert's place in delta_u, and in delta_v or delta_columns; where u_index
+    is -1 the expert has no delta (METHODS 1.7). None: expert e is at place e.
+
+    base: [kept, out], input-major. base_columns: int [kept], ascending, the inputs these rows belong to, evenly
+    spread over the groups. base_norms: float32 [kept], ||W_b[:, j]||_2; for w13 joint, sqrt(gate^2 + up^2).
+    base_u, base_v: a low-rank base instead, [I, r] or [H, r], and [r, in].
+    """
+
+    delta_u: Tensor | Sequence[Tensor] | None = None
+    delta_v: Tensor | Sequence[Tensor] | None = None
+    delta_columns: Tensor | Sequence[Tensor] | None = None
+    shared_v: Tensor | None = None
+    u_index: Tensor | None = None
+    v_index: Tensor | None = None
+    base: Tensor | None = None
+    base_columns: Tensor | None = None
+    base_norms: Tensor | None = None
+    base_u: Tensor | None = None
+    base_v: Tensor | None = None
+
+
 def fused_experts(
     x: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    w13_delta_u: Tensor | Sequence[Tensor] | None,
-    w13_delta_v: Tensor | Sequence[Tensor] | None,
-    w13_base: Tensor | None,
-    w13_base_columns: Tensor | None,
-    w13_base_norms: Tensor | None,
-    w2_delta_u: Tensor | Sequence[Tensor] | None,
-    w2_delta_v: Tensor | Sequence[Tensor] | None,
-    w2_base: Tensor | None,
-    w2_base_columns: Tensor | None,
-    w2_base_norms: Tensor | None,
+    w13: Weights,
+    w2: Weights,
     padding_mask: Tensor | None,
     *,
     num_experts: int,
     gate_rank: int,
+    base_gate_rank: int,
     activation: str | Activation,
     scope: str,
     w13_groups: int,
@@ -57,69 +82,66 @@ def fused_experts(
 
     x: [T, H], any floating dtype, that of the weights. topk_weights: [T, K]. topk_ids: int [T, K]; -1 (and
     anything else outside 0..num_experts-1) is an expert that is not here and adds nothing.
-    w13_delta_v: [E, k_gate + k_up, H], gate's rows first, so that both shrink in one product.
-    w13_delta_u: [E, I, k_gate + k_up], gate's columns first. w2_delta_u: [E, H, k]. w2_delta_v: [E, k, I].
-    w13_base: [kept, 2 I], input-major, gate's outputs then up's. w2_base: [kept, H].
-    *_base_columns: int [kept], ascending, the inputs these rows belong to, evenly spread over the groups.
-    *_base_norms: float32 [kept], ||W_b[:, j]||_2; for w13 joint, sqrt(gate^2 + up^2).
     padding_mask: bool [T], True for rows that are no tokens. They get some output but influence no other.
-    A projection without deltas has None for u and v, one without a base None for its three. Deltas may
-    also be sequences of per-expert matrices.
 
-    scope: "batch", "token" or "off", see select_columns. *_groups, *_used: groups of kept columns, and how
-    many columns are used in all. static_shapes: visit every expert with all rows instead of its own rows:
-    more work, but no shape and no control flow depends on data (CUDA graphs, tracing).
+    gate_rank, base_gate_rank: how much of w13's ranks is gate's. scope: "batch", "token" or "off", see
+    select_columns. *_groups, *_used: groups of kept columns, and how many columns are used in all; a low-rank
+    base has none to choose from. static_shapes: visit every expert with all rows instead of its own rows: more
+    work, but no shape and no control flow depends on data (CUDA graphs, tracing).
 
     Returns [T, H] in x's dtype. Sums over experts are float32 (float64 for float64 inputs), rounded once.
     """
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z = base_product(
-        x, w13_base, w13_base_columns, w13_base_norms, padding_mask, scope=scope, groups=w13_groups, used=w13_used
-    )
-    intermediate = _intermediate_size(z, w13_delta_u)
-    mix = x.new_zeros((x.shape[0], intermediate), dtype=accumulate) if w2_base is not None else None
+    z = base_product(x, w13, padding_mask, scope=scope, groups=w13_groups, used=w13_used, base_gate_rank=base_gate_rank)
+    # A V that all experts share needs each token once, however many experts it goes to.
+    shrunk = None if w13.shared_v is None else x @ w13.shared_v.t()
+    factors13 = _factors(w13, num_experts, static_shapes)
+    factors2 = _factors(w2, num_experts, static_shapes)
+    has_base = w2.base is not None or w2.base_u is not None
+    mix = x.new_zeros((x.shape[0], _intermediate_size(z, w13)), dtype=accumulate) if has_base else None
     output = torch.zeros_like(x, dtype=accumulate)
     visits = _visit_all if static_shapes else _visit_routed
     for expert, rows, gates in visits(topk_ids, topk_weights.to(accumulate), num_experts):
-        own_x, own_z = (x, z) if static_shapes else (x[rows], None if z is None else z[rows])
-        v13, u13 = (None, None) if w13_delta_v is None else (w13_delta_v[expert], w13_delta_u[expert])  # type: ignore[index]
-        hidden = _hidden(own_x, own_z, u13, v13, gate_rank, act, accumulate)
+        own_x, own_z, own_shrunk = (t if static_shapes or t is None else t[rows] for t in (x, z, shrunk))
+        hidden = _hidden(own_x, own_z, own_shrunk, factors13(expert), gate_rank, act, accumulate)
         if mix is not None:
             _add(mix, rows, gates, hidden)
-        if w2_delta_v is not None:
-            delta = hidden.to(x.dtype) @ w2_delta_v[expert].t() @ w2_delta_u[expert].t()  # type: ignore[index]
-            _add(output, rows, gates, delta.to(accumulate))
+        if (factors := factors2(expert)) is not None:
+            delta = _shrink(hidden.to(x.dtype), factors.v) @ factors.u.t()
+            _add(output, rows, gates, factors.where_present(delta.to(accumulate)))
     if mix is not None:
-        output += base_product(
-            mix, w2_base, w2_base_columns, w2_base_norms, padding_mask, scope=scope, groups=w2_groups, used=w2_used
-        )
+        output += base_product(mix, w2, padding_mask, scope=scope, groups=w2_groups, used=w2_used)
     return output.to(x.dtype)
 
 
 def base_product(
     x: Tensor,
-    base: Tensor | None,
-    columns: Tensor | None,
-    norms: Tensor | None,
+    weights: Weights,
     padding_mask: Tensor | None,
     *,
     scope: str,
     groups: int,
     used: int,
+    base_gate_rank: int | None = None,
 ) -> Tensor | None:
-    """`W_b[:, J] x[J]` for rows x [T, n] and input-major base [kept, out]: [T, out] in the base's dtype.
+    """`W_b[:, J] x[J]`, or `U_b V_b x`, for rows x [T, in]: [T, out] in the base's dtype; None without a base.
 
-    None where there is no base.
+    base_gate_rank: gate's share of the base's rank, for w13 only.
     """
-    if base is None or columns is None or norms is None:
+    if weights.base_u is not None and weights.base_v is not None:
+        shrunk = x.to(weights.base_v.dtype) @ weights.base_v.t()
+        if base_gate_rank is None:
+            return shrunk @ weights.base_u.t()
+        return torch.cat(_expand(shrunk, weights.base_u, base_gate_rank), dim=-1)
+    if weights.base is None or weights.base_columns is None or weights.base_norms is None:
         return None
-    kept = x.index_select(1, columns)
-    mask = select_columns(kept, norms, padding_mask, scope=scope, groups=groups, used=used)
+    kept = x.index_select(1, weights.base_columns)
+    mask = select_columns(kept, weights.base_norms, padding_mask, scope=scope, groups=groups, used=used)
     if mask is not None:
         # where, not a product: what is left out may be infinite or NaN in a padding row.
         kept = torch.where(mask, kept, 0)
-    return kept.to(base.dtype) @ base
+    return kept.to(weights.base.dtype) @ weights.base
 
 
 def select_columns(
@@ -149,36 +171,94 @@ def select_columns(
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True).flatten(1)
 
 
+class _Factors(NamedTuple):
+    """One expert's delta: u [I or H, k]; v [k, in], or int [k] naming columns.
+
+    present: bool [1], False for an expert that has none, where only the device knows; None: it has.
+    """
+
+    u: Tensor
+    v: Tensor
+    present: Tensor | None = None
+
+    def where_present(self, delta: Tensor) -> Tensor:
+        return delta if self.present is None else torch.where(self.present, delta, 0)
+
+
+def _factors(weights: Weights, num_experts: int, static_shapes: bool) -> Callable[[int], _Factors | None]:
+    """A function that finds an expert's factors when they are needed; None where it is known to have none."""
+    us, shared_v, u_index = weights.delta_u, weights.shared_v, weights.u_index
+    vs = weights.delta_v if weights.delta_columns is None else weights.delta_columns
+    # A rank may have a layer's trimmed experts only, and so nothing stored.
+    if us is None or len(us) == 0 or (shared_v is None and (vs is None or len(vs) == 0)):
+        return lambda expert: None
+    u_places = _places(u_index, num_experts, static_shapes)
+    v_places = _places(weights.v_index, num_experts, static_shapes)
+
+    def find(expert: int) -> _Factors | None:
+        place = u_places[expert]
+        if isinstance(place, int) and place < 0:
+            return None
+        v = shared_v if vs is None else _at(vs, v_places[expert])
+        present = None if u_index is None or isinstance(place, int) else u_index[expert : expert + 1] >= 0
+        return _Factors(_at(us, place), v, present)
+
+    return find
+
+
+def _places(index: Tensor | None, num_experts: int, static_shapes: bool) -> Sequence[int | Tensor]:
+    """Per expert its index; with static shapes one that stays on the device, int [1], and is never negative."""
+    if index is None:
+        return range(num_experts)
+    return index.clamp(min=0).split(1) if static_shapes else index.tolist()
+
+
+def _at(matrices: Tensor | Sequence[Tensor], place: int | Tensor) -> Tensor:
+    # Indexing by a tensor of no dimensions would synchronise.
+    return matrices[place] if isinstance(place, int) else matrices.index_select(0, place)[0]  # type: ignore[union-attr]
+
+
+def _shrink(x: Tensor, v: Tensor) -> Tensor:
+    """`V x` for rows x [n, in]: [n, k]; V [k, in], or int [k] where its rows are unit vectors."""
+    return x.index_select(1, v) if v.dim() == 1 else x @ v.t()
+
+
+def _expand(shrunk: Tensor, u: Tensor, gate_rank: int) -> list[Tensor]:
+    """Gate's and up's `U s` [n, I] for rows s [n, k], with u [I, k]."""
+    return [
+        shrunk[:, :gate_rank] @ u[:, :gate_rank].t(),
+        shrunk[:, gate_rank:] @ u[:, gate_rank:].t(),
+    ]
+
+
 def _hidden(
     x: Tensor,
     z: Tensor | None,
-    delta_u: Tensor | None,
-    delta_v: Tensor | None,
+    shrunk: Tensor | None,
+    factors: _Factors | None,
     gate_rank: int,
     act: Activation,
     accumulate: torch.dtype,
 ) -> Tensor:
     """`h_e` [n, I] of one expert for rows x [n, H] and their share of the base z [n, 2 I], unrounded.
 
-    Base and delta are added after widening: with bfloat16 products this leaves two roundings, each relative
-    to its own part, where adding first would leave three.
+    shrunk: `V x` [n, k] for a V that all experts share. Base and delta are added after widening: with bfloat16
+    products this leaves two roundings, each relative to its own part, where adding first would leave three.
     """
     parts = [] if z is None else [part.to(accumulate) for part in z.chunk(2, dim=-1)]
-    if delta_u is not None and delta_v is not None:
-        shrunk = x @ delta_v.t()
-        gate = shrunk[:, :gate_rank] @ delta_u[:, :gate_rank].t()
-        up = shrunk[:, gate_rank:] @ delta_u[:, gate_rank:].t()
-        deltas = [gate.to(accumulate), up.to(accumulate)]
+    if factors is not None:
+        shrunk = _shrink(x, factors.v) if shrunk is None else shrunk
+        deltas = [factors.where_present(d.to(accumulate)) for d in _expand(shrunk, factors.u, gate_rank)]
         parts = [part + delta for part, delta in zip(parts, deltas, strict=True)] if parts else deltas
     return act(parts[0]) * parts[1]
 
 
-def _intermediate_size(z: Tensor | None, delta_u: Tensor | Sequence[Tensor] | None) -> int:
+def _intermediate_size(z: Tensor | None, w13: Weights) -> int:
     if z is not None:
         return z.shape[1] // 2
-    if delta_u is None:
+    if w13.delta_u is None:
         raise ValueError("gate and up have neither a base nor deltas")
-    return delta_u[0].shape[0]
+    return w13.delta_u[0].shape[0]
 
 
 def _add(total: Tensor, rows: Tensor, gates: Tensor, value: Tensor) -> None:

@@ -22,9 +22,14 @@ def random_case(
     scope: str = "off",
     absent: float = 0.0,
     padding: int = 0,
+    base_rank: tuple[int, int, int] = (0, 0, 0),
+    delta: tuple[str, str] = ("factors", "factors"),
+    distinct_u: tuple[int, int] = (0, 0),
+    trimmed: tuple[int, ...] = (),
 ) -> Case:
-    """rank: of gate, up, down. kept, used: per group, of gate/up and of down; kept 0 means no base.
-    absent: share of routed experts that are -1. padding: rows at the end that are no tokens."""
+    """rank: of gate, up, down. kept, used: per group, of gate/up and of down; kept 0 means no such base.
+    absent: share of routed experts that are -1. padding: rows at the end that are no tokens. delta: of gate/up and
+    of down, "factors", "columns" or "shared V". distinct_u: of gate/up and of down."""
     rng = np.random.default_rng(seed)
     sizes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
     case = Case(
@@ -41,13 +46,25 @@ def random_case(
         intermediate_size=intermediate,
         scope=scope,
         padding=np.arange(tokens) >= tokens - padding if padding else None,
+        trimmed=trimmed,
     )
+    index = {half: rng.integers(0, max(distinct, 1), num_experts) for half, distinct in enumerate(distinct_u)}
     case.topk_ids[rng.random(case.topk_ids.shape) < absent] = -1
-    for role, k in zip(sizes, rank, strict=True):
+    for role, k, base_k in zip(sizes, rank, base_rank, strict=True):
         out, inputs = sizes[role]
-        us = [rng.standard_normal((out, k)) * k**-0.5 for _ in range(num_experts)] if k else None
+        half = int(role == "down")
+        us = [rng.standard_normal((out, k)) * k**-0.5 for _ in range(distinct_u[half] or num_experts)] if k else None
         vs = [rng.standard_normal((k, inputs)) * inputs**-0.5 for _ in range(num_experts)] if k else None
         case.delta_u[role], case.delta_v[role] = us, vs
+        if k and distinct_u[half]:
+            case.u_index[role] = index[half]
+        if k and delta[half] == "shared V":
+            case.shared_v[role] = vs[0]
+        if k and delta[half] == "columns":
+            case.delta_columns[role] = [np.sort(rng.permutation(inputs)[:k]) for _ in range(num_experts)]
+        if base_k:
+            case.base_u[role] = rng.standard_normal((out, base_k)) * base_k**-0.5
+            case.base_v[role] = rng.standard_normal((base_k, inputs)) * inputs**-0.5
         per_group, used_per_group = (kept[1], used[1]) if role == "down" else (kept[0], used[0])
         case.used[role] = used_per_group * groups
         if not per_group:
@@ -67,11 +84,22 @@ def random_case(
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
+    """Any layer whose projections each have a base or deltas; trimmed experts where all have a base."""
     groups = draw(st.sampled_from([1, 2, 4]))
-    kept = (draw(st.integers(0, 8 // groups)), draw(st.integers(0, 16 // groups)))
+    base_kinds = draw(st.tuples(*[st.sampled_from(["columns", "low rank", "none"])] * 2))
+    some = [draw(st.integers(1, inputs // groups)) for inputs in (8, 16)]
+    kept = tuple(some[half] if kind == "columns" else 0 for half, kind in enumerate(base_kinds))
     used = (draw(st.integers(0, kept[0])), draw(st.integers(0, kept[1])))
-    # Every projection has a base or deltas.
-    rank = tuple(draw(st.integers(0 if kept[role == 2] else 1, 5)) for role in range(3))
+    of_role = (*base_kinds[:1], *base_kinds)
+    base_rank = tuple(draw(st.integers(0, 5)) if kind == "low rank" else 0 for kind in of_role)
+    based = [bool(base_rank[role] or kept[role == 2]) for role in range(3)]
+    rank = tuple(draw(st.integers(0 if based[role] else 1, 5)) for role in range(3))
+    num_experts = draw(st.integers(2, 6))
+    experts = list(range(num_experts))
+    trimmed = draw(st.lists(st.sampled_from(experts), unique=True, max_size=num_experts - 1)) if all(based) else []
+    delta = draw(st.tuples(*[st.sampled_from(["factors", "columns", "shared V"])] * 2))
+    untrimmed = num_experts - len(trimmed)
+    distinct_u = tuple(0 if kind == "columns" else draw(st.integers(0, untrimmed)) for kind in delta)
     tokens = draw(st.integers(0, 6))
     return random_case(
         draw(st.integers(0, 2**31)),
@@ -80,9 +108,13 @@ def cases(draw: st.DrawFn) -> Case:
         kept=kept,
         used=used,
         rank=rank,
-        num_experts=draw(st.integers(2, 6)),
+        num_experts=num_experts,
         top_k=draw(st.integers(1, 2)),
         scope=draw(st.sampled_from(["batch", "token", "off"])),
         absent=draw(st.sampled_from([0.0, 0.3, 1.0])),
         padding=draw(st.integers(0, tokens)),
+        base_rank=base_rank,
+        delta=delta,
+        distinct_u=distinct_u,
+        trimmed=tuple(sorted(trimmed)),
     )

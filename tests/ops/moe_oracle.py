@@ -9,10 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from d2moe_vllm.ops.reference import Weights
+
 
 @dataclass
 class Case:
-    """One layer's weights as the checkpoint stores them ([out, in] matrices), and a batch."""
+    """One layer's weights as the checkpoint stores them ([out, in] matrices), and a batch.
+
+    delta_u: by expert, or by u_index where a role has one. delta_v: by expert; for roles in delta_columns these
+    columns by expert instead, for roles in shared_v one V. trimmed: experts whose deltas are not to be used.
+    """
 
     x: np.ndarray
     topk_ids: np.ndarray
@@ -28,6 +34,12 @@ class Case:
     scope: str = "off"
     padding: np.ndarray | None = None
     norms: dict[str, np.ndarray] = field(default_factory=dict)
+    base_u: dict[str, np.ndarray] = field(default_factory=dict)
+    base_v: dict[str, np.ndarray] = field(default_factory=dict)
+    delta_columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    shared_v: dict[str, np.ndarray] = field(default_factory=dict)
+    u_index: dict[str, np.ndarray] = field(default_factory=dict)
+    trimmed: tuple[int, ...] = ()
 
 
 def silu(value: float) -> float:
@@ -53,6 +65,8 @@ def select(kept: np.ndarray, norms: np.ndarray, used: int, groups: int, scope: s
 
 
 def _base(case: Case, role: str, x: np.ndarray, norms: np.ndarray) -> np.ndarray | float:
+    if role in case.base_u:
+        return x @ (case.base_u[role] @ case.base_v[role]).T
     base = case.base[role]
     if base is None:
         return 0.0
@@ -69,9 +83,23 @@ def _base(case: Case, role: str, x: np.ndarray, norms: np.ndarray) -> np.ndarray
     return out
 
 
+def delta_matrix(case: Case, role: str, expert: int) -> np.ndarray | None:
+    """[out, in], or None where the expert has no delta."""
+    us = case.delta_u[role]
+    if us is None or expert in case.trimmed:
+        return None
+    u = us[case.u_index[role][expert] if role in case.u_index else expert]
+    if role in case.shared_v:
+        return u @ case.shared_v[role]
+    if role in case.delta_columns:
+        inputs = case.intermediate_size if role == "down" else case.x.shape[1]
+        return u @ np.eye(inputs)[case.delta_columns[role][expert]]
+    return u @ case.delta_v[role][expert]
+
+
 def _delta(case: Case, role: str, expert: int, x: np.ndarray) -> np.ndarray | float:
-    us, vs = case.delta_u[role], case.delta_v[role]
-    return 0.0 if us is None or vs is None else us[expert] @ (vs[expert] @ x)
+    matrix = delta_matrix(case, role, expert)
+    return 0.0 if matrix is None else matrix @ x
 
 
 def forward(case: Case) -> np.ndarray:
@@ -94,43 +122,21 @@ def forward(case: Case) -> np.ndarray:
     return output + _base(case, "down", mix, case.norms.get("down"))
 
 
-def kernel_arguments(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor | None], dict[str, Any]]:
-    """The same case in the layout of ops.reference.fused_experts: tensors, options."""
-
-    def tensor(value: Any, kind: torch.dtype = dtype) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(value)).to(kind)
-
-    def deltas(table: dict[str, Any], axis: int) -> torch.Tensor | None:
-        roles = [role for role in ("gate", "up") if table[role] is not None]
-        if not roles:
-            return None
-        return tensor(np.stack([np.concatenate([table[r][e] for r in roles], axis) for e in range(case.num_experts)]))
-
-    tensors: list[torch.Tensor | None] = [
-        tensor(case.x),
-        tensor(case.topk_weights, torch.float32 if dtype != torch.float64 else dtype),
-        tensor(case.topk_ids, torch.int32),
-        deltas(case.delta_u, 1),
-        deltas(case.delta_v, 0),
+def kernel_arguments(case: Case, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+    """The same case in the layout of ops.reference.fused_experts: positional arguments, options."""
+    arguments = [
+        torch.from_numpy(case.x).to(dtype),
+        torch.from_numpy(case.topk_weights).to(torch.float32 if dtype != torch.float64 else dtype),
+        torch.from_numpy(case.topk_ids).to(torch.int32),
+        _weights(case, ("gate", "up"), dtype),
+        _weights(case, ("down",), dtype),
+        None if case.padding is None else torch.from_numpy(case.padding),
     ]
-    if case.base["gate"] is not None:
-        norms = np.sqrt(case.norms["gate"] ** 2 + case.norms["up"] ** 2)
-        base = np.concatenate([case.base["gate"], case.base["up"]]).T
-        tensors += [tensor(base), tensor(case.columns["gate"], torch.int32), tensor(norms, torch.float32)]
-    else:
-        tensors += [None, None, None]
-    down = [case.delta_u["down"], case.delta_v["down"]]
-    tensors += [None if value is None else tensor(np.stack(value)) for value in down]
-    if case.base["down"] is not None:
-        columns, norms = tensor(case.columns["down"], torch.int32), tensor(case.norms["down"], torch.float32)
-        tensors += [tensor(case.base["down"].T), columns, norms]
-    else:
-        tensors += [None, None, None]
-    tensors.append(None if case.padding is None else torch.from_numpy(case.padding))
     gate_u = case.delta_u["gate"]
     options = {
         "num_experts": case.num_experts,
         "gate_rank": 0 if gate_u is None else gate_u[0].shape[1],
+        "base_gate_rank": case.base_v["gate"].shape[0] if "gate" in case.base_v else 0,
         "activation": "silu",
         "scope": case.scope,
         "w13_groups": case.groups,
@@ -138,4 +144,42 @@ def kernel_arguments(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor 
         "w2_groups": case.groups,
         "w2_used": case.used["down"],
     }
-    return tensors, options
+    return arguments, options
+
+
+def _weights(case: Case, roles: tuple[str, ...], dtype: torch.dtype) -> Weights:
+    def tensor(value: Any, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(value)).to(kind)
+
+    def join(table: dict[str, Any], axis: int, place: int | None = None) -> np.ndarray:
+        parts = [table[role] if place is None else table[role][place] for role in roles if table.get(role) is not None]
+        return np.concatenate(parts, axis)
+
+    fields: dict[str, torch.Tensor] = {}
+    untrimmed = [e for e in range(case.num_experts) if e not in case.trimmed]
+    ranked = [role for role in roles if case.delta_u[role] is not None]
+    if ranked:
+        distinct = range(len(case.delta_u[ranked[0]])) if ranked[0] in case.u_index else untrimmed
+        fields["delta_u"] = tensor(np.stack([join(case.delta_u, 1, place) for place in distinct]))
+        if ranked[0] in case.shared_v:
+            fields["shared_v"] = tensor(join(case.shared_v, 0))
+        elif ranked[0] in case.delta_columns:
+            fields["delta_columns"] = tensor(np.stack([join(case.delta_columns, 0, e) for e in untrimmed]), torch.int32)
+        else:
+            fields["delta_v"] = tensor(np.stack([join(case.delta_v, 0, e) for e in untrimmed]))
+        own = np.array([untrimmed.index(e) if e in untrimmed else -1 for e in range(case.num_experts)])
+        if ranked[0] in case.u_index:
+            own_u = np.where(own < 0, -1, case.u_index[ranked[0]])
+            fields["u_index"] = tensor(own_u, torch.int32)
+        elif case.trimmed:
+            fields["u_index"] = tensor(own, torch.int32)
+        if case.trimmed and "shared_v" not in fields:
+            fields["v_index"] = tensor(own, torch.int32)
+    if any(role in case.base_u for role in roles):
+        fields |= {"base_u": tensor(join(case.base_u, 1)), "base_v": tensor(join(case.base_v, 0))}
+    if case.base[roles[0]] is not None:
+        fields["base"] = tensor(np.concatenate([case.base[role] for role in roles]).T)
+        fields["base_columns"] = tensor(case.columns[roles[0]], torch.int32)
+        norms = np.sqrt(np.sum([case.norms[role] ** 2 for role in roles], axis=0))
+        fields["base_norms"] = tensor(norms, torch.float32)
+    return Weights(**fields)

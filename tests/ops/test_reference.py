@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from moe_cases import cases, random_case
-from moe_oracle import Case, forward, kernel_arguments
+from moe_oracle import Case, delta_matrix, forward, kernel_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -97,44 +97,121 @@ def test_experts_that_are_not_here_add_nothing() -> None:
     assert not run(case, static_shapes=True).any()
 
 
-def test_deltas_may_be_lists() -> None:
-    tensors, options = kernel_arguments(random_case(6), torch.float64)
-    lists = [list(t) if t is not None and t.dim() == 3 else t for t in tensors]
-    assert torch.equal(fused_experts(*lists, **options), fused_experts(*tensors, **options))
+@pytest.mark.parametrize("delta", ["factors", "columns"])
+def test_deltas_may_be_lists(delta: str) -> None:
+    arguments, options = kernel_arguments(random_case(6, delta=(delta, delta), trimmed=(1,)), torch.float64)
+    lists = list(arguments)
+    for place in (3, 4):
+        stacked = {kind: getattr(arguments[place], kind) for kind in ("delta_u", "delta_v", "delta_columns")}
+        lists[place] = arguments[place]._replace(**{k: list(t) for k, t in stacked.items() if t is not None})
+    assert torch.equal(fused_experts(*lists, **options), fused_experts(*arguments, **options))
+
+
+def test_sharing_and_trimming_are_exactly_what_they_stand_for() -> None:
+    """A layer that stores every expert's factors for itself, and zeros for trimmed experts."""
+    shared = random_case(10, tokens=9, delta=("shared V", "factors"), distinct_u=(2, 3), trimmed=(1,))
+    arguments, options = kernel_arguments(shared, torch.float32)
+    spread = list(arguments)
+    for place in (3, 4):
+        weights = arguments[place]
+        us = weights.delta_u[weights.u_index.clamp(min=0).long()]
+        us[1] = 0
+        if (vs := weights.delta_v) is None:
+            vs = weights.shared_v.expand(shared.num_experts, -1, -1)
+        else:
+            vs = vs[weights.v_index.clamp(min=0).long()]
+        spread[place] = weights._replace(delta_u=us, delta_v=vs, shared_v=None, u_index=None, v_index=None)
+    expected = fused_experts(*spread, **options)
+    for static_shapes in (False, True):
+        output = fused_experts(*arguments, **options, static_shapes=static_shapes)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shared_v_meets_each_token_once() -> None:
+    """Not once per expert: counted by the rows that any product with it has."""
+    arguments, options = kernel_arguments(random_case(11, tokens=7, delta=("shared V", "factors")), torch.float32)
+    shared_v = arguments[3].shared_v
+    rows = []
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.mm.default and args[1].data_ptr() == shared_v.data_ptr():
+                rows.append(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    for static_shapes in (False, True):
+        with Counting():
+            fused_experts(*arguments, **options, static_shapes=static_shapes)
+    assert rows == [7, 7]
+
+
+def test_a_rank_may_have_trimmed_experts_only() -> None:
+    """Nothing is stored there, and everything runs on the base."""
+    case = random_case(12, trimmed=(0, 1, 2))
+    alone = random_case(12, trimmed=(0, 1, 2, 3))
+    case.topk_ids %= 3
+    alone.topk_ids %= 3
+    arguments, options = kernel_arguments(case, torch.float64)
+    expected = fused_experts(*arguments, **options)
+    np.testing.assert_allclose(expected.numpy(), forward(alone), rtol=1e-9, atol=1e-9)
+    for place in (3, 4):
+        weights = arguments[place]
+        arguments[place] = weights._replace(delta_u=weights.delta_u[:0], delta_v=weights.delta_v[:0])
+    for static_shapes in (False, True):
+        output = fused_experts(*arguments, **options, static_shapes=static_shapes)
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_tensor_parallel_slices_add_up() -> None:
     """Gate and up by output rows, down by input columns: two ranks' outputs sum to the whole, selections included."""
     for scope in SCOPES:
-        tensors, options = kernel_arguments(random_case(7, tokens=6, scope=scope), torch.float64)
-        whole = fused_experts(*tensors, **options)
+        arguments, options = kernel_arguments(random_case(7, tokens=6, scope=scope), torch.float64)
+        whole = fused_experts(*arguments, **options)
         total = torch.zeros_like(whole)
         for rank in range(2):
-            own, parts = slice(rank * 8, rank * 8 + 8), list(tensors)
-            u13, base13, v2 = tensors[3], tensors[5], tensors[9]
-            parts[3] = u13[:, own]
-            parts[5] = torch.cat([base13[:, :16][:, own], base13[:, 16:][:, own]], 1)
-            parts[9] = v2[:, :, own]
+            own, parts = slice(rank * 8, rank * 8 + 8), list(arguments)
+            w13, w2 = arguments[3], arguments[4]
+            base13 = torch.cat([w13.base[:, :16][:, own], w13.base[:, 16:][:, own]], 1)
+            parts[3] = w13._replace(delta_u=w13.delta_u[:, own], base=base13)
             kept = slice(rank * 5, rank * 5 + 5)
-            parts[10], parts[11], parts[12] = tensors[10][kept], tensors[11][kept] - rank * 8, tensors[12][kept]
+            parts[4] = w2._replace(
+                delta_v=w2.delta_v[:, :, own],
+                base=w2.base[kept],
+                base_columns=w2.base_columns[kept] - rank * 8,
+                base_norms=w2.base_norms[kept],
+            )
             total += fused_experts(*parts, **{**options, "w2_groups": 1, "w2_used": 3})
         torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "columns": {},
+    "low rank, delta columns": {"base_rank": (2, 3, 4), "kept": (0, 0), "used": (0, 0), "delta": ("columns",) * 2},
+    "everything shared": {"delta": ("shared V",) * 2, "distinct_u": (2, 1), "trimmed": (0, 2)},
+    "own V's, shared U's": {"distinct_u": (3, 2), "trimmed": (1,)},
+}
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_static_path_has_no_data_dependent_shape(scope: str, dtype: torch.dtype) -> None:
-    tensors, options = kernel_arguments(random_case(8, tokens=6, scope=scope, padding=1), dtype)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_static_path_has_no_data_dependent_shape(scope: str, dtype: torch.dtype, variant: str) -> None:
+    case = random_case(8, tokens=6, scope=scope, padding=1, **VARIANTS[variant])
+    arguments, options = kernel_arguments(case, dtype)
+    inputs = [*arguments[:3], arguments[-1]]
 
     def layer(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return fused_experts(x, weights, ids, *tensors[3:-1], mask, **options, static_shapes=True)
+        return fused_experts(x, weights, ids, *arguments[3:-1], mask, **options, static_shapes=True)
 
-    graph = make_fx(layer, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors[:3], tensors[-1])
-    torch.testing.assert_close(graph(*tensors[:3], tensors[-1]), layer(*tensors[:3], tensors[-1]))
+    graph = make_fx(layer, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    torch.testing.assert_close(graph(*inputs), layer(*inputs))
+    # Nothing may ask for a value either: these tensors have none.
     with FakeTensorMode() as mode:
-        fakes = [None if t is None else mode.from_tensor(t) for t in tensors]
+        fakes = torch.utils._pytree.tree_map(
+            lambda t: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t, arguments
+        )
         output = fused_experts(*fakes, **options, static_shapes=True)
-    assert (output.shape, output.dtype) == (tensors[0].shape, dtype)
+    assert (output.shape, output.dtype) == (arguments[0].shape, dtype)
 
 
 def dense_layer(case: Case, dtype: torch.dtype) -> torch.Tensor:
@@ -145,7 +222,7 @@ def dense_layer(case: Case, dtype: torch.dtype) -> torch.Tensor:
     for expert in range(case.num_experts):
         matrices = {}
         for role in ("gate", "up", "down"):
-            full = case.delta_u[role][expert] @ case.delta_v[role][expert]
+            full = delta_matrix(case, role, expert)
             full[:, case.columns[role]] += case.base[role]
             matrices[role] = torch.from_numpy(full).to(dtype)
         rows, slot = torch.where(ids == expert)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError, parse_config
 from d2moe_vllm.loading import LayerLoader, options
-from d2moe_vllm.ops.reference import fused_experts
+from d2moe_vllm.ops.reference import Weights, fused_experts
 
 LAYER = 1
 SHARDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
@@ -57,19 +57,19 @@ def fill(loader: LayerLoader, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compute(loader: LayerLoader, parameters: dict[str, Tensor], x: Tensor, ids: Tensor, scope: str = "off") -> Tensor:
-    kinds = ("delta_u", "delta_v", "base", "base_columns", "base_norms")
-    arguments = [parameters[f"{stem}_{kind}"] for stem in ("w13", "w2") for kind in kinds]
-    local = torch.tensor([[loader.local_expert(int(e)) for e in row] for row in ids])
+    halves = [Weights(**{k: parameters.get(f"{half}_{k}") for k in Weights._fields}) for half in ("w13", "w2")]
+    own = {expert: local for local, expert in enumerate(loader.experts)}
+    local = torch.tensor([[own.get(expert, -1) for expert in row] for row in ids.tolist()])
     weights = torch.linspace(0.2, 0.8, ids.numel()).view(ids.shape)
     return fused_experts(
         x,
         weights,
         local,
-        *arguments,
+        *halves,
         None,
-        num_experts=loader.num_local_experts,
+        num_experts=len(loader.experts),
         activation="silu",
-        **options(loader.config, LAYER, loader.tp_size, scope, prune_down=loader.num_local_experts == 8),
+        **options(loader.config, LAYER, loader.tp_size, scope, prune_down=len(loader.experts) == 8),
     )
 
 
