@@ -49,9 +49,7 @@ def inspect(folder: Path) -> dict[str, Any]:
             "dense_parameters": dense,
             "ratio": 1 - stored / dense,
         },
-        "layers": {
-            str(number): {role: layer[role].model_dump() for role in ROLES} for number, layer in config.layers.items()
-        },
+        "layers": {str(number): layer.model_dump(mode="json") for number, layer in config.layers.items()},
         "statistics": read_statistics(folder),
     }
 

@@ -35,15 +35,27 @@ def _sizes(console: Console, source: dict[str, Any], result: dict[str, Any]) -> 
     console.print(table)
 
 
-def _projections(console: Console, title: str, rows: dict[str, dict[str, dict[str, int]]]) -> None:
-    table = Table(
-        title, *(f"{role} rank" for role in ROLES), "gate/up columns", "down columns", box=None, pad_edge=False
-    )
+def _projections(console: Console, title: str, rows: dict[str, dict[str, Any]]) -> None:
+    table = Table(title, *(f"{role} rank" for role in ROLES), "gate/up base", "down base", box=None, pad_edge=False)
     for name, layer in rows.items():
-        ranks = [str(layer[role]["rank"]) for role in ROLES]
-        columns = [f"{layer[r]['kept_columns']} ({layer[r]['used_columns']} used)" for r in ("gate", "down")]
-        table.add_row(name, *ranks, *columns)
+        table.add_row(name, *(_delta(layer[role]) for role in ROLES), _base(layer, "gate", "up"), _base(layer, "down"))
     console.print(table)
+
+
+def _delta(projection: dict[str, Any]) -> str:
+    columns = " columns" if projection["delta"] == "columns" else ""
+    shared = ", one V" if projection["shared_v"] else ""
+    factors = f", {projection['distinct_u']} U" if projection["distinct_u"] else ""
+    return f"{projection['rank']}{columns}{shared}{factors}"
+
+
+def _base(layer: dict[str, Any], *roles: str) -> str:
+    """Of projections that share a selection of columns; the ranks of low-rank bases may differ."""
+    first = layer[roles[0]]
+    if first["kept_columns"]:
+        return f"{first['kept_columns']} columns ({first['used_columns']} used)"
+    ranks = [layer[role]["base_rank"] for role in roles]
+    return f"rank {'/'.join(map(str, ranks))}" if any(ranks) else "none"
 
 
 def plan_table(console: Console, summary: dict[str, Any]) -> None:
@@ -89,6 +101,9 @@ def inspect_table(console: Console, content: dict[str, Any]) -> None:
     )
     console.print()
     _projections(console, "layer", content["layers"])
+    trimmed = {number: layer["trimmed"] for number, layer in content["layers"].items() if layer["trimmed"]}
+    for number, experts in trimmed.items():
+        console.print(f"layer {number}: no deltas for experts {', '.join(map(str, experts))}", highlight=False)
     console.print()
     table = Table("layer", *(f"{role} error" for role in ROLES), "routed tokens per expert", box=None, pad_edge=False)
     for number, report in content["statistics"]["layers"].items():
