@@ -72,7 +72,7 @@ def export(folder: Path, out: Path, steps: Callable[[float], Steps]) -> dict[str
             progress.advance(specs[name].nbytes)
             return _assemble(rebuilt, layout, experts[name], specs[name]) if name in experts else reader.tensor(name)
 
-        progress.label(f"writing {len(shards)} files")
+        progress.label("writing the checkpoint")
 
         write_shards(target, shards, produce)
         write_file(target / "config.json", json.dumps(original, indent=2, ensure_ascii=False) + "\n")
