@@ -31,7 +31,18 @@ def register() -> None:
         logging.getLogger(__name__).error("%s", unsupported(error))
         return
     register_quantization_config("d2moe")(_config_class())
+    _register_families()
     _registered = True
+
+
+def _register_families() -> None:
+    """Lets vLLM read config.json of the families it can serve but has no configuration of."""
+    try:
+        from d2moe_vllm.hf import register_configs
+
+        register_configs()
+    except Exception as error:  # other families are served all the same
+        logging.getLogger(__name__).warning("d2moe: DeepSeek v1 cannot be served: %s", error)
 
 
 def _config_class() -> type[Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2moe_vllm.checkpoint import TensorSpec
+from d2moe_vllm.hf import stock_config_class, stock_model_class
 from offline.errors import InputError
 from offline.families import Family, find_family
 from offline.shards import Reader
@@ -48,16 +49,13 @@ def read_hf_config(folder: Path) -> Any:
     Never runs code that came with the model: a family that transformers does not know is built from what it
     does know, or from ours (DeepSeek v1).
     """
-    from transformers import CONFIG_MAPPING, PreTrainedConfig
-
-    from d2moe_vllm.hf import register_stock_classes
+    from transformers import PreTrainedConfig
 
     try:
         content, _ = PreTrainedConfig.get_config_dict(folder)
         family = find_family(content)
-        register_stock_classes()
         stock = family.stock or family.model_type
-        return CONFIG_MAPPING[stock].from_dict({**content, "model_type": stock})
+        return stock_config_class(stock).from_dict({**content, "model_type": stock})
     except InputError:
         raise
     except Exception as error:  # validation errors of many types, some of several lines
@@ -67,8 +65,6 @@ def read_hf_config(folder: Path) -> Any:
 
 def blueprint(hf_config: Any) -> Any:
     """The stock model without any weight (on the meta device), in eval mode. Raises InputError."""
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(hf_config)
     for attribute in ("quantization_config", "auto_map"):
         if hasattr(config, attribute):
@@ -77,7 +73,7 @@ def blueprint(hf_config: Any) -> Any:
     config.output_router_logits = False
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            model = stock_model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     except Exception as error:  # sizes that do not go together
         raise InputError(f"config.json: transformers cannot build this model: {' '.join(str(error).split())}") from None
     return model.eval().requires_grad_(False)
@@ -94,7 +90,8 @@ def check_parameters(
     model = blueprint(hf_config)
     for number, layer in enumerate(model.model.layers):
         if (family.experts_module in dict(layer.named_modules())) != (number in moe_layers):
-            raise InputError(f"config.json leaves open whether layer {number} has experts; {family.dense_keys} say so")
+            keys = " and ".join(family.dense_keys) or "num_hidden_layers"
+            raise InputError(f"config.json leaves open whether layer {number} has experts; set {keys}")
     found = {family.module_name(name): spec.shape for name, spec in specs.items()}
     experts, tied = f".{family.experts_module}.", _tied(model)
     for name, parameter in model.state_dict().items():

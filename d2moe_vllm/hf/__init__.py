@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 MODELING_FILE = "modeling_d2moe.py"
 MODEL_CLASSES = {
     "mixtral": "D2MixtralForCausalLM",
+    "phimoe": "D2PhimoeForCausalLM",
+    "qwen2_moe": "D2Qwen2MoeForCausalLM",
+    "qwen3_moe": "D2Qwen3MoeForCausalLM",
+    "olmoe": "D2OlmoeForCausalLM",
+    "deepseek": "D2DeepseekForCausalLM",
+    "deepseek_v2": "D2DeepseekV2ForCausalLM",
+    "deepseek_v3": "D2DeepseekV3ForCausalLM",
+    "kimi_k2": "D2KimiK2ForCausalLM",
+    "granitemoe": "D2GraniteMoeForCausalLM",
 }
 """Model family -> class in MODELING_FILE."""
+CONFIG_CLASSES = {
+    "deepseek": "DeepseekConfig",
+    "kimi_k2": "KimiK2Config",
+}
+"""Family that transformers has no configuration of -> class in MODELING_FILE."""
 
 _PACKAGE = Path(__file__).parent.parent
 _INLINED = {
     "from d2moe_vllm.hf.experts import INDEX_KINDS, D2Experts, projection_shapes\n": "hf/experts.py",
+    "from d2moe_vllm.hf.modeling_deepseek import DeepseekForCausalLM\n": "hf/modeling_deepseek.py",
+    "from d2moe_vllm.hf.configuration_deepseek import DeepseekConfig\n": "hf/configuration_deepseek.py",
     "from d2moe_vllm.ops.reference import Weights, fused_experts\n": "ops/reference.py",
 }
 """Our own imports in the modeling code -> the file whose source takes their place."""
@@ -20,7 +37,10 @@ _INLINED = {
 
 def auto_map(family: str) -> dict[str, str]:
     """`auto_map` of config.json for a family of MODEL_CLASSES. Raises KeyError for any other."""
-    return {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.{MODEL_CLASSES[family]}"}
+    classes = {"AutoModelForCausalLM": MODEL_CLASSES[family]}
+    if family in CONFIG_CLASSES:
+        classes["AutoConfig"] = CONFIG_CLASSES[family]
+    return {auto: f"{Path(MODELING_FILE).stem}.{name}" for auto, name in classes.items()}
 
 
 def checkpoint_modeling_source() -> str:
@@ -38,5 +58,32 @@ def checkpoint_modeling_source() -> str:
     return source
 
 
-def register_stock_classes() -> None:
-    """Makes transformers know the families that it has no classes of: DeepSeek v1."""
+def register_configs() -> None:
+    """Makes transformers' AutoConfig know the families that neither it nor vLLM knows: DeepSeek v1."""
+    from transformers import AutoConfig
+
+    from d2moe_vllm.hf.configuration_deepseek import DeepseekConfig
+
+    AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig, exist_ok=True)
+
+
+def stock_config_class(model_type: str) -> Any:
+    """transformers' configuration of a dense model, ours where it has none. Raises KeyError."""
+    from transformers import CONFIG_MAPPING
+
+    from d2moe_vllm.hf.configuration_deepseek import DeepseekConfig
+
+    return DeepseekConfig if model_type == DeepseekConfig.model_type else CONFIG_MAPPING[model_type]
+
+
+def stock_model_class(config: Any) -> Any:
+    """The dense causal language model of a configuration. Raises KeyError.
+
+    Ours is not put among transformers' Auto classes, which would then prefer it to a compressed checkpoint's own.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from d2moe_vllm.hf.modeling_deepseek import DeepseekForCausalLM
+
+    ours = isinstance(config, DeepseekForCausalLM.config_class)
+    return DeepseekForCausalLM if ours else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

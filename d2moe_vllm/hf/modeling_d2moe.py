@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import MixtralForCausalLM
 from transformers.activations import ACT2FN
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from d2moe_vllm.hf.experts import INDEX_KINDS, D2Experts, projection_shapes
+from d2moe_vllm.hf.modeling_deepseek import DeepseekForCausalLM
 
 FORMAT_VERSION = 1
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -252,7 +254,39 @@ class D2Mixin(nn.Module):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-class D2MixtralForCausalLM(D2Mixin, MixtralForCausalLM):
-    """Mixtral with compressed experts; `modeling_d2moe.D2MixtralForCausalLM` in a checkpoint's auto_map."""
+STOCK_CLASSES = {
+    "D2MixtralForCausalLM": ("MixtralForCausalLM", "mlp.experts"),
+    "D2PhimoeForCausalLM": ("PhimoeForCausalLM", "mlp.experts"),
+    "D2Qwen2MoeForCausalLM": ("Qwen2MoeForCausalLM", "mlp.experts"),
+    "D2Qwen3MoeForCausalLM": ("Qwen3MoeForCausalLM", "mlp.experts"),
+    "D2OlmoeForCausalLM": ("OlmoeForCausalLM", "mlp.experts"),
+    "D2DeepseekForCausalLM": (DeepseekForCausalLM, "mlp.experts"),
+    "D2DeepseekV2ForCausalLM": ("DeepseekV2ForCausalLM", "mlp.experts"),
+    "D2DeepseekV3ForCausalLM": ("DeepseekV3ForCausalLM", "mlp.experts"),
+    "D2KimiK2ForCausalLM": ("DeepseekV3ForCausalLM", "mlp.experts"),
+    "D2GraniteMoeForCausalLM": ("GraniteMoeForCausalLM", "block_sparse_moe.experts"),
+}
+"""Class of a checkpoint's auto_map -> the dense class (a name of transformers') and the path of its experts."""
 
-    experts_path = "mlp.experts"
+
+def __getattr__(name: str) -> Any:
+    """Makes the class that a checkpoint asks for: transformers may be too old for the other families."""
+    if name == "KimiK2Config":
+        made = type(name, (transformers.DeepseekV3Config,), {"model_type": "kimi_k2", "__module__": __name__})
+        # The modules are DeepSeek-V3's, and so are the names on disk.
+        register_checkpoint_conversion_mapping("kimi_k2", get_checkpoint_conversion_mapping("deepseek_v3"), True)
+    elif name in STOCK_CLASSES:
+        stock, experts_path = STOCK_CLASSES[name]
+        base: Any = getattr(transformers, stock) if isinstance(stock, str) else stock
+        widened = getattr(base, "_keep_in_fp32_modules_strict", None) or ()
+        content = {
+            "__doc__": f"{base.__name__} with compressed experts.",
+            "__module__": __name__,
+            "experts_path": experts_path,
+            "config_class": __getattr__("KimiK2Config") if name == "D2KimiK2ForCausalLM" else base.config_class,
+            "_keep_in_fp32_modules_strict": [*D2Mixin._keep_in_fp32_modules_strict, *widened],
+        }
+        made = type(name, (D2Mixin, base), content)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, made)

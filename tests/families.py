@@ -1,0 +1,187 @@
+"""Small random checkpoints of every family, made with the stock classes: what the tests compress and serve.
+
+Sizes that vLLM's CPU backend wants: heads of 32 or more, and for MLA a latent of 512 + 64. Every second model
+dimension differs from the next, so that a mixed-up orientation shows.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Layer, Manifest, Projection, Source
+from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source, stock_config_class, stock_model_class
+from offline.shards import plan_shards, write_shards
+from offline.source import open_dense
+
+TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
+VOCABULARY = 4096
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
+}  # fmt: skip
+MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+DEEPSEEK_V3 = {
+    **MLA, "q_lora_rank": 48, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
+    "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+    "norm_topk_prob": True, "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
+    "phimoe": {
+        "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.01,
+        "lm_head_bias": True, "attention_bias": True, "num_hidden_layers": 2,
+    },
+    "qwen2_moe": {
+        "intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80, "num_experts": 8,
+        "num_experts_per_tok": 2, "norm_topk_prob": False, "mlp_only_layers": [0], "decoder_sparse_step": 1,
+    },
+    "qwen3_moe": {
+        "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+        "head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": [0], "decoder_sparse_step": 1,
+    },
+    "olmoe": {"intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2},
+    "deepseek": {
+        "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "n_shared_experts": 2,
+        "num_experts_per_tok": 2, "first_k_dense_replace": 1, "norm_topk_prob": False,
+    },
+    "deepseek_v2": {
+        **MLA, "q_lora_rank": None, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
+        "n_shared_experts": 2, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+        "topk_method": "group_limited_greedy", "norm_topk_prob": False, "routed_scaling_factor": 2.0,
+    },
+    "deepseek_v3": DEEPSEEK_V3,
+    "kimi_k2": {**DEEPSEEK_V3, "n_group": 1},
+    "granitemoe": {
+        "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0, "num_hidden_layers": 2,
+    },
+}  # fmt: skip
+"""model_type -> what its configuration adds to COMMON."""
+WRITTEN: dict[str, dict[str, Any]] = {
+    "deepseek": {"scoring_func": "softmax"},
+    "deepseek_v2": {"scoring_func": "softmax", "moe_layer_freq": 1},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+    "kimi_k2": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "model_type": "kimi_k2"},
+}
+"""What released config.json files say beside, which transformers does not write but vLLM reads."""
+STOCK = {"kimi_k2": "deepseek_v3"}
+STACKABLE = sorted(set(CONFIGS) - {"deepseek"})
+"""Families of which transformers can also write its own modules' stacked experts."""
+
+
+def stock_config(family: str, **changes: Any) -> Any:
+    """transformers' configuration of the small model; `changes` go over CONFIGS."""
+    return stock_config_class(STOCK.get(family, family))(**{**COMMON, **CONFIGS[family], **changes})
+
+
+def stock_model(config: Any, seed: int = 0) -> Any:
+    """The stock class with random weights in float32, all of them, biases, norms and buffers included."""
+    model = stock_model_class(config)._from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if tensor.dim() > 1:
+                # Routers apart enough that rounding does not change where a token goes.
+                router = name.endswith(("gate.weight", "router.weight"))
+                tensor.copy_(noise * (0.5 if router else tensor.shape[-1] ** -0.5))
+            else:
+                tensor.copy_(0.1 * noise + (1 if "norm" in name and name.endswith("weight") else 0))
+    return model
+
+
+def write_family(
+    folder: Path, family: str, *, stacked: bool = False, dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> Path:
+    """Writes the family's small checkpoint with a tokenizer; stacked: by transformers' modules, not as released."""
+    model = stock_model(stock_config(family, **changes)).to(dtype)
+    model.save_pretrained(folder, save_original_format=not stacked)
+    change_config(folder, **WRITTEN.get(family, {}))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(TOKENIZER / name, folder / name)
+    return folder
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=1))
+
+
+def quantize_fp8(folder: Path, block: int = 128) -> None:
+    """Stores the linears of a checkpoint as DeepSeek-V3 does: float8_e4m3fn with a scale per block."""
+    path = folder / "model.safetensors"
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in load_file(path).items():
+        kept = ("embed_tokens", "lm_head", "mlp.gate.", "norm")
+        if tensor.dim() != 2 or any(part in name for part in kept):
+            tensors[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        scale = torch.zeros(-(-rows // block), -(-columns // block))
+        quantized = torch.zeros(rows, columns)
+        for i in range(scale.shape[0]):
+            for j in range(scale.shape[1]):
+                where = (slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block))
+                scale[i, j] = tensor[where].float().abs().max() / 448
+                quantized[where] = tensor[where].float() / scale[i, j]
+        tensors[name] = quantized.to(torch.float8_e4m3fn)
+        tensors[name.removesuffix("weight") + "weight_scale_inv"] = scale
+    save_file(tensors, path, metadata={"format": "pt"})
+    change_config(
+        folder,
+        quantization_config={
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block, block],
+        },
+    )  # fmt: skip
+
+
+def write_exact(folder: Path, source: Path, dense: Sequence[int] = ()) -> Path:
+    """Writes a compressed checkpoint without loss: no base, deltas of full rank, one factor the identity.
+
+    dense: MoE layers that keep their experts.
+    """
+    model = open_dense(str(source))
+    shape, family = model.shape, model.family
+    projections = {role: Projection(rank=min(shape.projection(role)), kept_columns=0, used_columns=0) for role in ROLES}
+    config = CheckpointConfig(
+        family=family.model_type, experts=family.experts, projections=dict(family.projections),
+        num_experts=shape.num_experts, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
+        dtype=model.dtype, layers={layer: Layer(**projections) for layer in shape.layers if layer not in dense},
+        source=Source(name=source.name, parameters=model.reader.parameters, bytes=model.reader.nbytes),
+    )  # fmt: skip
+    others = dict(model.other_tensors)
+    for layer in dense:
+        others |= model.kept_experts(layer)
+
+    def produce(name: str) -> Tensor:
+        if name in others:
+            return model.other_tensor(name)
+        _, layer, _, _, expert, projection, kind = name.removeprefix("model.").split(".")
+        role = next(role for role in ROLES if family.projections[role] == projection)
+        weight = model.weight(int(layer), int(expert), role)
+        identity = torch.eye(min(weight.shape), dtype=weight.dtype)
+        wide = weight.shape[0] < weight.shape[1]
+        return (
+            {"delta_u": identity, "delta_v": weight}[kind] if wide else {"delta_u": weight, "delta_v": identity}[kind]
+        )
+
+    folder.mkdir(parents=True)
+    files = write_shards(folder, plan_shards({**others, **config.expert_tensors()}), produce)
+    stored = {name: (spec.dtype, spec.shape) for name, spec in others.items()}
+    (folder / "d2moe_manifest.json").write_text(Manifest(other_tensors=stored, files=files).model_dump_json())
+    content = {**model.config, "auto_map": auto_map(family.model_type), "quantization_config": config.model_dump()}
+    (folder / "config.json").write_text(json.dumps(content))
+    (folder / MODELING_FILE).write_text(checkpoint_modeling_source())
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(TOKENIZER / name, folder / name)
+    return folder
