@@ -255,6 +255,9 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
         raise InputError("config.json: a single expert has nothing to share; this is no model for d2moe")
     if number("num_experts_per_tok") > num_experts:
         raise InputError("config.json: num_experts_per_tok exceeds the number of experts")
+    groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
+    if not isinstance(groups, int) or not isinstance(chosen, int) or num_experts % groups or chosen > groups:
+        raise InputError(f"config.json: n_group {groups!r} and topk_group {chosen!r} do not fit {num_experts} experts")
     return MoEShape(
         num_experts=num_experts,
         experts_per_token=number("num_experts_per_tok"),

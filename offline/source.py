@@ -109,24 +109,26 @@ class DenseModel:
         return {name: TensorSpec(stored, shape) for name, shape in tensors}
 
     def other_tensor(self, name: str) -> Tensor:
-        """A tensor of other_tensors or of some layer's kept_experts. Raises CheckpointError."""
+        """A tensor of other_tensors or of some layer's kept_experts. Raises CheckpointError, KeyError."""
         if name in self._others:
             return self.reader.tensor(self._others[name])
         if name in self.experts.names and self.experts.layout == self.family.layouts[0] and not self.experts.transposed:
             return self.reader.tensor(name)
-        return self._rewritten(name)
+        layer, expert, roles = self._released[name]
+        if not self.family.layouts[0].stacked:
+            return self.weight(layer, expert, roles[0])
+        experts = range(self.shape.num_experts)
+        return torch.stack([torch.cat([self.weight(layer, e, role) for role in roles]) for e in experts])
 
-    def _rewritten(self, name: str) -> Tensor:
-        """An expert tensor of the released layout, put together from another one."""
-        layout, experts = self.family.layouts[0], range(self.shape.num_experts)
+    @cached_property
+    def _released(self) -> Mapping[str, tuple[int, int, list[Role]]]:
+        """Name of an expert tensor in the released layout -> layer, (first) expert and roles that it holds."""
+        layout, found = self.family.layouts[0], dict[str, tuple[int, int, list[Role]]]()
         for layer in self.shape.layers:
-            for expert in experts:
-                roles = [role for role in ROLES if layout.name(layer, expert, role) == name]
-                if roles and not layout.stacked:
-                    return self.weight(layer, expert, roles[0])
-                if roles:
-                    return torch.stack([torch.cat([self.weight(layer, e, role) for role in roles]) for e in experts])
-        raise KeyError(name)
+            for expert in range(1 if layout.stacked else self.shape.num_experts):
+                for role in ROLES:
+                    found.setdefault(layout.name(layer, expert, role), (layer, expert, []))[2].append(role)
+        return found
 
 
 def open_dense(source: str, revision: str | None = None) -> DenseModel:

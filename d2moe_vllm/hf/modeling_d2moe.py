@@ -186,6 +186,10 @@ class D2Mixin(nn.Module):
         settings = d2moe_config(config)
         if settings is None:
             return
+        # Layers that predict further tokens ride along in a checkpoint; transformers has no modules for them.
+        first = config.num_hidden_layers
+        for number in range(first, first + (getattr(config, "num_nextn_predict_layers", 0) or 0)):
+            self._keys_to_ignore_on_load_unexpected.add(rf"model\.layers\.{number}\.")
         model: Any = self.model
         replace_experts(model, settings, ACT2FN[config.hidden_act], self.experts_path)
         model.register_forward_pre_hook(self._note_padding, with_kwargs=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,17 +24,18 @@ from families import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from d2moe_vllm.checkpoint import ROLES, CheckpointError, check_checkpoint
-from d2moe_vllm.hf import MODEL_CLASSES
+from d2moe_vllm.hf import MODEL_CLASSES, register_configs
 from offline.errors import InputError
 from offline.evaluation import open_evaluated
 from offline.families import FAMILIES, find_family, read_shape
 from offline.layerwise import LayerwiseModel, read_hf_config
 from offline.source import DenseModel, open_dense
 from offline.statistics import DenseExperts
+from offline.stored import SourceReader
 
 TOKENS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -163,6 +167,49 @@ def test_compressed_without_loss_it_is_the_same_model(
     assert_same_logits(run_layerwise(evaluated.model, evaluated.experts), expected)
 
 
+def test_the_plugins_configuration_of_deepseek_does_not_hide_the_checkpoints_class(
+    released: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In a process where the plugin was loaded before."""
+    folder = write_exact(tmp_path / "exact", released("deepseek"))
+    register_configs()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    finally:
+        del CONFIG_MAPPING._extra_content["deepseek"]
+    assert type(loaded).__name__ == "D2DeepseekForCausalLM"
+    assert loaded.config.first_k_dense_replace == 1
+
+
+@torch.no_grad()
+def test_layers_that_predict_further_tokens_ride_along(released: Callable[[str], Path], tmp_path: Path) -> None:
+    """DeepSeek-V3's MTP layer comes after the last decoder layer and has experts of its own."""
+    folder = shutil.copytree(released("deepseek_v3"), tmp_path / "v3")
+    change_config(folder, num_nextn_predict_layers=1)
+    names = ("model.layers.3.mlp.experts.0.up_proj.weight", "model.layers.3.eh_proj.weight")
+    extra = {name: torch.randn(48, 64) for name in names}
+    save_file({**load_file(folder / "model.safetensors"), **extra}, folder / "model.safetensors", {"format": "pt"})
+    model = open_dense(str(folder))
+    assert model.shape.layers == (1, 2)
+    exact = write_exact(tmp_path / "exact", folder)
+    check_checkpoint(exact)
+    for name, tensor in extra.items():
+        assert torch.equal(SourceReader(exact).tensor(name), tensor)
+    loaded = AutoModelForCausalLM.from_pretrained(exact, trust_remote_code=True, dtype=torch.float32)
+    assert_same_logits(loaded(TOKENS).logits, run_dense(model))
+
+
+def test_the_modeling_file_imports_the_family_that_is_asked_for_only() -> None:
+    code = (
+        "import sys\n"
+        "from d2moe_vllm.hf.modeling_d2moe import D2Qwen3MoeForCausalLM\n"
+        "loaded = [name for name in sys.modules if name.startswith('transformers.models.')]\n"
+        "print([n for n in ('mixtral', 'granitemoe', 'deepseek_v3') if f'transformers.models.{n}' in loaded])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 @torch.no_grad()
 def test_deepseek_v1_is_the_papers(tmp_path: Path) -> None:
     """Equations 9 to 11 of arXiv 2401.06066, each expert by itself, in float64."""
@@ -263,6 +310,8 @@ def test_fp8_without_its_scales(tmp_path: Path) -> None:
         ("deepseek", {"first_k_dense_replace": -1}, "first_k_dense_replace"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
         ("deepseek_v3", {"scoring_func": None}, "scoring_func None; vLLM serves deepseek_v3 with sigmoid only"),
+        ("deepseek_v3", {"n_group": 3}, "n_group 3 and topk_group 1 do not fit 8 experts"),
+        ("deepseek_v3", {"topk_group": 4}, "do not fit"),
         ("deepseek_v3", {"first_k_dense_replace": 2}, "no tensor for model.layers.1.mlp.gate_proj.weight"),
     ],
 )
