@@ -1,7 +1,7 @@
 """What a compressed checkpoint stands for: the dense weight of one expert, rebuilt from base and delta.
 
-The only place where this is written (docs/checkpoint-format.md, "dense reconstruction"): `export`, `verify` and
-`inspect --analyses` use it. One matrix at a time; of what the experts share one projection is kept.
+The only place where this is written: `export`, `verify` and `inspect --analyses` use it. One matrix at a time; what
+the experts of one layer share is kept until another layer is asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Reconstruction:
 
     def __init__(self, reader: Reader, config: CheckpointConfig, dtype: torch.dtype = torch.float32) -> None:
         self._reader, self._config, self._dtype = reader, config, dtype
-        self._shared: tuple[tuple[int, Role], dict[str, Tensor]] | None = None
+        self._layer: int | None = None
+        self._shared: dict[Role, dict[str, Tensor]] = {}
 
     def weight(self, layer: int, expert: int, role: Role) -> Tensor:
         """W = base + delta, [out, in]."""
@@ -49,8 +50,13 @@ class Reconstruction:
         return left @ right
 
     def _load_shared(self, layer: int, role: Role) -> dict[str, Tensor]:
-        """What all experts of one projection share: full_base, shared_v, u_index, each where there is one."""
-        if self._shared is None or self._shared[0] != (layer, role):
+        """What all experts of one projection share: full_base, shared_v, u_index, each where there is one.
+
+        In float32 that is one expert's weights for the layer's bases, as much again at most for shared V's.
+        """
+        if layer != self._layer:
+            self._layer, self._shared = layer, {}
+        if role not in self._shared:
             projection = self._config.layers[layer][role]
             shared: dict[str, Tensor] = {}
             if projection.kept_columns:
@@ -63,8 +69,8 @@ class Reconstruction:
                 shared["shared_v"] = self._tensor(layer, 0, role, "shared_v")
             if projection.shares_u:
                 shared["u_index"] = self._tensor(layer, 0, role, "u_index")
-            self._shared = ((layer, role), shared)
-        return self._shared[1]
+            self._shared[role] = shared
+        return self._shared[role]
 
     def _scatter(self, values: Tensor, columns: Tensor, role: Role) -> Tensor:
         """values [out, k] at these columns of [out, in], zero elsewhere."""

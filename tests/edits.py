@@ -31,12 +31,26 @@ def edit(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]
     accept(folder)
 
 
-def add_records(folder: Path, layers: tuple[int, ...] = (0, 1, 2, 3), **more: object) -> None:
-    """Recipe and statistics, and the source's true size, for a checkpoint written by `synthetic`."""
+def add_records(
+    folder: Path,
+    layers: tuple[int, ...] = (0, 1, 2, 3),
+    *,
+    num_experts: int = 8,
+    parameters: int | None = None,
+    **more: object,
+) -> None:
+    """Recipe and statistics for a checkpoint that was not written by `compress`; `more` goes into the statistics.
+
+    parameters: the source's true number, where the checkpoint does not say it.
+    """
     (folder / "d2moe_recipe.yaml").write_text("ratio: 0.4\n")
-    report = {"tokens": [1] * 8, "relative_error": {role: [0.5] * 8 for role in ("gate", "up", "down")}}
+    report = {
+        "tokens": [1] * num_experts,
+        "relative_error": {role: [0.5] * num_experts for role in ("gate", "up", "down")},
+    }
     content = {"layers": {str(number): report for number in layers}, **more}
     (folder / "d2moe_stats.json").write_text(json.dumps(content))
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["source"] |= {"parameters": 4_396_160, "bytes": 8_807_392}
-    (folder / "config.json").write_text(json.dumps(config))
+    if parameters:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["source"]["parameters"] = parameters
+        (folder / "config.json").write_text(json.dumps(config))

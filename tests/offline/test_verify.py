@@ -16,6 +16,8 @@ from synthetic import NAMES, PREFIX, Synthetic, dense_expert, write_checkpoint
 
 EXPERT = "model.layers.2.block_sparse_moe.experts.5.w2.delta_u"
 NORMS = "model.layers.0.block_sparse_moe.experts.0.w3.base_norms"
+PARAMETERS = 4_396_160
+"""Of the bundled model."""
 ATTENTION = "model.layers.1.self_attn.k_proj.weight"
 
 
@@ -28,7 +30,7 @@ def verify(folder: Path, *arguments: object) -> tuple[int, dict]:
 def checkpoint(tmp_path: Path) -> Path:
     """Two weight files, with recipe and statistics beside them."""
     write_checkpoint(tmp_path / "checkpoint")
-    add_records(tmp_path / "checkpoint")
+    add_records(tmp_path / "checkpoint", parameters=PARAMETERS)
     return tmp_path / "checkpoint"
 
 
@@ -75,7 +77,7 @@ def test_what_people_see(compressed: Path, checkpoint: Path) -> None:
 def test_layers_that_stayed_dense_are_compared_too(tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     write_checkpoint(folder, Synthetic(dense=(1,)))
-    add_records(folder, (0, 2, 3))
+    add_records(folder, (0, 2, 3), parameters=PARAMETERS)
     name = f"{PREFIX.format(layer=1)}.3.w1.weight"
     code, before = verify(folder, "--source", TINY)
     assert (code, set(before["layers"])) == (0, {"0", "2", "3"})
