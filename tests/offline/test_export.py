@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from compression import TINY, d2moe_here
+from compression import ROOT, TINY, d2moe_here
 from edits import accept, add_records, edit
 from safetensors.torch import load_file
 from synthetic import NAMES, PREFIX, Synthetic, dense_expert, write_checkpoint
@@ -69,6 +72,27 @@ def test_stock_transformers_computes_what_the_compressed_checkpoint_computes(com
     assert float((first - second).abs().max()) < 0.1 * scale  # experts were rounded to bfloat16 once more
     original = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     assert float((original(tokens["input_ids"]).logits - second).abs().max()) > scale
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_stock_vllm_runs_it_without_the_plugin(exported: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    prompts = ["A class definition", "Lists are"]
+    llm = {"model": str(exported), "trust_remote_code": False, "enforce_eager": True, "dtype": "float32"}
+    output = tmp_path / "results.json"
+    job = {"prompts": prompts, "max_tokens": 4, "one_by_one": False, "output": str(output), "llm": llm}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    env = {**os.environ, "VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "plugin" / "llm_runner.py"), str(tmp_path / "job.json")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    for result in json.loads(output.read_text()):
+        tokens = torch.tensor([result["prompt_ids"] + result["ids"]])
+        logprobs = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+        found = torch.tensor(result["prompt_logprobs"] + result["logprobs"])
+        torch.testing.assert_close(found, logprobs, rtol=0, atol=2e-3)
 
 
 def test_its_perplexity_is_the_compressed_checkpoints(
@@ -150,7 +174,6 @@ def test_what_a_killed_run_left_is_replaced_and_a_running_one_is_not_disturbed(
     compressed: Path, tmp_path: Path
 ) -> None:
     import fcntl
-    import os
 
     left = tmp_path / ".out.partial"
     (left / "sub").mkdir(parents=True)
