@@ -32,8 +32,8 @@ from d2moe_vllm.hf import MODEL_CLASSES, register_configs
 from offline.errors import InputError
 from offline.evaluation import open_evaluated
 from offline.families import FAMILIES, find_family, read_shape
-from offline.layerwise import LayerwiseModel, read_hf_config
-from offline.source import DenseModel, open_dense
+from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
+from offline.source import open_dense
 from offline.statistics import DenseExperts
 from offline.stored import SourceReader
 
@@ -54,20 +54,14 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @torch.no_grad()
-def run_layerwise(model: LayerwiseModel, experts: Callable[[int], Any]) -> Tensor:
-    hidden = model.embed(TOKENS)
-    for number in range(model.num_layers):
-        hidden = model.run_layer(number, model.load_layer(number, experts(number)), hidden)
-    return model.logits(hidden)
-
-
-def run_dense(model: DenseModel) -> Tensor:
-    config = read_hf_config(model.folder)
-
-    def experts(layer: int) -> DenseExperts | None:
-        return DenseExperts(model.weights(layer), ACT2FN[config.hidden_act]) if layer in model.shape.layers else None
-
-    return run_layerwise(LayerwiseModel(model.reader, model.family, config), experts)
+def logits(folder: Path) -> Tensor:
+    """Of a dense or compressed checkpoint, layer by layer, as `d2moe eval` runs it."""
+    evaluated = open_evaluated(str(folder))
+    hidden = evaluated.model.embed(TOKENS)
+    for number in range(evaluated.model.num_layers):
+        layer = evaluated.model.load_layer(number, evaluated.experts(number))
+        hidden = evaluated.model.run_layer(number, layer, hidden)
+    return evaluated.model.logits(hidden)
 
 
 def stock_experts(layer: Any, family: str) -> Any | None:
@@ -83,7 +77,7 @@ def stock_weight(experts: Any, expert: int, role: str) -> Tensor:
     return experts.gate_up_proj[expert].chunk(2)[0 if role == "gate" else 1]
 
 
-def assert_same_logits(found: Tensor, expected: Tensor) -> None:
+def assert_close(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).norm() / expected.norm()) < 1e-4
 
 
@@ -109,7 +103,24 @@ def test_reads_and_runs_as_the_stock_model_does(family: str, released: Callable[
                 assert torch.equal(weight, stock_weight(layers[layer], expert, role))
         with pytest.raises((IndexError, AttributeError)):
             stock_weight(layers[layer], model.shape.num_experts, "gate")
-    assert_same_logits(run_dense(model), stock(TOKENS).logits)
+    assert_close(logits(model.folder), stock(TOKENS).logits)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradients_are_the_stock_models(family: str, released: Callable[[str], Path]) -> None:
+    """What Fisher information is made of: d loss / d input of the first layer, through every layer."""
+    stock = stock_model(stock_config(family)).requires_grad_(False)
+    embedded = stock.get_input_embeddings()(TOKENS).requires_grad_()
+    (expected,) = torch.autograd.grad(next_token_loss(stock(inputs_embeds=embedded).logits, TOKENS), embedded)
+    model = open_dense(str(released(family)))
+    layerwise = LayerwiseModel(model.reader, model.family, read_hf_config(model.folder))
+    hidden = first = layerwise.embed(TOKENS).requires_grad_()
+    for number in range(layerwise.num_layers):
+        experts = DenseExperts(model.weights(number), ACT2FN["silu"]) if number in model.shape.layers else None
+        hidden = layerwise.run_layer(number, layerwise.load_layer(number, experts), hidden)
+    (found,) = torch.autograd.grad(next_token_loss(layerwise.logits(hidden), TOKENS), first)
+    # Granite scales its embeddings before the first layer.
+    assert_close(found * getattr(stock.config, "embedding_multiplier", 1.0), expected)
 
 
 @pytest.mark.parametrize("family", STACKABLE)
@@ -131,7 +142,7 @@ def test_stacked_experts_read_and_are_written_as_released(
     for name, spec in original.other_tensors.items():
         assert torch.equal(stacked.other_tensor(name), original.other_tensor(name))
         assert stacked.other_tensor(name).shape == spec.shape
-    assert_same_logits(run_dense(stacked), run_dense(original))
+    assert_close(logits(stacked.folder), logits(original.folder))
 
 
 def test_stacks_the_other_way_round(released: Callable[[str], Path], tmp_path: Path) -> None:
@@ -162,9 +173,8 @@ def test_compressed_without_loss_it_is_the_same_model(
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     assert type(loaded).__module__.startswith("transformers_modules")
     assert loaded.config.model_type == family
-    assert_same_logits(loaded(TOKENS).logits, expected)
-    evaluated = open_evaluated(str(folder))
-    assert_same_logits(run_layerwise(evaluated.model, evaluated.experts), expected)
+    assert_close(loaded(TOKENS).logits, expected)
+    assert_close(logits(folder), expected)
 
 
 def test_the_plugins_configuration_of_deepseek_does_not_hide_the_checkpoints_class(
@@ -196,7 +206,7 @@ def test_layers_that_predict_further_tokens_ride_along(released: Callable[[str],
     for name, tensor in extra.items():
         assert torch.equal(SourceReader(exact).tensor(name), tensor)
     loaded = AutoModelForCausalLM.from_pretrained(exact, trust_remote_code=True, dtype=torch.float32)
-    assert_same_logits(loaded(TOKENS).logits, run_dense(model))
+    assert_close(loaded(TOKENS).logits, logits(model.folder))
 
 
 def test_the_modeling_file_imports_the_family_that_is_asked_for_only() -> None:
@@ -208,6 +218,17 @@ def test_the_modeling_file_imports_the_family_that_is_asked_for_only() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@torch.no_grad()
+def test_tied_embeddings(tmp_path: Path) -> None:
+    """As the released Granite models have them."""
+    source = write_family(tmp_path / "tied", "granitemoe", dtype=torch.float32, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(source / "model.safetensors")
+    expected = AutoModelForCausalLM.from_pretrained(source)(TOKENS).logits
+    assert_close(logits(source), expected)
+    loaded = AutoModelForCausalLM.from_pretrained(write_exact(tmp_path / "exact", source), trust_remote_code=True)
+    assert_close(loaded(TOKENS).logits, expected)
 
 
 @torch.no_grad()
@@ -264,7 +285,7 @@ def test_fp8_is_dequantised_by_block(family: str, block: int, tmp_path: Path) ->
     name = model.family.weight_name(2, 5, "down")
     assert torch.equal(model.weight(2, 5, "down"), model.reader.tensor(name))
     assert torch.equal(model.other_tensor(name), model.reader.tensor(name))
-    assert run_dense(model).isfinite().all()
+    assert logits(model.folder).isfinite().all()
 
 
 def test_fp8_without_its_scales(tmp_path: Path) -> None:
