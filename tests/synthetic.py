@@ -1,7 +1,8 @@
 """Small d2moe checkpoints for tests, written without offline/: an independent reading of the format.
 
-Made from the bundled model: base = mean of the experts' columns of largest norm, deltas = truncated SVD.
-Not a good compression, but one whose text stays text, with every feature of the format in it.
+Made from the bundled model: base = mean of the experts' columns of largest norm, or its truncated SVD; deltas =
+truncated SVD, or columns of largest norm. Not a good compression, but one whose text stays text, with every
+feature of the format in it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,15 +28,54 @@ PREFIX = "model.layers.{layer}.block_sparse_moe.experts"
 
 @dataclass
 class Synthetic:
-    """What to write: per role rank, kept and used columns; the layers in `dense` keep their experts."""
+    """What to write: per role rank, kept and used columns, base rank, and how deltas are stored; the layers in
+    `dense` keep their experts, those in `special` differ in some of these fields."""
 
     rank: dict[str, int] = field(default_factory=lambda: {"gate": 24, "up": 16, "down": 32})
     kept: dict[str, int] = field(default_factory=lambda: {"gate": 96, "up": 96, "down": 192})
     used: dict[str, int] = field(default_factory=lambda: {"gate": 64, "up": 64, "down": 128})
+    base_rank: dict[str, int] = field(default_factory=dict)
+    delta: dict[str, str] = field(default_factory=dict)
+    shared_v: tuple[str, ...] = ()
+    distinct_u: dict[str, int] = field(default_factory=dict)
+    trimmed: tuple[int, ...] = ()
     scope: str = "off"
     groups: int = 8
     dtype: torch.dtype = torch.bfloat16
     dense: tuple[int, ...] = ()
+    special: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def layer(self, number: int) -> Synthetic:
+        return replace(self, **self.special.get(number, {}))
+
+
+NO_BASE = {"gate": 0, "up": 0, "down": 0}
+
+
+def every_variant(**changes: Any) -> Synthetic:
+    """Each of the format's variants in one of the model's four layers."""
+    low_rank = {"kept": NO_BASE, "used": NO_BASE, "base_rank": {"gate": 40, "up": 24, "down": 48}}
+    special = {
+        # The second of two expert-parallel ranks has no deltas at all.
+        0: {**low_rank, "trimmed": (4, 5, 6, 7)},
+        1: {"delta": dict.fromkeys(NAMES, "columns"), "trimmed": (1,)},
+        # More shared rows than a single expert of this shape could use; expert 0 is trimmed but lends its name.
+        2: {
+            "rank": {"gate": 40, "up": 32, "down": 136},
+            "shared_v": ("gate", "up", "down"),
+            "distinct_u": {"gate": 3, "up": 3, "down": 5},
+            "trimmed": (0, 6),
+        },
+        # U's shared but not V's, no base in gate and up, a low-rank one under columns in down.
+        3: {
+            "kept": NO_BASE,
+            "used": NO_BASE,
+            "base_rank": {"down": 48},
+            "distinct_u": {"gate": 5, "up": 5},
+            "delta": {"down": "columns"},
+        },
+    }
+    return Synthetic(special=special, **changes)
 
 
 def write_checkpoint(folder: Path, what: Synthetic | None = None) -> dict[str, Tensor]:
@@ -47,7 +89,7 @@ def write_checkpoint(folder: Path, what: Synthetic | None = None) -> dict[str, T
     for layer in range(config["num_hidden_layers"]):
         if layer not in what.dense:
             for role in NAMES:
-                experts.update(_factor(source, config["num_local_experts"], layer, role, what))
+                experts.update(_factor(source, config["num_local_experts"], layer, role, what.layer(layer)))
     config |= {
         "dtype": str(what.dtype).removeprefix("torch."),
         "auto_map": auto_map("mixtral"),
@@ -73,23 +115,35 @@ def write_dense(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
             for role, projection in NAMES.items():
                 prefix = f"{PREFIX.format(layer=layer)}.{expert}.{projection}"
                 dense[f"{prefix}.weight"] = dense_expert(tensors, int(layer), expert, role).to(dtype)
-    kept = {name: t.to(dtype) for name, t in tensors.items() if not name.split(".")[-1].startswith(("delta_", "base"))}
+    kept = {name: t.to(dtype) for name, t in tensors.items() if ".experts." not in name or name.endswith(".weight")}
     save_file(kept | dense, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     _copy_tokenizer(folder)
 
 
 def dense_expert(tensors: dict[str, Tensor], layer: int, expert: int, role: str) -> Tensor:
-    """`W_b + U V` of one expert in float64, the pruned columns of W_b being zero."""
+    """`W_b + U V` of one expert in float64, columns that are pruned or not in the delta being zero."""
     prefix = PREFIX.format(layer=layer)
-    config_shape = (256, 128) if role != "down" else (128, 256)
-    weight = torch.zeros(config_shape, dtype=torch.float64)
     own, shared = f"{prefix}.{expert}.{NAMES[role]}", f"{prefix}.0.{NAMES[role]}"
-    if f"{shared}.base" in tensors:
-        weight[:, tensors[f"{shared}.base_columns"].long()] = tensors[f"{shared}.base"].double()
-    if f"{own}.delta_u" in tensors:
-        weight += tensors[f"{own}.delta_u"].double() @ tensors[f"{own}.delta_v"].double()
-    return weight
+
+    def get(name: str) -> Tensor | None:
+        return tensors[name].double() if name in tensors else None
+
+    weight = torch.zeros((256, 128) if role != "down" else (128, 256), dtype=torch.float64)
+    if (base := get(f"{shared}.base")) is not None:
+        weight[:, tensors[f"{shared}.base_columns"].long()] = base
+    if (base_u := get(f"{shared}.base_u")) is not None:
+        weight += base_u @ tensors[f"{shared}.base_v"].double()
+    index = tensors.get(f"{shared}.u_index")
+    # Expert -1 has no tensors.
+    u = get(f"{prefix}.{expert if index is None else int(index[expert])}.{NAMES[role]}.delta_u")
+    if u is None:
+        return weight
+    if (columns := tensors.get(f"{own}.delta_columns")) is not None:
+        weight[:, columns.long()] += u
+        return weight
+    v = get(f"{shared}.shared_v") if f"{shared}.shared_v" in tensors else get(f"{own}.delta_v")
+    return weight + u @ v
 
 
 def _compressed(name: str, what: Synthetic) -> bool:
@@ -101,34 +155,85 @@ def _factor(source: dict[str, Tensor], num_experts: int, layer: int, role: str, 
     weights = [source[f"{prefix}.{e}.{NAMES[role]}.weight"].double() for e in range(num_experts)]
     base = torch.zeros_like(weights[0])
     tensors: dict[str, Tensor] = {}
+    mean, shared = torch.stack(weights).mean(0), f"{prefix}.0.{NAMES[role]}"
     if kept := what.kept[role]:
-        mean = torch.stack(weights).mean(0)
         # Gate and up must keep the same columns: choose by gate's norms for both.
         chooser = [source[f"{prefix}.{e}.{NAMES['gate']}.weight"].double() for e in range(num_experts)]
         norms = (torch.stack(chooser).mean(0) if role == "up" else mean).norm(dim=0)
-        size = norms.numel() // what.groups
-        best = norms.view(what.groups, size).argsort(dim=1, descending=True)[:, : kept // what.groups]
-        columns = (best.sort(dim=1).values + size * torch.arange(what.groups)[:, None]).flatten()
+        columns = _best_columns(norms, kept, what.groups)
         stored = mean[:, columns].to(what.dtype)
         base[:, columns] = stored.double()
-        shared = f"{prefix}.0.{NAMES[role]}"
         tensors[f"{shared}.base"] = stored.contiguous()
         tensors[f"{shared}.base_columns"] = columns.int()
         tensors[f"{shared}.base_norms"] = stored.float().norm(dim=0)
-    if rank := what.rank[role]:
-        for expert, weight in enumerate(weights):
-            u, s, vt = torch.linalg.svd(weight - base, full_matrices=False)
-            root = s[:rank].sqrt()
-            tensors[f"{prefix}.{expert}.{NAMES[role]}.delta_u"] = (u[:, :rank] * root).to(what.dtype).contiguous()
-            tensors[f"{prefix}.{expert}.{NAMES[role]}.delta_v"] = (root[:, None] * vt[:rank]).to(what.dtype)
+    if base_rank := what.base_rank.get(role, 0):
+        u, v = (factor.to(what.dtype) for factor in _truncated(mean, base_rank))
+        base = u.double() @ v.double()
+        tensors |= {f"{shared}.base_u": u, f"{shared}.base_v": v}
+    deltas = {expert: weights[expert] - base for expert in range(num_experts) if expert not in what.trimmed}
+    for kind, expert, tensor in _deltas(deltas, num_experts, role, what) if what.rank[role] else ():
+        stored = tensor if tensor.dtype == torch.int32 else tensor.to(what.dtype)
+        tensors[f"{prefix}.{expert}.{NAMES[role]}.{kind}"] = stored.contiguous()
     return tensors
 
 
+def _best_columns(norms: Tensor, count: int, groups: int) -> Tensor:
+    size = norms.numel() // groups
+    best = norms.view(groups, size).argsort(dim=1, descending=True)[:, : count // groups]
+    return (best.sort(dim=1).values + size * torch.arange(groups)[:, None]).flatten()
+
+
+def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def _deltas(
+    deltas: dict[int, Tensor], num_experts: int, role: str, what: Synthetic
+) -> Iterator[tuple[str, int, Tensor]]:
+    """(kind, expert it rides with, tensor)."""
+    rank, distinct, shared_v = what.rank[role], what.distinct_u.get(role, 0), role in what.shared_v
+    if what.delta.get(role) == "columns":
+        for expert, delta in deltas.items():
+            columns = _best_columns(delta.norm(dim=0), rank, what.groups)
+            yield "delta_columns", expert, columns.int()
+            yield "delta_u", expert, delta[:, columns]
+        return
+    members = {e: [e] for e in deltas}
+    if distinct:
+        members = {j: [e for e in deltas if e % distinct == j] for j in range(distinct)}
+        index = [e % distinct if e in deltas else -1 for e in range(num_experts)]
+        yield "u_index", 0, torch.tensor(index, dtype=torch.int32)
+    if shared_v:
+        v = torch.linalg.svd(torch.cat(list(deltas.values())), full_matrices=False)[2][:rank]
+        yield "shared_v", 0, v
+    for j, own in members.items():
+        if shared_v:
+            yield "delta_u", j, torch.stack([deltas[e] for e in own]).mean(0) @ v.t()
+            continue
+        u, _ = _truncated(torch.cat([deltas[e] for e in own], dim=1), rank)
+        yield "delta_u", j, u
+        for e in own:
+            yield "delta_v", e, torch.linalg.lstsq(u, deltas[e]).solution
+
+
 def _quantization_config(config: dict, what: Synthetic) -> dict:
-    layer = {
-        role: {"rank": what.rank[role], "kept_columns": what.kept[role], "used_columns": what.used[role]}
-        for role in NAMES
-    }
+    def layer(own: Synthetic) -> dict:
+        roles = {
+            role: {
+                "rank": own.rank[role],
+                "kept_columns": own.kept[role],
+                "used_columns": own.used[role],
+                "base_rank": own.base_rank.get(role, 0),
+                "delta": own.delta.get(role, "factors"),
+                "shared_v": role in own.shared_v,
+                "distinct_u": own.distinct_u.get(role, 0),
+            }
+            for role in NAMES
+        }
+        return {**roles, "trimmed": list(own.trimmed)}
+
     return {
         "quant_method": "d2moe",
         "format_version": 1,
@@ -141,7 +246,7 @@ def _quantization_config(config: dict, what: Synthetic) -> dict:
         "intermediate_size": config["intermediate_size"],
         "dtype": str(what.dtype).removeprefix("torch."),
         "pruning": {"scope": what.scope, "groups": what.groups},
-        "layers": {str(n): layer for n in range(config["num_hidden_layers"]) if n not in what.dense},
+        "layers": {str(n): layer(what.layer(n)) for n in range(config["num_hidden_layers"]) if n not in what.dense},
         "source": {"name": "tiny-mixtral", "parameters": 4_400_000, "bytes": 8_800_000},
     }
 

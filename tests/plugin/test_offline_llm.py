@@ -117,6 +117,27 @@ def test_eager_scope_batch_equals_transformers(folder: Path, checkpoint: Path) -
     assert_same(ours, by_transformers(checkpoint, "batch", ours))
 
 
+@pytest.fixture(scope="module")
+def dense_variants(folder: Path, variants: Path) -> Results:
+    write_dense(variants, folder / "dense-variants", torch.float32)
+    stock = {"VLLM_PLUGINS": ""}
+    return generate(folder / "stock-variants", folder / "dense-variants", stock, dtype="float32", enforce_eager=True)
+
+
+def test_every_variant_equals_stock_vllm(folder: Path, variants: Path, dense_variants: Results) -> None:
+    """Low-rank bases, column deltas, shared V's and U's, trimmed experts: each in a layer of one model."""
+    assert_same(generate(folder / "variants", variants, dtype="float32", enforce_eager=True), dense_variants)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [False, True], ids=["tensor parallel", "expert parallel"])
+def test_every_variant_on_two_ranks(folder: Path, variants: Path, dense_variants: Results, experts: bool) -> None:
+    parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": experts}
+    assert_same(
+        generate(folder / f"variants-{experts}", variants, TWO_RANKS, dtype="float32", **parallel), dense_variants
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["off", "token", "batch"])
 def test_tensor_parallel(folder: Path, checkpoint: Path, dense: Results, scope: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from synthetic import NAMES, Synthetic, write_checkpoint, write_dense
+from synthetic import NAMES, Synthetic, every_variant, write_checkpoint, write_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 from d2moe_vllm.checkfiles import check_checkpoint
@@ -35,6 +35,7 @@ VARIANTS = {
     "no base in gate and up, a dense layer": Synthetic(
         dtype=torch.float32, dense=(1,), kept=NO_BASE | {"down": 192}, used=NO_BASE | {"down": 64}
     ),
+    "every variant": every_variant(dtype=torch.float32),
     "no deltas in gate and down": Synthetic(dtype=torch.float32, rank={"gate": 0, "up": 8, "down": 0}),
 }
 

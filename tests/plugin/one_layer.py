@@ -1,0 +1,85 @@
+"""One layer of a synthetic checkpoint, loaded and computed with as one rank does, without vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from synthetic import NAMES, dense_expert
+from torch import Tensor
+
+from d2moe_vllm.checkpoint import CheckpointConfig
+from d2moe_vllm.loading import LayerLoader, options
+from d2moe_vllm.ops.reference import Weights, fused_experts
+
+LAYER = 1
+SHARDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
+
+
+def layer_tensors(folder: Path, layer: int = LAYER) -> dict[str, Tensor]:
+    tensors = load_file(folder / "model-00002-of-00002.safetensors")
+    return {name: t for name, t in tensors.items() if name.startswith(f"model.layers.{layer}.")}
+
+
+def make_loader(
+    config: CheckpointConfig, tp: tuple[int, int] = (0, 1), ep: tuple[int, int] = (0, 1), layer: int = LAYER
+) -> LayerLoader:
+    own = config.num_experts // ep[1]
+    first = ep[0] * own
+    return LayerLoader(
+        config,
+        layer,
+        num_local_experts=own,
+        local_expert=lambda e: e - first if first <= e < first + own else -1,
+        tp_rank=tp[0],
+        tp_size=tp[1],
+    )
+
+
+def fill(loader: LayerLoader, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Feeds tensors through the parameters' weight_loader, as vLLM does."""
+    parameters = loader.empty_parameters(torch.float32)
+    for name, tensor in tensors.items():
+        _, _, rest = name.partition("experts.")
+        expert, shard, kind = rest.split(".")
+        parameter = torch.nn.Parameter(parameters[f"{SHARDS[shard]}_{kind}"], requires_grad=False)
+        stored = loader.weight_loader(kind)(
+            param=parameter,
+            loaded_weight=tensor,
+            weight_name=f"experts.{SHARDS[shard]}_{kind}",
+            shard_id=shard,
+            expert_id=int(expert),
+            return_success=True,
+        )
+        assert stored in (True, False)
+    return parameters
+
+
+def compute(loader: LayerLoader, parameters: dict[str, Tensor], x: Tensor, ids: Tensor, scope: str = "off") -> Tensor:
+    halves = [Weights(**{k: parameters.get(f"{half}_{k}") for k in Weights._fields}) for half in ("w13", "w2")]
+    own = {expert: local for local, expert in enumerate(loader.experts)}
+    local = torch.tensor([[own.get(expert, -1) for expert in row] for row in ids.tolist()])
+    weights = torch.linspace(0.2, 0.8, ids.numel()).view(ids.shape)
+    return fused_experts(
+        x,
+        weights,
+        local,
+        *halves,
+        None,
+        num_experts=len(loader.experts),
+        activation="silu",
+        **options(loader.config, loader.layer, loader.tp_size, scope, prune_down=len(loader.experts) == 8),
+    )
+
+
+def dense_layer(tensors: dict[str, Tensor], layer: int, x: Tensor, ids: Tensor) -> Tensor:
+    """What `compute` has to come to, in float64 from the dense reconstruction."""
+    weights = torch.linspace(0.2, 0.8, ids.numel()).view(ids.shape)
+    expected = torch.zeros_like(x, dtype=torch.float64)
+    for t in range(len(x)):
+        for e, g in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
+            gate, up, down = (dense_expert(tensors, layer, e, role) for role in NAMES)
+            h = torch.nn.functional.silu(gate @ x[t].double()) * (up @ x[t].double())
+            expected[t] += g * (down @ h)
+    return expected
