@@ -36,12 +36,15 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
 def cka_matrix(matrix: Callable[[int], Tensor], count: int, block: int) -> Tensor:
     """Linear CKA between all pairs of `count` matrices [n, features]: float64 [count, count], symmetric.
 
-    matrix(i) is asked for one matrix at a time; at most `block` + 1 Gram matrices [n, n] are held at once.
+    matrix(i) is asked for one matrix at a time; at most `block` + 2 Gram matrices [n, n] are held at once.
     """
     result = torch.zeros(count, count, dtype=torch.float64)
     for start in range(0, count, block):
         held = range(start, min(start + block, count))
-        grams = torch.stack([unit_gram(matrix(index)) for index in held])
+        first = unit_gram(matrix(start))
+        grams = first.new_empty(len(held), len(first))
+        for index in held:
+            grams[index - start] = first if index == start else unit_gram(matrix(index))
         for index in range(start, count):
             other = grams[index - start] if index in held else unit_gram(matrix(index))
             result[start : held.stop, index] = (grams @ other).double()

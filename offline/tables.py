@@ -36,26 +36,35 @@ def _sizes(console: Console, source: dict[str, Any], result: dict[str, Any]) -> 
 
 
 def _projections(console: Console, title: str, rows: dict[str, dict[str, Any]]) -> None:
-    table = Table(title, *(f"{role} rank" for role in ROLES), "gate/up base", "down base", box=None, pad_edge=False)
+    table = Table(
+        title, *(f"{role} rank" for role in ROLES), "gate/up columns", "down columns", box=None, pad_edge=False
+    )
     for name, layer in rows.items():
-        table.add_row(name, *(_delta(layer[role]) for role in ROLES), _base(layer, "gate", "up"), _base(layer, "down"))
+        table.add_row(
+            name, *(str(layer[role]["rank"]) for role in ROLES), _base(layer, "gate", "up"), _base(layer, "down")
+        )
     console.print(table)
-
-
-def _delta(projection: dict[str, Any]) -> str:
-    columns = " columns" if projection["delta"] == "columns" else ""
-    shared = ", one V" if projection["shared_v"] else ""
-    factors = f", {projection['distinct_u']} U" if projection["distinct_u"] else ""
-    return f"{projection['rank']}{columns}{shared}{factors}"
 
 
 def _base(layer: dict[str, Any], *roles: str) -> str:
     """Of projections that share a selection of columns; the ranks of low-rank bases may differ."""
     first = layer[roles[0]]
     if first["kept_columns"]:
-        return f"{first['kept_columns']} columns ({first['used_columns']} used)"
+        return f"{first['kept_columns']} ({first['used_columns']} used)"
     ranks = [layer[role]["base_rank"] for role in roles]
     return f"rank {'/'.join(map(str, ranks))}" if any(ranks) else "none"
+
+
+def _specialties(layer: dict[str, Any]) -> str:
+    """What a layer's deltas have that ranks do not tell."""
+    found = []
+    for role in ROLES:
+        one = layer[role]
+        kinds = ["columns as they are"] * (one["delta"] == "columns") + ["one V"] * one["shared_v"]
+        kinds += [f"{one['distinct_u']} different U"] * bool(one["distinct_u"])
+        found += [f"{role} {', '.join(kinds)}"] if kinds else []
+    found += [f"no deltas for experts {', '.join(map(str, layer['trimmed']))}"] if layer["trimmed"] else []
+    return "; ".join(found)
 
 
 def plan_table(console: Console, summary: dict[str, Any]) -> None:
@@ -101,9 +110,9 @@ def inspect_table(console: Console, content: dict[str, Any]) -> None:
     )
     console.print()
     _projections(console, "layer", content["layers"])
-    trimmed = {number: layer["trimmed"] for number, layer in content["layers"].items() if layer["trimmed"]}
-    for number, experts in trimmed.items():
-        console.print(f"layer {number}: no deltas for experts {', '.join(map(str, experts))}", highlight=False)
+    for number, layer in content["layers"].items():
+        if special := _specialties(layer):
+            console.print(f"layer {number}: {special}", highlight=False, soft_wrap=True)
     console.print()
     table = Table("layer", *(f"{role} error" for role in ROLES), "routed tokens per expert", box=None, pad_edge=False)
     for number, report in content["statistics"]["layers"].items():

@@ -15,7 +15,7 @@ import torch
 from compression import ROOT, TINY, d2moe_here
 from edits import accept, add_records, edit
 from safetensors.torch import load_file
-from synthetic import NAMES, PREFIX, Synthetic, dense_expert, write_checkpoint
+from synthetic import NAMES, PREFIX, Synthetic, dense_expert, every_variant, write_checkpoint, write_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offline.shards import Reader
@@ -121,6 +121,18 @@ def test_float32_is_exact_and_dense_layers_pass_through(tmp_path: Path) -> None:
         for role, projection in NAMES.items():
             weight = result.tensor(f"{PREFIX.format(layer=2)}.{expert}.{projection}.weight").double()
             torch.testing.assert_close(weight, dense_expert(tensors, 2, expert, role), rtol=1e-5, atol=1e-6)
+
+
+def test_every_variant_of_the_format(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "all", every_variant(dtype=torch.float32))
+    add_records(tmp_path / "all")
+    write_dense(tmp_path / "all", tmp_path / "expected", torch.float32)
+    done = d2moe_here("export", tmp_path / "all", tmp_path / "dense")
+    assert done.returncode == 0, done.stderr
+    found, expected = Reader(tmp_path / "dense"), Reader(tmp_path / "expected")
+    assert found.specs == expected.specs
+    for name in expected.specs:
+        torch.testing.assert_close(found.tensor(name), expected.tensor(name), rtol=1e-5, atol=1e-6)
 
 
 def test_the_sources_own_auto_map_comes_back(tmp_path: Path) -> None:

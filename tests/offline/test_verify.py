@@ -12,7 +12,7 @@ import torch
 from compression import TINY, d2moe_here
 from edits import add_records, edit
 from safetensors.torch import load_file, save_file
-from synthetic import NAMES, PREFIX, Synthetic, dense_expert, write_checkpoint
+from synthetic import NAMES, PREFIX, Synthetic, dense_expert, every_variant, write_checkpoint
 
 EXPERT = "model.layers.2.block_sparse_moe.experts.5.w2.delta_u"
 NORMS = "model.layers.0.block_sparse_moe.experts.0.w3.base_norms"
@@ -72,6 +72,33 @@ def test_what_people_see(compressed: Path, checkpoint: Path) -> None:
     done = d2moe_here("verify", checkpoint)
     refused(done, "not sound", "more)", "truncated")
     assert "sound:" not in done.stdout
+
+
+def test_every_variant_of_the_format(tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    tensors = write_checkpoint(folder, every_variant())
+    add_records(folder, parameters=PARAMETERS)
+    code, found = verify(folder, "--source", TINY)
+    assert (code, found["problems"]) == (0, [])
+    source = load_file(TINY / "model.safetensors")
+    for layer, expert in ((0, 6), (1, 1), (2, 0), (3, 5)):
+        for role, projection in NAMES.items():
+            weight = source[f"{PREFIX.format(layer=layer)}.{expert}.{projection}.weight"].double()
+            error = float((weight - dense_expert(tensors, layer, expert, role)).norm() / weight.norm())
+            assert error <= found["layers"][str(layer)][role]["worst"] + 1e-6
+    shown = d2moe_here("inspect", folder).stdout
+    for text in (
+        "rank 40/24",
+        "gate columns as they are",
+        "up one V, 3 different U",
+        "layer 0: no deltas for experts 4, 5, 6, 7",
+    ):
+        assert text in " ".join(shown.split())
+    index = f"{PREFIX.format(layer=2)}.0.w1.u_index"
+    edit(folder, index, lambda t: t.index_fill(0, torch.tensor([3]), 7))
+    code, found = verify(folder)
+    assert code == 2
+    assert any(index in line and "expert 3" in line for line in found["problems"])
 
 
 def test_layers_that_stayed_dense_are_compared_too(tmp_path: Path) -> None:
