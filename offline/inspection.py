@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,17 @@ def read_statistics(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from None
     try:
         for report in content["layers"].values():
-            if not all(report["relative_error"][role] for role in ROLES) or not report["tokens"]:
+            figures = [report["relative_error"], *([report["sensitivity"]] if "sensitivity" in report else [])]
+            per_expert = (report["tokens"], *(figure[role] for figure in figures for role in ROLES))
+            if not all(map(_numbers, per_expert)):
                 raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError):
         raise CheckpointError(f"{path}: not the statistics of every layer; copy it again") from None
     return content
+
+
+def _numbers(values: Any) -> bool:
+    return bool(values) and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
 
 
 def analyse(folder: Path, source: str | None, steps: Callable[[float], Steps]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from compression import TINY, d2moe_here
+from edits import add_records
 from safetensors.torch import load_file
-from synthetic import NAMES, dense_expert
+from synthetic import NAMES, dense_expert, write_checkpoint
 
 from offline.analysis import (
     SHARES,
@@ -155,6 +156,25 @@ def test_with_a_source_it_is_the_source_that_is_analysed(compressed: Path, analy
     curves = [energy_curve(torch.linalg.svdvals(e - base).square()) for e in experts]
     assert found["energy"]["deltas"] == pytest.approx([sum(c) / 8 for c in zip(*curves, strict=True)], abs=1e-5)
     assert found["energy"]["base"] == analysed["layers"]["1"]["gate"]["energy"]["base"]
+
+
+def test_sensitivity_is_taken_from_the_statistics_where_they_have_it(tmp_path: Path) -> None:
+    folder = tmp_path / "ours"
+    write_checkpoint(folder)
+    add_records(folder)
+    path = folder / "d2moe_stats.json"
+    content = json.loads(path.read_text())
+    for number, report in content["layers"].items():
+        report["sensitivity"] = {role: [int(number) + 0.25] * 6 + [int(number)] * 2 for role in NAMES}
+    path.write_text(json.dumps(content))
+    done = d2moe_here("inspect", folder, "--analyses", "--json")
+    found = json.loads(done.stdout)["analyses"]["layers"]["3"]["sensitivity"]
+    assert (found["from"], found["up"]) == ("sensitivity", pytest.approx(3.1875))
+    for broken in ({"gate": [1.0]}, {role: [None] * 8 for role in NAMES}, {role: [float("nan")] for role in NAMES}):
+        content["layers"]["2"]["sensitivity"] = broken
+        path.write_text(json.dumps(content))
+        done = d2moe_here("inspect", folder, "--analyses")
+        assert (done.returncode, "statistics" in done.stderr) == (2, True)
 
 
 def test_the_table_and_a_misplaced_source(compressed: Path) -> None:
