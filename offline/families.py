@@ -130,8 +130,15 @@ _ROWS = (
         experts="model.layers.{layer}.block_sparse_moe.experts",
         projections=W,
         intermediate_size_key="intermediate_size",
-        # vLLM routes to two experts with this jitter, and its head has a bias, whatever config.json says.
-        requires={**SILU, "num_experts_per_tok": (2,), "router_jitter_noise": (0.01,), "lm_head_bias": (True,)},
+        # vLLM routes to two experts with this jitter, and its head has a bias, whatever config.json says;
+        # it does not know transformers' own spelling of the class.
+        requires={
+            **SILU,
+            "architectures": (["PhiMoEForCausalLM"],),
+            "num_experts_per_tok": (2,),
+            "router_jitter_noise": (0.01,),
+            "lm_head_bias": (True,),
+        },
         renames={".block_sparse_moe.": ".mlp.", ".gate.weight": ".router.weight"},
     ),
     QWEN,

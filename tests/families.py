@@ -68,6 +68,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """model_type -> what its configuration adds to COMMON."""
 WRITTEN: dict[str, dict[str, Any]] = {
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
     "deepseek": {"scoring_func": "softmax"},
     "deepseek_v2": {"scoring_func": "softmax", "moe_layer_freq": 1},
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
