@@ -31,7 +31,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Src = Annotated[str, typer.Argument(metavar="SRC", help="Model folder, or a Hub id (owner/name).")]
 Ckpt = Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a compressed checkpoint.")]
 Ratio = Annotated[float | None, typer.Option(help="Share of the source's bytes to remove, e.g. 0.4.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Recipe (YAML); options given here win over it.")]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A YAML file, or a shipped recipe like mixtral-40; options given here win over it."),
+]
+Original = Annotated[str | None, typer.Option("--source", metavar="SRC", help="The dense original to compare with.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 Method = Annotated[Literal["d2"] | None, typer.Option(help="Compression method.")]
 Accounting = Annotated[
@@ -80,9 +84,11 @@ def _print_json(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
 
-def _recipe(path: Path | None, **overrides: Any) -> Any:
+def _recipe(given: str | None, **overrides: Any) -> Any:
     from offline.recipe import load_recipe
+    from offline.recipes import find_recipe
 
+    path = find_recipe(given) if given else None
     return load_recipe(path, {name.replace("__", "."): value for name, value in overrides.items()})
 
 
@@ -174,17 +180,70 @@ def compress(
 
 
 @app.command()
-def inspect(checkpoint: Ckpt, as_json: Json = False) -> None:
+def inspect(
+    checkpoint: Ckpt,
+    analyses: Annotated[
+        bool, typer.Option("--analyses", help="Also CKA between experts, energy retention, layer sensitivity (slow).")
+    ] = False,
+    source: Original = None,
+    as_json: Json = False,
+) -> None:
     """What is in a compressed checkpoint: parameters and bytes stored, ranks and errors per layer."""
+    from offline.inspection import analyse
     from offline.inspection import inspect as look
 
+    if source and not analyses:
+        raise InputError("inspect uses --source for its analyses only; add --analyses, or use `d2moe verify`")
     content = look(checkpoint)
+    if analyses:
+        from offline.progress import Steps
+
+        content["analyses"] = analyse(checkpoint, source, Steps)
     if as_json:
         _print_json(content)
     else:
-        from offline.tables import inspect_table
+        from offline.tables import analyses_table, inspect_table
 
         inspect_table(Console(), content)
+        if analyses:
+            analyses_table(Console(), content["analyses"])
+
+
+@app.command()
+def verify(checkpoint: Ckpt, source: Original = None, as_json: Json = False) -> None:
+    """Is a compressed checkpoint whole, unchanged and finite, and how close is it to its source? Exit 0 if sound."""
+    from offline.progress import Steps
+    from offline.verify import verify as run
+
+    result = run(checkpoint, source, Steps)
+    if as_json:
+        _print_json(result)
+    else:
+        from offline.tables import verify_table
+
+        verify_table(Console(), result)
+    if problems := result["problems"]:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{checkpoint} is not sound: {problems[0]}{more}")
+
+
+@app.command()
+def export(
+    checkpoint: Ckpt,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist yet.")],
+    as_json: Json = False,
+) -> None:
+    """Write the dense checkpoint that CKPT stands for: loads anywhere without d2moe, as large as the original."""
+    from offline.export import export as run
+    from offline.progress import Steps
+
+    result = run(checkpoint, out, Steps)
+    if as_json:
+        _print_json(result)
+    else:
+        from offline.tables import export_table
+
+        export_table(Console(), result)
 
 
 @app.command(name="eval")

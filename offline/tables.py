@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROLES = ("gate", "up", "down")
+PROBLEMS_SHOWN = 20
 
 
 def size(count: float) -> str:
@@ -34,15 +35,36 @@ def _sizes(console: Console, source: dict[str, Any], result: dict[str, Any]) -> 
     console.print(table)
 
 
-def _projections(console: Console, title: str, rows: dict[str, dict[str, dict[str, int]]]) -> None:
+def _projections(console: Console, title: str, rows: dict[str, dict[str, Any]]) -> None:
     table = Table(
         title, *(f"{role} rank" for role in ROLES), "gate/up columns", "down columns", box=None, pad_edge=False
     )
     for name, layer in rows.items():
-        ranks = [str(layer[role]["rank"]) for role in ROLES]
-        columns = [f"{layer[r]['kept_columns']} ({layer[r]['used_columns']} used)" for r in ("gate", "down")]
-        table.add_row(name, *ranks, *columns)
+        table.add_row(
+            name, *(str(layer[role]["rank"]) for role in ROLES), _base(layer, "gate", "up"), _base(layer, "down")
+        )
     console.print(table)
+
+
+def _base(layer: dict[str, Any], *roles: str) -> str:
+    """Of projections that share a selection of columns; the ranks of low-rank bases may differ."""
+    first = layer[roles[0]]
+    if first["kept_columns"]:
+        return f"{first['kept_columns']} ({first['used_columns']} used)"
+    ranks = [layer[role]["base_rank"] for role in roles]
+    return f"rank {'/'.join(map(str, ranks))}" if any(ranks) else "none"
+
+
+def _specialties(layer: dict[str, Any]) -> str:
+    """What a layer's deltas have that ranks do not tell."""
+    found = []
+    for role in ROLES:
+        one = layer[role]
+        kinds = ["columns as they are"] * (one["delta"] == "columns") + ["one V"] * one["shared_v"]
+        kinds += [f"{one['distinct_u']} different U"] * bool(one["distinct_u"])
+        found += [f"{role} {', '.join(kinds)}"] if kinds else []
+    found += [f"no deltas for experts {', '.join(map(str, layer['trimmed']))}"] if layer["trimmed"] else []
+    return "; ".join(found)
 
 
 def plan_table(console: Console, summary: dict[str, Any]) -> None:
@@ -88,6 +110,9 @@ def inspect_table(console: Console, content: dict[str, Any]) -> None:
     )
     console.print()
     _projections(console, "layer", content["layers"])
+    for number, layer in content["layers"].items():
+        if special := _specialties(layer):
+            console.print(f"layer {number}: {special}", highlight=False, soft_wrap=True)
     console.print()
     table = Table("layer", *(f"{role} error" for role in ROLES), "routed tokens per expert", box=None, pad_edge=False)
     for number, report in content["statistics"]["layers"].items():
@@ -105,3 +130,74 @@ def eval_table(console: Console, result: dict[str, Any]) -> None:
         f"{result['seq_len']}{scope})",
         highlight=False,
     )
+
+
+def verify_table(console: Console, result: dict[str, Any]) -> None:
+    for kind in ("problems", "notes"):
+        for line in result[kind][:PROBLEMS_SHOWN]:
+            console.print(f"{kind[:-1]}: {line}", highlight=False, markup=False, soft_wrap=True)
+        if (more := len(result[kind]) - PROBLEMS_SHOWN) > 0:
+            console.print(f"... and {more} more {kind}; --json lists all")
+    if result["layers"]:
+        _errors(console, result["layers"])
+    if result["sound"]:
+        beside = f", compared with {result['source']}" if result["source"] else ""
+        console.print(f"sound: {result['files']} weight files, {size(result['bytes'])}{beside}", highlight=False)
+
+
+def _errors(console: Console, layers: dict[str, dict[str, dict[str, float]]]) -> None:
+    heads = (head for role in ROLES for head in (f"{role} mean", "worst"))
+    table = Table("layer", *heads, box=None, pad_edge=False)
+    for number, layer in layers.items():
+        cells = (
+            cell
+            for role in ROLES
+            for cell in (f"{layer[role]['mean']:.4f}", f"{layer[role]['worst']:.4f} ({layer[role]['worst_expert']})")
+        )
+        table.add_row(number, *cells)
+    console.print(table)
+    console.print(
+        "errors: ||W - W'|| / ||W|| against the source, not weighted by inputs; of the worst expert, and its number",
+        style="dim",
+    )
+
+
+def export_table(console: Console, result: dict[str, Any]) -> None:
+    console.print(
+        f"{result['path']}: {result['parameters']:,} parameters, {size(result['bytes'])} in {result['files']} files "
+        f"(compressed: {size(result['compressed_bytes'])})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"serve it:  vllm serve {result['path']}", highlight=False, soft_wrap=True)
+
+
+def analyses_table(console: Console, content: dict[str, Any]) -> None:
+    """CKA as the mean over pairs of different experts, energy as the rank that keeps 90 % of it."""
+    console.print()
+    shares = content["shares_of_rank"]
+    table = Table(
+        "layer", "", "CKA mean", "unrelated", "experts", "base", "deltas", "sensitivity", box=None, pad_edge=False
+    )
+    for number, layer in content["layers"].items():
+        for role in ROLES:
+            found, count = layer[role], len(layer[role]["cka"])
+            pairs = sum(map(sum, found["cka"])) - sum(found["cka"][e][e] for e in range(count))
+            mean = f"{pairs / (count * (count - 1)):.3f}"
+            ranks = (_rank_for(shares, found["energy"][kind]) for kind in ("experts", "base", "deltas"))
+            sensitivity = f"{layer['sensitivity'][role]:.4f}" if layer["sensitivity"] else ""
+            table.add_row(number, role, mean, f"{found['cka_of_unrelated']:.3f}", *ranks, sensitivity)
+    console.print(table)
+    measured = next((layer["sensitivity"]["from"] for layer in content["layers"].values() if layer["sensitivity"]), "")
+    console.print(
+        f"CKA between different experts (from: {content['experts_from']}), beside that of unrelated matrices; share of "
+        f"the rank that holds 90 % of the energy of experts, base and deltas ({content['deltas_from']}); "
+        f"sensitivity from: {measured or 'nothing'}. All figures: --json",
+        style="dim",
+    )
+
+
+def _rank_for(shares: list[int], curve: list[float] | None, energy: float = 0.9) -> str:
+    if curve is None:
+        return "none"
+    return f"{next(share for share, kept in zip(shares, curve, strict=True) if kept >= energy or share == 100)} %"

@@ -1,0 +1,75 @@
+"""New folders that are there whole or not at all: put together next to their place, renamed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from offline.errors import InputError
+
+
+def check_new_folder(out: Path) -> None:
+    """Raises InputError where `out` would replace something or cannot be made."""
+    if os.path.lexists(out):
+        raise InputError(f"{out} exists already; choose another folder or remove it")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent} is no folder; create it first")
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"{out.parent} is not writable; choose another folder")
+
+
+def check_space(parent: Path, needed: int) -> None:
+    """Raises InputError where a folder's disk has less than `needed` bytes free."""
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise InputError(f"No space left for {needed:,} bytes under {parent}: {free:,} are free; free some space")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """An empty folder to fill, renamed to `out` when the block ends well and removed when it does not.
+
+    What a killed run left is replaced. Raises InputError where another process writes the same folder just now, or
+    `out` has come into being meanwhile.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), partial.stat()):  # renamed before we got the lock
+                raise FileExistsError(partial)
+        except OSError:
+            raise InputError(f"another run is writing {out}; wait for it, or choose another folder") from None
+        try:
+            _empty(partial)
+            yield partial
+            os.fsync(descriptor)
+            if os.path.lexists(out):
+                raise InputError(f"{out} has appeared meanwhile; choose another folder or remove it")
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        sync_folder(out.parent)
+    finally:
+        os.close(descriptor)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,26 @@
+"""The recipes that come with d2moe-vllm: one reviewed file per model family and ratio."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from offline.errors import InputError
+
+SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+
+
+def find_recipe(given: str) -> Path:
+    """The file of --recipe: a path, or the name of a shipped recipe ("mixtral-40").
+
+    Raises InputError, with the nearest names, where it is neither.
+    """
+    path = Path(given).expanduser()
+    if path.exists():
+        return path
+    if given in SHIPPED:
+        return SHIPPED[given]
+    near = difflib.get_close_matches(path.stem, SHIPPED, n=3, cutoff=0.4)
+    if not near:
+        near = sorted({name.rpartition("-")[0] + "-40" for name in SHIPPED})
+    raise InputError(f"recipe {given} cannot be read: no such file, and no shipped recipe; nearest: {', '.join(near)}")

@@ -1,0 +1,91 @@
+"""The shipped recipes: every one loads, is packaged, and gives a plan where a small model of the family is at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tomllib
+import yaml
+from compression import ROOT, TINY, d2moe_here
+
+from offline.families import FAMILIES
+from offline.recipe import Recipe, load_recipe
+from offline.recipes import SHIPPED, find_recipe
+
+RATIOS = (20, 40, 60)
+
+
+def test_there_is_one_for_every_family_and_ratio() -> None:
+    assert set(SHIPPED) == {f"{family}-{ratio}" for family in FAMILIES for ratio in RATIOS}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_loads_and_says_only_what_differs_from_the_default(name: str) -> None:
+    recipe = load_recipe(SHIPPED[name], {})
+    assert recipe.ratio == int(name.rpartition("-")[2]) / 100
+    default = Recipe(ratio=recipe.ratio).model_dump()
+    content = yaml.safe_load(SHIPPED[name].read_text())
+    for section, values in content.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            assert default[section][key] != value, f"{section}.{key} is the default"
+    lines = SHIPPED[name].read_text().splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("  ") and ":" in line and not line.lstrip().startswith("#"):
+            assert lines[number - 1].lstrip().startswith("#"), f"{line} is not explained"
+
+
+SIZES = {
+    "mixtral": [(4096, 14336), (6144, 16384)],
+    "phimoe": [(4096, 6400)],
+    "qwen2_moe": [(3584, 2560), (2048, 1408)],
+    "qwen3_moe": [(2048, 768), (4096, 1536)],
+    "deepseek": [(2048, 1408)],
+    "deepseek_v2": [(5120, 1536), (2048, 1408)],
+    "deepseek_v3": [(7168, 2048)],
+    "kimi_k2": [(7168, 2048)],
+    "olmoe": [(2048, 1024)],
+    "granitemoe": [(1024, 512), (1536, 512)],
+}
+"""Hidden and intermediate size of the released models."""
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_rounding_prunes_about_what_was_asked_for_on_the_real_sizes(family: str) -> None:
+    recipe = load_recipe(SHIPPED[f"{family}-40"], {})
+    for sizes in SIZES[family]:
+        assert recipe.resolve(sizes[0], 2048).base.column_multiple == 16
+        for columns in sizes:
+            assert columns % recipe.base.groups == 0
+            kept = int(columns / recipe.base.groups * (1 - recipe.base.sparsity / 2)) // 16 * 16
+            assert 1 - kept * recipe.base.groups / columns < 0.1
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_name_gives_a_plan_and_options_win(ratio: int) -> None:
+    done = d2moe_here("plan", TINY, "--recipe", f"mixtral-{ratio}", "--windows", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["recipe"]["ratio"] == ratio / 100
+    assert plan["recipe"]["calibration"]["windows"] == 8
+    assert 0 <= plan["result"]["stored_ratio"] - ratio / 100 < 0.01
+
+
+def test_a_file_of_that_name_wins_and_unknown_names_list_the_near_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = d2moe_here("plan", TINY, "--recipe", "mixtrl-40")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "mixtral-40" in done.stderr
+    assert "cannot be read" in d2moe_here("plan", TINY, "--recipe", tmp_path / "zzz.yaml").stderr
+    monkeypatch.chdir(tmp_path)
+    Path("mixtral-40").write_text("ratio: 0.3\n")
+    assert load_recipe(find_recipe("mixtral-40"), {}).ratio == 0.3
+
+
+def test_they_are_packaged() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "*.yaml" in project["tool"]["setuptools"]["package-data"]["offline.recipes"]
+    assert all(path.parent == ROOT / "offline" / "recipes" for path in SHIPPED.values())
