@@ -21,10 +21,9 @@ from offline.inspection import read_statistics
 from offline.progress import Steps
 from offline.publish import companion_files
 from offline.reconstruction import Reconstruction
-from offline.shards import TORCH_DTYPES, Reader, plan_shards, write_file, write_shards
+from offline.shards import TORCH_DTYPES, Reader, plan_shards, sync_file, write_file, write_shards
 from offline.source import open_dense, read_model_config
 from offline.stored import expert_tensors
-from offline.workdir import sync_file
 
 Part = tuple[int, int, Role]
 """Layer, expert and role of one matrix."""

@@ -270,7 +270,8 @@ def test_fp8_runs_as_its_dequantised_weights(tmp_path: Path) -> None:
         if ".experts." not in name:
             tensor.copy_(model.reader.tensor(name))
     for layer in model.shape.layers:
-        weights = model.weights(layer)
+        experts = range(model.shape.num_experts)
+        weights = {role: [model.weight(layer, expert, role) for expert in experts] for role in ROLES}
         gate_up = [torch.cat(pair) for pair in zip(weights["gate"], weights["up"], strict=True)]
         plain[f"model.layers.{layer}.mlp.experts.gate_up_proj"].copy_(torch.stack(gate_up))
         plain[f"model.layers.{layer}.mlp.experts.down_proj"].copy_(torch.stack(weights["down"]))
