@@ -24,7 +24,7 @@ BATCH_TOKENS = 4096
 """Tokens that run through a layer at once during calibration and evaluation, where memory allows."""
 ROWS = (4096, 2048, 1024, 512, 256)
 """Of one expert at once, by how much memory there is."""
-PROCESS_BYTES = 500_000_000
+PROCESS_BYTES = 600_000_000
 """A Python process with torch and transformers imported."""
 FLOAT32, FLOAT64 = 4, 8
 
