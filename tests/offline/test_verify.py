@@ -26,11 +26,19 @@ def verify(folder: Path, *arguments: object) -> tuple[int, dict]:
     return done.returncode, json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two weight files, with recipe and statistics beside them. Not to be changed."""
+    folder = tmp_path_factory.mktemp("written") / "checkpoint"
+    write_checkpoint(folder)
+    add_records(folder, parameters=PARAMETERS)
+    return folder
+
+
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """Two weight files, with recipe and statistics beside them."""
-    write_checkpoint(tmp_path / "checkpoint")
-    add_records(tmp_path / "checkpoint", parameters=PARAMETERS)
+def checkpoint(written: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(written, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
