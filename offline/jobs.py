@@ -16,6 +16,7 @@ from offline.assembly import settle
 from offline.calibration import choose_windows, read_text, tokenize
 from offline.distributed import is_first, join
 from offline.errors import InputError
+from offline.folders import check_new_folder
 from offline.pipeline import Run
 from offline.plan import Plan, make_plan, summary
 from offline.progress import Steps
@@ -113,13 +114,9 @@ def choose_device(device: str) -> torch.device:
 
 def _check_places(out: Path, folder: Path) -> None:
     """Refuse a result that would replace something, that cannot be written, or that the cleanup would take along."""
-    if os.path.lexists(out):
-        left = f" (its working folder {folder} can be removed too)" if (folder / MARKER_FILE).exists() else ""
-        raise InputError(f"{out} exists already; choose another folder or remove it{left}")
-    if not out.parent.is_dir():
-        raise InputError(f"{out.parent} is no folder; create it first")
-    if not os.access(out.parent, os.W_OK):
-        raise InputError(f"{out.parent} is not writable; choose another folder")
+    if os.path.lexists(out) and (folder / MARKER_FILE).exists():
+        raise InputError(f"{out} exists already; remove it, or its working folder {folder} if the run is over")
+    check_new_folder(out)
     if folder == out or folder in out.parents or out in folder.parents:
         raise InputError(f"--workdir {folder} and the result {out} lie inside one another; choose another --workdir")
 

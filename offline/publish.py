@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from offline.assembly import Assembly
 from offline.budget import Budget
 from offline.calibration import Windows
 from offline.card import model_card
-from offline.errors import InputError
+from offline.folders import new_folder
 from offline.plan import Plan
 from offline.shards import sync_file, write_file, write_shards
 from offline.workdir import WorkDir
@@ -38,11 +36,6 @@ WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt", ".pkl", ".ot", ".npz",
 )  # fmt: skip
 INDEX_SUFFIX = ".index.json"
-
-
-def partial_folder(out: Path, work: Path) -> Path:
-    """Where a checkpoint is put together: next to `out`, so that a rename publishes it, and of one run alone."""
-    return out.parent / f".{out.name}.{hashlib.sha256(str(work).encode()).hexdigest()[:8]}.partial"
 
 
 def companion_files(folder: Path) -> list[Path]:
@@ -62,32 +55,25 @@ def publish(plan: Plan, budget: Budget, windows: Windows, work: WorkDir, out: Pa
 
     Raises InputError where `out` has come into being meanwhile.
     """
-    folder = partial_folder(out, work.path)
-    if folder.exists():
-        shutil.rmtree(folder)  # of an earlier run with this working folder, whose lock we hold
-    folder.mkdir(parents=True)
     model, assembly = plan.model, Assembly(plan, budget, work)
 
     def produce(name: str) -> Tensor:
         return assembly.tensor(name) if name in assembly else model.other_tensor(name)
 
-    files = write_shards(folder, budget.shards, produce)
-    others = {name: (spec.dtype, spec.shape) for name, spec in model.other_tensors.items()}
-    write_file(folder / MANIFEST_FILE, Manifest(other_tensors=others, files=files).model_dump_json(indent=1) + "\n")
-    write_file(folder / "config.json", _json(_model_config(plan, budget)))
-    write_file(folder / RECIPE_FILE, plan.recipe.dump())
-    write_file(folder / STATS_FILE, _json(_stats(plan, windows, assembly.reports())))
-    write_file(folder / MODELING_FILE, checkpoint_modeling_source())
-    write_file(folder / "README.md", model_card(plan, budget))
-    for path in companion_files(model.folder):
-        shutil.copyfile(path, folder / path.name)
-        sync_file(folder / path.name)
-    check_checkpoint(folder)
-    _sync_folder(folder)
-    if os.path.lexists(out):
-        raise InputError(f"{out} has appeared meanwhile; the finished checkpoint is in {folder}: rename it yourself")
-    folder.rename(out)
-    _sync_folder(out.parent)
+    with new_folder(out) as folder:
+        files = write_shards(folder, budget.shards, produce)
+        others = {name: (spec.dtype, spec.shape) for name, spec in model.other_tensors.items()}
+        manifest = Manifest(other_tensors=others, files=files)
+        write_file(folder / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
+        write_file(folder / "config.json", _json(_model_config(plan, budget)))
+        write_file(folder / RECIPE_FILE, plan.recipe.dump())
+        write_file(folder / STATS_FILE, _json(_stats(plan, windows, assembly.reports())))
+        write_file(folder / MODELING_FILE, checkpoint_modeling_source())
+        write_file(folder / "README.md", model_card(plan, budget))
+        for path in companion_files(model.folder):
+            shutil.copyfile(path, folder / path.name)
+            sync_file(folder / path.name)
+        check_checkpoint(folder)
 
 
 def _model_config(plan: Plan, budget: Budget) -> dict[str, Any]:
@@ -111,17 +97,11 @@ def _stats(plan: Plan, windows: Windows, reports: dict[str, Any]) -> dict[str, A
             "seq_len": calibration.seq_len,
             "seed": calibration.seed,
         },
+        # What `d2moe export` puts back.
+        "source_auto_map": plan.model.config.get("auto_map"),
         "layers": reports,
     }
 
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
