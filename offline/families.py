@@ -130,8 +130,8 @@ _ROWS = (
         experts="model.layers.{layer}.block_sparse_moe.experts",
         projections=W,
         intermediate_size_key="intermediate_size",
-        # vLLM routes to two experts with this jitter, and its head has a bias, whatever config.json says;
-        # it does not know transformers' own spelling of the class.
+        # vLLM routes to two experts with this jitter and wants a bias of the head (which it then leaves out),
+        # whatever config.json says; it does not know transformers' own spelling of the class.
         requires={
             **SILU,
             "architectures": (["PhiMoEForCausalLM"],),
