@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from d2moe_vllm.checkpoint import ROLES, Role
 from offline.allocation import Curves, solve_adaptive
-from offline.budget import Budget, solve_paper, solve_stored
+from offline.budget import Budget, Option, solve_paper, solve_stored
 from offline.plan import Plan
 from offline.statistics import SITES
 from offline.workdir import WorkDir
@@ -33,19 +34,27 @@ def settle(plan: Plan, work: WorkDir) -> Budget:
     return solve_stored(problem, plan.recipe.ratio)
 
 
+SATURATED = 0.99
+"""Share of an output's energy from which on more error costs in proportion only."""
+
+
 def error_curves(plan: Plan, work: WorkDir) -> Curves:
-    """What every projection's error costs at every rank: squared errors over all tokens of an expert, each weighted
-    by what a unit of it costs in log-likelihood."""
-    curves: dict[Any, Tensor] = {}
+    """What every projection's error costs at every rank (METHODS 1.4): per expert the mean squared error e of its
+    outputs, weighted by what a unit of it costs in log-likelihood, over the share of the outputs' energy E that it
+    leaves: s e / (1 - e / E). Small errors cost s e, the second-order estimate; that says too little about
+    errors near the whole signal, which then meet in a product of gate and up."""
+    curves: dict[tuple[int, Option, Role], Tensor] = {}
     for layer in plan.model.shape.layers:
         sensitivity = work.load_part(layer, "sensitivity")["sensitivity"]
         for expert in range(plan.model.shape.num_experts):
-            part = work.load_part(layer, f"{expert:05d}", *_keys(plan, "curve"))
+            part = work.load_part(layer, f"{expert:05d}", *_keys(plan, "curve"), *_keys(plan, "energy"))
             for option in plan.problem.options:
                 for number, role in enumerate(ROLES):
-                    curve = part[f"{option}.{role}.curve"] * sensitivity[number, expert]
+                    curve, energy = part[f"{option}.{role}.curve"], part[f"{option}.{role}.energy"]
+                    share = curve / energy.clamp(min=torch.finfo(torch.float64).tiny)
+                    cost = sensitivity[number, expert] * curve / (1 - share.clamp(max=SATURATED))
                     key = (layer, option, role)
-                    curves[key] = curves.get(key, 0) + curve
+                    curves[key] = curves[key] + cost if key in curves else cost
     return curves
 
 

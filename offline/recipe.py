@@ -44,7 +44,7 @@ class Base(_Section):
     lets the budget decide per layer between none, semi-dynamic and a full base.
     """
 
-    kind: Literal["semi-dynamic", "static", "svd", "none", "auto"] = "semi-dynamic"
+    kind: Literal["semi-dynamic", "static", "svd", "none", "auto"] = "auto"
     merge: Literal["fisher", "mean", "frequency", "regmean", "ties"] = "fisher"
     fisher_epsilon: float = Field(default=1e-3, gt=0)
     frequency_power: float = Field(default=0.0, ge=0)
@@ -85,17 +85,33 @@ class Delta(_Section):
 
 class Recipe(_Section):
     """accounting: `stored` (share of the source's bytes gone from disk) or `paper` (Table 12's nominal share).
-    allocation: `uniform` (one kept share for all) or `adaptive` (ranks where they save most error, METHODS 1.7).
-    scope: the dynamic column selection that the checkpoint asks to be served with."""
+    allocation: `uniform` (one kept share for all) or `adaptive` (ranks where they save most error, METHODS 1.4);
+    adaptive unless the paper's accounting is asked for. base.kind is auto where the allocation is adaptive and no
+    expert is trimmed, else semi-dynamic. scope: the dynamic column selection that the checkpoint asks to be served
+    with."""
 
     method: Literal["d2"] = "d2"
     ratio: float = Field(gt=0, lt=1)
     accounting: Literal["stored", "paper"] = "stored"
-    allocation: Literal["uniform", "adaptive"] = "uniform"
+    allocation: Literal["uniform", "adaptive"] = "adaptive"
     scope: Scope = "off"
     calibration: Calibration = Calibration()
     base: Base = Base()
     delta: Delta = Delta()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, content: Any) -> Any:
+        """Defaults that depend on what else is asked for."""
+        if not isinstance(content, dict):
+            return content
+        allocation = "uniform" if content.get("accounting") == "paper" else "adaptive"
+        content = {"allocation": allocation, **content}
+        base, delta = content.get("base", {}), content.get("delta", {})
+        if isinstance(base, dict) and isinstance(delta, dict):
+            decides = content["allocation"] == "adaptive" and not delta.get("trim")
+            content["base"] = {"kind": "auto" if decides else "semi-dynamic", **base}
+        return content
 
     @model_validator(mode="after")
     def _compatible(self) -> Recipe:
@@ -103,8 +119,11 @@ class Recipe(_Section):
             raise ValueError("allocation adaptive needs accounting stored")
         if self.base.kind == "auto" and self.allocation != "adaptive":
             raise ValueError("base.kind auto needs allocation adaptive")
-        if self.delta.trim and self.base.kind == "none":
-            raise ValueError("delta.trim needs a base: trimmed experts run on it alone")
+        if self.delta.trim and self.base.kind in ("none", "auto"):
+            raise ValueError(
+                "delta.trim needs a base everywhere (base.kind semi-dynamic, static or svd): trimmed "
+                "experts run on it alone"
+            )
         return self
 
     def resolve(self, hidden_size: int, max_positions: int | None) -> Recipe:

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,60 +33,103 @@ from offline.shards import write_file
 PAGE = ROOT / "docs" / "quality.md"
 FOLDER = ROOT / "build" / "quality"
 RESULTS = FOLDER / "results.json"
-MODELS = ("tiny-mixtral", "tiny-mixtral-scratch")
+MODELS = ("tiny-mixtral", "tiny-mixtral-scratch", "small-mixtral")
+ABLATED = MODELS[:2]
+"""Models that every recipe is measured on; the third one, five times as large, sees the main ones only, at 40 %."""
 RATIOS = (0.2, 0.4, 0.6)
+CASES = [*((model, ratio) for model in ABLATED for ratio in RATIOS), (MODELS[2], 0.4)]
+"""Model and ratio of the main tables' columns."""
 CALIBRATION = {"windows": 128, "seq_len": 256}
+TEXTS = ("hold-out", "unseen")
 DEFAULT = "**default**"
-RECIPES: dict[str, dict[str, Any]] = {
+UNIFORM = {"allocation": "uniform", "base": {"kind": "semi-dynamic"}}
+MAIN: dict[str, dict[str, Any]] = {
     DEFAULT: {},
-    "mean base": {"base": {"merge": "mean"}},
-    "plain SVD": {"delta": {"method": "svd"}},
-    "no base pruning": {"base": {"sparsity": 0.0}},
-    "unweighted Gram": {"delta": {"gate_weighted": False}},
-    "no shrinkage": {"delta": {"shrinkage": 0.0}},
-    "mean base + plain SVD": {"base": {"merge": "mean"}, "delta": {"method": "svd"}},
-    "no base: whitened SVD of each expert": {"base": {"merge": "none"}},
-}
+    "adaptive, a pruned base everywhere": {"base": {"kind": "semi-dynamic"}},
+    "adaptive, a full base everywhere": {"base": {"kind": "semi-dynamic", "sparsity": 0.0}},
+    "adaptive, no base": {"base": {"kind": "none"}},
+    "uniform ranks, a pruned base (the paper's)": UNIFORM,
+    "uniform ranks, no base": {"allocation": "uniform", "base": {"kind": "none"}},
+    "mean base + plain SVD, uniform": {**UNIFORM, "base": {"kind": "semi-dynamic", "merge": "mean"},
+                                       "delta": {"method": "svd"}},
+}  # fmt: skip
+"""Measured in all of CASES."""
+
+
+def _one(section: str, **values: Any) -> dict[str, Any]:
+    return {**UNIFORM, section: {**UNIFORM.get(section, {}), **values}}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "uniform ranks, a pruned base (the paper's)": UNIFORM,
+    "merge: mean": _one("base", merge="mean"),
+    "merge: frequency": _one("base", merge="frequency"),
+    "merge: regmean": _one("base", merge="regmean"),
+    "merge: ties": _one("base", merge="ties"),
+    "base: static": _one("base", kind="static"),
+    "base: svd": _one("base", kind="svd"),
+    "base: none": _one("base", kind="none"),
+    "base: full (sparsity 0)": _one("base", sparsity=0.0),
+    "delta: svd": _one("delta", method="svd"),
+    "delta: asvd": _one("delta", method="asvd"),
+    "delta: prune": _one("delta", method="prune"),
+    "Gram not gate-weighted": _one("delta", gate_weighted=False),
+    "no shrinkage": _one("delta", shrinkage=0.0),
+    "shrinkage 1": _one("delta", shrinkage=1.0),
+    "calibrated on compressed inputs": _one("calibration", inputs="compressed"),
+    "trim 2 of 8 experts": _one("delta", trim=2),
+    "share_v": _one("delta", share_v=True),
+    "distinct_u 4": _one("delta", distinct_u=4),
+    "share_v, distinct_u 4": _one("delta", share_v=True, distinct_u=4),
+    "adaptive ranks": {"allocation": "adaptive", "base": {"kind": "semi-dynamic"}},
+    "adaptive ranks, base auto": {"allocation": "adaptive", "base": {"kind": "auto"}},
+    "adaptive, auto, compressed inputs": {"allocation": "adaptive", "base": {"kind": "auto"},
+                                          "calibration": {"inputs": "compressed"}},
+}  # fmt: skip
+"""Everything that a recipe can choose, one thing changed at a time, at 40 %."""
+PAPERS = "uniform ranks, a pruned base (the paper's)"
+RECIPES = {**MAIN, **OPTIONS}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement. recipe: None for the dense model; choose: calibrated on 85 % of the calibration text and
-    measured on the rest, else measured on the unseen text."""
+    """One compression, calibrated on 85 % of the calibration text and measured on the rest (hold-out) and on the
+    unseen text. recipe: None for the dense model; scopes: of dynamic selection, None for the checkpoint's own."""
 
     model: str
-    choose: bool
     ratio: float = 0.0
     recipe: str | None = None
-    scope: Scope | None = None
+    scopes: tuple[Scope | None, ...] = (None,)
 
     @property
     def key(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps([self.model, self.ratio, self.recipe and RECIPES[self.recipe], self.scopes])
 
-    def measure(self) -> float:
-        """Perplexity."""
+    def measure(self) -> list[list[float]]:
+        """Perplexities: per scope and text."""
         source = SHARED / "models" / self.model
-        text = FOLDER / "hold-out.txt" if self.choose else SHARED / "data" / "wikitext2-valid.txt"
         if self.recipe is None:
-            return _evaluate(source, text, None)
-        calibration = FOLDER / "fit.txt" if self.choose else SHARED / "data" / "calib.txt"
+            return [_evaluate(source, None)]
         with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
             out = Path(folder) / "model"
-            content = {"ratio": self.ratio, "calibration": CALIBRATION, **RECIPES[self.recipe]}
-            compress(str(source), out, Recipe.model_validate(content), calibration, console=_silent())
-            return _evaluate(out, text, self.scope)
+            recipe = RECIPES[self.recipe]
+            content = {"ratio": self.ratio, **recipe, "calibration": CALIBRATION | recipe.get("calibration", {})}
+            compress(str(source), out, Recipe.model_validate(content), FOLDER / "fit.txt", console=_silent())
+            return [_evaluate(out, scope) for scope in self.scopes]
 
 
-Results = dict[str, float]
+Results = dict[str, list[list[float]]]
+SCOPES: tuple[Scope | None, ...] = (None, "token", "batch")
 
 
 def jobs() -> list[Job]:
-    """Everything that the page shows."""
-    cases = [(model, ratio) for model in MODELS for ratio in RATIOS]
-    found = [Job(model, choose) for choose in (True, False) for model in MODELS]
-    found += [Job(*c[:1], choose, c[1], name) for choose in (True, False) for name in RECIPES for c in cases]
-    return found + [Job(m, False, ratio, DEFAULT, scope) for m, ratio in cases for scope in ("token", "batch")]
+    """Everything that the page shows, what matters most first."""
+    found = [Job(model) for model in MODELS]
+    found += [Job(*case, name) for name in MAIN for case in CASES]
+    found += [Job(model, 0.4, name) for name in OPTIONS for model in ABLATED]
+    found += [Job(model, ratio, PAPERS, SCOPES) for model in ABLATED for ratio in RATIOS]
+    unique = {job.key: job for job in found}
+    return list(unique.values())
 
 
 def measure_all(code: str) -> Results:
@@ -102,35 +145,55 @@ def measure_all(code: str) -> Results:
         for count, done in enumerate(as_completed(waiting), start=1):
             known[waiting[done].key] = done.result()
             write_file(RESULTS, json.dumps({code: known}, indent=1))
-            print(f"{count}/{len(waiting)} {waiting[done].key}: {done.result():.3f}", file=sys.stderr, flush=True)
+            print(f"{count}/{len(waiting)} {waiting[done].key}: {done.result()}", file=sys.stderr, flush=True)
     return known
 
 
-def _evaluate(folder: Path, text: Path, scope: Scope | None) -> float:
-    return evaluate(str(folder), text, 256, scope, lambda total: Steps(total, _silent())).perplexity
+def _evaluate(folder: Path, scope: Scope | None) -> list[float]:
+    texts = (FOLDER / "hold-out.txt", SHARED / "data" / "wikitext2-valid.txt")
+    return [evaluate(str(folder), text, 256, scope, lambda total: Steps(total, _silent())).perplexity for text in texts]
 
 
 def _silent() -> Console:
     return Console(file=io.StringIO())
 
 
-def table(results: Results, *, choose: bool) -> str:
-    head = [f"{model} {100 * ratio:.0f} %" for model in MODELS for ratio in RATIOS]
-    lines = ["| recipe | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
-    rows = {name: [results[Job(m, choose, ratio, name).key] for m in MODELS for ratio in RATIOS] for name in RECIPES}
+def main_table(results: Results, text: int) -> str:
+    """The main recipes on every model and ratio; the best of each column in bold."""
+    lines = _head("recipe", [f"{model} {100 * ratio:.0f} %" for model, ratio in CASES])
+    rows = {name: [results[Job(*column, name).key][0][text] for column in CASES] for name in MAIN}
     best = [min(values) for values in zip(*rows.values(), strict=True)]
     for name, values in rows.items():
         cells = [f"**{v:.2f}**" if v == b else f"{v:.2f}" for v, b in zip(values, best, strict=True)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    dense = ", ".join(f"{model} {results[Job(model, choose).key]:.2f}" for model in MODELS)
+    dense = ", ".join(f"{model} {results[Job(model).key][0][text]:.2f}" for model in MODELS)
     return "\n".join([*lines, "", f"Uncompressed: {dense}."])
 
 
+def options_table(results: Results) -> str:
+    """One thing changed at a time: perplexity, and the change against the first row."""
+    lines = _head("recipe at 40 %", [f"{model}, {text}" for model in ABLATED for text in TEXTS])
+    first: list[float] = []
+    for name in OPTIONS:
+        values = [value for model in ABLATED for value in results[Job(model, 0.4, name).key][0]]
+        first = first or values
+        cells = [
+            f"{v:.2f} ({100 * (v / f - 1):+.1f} %)" if v is not f else f"{v:.2f}"
+            for v, f in zip(values, first, strict=True)
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _head(first: str, columns: list[str]) -> list[str]:
+    return [f"| {first} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+
+
 def scopes(results: Results) -> str:
-    lines = ["| model, ratio | off | token | batch |", "|---|---:|---:|---:|"]
-    for model in MODELS:
+    lines = _head("model, ratio", ["off", "token", "batch"])
+    for model in ABLATED:
         for ratio in RATIOS:
-            values = [results[Job(model, False, ratio, DEFAULT, scope).key] for scope in (None, "token", "batch")]
+            values = [found[1] for found in results[Job(model, ratio, PAPERS, SCOPES).key]]
             lines.append(f"| {model} {100 * ratio:.0f} % | " + " | ".join(f"{v:.2f}" for v in values) + " |")
     return "\n".join(lines)
 
@@ -142,8 +205,9 @@ def main() -> None:
     results = measure_all(code_hash())
     page = PAGE.read_text(encoding="utf-8")
     tables = {
-        "hold-out": table(results, choose=True),
-        "unseen": table(results, choose=False),
+        "hold-out": main_table(results, 0),
+        "unseen": main_table(results, 1),
+        "options": options_table(results),
         "scopes": scopes(results),
     }
     for name, content in tables.items():

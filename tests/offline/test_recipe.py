@@ -53,3 +53,36 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, text: str, message: str) ->
         load_recipe(path, {"calibration.seed": 1} if "calibration: 7" in text else {})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "allocation", "kind"),
+    [
+        ({}, "adaptive", "auto"),
+        ({"accounting": "paper"}, "uniform", "semi-dynamic"),
+        ({"allocation": "uniform"}, "uniform", "semi-dynamic"),
+        ({"delta": {"trim": 2}}, "adaptive", "semi-dynamic"),
+        ({"base": {"kind": "none"}}, "adaptive", "none"),
+        ({"base": {"merge": "mean"}}, "adaptive", "auto"),
+    ],
+)
+def test_defaults_fit_what_is_asked_for(content: dict, allocation: str, kind: str) -> None:
+    recipe = Recipe.model_validate({"ratio": 0.4, **content})
+    assert (recipe.allocation, recipe.base.kind) == (allocation, kind)
+    assert Recipe.model_validate(yaml.safe_load(recipe.dump())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("accounting: paper\nallocation: adaptive", "allocation adaptive needs accounting stored"),
+        ("allocation: uniform\nbase: {kind: auto}", "base.kind auto needs allocation adaptive"),
+        ("delta: {trim: 1}\nbase: {kind: none}", "delta.trim needs a base"),
+        ("delta: {share_v: true, method: svd}", "need method whitened"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"ratio: 0.4\n{text}")
+    with pytest.raises(InputError, match=message):
+        load_recipe(path, {})
