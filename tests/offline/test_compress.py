@@ -45,10 +45,14 @@ def test_inspect_prints_what_is_on_disk_to_the_byte(compressed: Path) -> None:
     assert "0.40" in d2moe("inspect", compressed).stdout
 
 
-def test_plan_predicts_the_exact_bytes(compressed: Path) -> None:
+def test_plan_predicts_the_bytes(compressed: Path) -> None:
+    """Adaptive ranks are decided by the calibration; a plan says so and gives what is used up at most."""
     done = d2moe("plan", TINY, *COMPRESS, "--json")
     plan = json.loads(done.stdout)
-    assert plan["result"]["bytes"] == sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
+    on_disk = sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
+    assert not plan["result"]["final"]
+    assert max(plan["result"]["bytes"], on_disk) <= 0.6 * plan["source"]["bytes"]
+    assert plan["result"]["bytes"] == pytest.approx(on_disk, rel=2e-3)
     assert plan["peak_memory_bytes"] > 0
     assert plan["disk_bytes"]["work"] > 0
 
@@ -198,7 +202,7 @@ def test_refusals_before_any_work(texts: tuple[Path, Path], tmp_path: Path) -> N
 
     text = ("--calibration", texts[0])
     refused(compress(TINY, gone, "--ratio", "0.4", "--calibration", tmp_path / "short.txt"), "too short", "--windows")
-    refused(compress(TINY, gone, "--ratio", "0.9", *text), "cannot be reached", "0.6")
+    refused(compress(TINY, gone, "--ratio", "0.9", *text), "cannot be reached", "0.7")
     refused(compress(TINY, gone, *text), "--ratio")
     refused(compress(TINY, gone, "--ratio", "0.4"), "--calibration")
     refused(compress(TINY, gone, "--ratio", "1.5", *text), "ratio")
