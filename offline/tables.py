@@ -71,6 +71,11 @@ def plan_table(console: Console, summary: dict[str, Any]) -> None:
     _sizes(console, summary["source"], summary["result"])
     console.print()
     _projections(console, "", {"first layer": summary["first_layer"]})
+    if not summary["result"]["final"]:
+        console.print(
+            "These are uniform ranks and one kind of base; the calibration decides them layer by layer, in no more bytes.",
+            style="dim",
+        )
     console.print()
     shares = ", ".join(f"{role} {100 * share:.2f} %" for role, share in summary["kept_share_of_deltas"].items())
     console.print(f"kept share of the deltas: {shares}", highlight=False)
@@ -88,7 +93,8 @@ def compress_table(console: Console, result: dict[str, Any]) -> None:
     predicted = result["predicted"]
     console.print(
         f"took {duration(result['seconds'])} ({duration(predicted['seconds'])} predicted), "
-        f"{size(result['peak_memory_bytes'])} of memory ({size(predicted['peak_memory_bytes'])} predicted)",
+        f"{size(result['peak_memory_bytes'])} of memory ({size(predicted['peak_memory_bytes'])} predicted), "
+        f"{size(result['work_bytes'])} in the working folder at the end ({size(predicted['work_bytes'])} at most predicted)",
         highlight=False,
     )
     console.print(f"serve it:  vllm serve {result['path']} --trust-remote-code", highlight=False, soft_wrap=True)
