@@ -73,7 +73,7 @@ def plan_table(console: Console, summary: dict[str, Any]) -> None:
     _projections(console, "", {"first layer": summary["first_layer"]})
     if not summary["result"]["final"]:
         console.print(
-            "These are uniform ranks and one kind of base; the calibration decides them layer by layer, in no more bytes.",
+            "These are uniform ranks and one kind of base; calibration decides them layer by layer, in no more bytes.",
             style="dim",
         )
     console.print()
@@ -91,12 +91,13 @@ def plan_table(console: Console, summary: dict[str, Any]) -> None:
 def compress_table(console: Console, result: dict[str, Any]) -> None:
     _sizes(console, result["source"], result["result"])
     predicted = result["predicted"]
-    console.print(
-        f"took {duration(result['seconds'])} ({duration(predicted['seconds'])} predicted), "
-        f"{size(result['peak_memory_bytes'])} of memory ({size(predicted['peak_memory_bytes'])} predicted), "
-        f"{size(result['work_bytes'])} in the working folder at the end ({size(predicted['work_bytes'])} at most predicted)",
-        highlight=False,
+    table = Table("", "predicted", "really", box=None, pad_edge=False)
+    table.add_row("time", duration(predicted["seconds"]), duration(result["seconds"]))
+    table.add_row("peak memory", size(predicted["peak_memory_bytes"]), size(result["peak_memory_bytes"]))
+    table.add_row(
+        "working folder", f"{size(predicted['work_bytes'])} at most", f"{size(result['work_bytes'])} at the end"
     )
+    console.print(table)
     console.print(f"serve it:  vllm serve {result['path']} --trust-remote-code", highlight=False, soft_wrap=True)
 
 
