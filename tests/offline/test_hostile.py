@@ -377,6 +377,31 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+BROKEN_OFF = {**RECIPES, "no base": {"base": {"kind": "none"}, "delta": {"share_v": True}}}
+
+
+@pytest.mark.parametrize(
+    "recipe", [name if name == "shared" else pytest.param(name, marks=pytest.mark.slow) for name in BROKEN_OFF]
+)
+def test_a_run_that_is_broken_off_again_and_again_ends_in_the_same_bytes(
+    recipe: str, olmoe: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time a little later, so that every kind of step is resumed after another one."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(BROKEN_OFF[recipe]))
+    given, disk = (texts[0], "--recipe", tmp_path / "recipe.yaml"), Disk(monkeypatch)
+    assert compress(olmoe, tmp_path / "whole", *given).returncode == 0
+    out, breaks = tmp_path / "out", 0
+    for at in range(11, 200, 3):
+        disk.fill(at)
+        done = compress(olmoe, out, *given)
+        if not done.returncode:
+            break
+        refused(done, "No space left")
+        breaks += 1
+    assert breaks >= 4
+    assert digests(out) == digests(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("pattern", ["layers/*/facts.safetensors", "layers/*/0000*.safetensors", "hidden-00000.rows"])
 def test_a_damaged_working_folder_is_recognised(
     pattern: str, olmoe: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -102,8 +102,8 @@ def test_every_method_in_every_family(
     assert (found["sound"], found["problems"], found["notes"]) == (True, [], [])
     errors = [layer[role]["mean"] for layer in found["layers"].values() for role in ROLES]
     assert set(found["layers"]) == {str(layer) for layer in open_dense(str(original)).shape.layers}
-    # Random experts share nothing: a base can be worse than none, and columns can be kept all.
-    assert all(0 <= error < 1.3 for error in errors)
+    # Random experts share nothing: a base, TIES' above all, can be worse than none, and columns can be kept all.
+    assert all(0 <= error < 2 for error in errors)
     assert any(errors)
 
     on_disk = sum(path.stat().st_size for path in ours.glob("*.safetensors"))
