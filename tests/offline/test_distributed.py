@@ -148,26 +148,31 @@ def test_a_nan_that_one_process_meets_is_one_line_once(expert: int, texts: tuple
 
 
 @pytest.mark.slow
-def test_a_killed_run_of_two_ends_in_the_same_bytes(texts: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("victims", ["all", "one"])
+def test_a_killed_run_of_two_ends_in_the_same_bytes(victims: str, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    """one: the process that is left ends too, with a line at most."""
     arguments = ["compress", TINY, tmp_path / "tiny", "--calibration", texts[0], *FEW]
     assert d2moe_twice("compress", TINY, tmp_path / "whole", *arguments[3:]).returncode == 0
     point = tmp_path / "tiny.d2moe-work" / "layers" / "00002" / "00004.safetensors"
-    process = subprocess.Popen(
-        torchrun(script("d2moe"), *arguments),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 120
-    while not point.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(workers) == 2
-    for worker in (*map(int, workers), process.pid):
-        os.kill(worker, signal.SIGKILL)
-    process.wait()
+    with (tmp_path / "log").open("w") as log:
+        command, environment = torchrun(script("d2moe"), *arguments), {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        deadline = time.monotonic() + 120
+        while not point.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) == 2
+        for worker in (int(workers[1]),) if victims == "one" else (*map(int, workers), process.pid):
+            os.kill(worker, signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+    if victims == "one":
+        text = (tmp_path / "log").read_text()
+        assert text.count("Traceback") <= 1  # torchrun's own
+        said = [line for line in text.splitlines() if line.startswith("d2moe: ")]
+        assert not said or "another process of this run has ended" in said[0]
+        assert len(said) <= 1
     assert not (tmp_path / "tiny").exists()
     alone = d2moe_here(*arguments)  # one process would make its sums in another order
     assert alone.returncode == 2

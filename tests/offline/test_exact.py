@@ -203,6 +203,19 @@ def test_the_order_of_windows_does_not_matter(method: str, windows: Windows, tmp
 
 
 @pytest.mark.parametrize("method", ORDERED)
+def test_what_is_in_memory_at_once_does_not_matter(method: str, windows: Windows, tmp_path: Path) -> None:
+    model = open_dense(str(write_family(tmp_path / "source", "mixtral", dtype=torch.float32)))
+    plan = make_plan(model, recipe(**ORDERED[method]))
+    sizes = {"much": Resources(), "little": Resources(batch_tokens=LENGTH, rows=10, hold_layer=False)}
+    first, second = (
+        reconstructions(compress(replace(plan, resources=size), windows, tmp_path / name))
+        for name, size in sizes.items()
+    )
+    for key, matrix in first.items():
+        assert distance(second[key], matrix) < 1e-4, key
+
+
+@pytest.mark.parametrize("method", ORDERED)
 def test_the_order_of_experts_does_not_matter(method: str, windows: Windows, tmp_path: Path) -> None:
     folders, order = ("source", "permuted"), [2, 0, 3, 1]
     for folder in folders:

@@ -6,6 +6,7 @@ The fast tier has every method in one family, and every family with two of the m
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 from compression import d2moe_here
-from families import CONFIGS, write_family
+from families import CONFIGS, STACKABLE, quantize_fp8, write_family
+from safetensors.torch import load_file, save_file
 
 from d2moe_vllm.checkfiles import read_config
 from d2moe_vllm.checkpoint import ROLES, Layer
@@ -144,3 +146,43 @@ def _check_layer(layer: Layer, asked: dict[str, Any]) -> None:
         elif kind == "none":
             assert not projection.has_base
             assert projection.rank > 0
+
+
+def _weights(source: Path, out: Path, text: Path, ratio: float = RATIO) -> dict[str, bytes]:
+    """What the default recipe makes of it, at ranks that do not depend on how many bytes the source takes."""
+    command("compress", source, out, "--ratio", ratio, "--accounting", "paper", *WINDOWS, "--calibration", text)
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".safetensors", ".yaml")}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [name if name in ("granitemoe", "qwen2_moe") else pytest.param(name, marks=pytest.mark.slow) for name in STACKABLE],
+)
+def test_how_the_original_lies_on_disk_does_not_matter(
+    family: str, source: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """One tensor per expert as released, or stacked as transformers' own modules are."""
+    stacked = write_family(tmp_path / family, family, stacked=True)
+    assert _weights(source(family), tmp_path / "a", texts[0]) == _weights(stacked, tmp_path / "b", texts[0])
+
+
+def test_an_fp8_original_is_compressed_as_what_it_stands_for(texts: tuple[Path, Path], tmp_path: Path) -> None:
+    # So many experts that the result, in bfloat16 throughout, is still smaller.
+    original = write_family(tmp_path / "fp8" / "model", "deepseek_v3", n_routed_experts=64)
+    quantize_fp8(original, block=32)
+    plain = shutil.copytree(original, tmp_path / "plain" / "model")
+    stored = load_file(original / "model.safetensors")
+    dense = {name: tensor for name, tensor in stored.items() if not name.endswith("_scale_inv")}
+    for name in dense:
+        if (scale := stored.get(f"{name}_scale_inv")) is not None:
+            rows, columns = dense[name].shape
+            wide = scale.repeat_interleave(32, 0).repeat_interleave(32, 1)[:rows, :columns]
+            dense[name] = (stored[name].float() * wide).bfloat16()
+    save_file(dense, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+    first, second = (
+        _weights(folder, tmp_path / name, texts[0], 0.4) for name, folder in (("a", original), ("b", plain))
+    )
+    assert first == second
