@@ -131,7 +131,9 @@ class Problem:
 
     @property
     def options(self) -> tuple[Option, ...]:
-        return OPTIONS[self.recipe.base.kind]
+        """The kinds of base to choose from; trimmed experts run on the base alone, so with them there is one."""
+        options = OPTIONS[self.recipe.base.kind]
+        return tuple(option for option in options if option != "none") if self.recipe.delta.trim else options
 
     @property
     def rank_multiple(self) -> int:

@@ -53,7 +53,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        # Left open, transformers asks on the terminal whether to run code that came with the model.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{folder}: no usable tokenizer ({reason}); copy tokenizer files next to the model") from None

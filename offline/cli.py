@@ -16,8 +16,8 @@ from rich.console import Console
 
 import d2moe_vllm
 from d2moe_vllm.checkpoint import CheckpointError
-from offline.distributed import is_first
-from offline.errors import InputError
+from offline.distributed import is_first, speaks
+from offline.errors import InputError, PeerError
 from offline.options import (
     Accounting,
     Ckpt,
@@ -255,7 +255,8 @@ def peak_memory() -> int:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"d2moe: {' '.join(message.split())}\n")
+    if speaks():
+        sys.stderr.write(f"d2moe: {' '.join(message.split())}\n")
     raise SystemExit(code)
 
 
@@ -270,6 +271,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except (InputError, CheckpointError) as error:
         _fail(str(error), 2)
+    except PeerError as error:
+        _fail(f"{error}; run the same command again to continue", 1)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted; run the same command again to continue", 1)
     except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type

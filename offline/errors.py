@@ -3,3 +3,7 @@
 
 class InputError(Exception):
     """One line that says what is wrong and how to mend it; the command prints it and exits with 2."""
+
+
+class PeerError(RuntimeError):
+    """Another process of this run has ended, so this one cannot go on; the message is one line."""

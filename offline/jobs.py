@@ -66,7 +66,9 @@ def compress(
     mark = fingerprint(plan.model, plan.recipe, windows.sha256, machine)
     work = WorkDir(folder, mark, restart=restart, group=group)
     if work.invalidated:
-        console.print(f"{' and '.join(work.invalidated)} changed since the interrupted run: starting over")
+        console.print(
+            f"{' and '.join(work.invalidated)} changed since the interrupted run: starting over", soft_wrap=True
+        )
     predicted = {
         "seconds": round(estimate_seconds(plan), 1),
         "peak_memory_bytes": peak_memory(plan),
@@ -77,6 +79,7 @@ def compress(
         f"{predicted['peak_memory_bytes'] / 1e9:.1f} GB of memory at the peak"
         f"{' for each process' if group.size > 1 else ''}",
         highlight=False,
+        soft_wrap=True,
     )
     try:
         with Steps(total_work(plan), console) as steps:

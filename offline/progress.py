@@ -53,7 +53,8 @@ class Steps:
             self._line()
 
     def advance(self, work: float) -> None:
-        self._done += work
+        # Where windows do not divide evenly, the first process's part of the work is more than its share.
+        self._done = min(self._done + work, self._total)
         if self._progress:
             self._progress.advance(self._task, work)
         elif time.monotonic() - self._last >= LOG_INTERVAL:

@@ -137,6 +137,11 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
         raise InputError(f"{source} is {error}") from None
     family = find_family(config)
     shape = read_shape(family, config)
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and positions < 2:
+        raise InputError(
+            f"config.json: max_position_embeddings is {positions}, less than two tokens; wrong config.json?"
+        )
     reader = SourceReader(folder, fp8_blocks)
     experts = find_experts(family, shape, reader, shape.layers)
     dtype: Dtype = next(name for name, stored in DTYPES.items() if stored == experts.dtype)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import d2moe_vllm
@@ -159,11 +159,12 @@ class WorkDir:
         return self._array_path(name).exists()
 
     def rows(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Rows:
-        """An array that was published. Raises FileNotFoundError where it is not there."""
+        """An array that was published. Raises FileNotFoundError where it is not there, InputError where it is cut."""
         path = self._array_path(name)
-        if not path.exists():
-            raise FileNotFoundError(path)
-        return Rows(path, rows, width, dtype)
+        array = Rows(path, rows, width, dtype)
+        if path.stat().st_size != array.nbytes:
+            raise self._damaged(path)
+        return array
 
     def create(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Rows:
         """A new array to be filled; it is not there until `publish`."""
@@ -202,9 +203,17 @@ class WorkDir:
         partial.replace(path)
 
     def load_part(self, layer: int, part: str, *keys: str) -> dict[str, Tensor]:
-        """The named tensors of a part, or all of them."""
-        with safe_open(self.part_path(layer, part), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in keys or file.keys()}
+        """The named tensors of a part, or all of them. Raises InputError where the file is damaged."""
+        path = self.part_path(layer, part)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in keys or file.keys()}
+        except SafetensorError:
+            raise self._damaged(path) from None
+
+    def _damaged(self, path: Path) -> InputError:
+        """A file that another hand or a failing disk has changed: ours get their names when they are whole."""
+        return InputError(f"{path} is damaged; delete {self.path / FINGERPRINT_FILE} and run it again to start over")
 
     def discard_part(self, layer: int, part: str) -> None:
         self.part_path(layer, part).unlink(missing_ok=True)
