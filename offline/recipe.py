@@ -86,8 +86,8 @@ class Delta(_Section):
 class Recipe(_Section):
     """accounting: `stored` (share of the source's bytes gone from disk) or `paper` (Table 12's nominal share).
     allocation: `uniform` (one kept share for all) or `adaptive` (ranks where they save most error, METHODS 1.4);
-    adaptive unless the paper's accounting is asked for. base.kind is auto where the allocation is adaptive and no
-    expert is trimmed, else semi-dynamic. scope: the dynamic column selection that the checkpoint asks to be served
+    adaptive unless the paper's accounting is asked for. base.kind is auto where the allocation is adaptive, else
+    semi-dynamic. scope: the dynamic column selection that the checkpoint asks to be served
     with."""
 
     method: Literal["d2"] = "d2"
@@ -107,10 +107,8 @@ class Recipe(_Section):
             return content
         allocation = "uniform" if content.get("accounting") == "paper" else "adaptive"
         content = {"allocation": allocation, **content}
-        base, delta = content.get("base", {}), content.get("delta", {})
-        if isinstance(base, dict) and isinstance(delta, dict):
-            decides = content["allocation"] == "adaptive" and not delta.get("trim")
-            content["base"] = {"kind": "auto" if decides else "semi-dynamic", **base}
+        if isinstance(base := content.get("base", {}), dict):
+            content["base"] = {"kind": "auto" if content["allocation"] == "adaptive" else "semi-dynamic", **base}
         return content
 
     @model_validator(mode="after")
@@ -119,11 +117,8 @@ class Recipe(_Section):
             raise ValueError("allocation adaptive needs accounting stored")
         if self.base.kind == "auto" and self.allocation != "adaptive":
             raise ValueError("base.kind auto needs allocation adaptive")
-        if self.delta.trim and self.base.kind in ("none", "auto"):
-            raise ValueError(
-                "delta.trim needs a base everywhere (base.kind semi-dynamic, static or svd): trimmed "
-                "experts run on it alone"
-            )
+        if self.delta.trim and self.base.kind == "none":
+            raise ValueError("delta.trim needs a base: trimmed experts run on it alone")
         return self
 
     def resolve(self, hidden_size: int, max_positions: int | None) -> Recipe:

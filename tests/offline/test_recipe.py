@@ -61,7 +61,7 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, text: str, message: str) ->
         ({}, "adaptive", "auto"),
         ({"accounting": "paper"}, "uniform", "semi-dynamic"),
         ({"allocation": "uniform"}, "uniform", "semi-dynamic"),
-        ({"delta": {"trim": 2}}, "adaptive", "semi-dynamic"),
+        ({"delta": {"trim": 2}}, "adaptive", "auto"),
         ({"base": {"kind": "none"}}, "adaptive", "none"),
         ({"base": {"merge": "mean"}}, "adaptive", "auto"),
     ],
