@@ -20,6 +20,7 @@ from offline.distributed import is_first, speaks
 from offline.errors import InputError, PeerError
 from offline.options import (
     Accounting,
+    AllowLarger,
     Ckpt,
     Json,
     Memory,
@@ -79,6 +80,7 @@ def plan(
     windows: WindowsOption = None,
     seq_len: SeqLen = None,
     memory: Memory = None,
+    allow_larger: AllowLarger = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes on one machine, as torchrun would start.")] = 1,
     revision: Revision = None,
     as_json: Json = False,
@@ -96,7 +98,15 @@ def plan(
         calibration__windows=windows,
         calibration__seq_len=seq_len,
     )
-    summary = summarize(make_plan(open_dense(source, revision), chosen, memory=parse_size(memory), processes=processes))
+    summary = summarize(
+        make_plan(
+            open_dense(source, revision),
+            chosen,
+            memory=parse_size(memory),
+            processes=processes,
+            allow_larger=allow_larger,
+        )
+    )
     if as_json:
         _print_json(summary)
     else:
@@ -122,6 +132,7 @@ def compress(
     workdir: Annotated[Path | None, typer.Option(help="For intermediate files (default OUT.d2moe-work).")] = None,
     memory: Memory = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    allow_larger: AllowLarger = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start over what was begun on another machine.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -142,6 +153,7 @@ def compress(
     if calibration is None:
         raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
     options: dict[str, Any] = {"revision": revision, "workdir": workdir, "restart": restart, "device": device}
+    options["allow_larger"] = allow_larger
     console = Console(stderr=True, quiet=not is_first())
     result = run(source, out, chosen, calibration, **options, memory=parse_size(memory), console=console)
     result["seconds"] = round(time.monotonic() - started, 1)

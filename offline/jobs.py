@@ -38,6 +38,7 @@ def compress(
     restart: bool = False,
     memory: int | None = None,
     device: str = "auto",
+    allow_larger: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Compress `source` into the new folder `out`; an interrupted run is continued. Under torchrun every process
@@ -54,7 +55,9 @@ def compress(
     if is_first():
         _check_places(out, folder)
     group = join()
-    plan = make_plan(open_dense(source, revision), recipe, memory=memory, processes=group.local_size)
+    plan = make_plan(
+        open_dense(source, revision), recipe, memory=memory, processes=group.local_size, allow_larger=allow_larger
+    )
     if folder == plan.model.folder or folder in plan.model.folder.parents:
         raise InputError(f"--workdir {folder} holds the source; choose another")
     settings = plan.recipe.calibration

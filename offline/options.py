@@ -47,3 +47,8 @@ def parse_size(text: str | None) -> int | None:
     unit = (match[2] or "b")[0]
     base = 1024 if "i" in (match[2] or "") else 1000
     return int(float(match[1]) * base ** ("bkmgt".index(unit)))
+
+
+AllowLarger = Annotated[
+    bool, typer.Option("--allow-larger", help="Go on where the result would not be smaller than an fp8 source.")
+]

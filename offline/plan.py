@@ -70,12 +70,19 @@ class Plan:
 
 
 def make_plan(
-    model: DenseModel, recipe: Recipe, *, memory: int | None = None, processes: int = 1, shard_bytes: int = SHARD_BYTES
+    model: DenseModel,
+    recipe: Recipe,
+    *,
+    memory: int | None = None,
+    processes: int = 1,
+    allow_larger: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
     """Decide ranks, columns and how much is in memory at once.
 
     memory: bytes that all processes of this machine may hold together, None for all it has; processes: on this
-    machine. Raises InputError where the ratio cannot be reached or the memory does not suffice.
+    machine; allow_larger: a result no smaller than the source is what the user wants (an fp8 original, under the
+    paper's accounting). Raises InputError where the ratio cannot be reached or the memory does not suffice.
     """
     recipe = recipe.resolve(model.shape.hidden_size, model.max_positions)
     base, shape = recipe.base, model.shape
@@ -85,8 +92,12 @@ def make_plan(
     _check_counts(recipe, shape.num_experts)
     problem = _problem(model, recipe, shard_bytes)
     budget = solve_paper(problem, recipe.ratio) if recipe.accounting == "paper" else _uniform(problem, recipe.ratio)
-    if budget.nbytes >= model.reader.nbytes:
-        raise InputError(f"ratio {recipe.ratio:g} would not make the model smaller; choose a higher one")
+    if budget.nbytes >= model.reader.nbytes and not allow_larger:
+        raise InputError(
+            f"ratio {recipe.ratio:g} would not make the model smaller: {budget.nbytes:,} bytes instead of "
+            f"{model.reader.nbytes:,} (an original in fp8 is written in bfloat16); choose a higher ratio, or add "
+            "--allow-larger"
+        )
     plan = Plan(model, recipe, problem, budget, _caps(problem, budget), Resources())
     return check_resources(plan, memory, processes)
 

@@ -171,6 +171,13 @@ def test_deepseek_v3(tmp_path: Path, layers: int) -> None:
     assert content["peak_memory_bytes"] < 46e9
     assert plan(source, "--ratio", ratio, "--memory", "14GB")["peak_memory_bytes"] < 14e9
     assert content["memory_phases"]["factor"] < 3e9
+    # By the paper's nominal accounting, which counts parameters, it would grow: bfloat16 is twice as wide.
+    paper = ("plan", source, "--ratio", "0.2", "--accounting", "paper", "--json")
+    refusal = d2moe_here(*paper)
+    assert refusal.returncode == 2
+    assert "--allow-larger" in refusal.stderr
+    grown = json.loads(d2moe_here(*paper, "--allow-larger").stdout)
+    assert grown["result"]["bytes"] > grown["source"]["bytes"]
     assert content["first_layer"]["gate"]["rank"] % 16 == 0
 
 
