@@ -26,7 +26,7 @@ test-all: setup ## Every test that needs no GPU; continues where it was interrup
 quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 30 minutes)
 	@.venv/bin/python tests/quality.py
 
-bench-offline: setup ## Time merge, prune and factor at Mixtral's shapes beside the paper's recipe (ARGS="--experts 1")
+bench-offline: setup ## Time merge, prune and factor at Mixtral's shapes beside the paper's recipe (ARGS="--experts 2")
 	@.venv/bin/python tests/bench_offline.py $(ARGS)
 
 lint: setup ## Check style, formatting and types

@@ -96,11 +96,11 @@ def seed_experts(tokens: Sequence[int], count: int) -> list[int]:
 
 
 def unexplained(delta: Tensor, gram: Tensor, u: Tensor, v: Tensor) -> float:
-    """||(delta - u v) G^(1/2)||_F^2 on the expert's own inputs, float64: what joining this U would cost it.
+    """||(delta - u v) G^(1/2)||_F^2 on the expert's own inputs: what joining this U would cost it.
 
-    delta: [out, in]; gram: [in, in]; u: [out, rank]; v: [rank, in].
+    delta: float32 or float64 [out, in], whose dtype products run in; gram: [in, in]; u: [out, rank]; v: [rank, in].
     """
-    return whitened_energy(delta.double() - u.double() @ v.double(), gram)
+    return whitened_energy(delta - u.to(delta.dtype) @ v.to(delta.dtype), gram)
 
 
 def least(errors: Sequence[float]) -> int:

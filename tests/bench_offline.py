@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import sys
 import tempfile
@@ -127,8 +126,19 @@ class Synthetic:
         return self._normal(self._generator(20 + len(site)), size).exp()
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """wall: as a user waits; cpu: of all threads, which other work on the machine hardly changes."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall + other.wall, self.cpu + other.cpu)
+
+
 class Ours:
-    """Our side, one step per call; each returns its own seconds only."""
+    """Our side, one step per call; each returns its own time only."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder, self.data = settings, folder, Synthetic(settings)
@@ -137,8 +147,8 @@ class Ours:
         self.bases: dict[Role, Tensor] = {}
         self.held: tuple[int, Site, Tensor] | None = None
 
-    def merge(self, expert: int) -> float:
-        total, seconds = sum(map(self.data.tokens, range(self.settings.experts))), 0.0
+    def merge(self, expert: int) -> Seconds:
+        total, seconds = sum(map(self.data.tokens, range(self.settings.experts))), Seconds()
         for role in ROLES:
             weight, fisher = self.data.weight(expert, role), self.data.fisher(expert, role)
             with timed(self.settings) as clock:
@@ -146,8 +156,8 @@ class Ours:
             seconds += clock[0]
         return seconds
 
-    def prune(self) -> tuple[float, float]:
-        """Seconds for the merges' results, and for static pruning down to the bfloat16 that is stored."""
+    def prune(self) -> tuple[Seconds, Seconds]:
+        """Time of the merges' results, and for static pruning down to the bfloat16 that is stored."""
         with timed(self.settings) as merging:
             merged = {role: merge.result() for role, merge in self.merges.items()}
             self.merges.clear()
@@ -163,7 +173,7 @@ class Ours:
                     self.bases[role][:, kept] = base[:, kept].bfloat16()
         return merging[0], pruning[0]
 
-    def factor(self, expert: int, role: Role, keep: bool) -> float:
+    def factor(self, expert: int, role: Role, keep: bool) -> Seconds:
         """keep: write delta and factors for the other side to judge."""
         weight, gram, seconds = self.data.weight(expert, role), *self._gram(expert, SITES[role])
         with timed(self.settings) as clock:
@@ -174,10 +184,10 @@ class Ours:
             save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, self.folder / f"{role}.safetensors")
         return seconds + clock[0]
 
-    def _gram(self, expert: int, site: Site) -> tuple[Tensor, float]:
-        """Shrunk, and the seconds that took; gate and up share one."""
+    def _gram(self, expert: int, site: Site) -> tuple[Tensor, Seconds]:
+        """Shrunk, and the time that took; gate and up share one."""
         if self.held is not None and self.held[:2] == (expert, site):
-            return self.held[2], 0.0
+            return self.held[2], Seconds()
         self.held = None
         gram = self.data.gram(expert, site)
         with timed(self.settings) as clock:
@@ -199,8 +209,8 @@ class Paper:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder, self.data = settings, folder, Synthetic(settings)
 
-    def factor(self, role: Role) -> tuple[float, float, float]:
-        """Seconds, its whitened relative error and ours."""
+    def factor(self, role: Role) -> tuple[Seconds, float, float]:
+        """Time, its whitened relative error and ours."""
         tensors = {
             name: t.to(self.settings.device) for name, t in load_file(self.folder / f"{role}.safetensors").items()
         }
@@ -223,18 +233,19 @@ class Paper:
 
 
 @contextmanager
-def timed(settings: Settings) -> Iterator[list[float]]:
-    """Yields a list that holds the seconds afterwards."""
-    clock: list[float] = []
+def timed(settings: Settings) -> Iterator[list[Seconds]]:
+    """Yields a list that holds the time afterwards."""
+    clock: list[Seconds] = []
 
-    def now() -> float:
+    def now() -> tuple[float, float]:
         if settings.device != "cpu":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return time.perf_counter(), time.process_time()
 
-    start = now()
+    wall, cpu = now()
     yield clock
-    clock.append(now() - start)
+    end = now()
+    clock.append(Seconds(end[0] - wall, end[1] - cpu))
 
 
 class Side:
@@ -269,33 +280,37 @@ def _serve(pipe: Any, kind: Callable[..., Any], settings: Settings, folder: Path
 def measure(settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         ours, paper = Side(Ours, settings, Path(name)), Side(Paper, settings, Path(name))
-        merge = []
+        steps = {"merge": Seconds(), "prune": Seconds(), "factor": Seconds()}
         for expert in range(settings.experts):
-            merge.append(ours("merge", expert))
-            say(f"expert {expert}: merge {merge[-1]:.1f} s")
-        result, prune = ours("prune")
-        factor: dict[Role, list[float]] = {role: [] for role in ROLES}
-        theirs: dict[Role, dict[str, float]] = {}
+            steps["merge"] += ours("merge", expert)
+        result, steps["prune"] = ours("prune")
+        steps["merge"] += result
+        say(f"merge {steps['merge'].wall:.1f} s, prune {steps['prune'].wall:.1f} s")
+        compared: dict[Role, dict[str, Any]] = {}
         for expert in range(settings.experts):
             for role in ROLES:
-                factor[role].append(ours("factor", expert, role, expert == 0))
-                say(f"expert {expert}: {role} at rank {settings.rank(role)} {factor[role][-1]:.1f} s")
+                seconds = ours("factor", expert, role, expert == 0)
+                steps["factor"] += seconds
+                say(f"expert {expert}: {role} at rank {settings.rank(role)} {seconds.wall:.1f} s")
                 if expert == 0:
-                    seconds, their_error, our_error = paper("factor", role)
-                    theirs[role] = {"seconds": seconds, "error": their_error, "our_error": our_error}
-                    say(f"          paper {seconds:.1f} s; errors: paper {their_error:.9f}, ours {our_error:.9f}")
+                    their_seconds, their_error, our_error = paper("factor", role)
+                    compared[role] = {"rank": settings.rank(role)}
+                    compared[role]["ours"] = {**asdict(seconds), "error": our_error}
+                    compared[role]["paper"] = {**asdict(their_seconds), "error": their_error}
+                    say(f"          paper {their_seconds.wall:.1f} s; errors {our_error:.9f}, paper {their_error:.9f}")
         peak = ours("peak")
-    our_first, their_first = sum(factor[r][0] for r in ROLES), sum(theirs[r]["seconds"] for r in ROLES)
+    first = {
+        side: {clock: sum(compared[role][side][clock] for role in ROLES) for clock in ("wall", "cpu")}
+        for side in ("ours", "paper")
+    }
     return {
         "settings": asdict(settings),
-        "ranks": {role: settings.rank(role) for role in ROLES},
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "seconds": {"merge": sum(merge) + result, "prune": prune, "factor": sum(map(sum, factor.values()))},
-        "factor_seconds": factor,
-        "paper": theirs,
-        "paper_factor_seconds": their_first * settings.experts,
-        "speedup": their_first / our_first,
-        "error_ratio": max(theirs[role]["our_error"] / theirs[role]["error"] for role in ROLES),
+        "threads": torch.get_num_threads(),
+        "seconds": {step: asdict(seconds) for step, seconds in steps.items()},
+        "paper_factor_seconds": {clock: value * settings.experts for clock, value in first["paper"].items()},
+        "speedup": {clock: value / first["ours"][clock] for clock, value in first["paper"].items()},
+        "compared": compared,
+        "error_ratio": max(each["ours"]["error"] / each["paper"]["error"] for each in compared.values()),
         "peak_gib": peak,
     }
 
@@ -315,13 +330,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = vars(parser.parse_args())
+    if arguments["experts"] < 2:
+        parser.error("--experts 1: a base of one expert leaves no deltas; take at least 2")
     out: Path = arguments.pop("out")
     result = measure(Settings(**arguments))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for step, seconds in result["seconds"].items():
-        print(f"{step:8} {seconds:8.1f} s")
-    print(f"paper's factor {result['paper_factor_seconds']:.1f} s, {result['speedup']:.1f} times ours")
+    print("seconds         wall      CPU")
+    times = {**result["seconds"], "paper's factor": result["paper_factor_seconds"]}
+    for step, seconds in times.items():
+        print(f"{step:14} {seconds['wall']:7.1f}  {seconds['cpu']:7.1f}")
+    print(
+        f"the paper's recipe takes {result['speedup']['wall']:.2f} (CPU: {result['speedup']['cpu']:.2f}) times as long"
+    )
     print(f"our error is {result['error_ratio']:.9f} of the paper's")
     print("peak     " + ", ".join(f"{name} {gib:.2f} GiB" for name, gib in result["peak_gib"].items()))
     print(f"written to {os.path.relpath(out)}")

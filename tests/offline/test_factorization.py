@@ -211,6 +211,23 @@ def test_float32_products_leave_the_optimum(shape: tuple[int, int], outlier: flo
         assert torch.allclose((u @ v).double(), basis @ (basis.T @ delta.double()), atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+@pytest.mark.parametrize("outlier", [1.0, 30.0, 1e3])
+def test_errors_in_float32_are_those_in_float64(shape: tuple[int, int], outlier: float) -> None:
+    delta, inputs = case(shape, 200, 0)
+    inputs[:3] *= outlier
+    weight, gram = delta.float(), (inputs @ inputs.T).float()
+    approximation = torch.matmul(*whitened_factors(weight, gram, 20))
+    values, vectors = torch.linalg.eigh(gram.double())
+    root = vectors * values.clamp(min=0).sqrt()
+    expected = ((weight.double() - approximation.double()) @ root).norm() / (weight.double() @ root).norm()
+    assert relative_error(weight, approximation, gram) == pytest.approx(float(expected), rel=1e-3)
+    assert relative_error(weight.double(), approximation, gram) == pytest.approx(float(expected), rel=1e-6)
+    assert relative_error(weight.bfloat16(), approximation.bfloat16(), gram) == pytest.approx(
+        relative_error(weight.bfloat16().double(), approximation.bfloat16(), gram), rel=1e-5
+    )
+
+
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 1000), name=st.sampled_from(sorted(DELTAS)), dead=st.integers(0, 3))
 def test_degenerate_inputs_give_finite_factors(shape: tuple[int, int], seed: int, name: str, dead: int) -> None:
@@ -244,6 +261,14 @@ def test_rank_out_of_range_is_refused(rank: int) -> None:
     for factor in (*DELTAS.values(), svd_base):
         with pytest.raises(ValueError, match="rank"):
             factor(torch.zeros(6, 4), torch.eye(4), rank)
+
+
+def test_half_precision_is_refused() -> None:
+    for factor in (*DELTAS.values(), svd_base):
+        with pytest.raises(ValueError, match="bfloat16"):
+            factor(torch.zeros(6, 4, dtype=torch.bfloat16), torch.eye(4), 2)
+    with pytest.raises(ValueError, match="bfloat16"):
+        whitened_energy(torch.zeros(6, 4, dtype=torch.bfloat16), torch.eye(4))
 
 
 @pytest.mark.parametrize("name", ["whitened", "asvd"])
