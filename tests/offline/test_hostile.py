@@ -409,7 +409,7 @@ def test_a_damaged_working_folder_is_recognised(
     """No crash of ours leaves such files: each gets its name when it is whole and on disk. Others may."""
     disk, work = Disk(monkeypatch), tmp_path / "out.d2moe-work"
     assert compress(olmoe, tmp_path / "whole", texts[0]).returncode == 0
-    disk.fill(at=disk.calls * 3 // 8)
+    disk.fill(at=disk.calls // 2)
     refused(compress(olmoe, tmp_path / "out", texts[0]))
     disk.fill(at=0)
     (victim, *_) = work.glob(pattern)

@@ -41,7 +41,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "share-v": {"delta": {"share_v": True}},
     "distinct-u": {"delta": {"distinct_u": 3}},
     "share-v-and-u": {"delta": {"share_v": True, "distinct_u": 2}},
-    "adaptive": {"allocation": "adaptive"},
+    "uniform": {"allocation": "uniform"},
+    "uniform-trim": {"allocation": "uniform", "delta": {"trim": 1}},
+    "adaptive": {"allocation": "adaptive", "base": {"kind": "semi-dynamic"}},
     "follows": {"calibration": {"inputs": "compressed"}},
     "paper": {"accounting": "paper"},
     # Where methods meet.
@@ -129,7 +131,8 @@ def test_every_method_in_every_family(
 def _check_layer(layer: Layer, asked: dict[str, Any]) -> None:
     """What was asked for is what is stored."""
     base, delta = asked.get("base", {}), asked.get("delta", {})
-    kind = base.get("kind", "semi-dynamic")
+    uniform = asked.get("allocation") == "uniform" or asked.get("accounting") == "paper"
+    kind = base.get("kind", "semi-dynamic" if uniform else "auto")
     assert len(layer.trimmed) == delta.get("trim", 0)
     for role in ROLES:
         projection = layer[role]
@@ -138,7 +141,7 @@ def _check_layer(layer: Layer, asked: dict[str, Any]) -> None:
         assert projection.delta == ("columns" if delta.get("method") == "prune" else "factors")
         if kind == "semi-dynamic":
             assert projection.kept_columns >= projection.used_columns > 0
-            assert projection.rank > 0 or asked.get("allocation") == "adaptive"
+            assert projection.rank > 0 or not uniform
         elif kind == "static":
             assert projection.kept_columns == projection.used_columns > 0
         elif kind == "svd":
