@@ -88,6 +88,7 @@ def plan(
     """Ranks, sizes, memory, disk and time, before any work."""
     from offline.plan import make_plan
     from offline.plan import summary as summarize
+    from offline.resources import estimate_seconds
     from offline.source import open_dense
 
     chosen = _recipe(
@@ -98,15 +99,9 @@ def plan(
         calibration__windows=windows,
         calibration__seq_len=seq_len,
     )
-    summary = summarize(
-        make_plan(
-            open_dense(source, revision),
-            chosen,
-            memory=parse_size(memory),
-            processes=processes,
-            allow_larger=allow_larger,
-        )
-    )
+    options: dict[str, Any] = {"processes": processes, "allow_larger": allow_larger}
+    planned = make_plan(open_dense(source, revision), chosen, memory=parse_size(memory), **options)
+    summary = summarize(planned, estimate_seconds(planned))
     if as_json:
         _print_json(summary)
     else:

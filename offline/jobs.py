@@ -104,7 +104,7 @@ def compress(
     finally:
         work.close()
     done = replace(plan, budget=budget)
-    return {**summary(done), "path": str(out), "predicted": predicted, "work_bytes": disk}
+    return {**summary(done, predicted["seconds"]), "path": str(out), "predicted": predicted, "work_bytes": disk}
 
 
 def choose_device(device: str) -> torch.device:

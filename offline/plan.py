@@ -13,7 +13,7 @@ from offline.budget import Budget, Option, Problem, solve_paper, solve_stored
 from offline.errors import InputError
 from offline.merging import MERGES
 from offline.recipe import Recipe
-from offline.resources import Resources, check_resources
+from offline.resources import Resources, check_resources, peak_memory, phases, work_bytes
 from offline.shards import SHARD_BYTES, TORCH_DTYPES
 from offline.source import DenseModel
 
@@ -160,10 +160,8 @@ def _caps(problem: Problem, budget: Budget) -> dict[tuple[int, Role], int]:
     }
 
 
-def summary(plan: Plan) -> dict[str, Any]:
-    """What `plan --json` prints."""
-    from offline.resources import estimate_seconds, peak_memory, phases, work_bytes
-
+def summary(plan: Plan, seconds: float) -> dict[str, Any]:
+    """What `plan --json` prints; seconds: `resources.estimate_seconds`, which takes a measurement."""
     source, shape, config = plan.config.source, plan.model.shape, plan.config
     experts = shape.num_experts * shape.expert_parameters * len(shape.layers)
     kept = sum(spec.numel for spec in config.expert_tensors().values())
@@ -185,6 +183,6 @@ def summary(plan: Plan) -> dict[str, Any]:
         "tokens_at_once": plan.resources.batch_tokens,
         "rows_at_once": plan.resources.rows,
         "disk_bytes": {"work": work_bytes(plan), "result": plan.budget.nbytes},
-        "estimated_seconds": estimate_seconds(plan),
+        "estimated_seconds": seconds,
         "recipe": plan.recipe.model_dump(),
     }
