@@ -17,11 +17,10 @@ from torch import Tensor
 from d2moe_vllm.checkpoint import ROLES, Role
 from offline.budget import Budget, Choices, Option, Problem, Ranks, fill
 from offline.errors import InputError
-from offline.statistics import SITES, Site
+from offline.statistics import SELECTIONS, SITES
 
 Curves = Mapping[tuple[int, Option, Role], Tensor]
 """float64 [steps + 1]: what a projection's error costs at ranks 0, 1, 2, ... rank multiples."""
-_SELECTIONS: Mapping[Site, tuple[Role, ...]] = {"input": ("gate", "up"), "middle": ("down",)}
 
 
 class _Market:
@@ -36,7 +35,7 @@ class _Market:
         choices: Choices = {}
         ranks: Ranks = {}
         for layer in self.problem.shape.layers:
-            for site, roles in _SELECTIONS.items():
+            for site, roles in SELECTIONS.items():
                 best = min(
                     (self._best(layer, option, roles, price) for option in self.problem.options),
                     key=lambda found: found[0],

@@ -15,11 +15,10 @@ from torch import Tensor
 from d2moe_vllm.checkpoint import ROLES, Role
 from offline.allocation import Curves, solve_adaptive
 from offline.budget import Budget, Option, solve_paper, solve_stored
+from offline.joint import SHARED_PART
 from offline.plan import Plan
 from offline.statistics import SITES
 from offline.workdir import WorkDir
-
-SHARED_PART = "shared"
 
 
 def settle(plan: Plan, work: WorkDir) -> Budget:

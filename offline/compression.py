@@ -17,10 +17,10 @@ from offline.budget import Option
 from offline.errors import InputError
 from offline.factorization import DELTAS, column_factors, error_curve, svd_base, whitened_energy
 from offline.joint import JointFactors
-from offline.layerjob import SELECTIONS, LayerJob
+from offline.layerjob import LayerJob
 from offline.merging import MERGES, Merge, MergeOptions
 from offline.pruning import column_scores, select_columns
-from offline.statistics import Site, gradients
+from offline.statistics import SELECTIONS, Site, gradients
 
 Advance = Callable[[float], None]
 """Told which share of a step is done."""
@@ -152,7 +152,7 @@ def _factor_expert(job: LayerJob, expert: int, joint: JointFactors | None) -> di
     for site, roles in SELECTIONS.items():
         gram = job.shrunk_gram(expert, weights, site)
         for role in roles:
-            energy = whitened_energy(weights[role], gram)
+            energy = whitened_energy(weights[role].float(), gram)
             for option in job.plan.problem.options:
                 delta = job.delta(option, role, weights[role])
                 if joint and expert not in job.trimmed:

@@ -58,8 +58,12 @@ class Group:
 
 def _together(collective: Callable[[], Any]) -> None:
     """Raises PeerError where another process does not take part any more."""
+    import torch
+
     try:
         collective()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # the one type that gloo and nccl have for a closed connection
         raise PeerError(f"another process of this run has ended ({str(error).splitlines()[0][:200]})") from error
 

@@ -242,7 +242,6 @@ DELTAS: dict[str, Callable[[Tensor, Tensor | None, int], Factors]] = {
     "svd": svd_factors,
     "asvd": asvd_factors,
 }
-NEEDS_GRAM = frozenset({"whitened", "asvd"})
 
 
 def column_factors(delta: Tensor, gram: Tensor, rank: int, groups: int) -> Factors:

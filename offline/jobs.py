@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def compress(
     if is_first():
         _check_places(out, folder)
     group = join()
+    if chosen.type == "cuda":  # what is predicted for a process has to fit on its GPU
+        memory = min(memory or sys.maxsize, torch.cuda.mem_get_info(chosen)[0] * group.local_size)
     plan = make_plan(
         open_dense(source, revision), recipe, memory=memory, processes=group.local_size, allow_larger=allow_larger
     )
@@ -88,7 +91,7 @@ def compress(
         with Steps(total_work(plan), console) as steps:
             Run(plan, windows.tokens, work, steps, chosen).compress_layers()
             steps.label("writing the checkpoint")
-            disk = work.nbytes()
+            disk = work.nbytes() if group.first else 0
             budget = settle(plan, work)
             if group.first:
                 publish(plan, budget, windows, work, out)
@@ -114,7 +117,10 @@ def choose_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU; use --device cpu")
     if device == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            raise InputError(f"more processes than this machine's {count} GPUs; use --nproc-per-node {count}")
+        return torch.device("cuda", number)
     return torch.device(device)
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from d2moe_vllm.checkpoint import Role
 from offline.budget import Option
 from offline.factorization import input_moment, output_moment
-from offline.layerjob import SELECTIONS, LayerJob
+from offline.layerjob import LayerJob
 from offline.sharing import least, mean_u, merged_u, seed_experts, shared_v, unexplained
-from offline.statistics import SITES, Site
+from offline.statistics import SELECTIONS, SITES, Site
 
 SHARED_PART = "shared"
 
@@ -90,12 +90,15 @@ class JointFactors:
         return [expert for expert in range(self.job.experts) if expert not in self.job.trimmed]
 
     def _each(self, option: Option, role: Role, experts: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(expert, delta [out, in], second moment of its inputs, summed over tokens [in, in])."""
+        """(expert, delta [out, in], second moment of its inputs, the mean over its tokens [in, in])."""
         for expert in experts:
             weights = self.job.weights(expert)
             gram = self.job.shrunk_gram(expert, weights, SITES[role])
-            gram *= max(int(self.job.tokens[expert]), 1)  # each counts by what it is used
             yield expert, self.job.delta(option, role, weights[role]), gram
+
+    def _weight(self, expert: int, members: list[int]) -> int:
+        """Each expert counts in a sum by what it is used; one that never is has no say, unless none is."""
+        return int(self.job.tokens[expert]) if int(self.job.tokens[members].sum()) else 1
 
     def _own(self, experts: list[int]) -> list[int]:
         own = set(self.job.own)
@@ -106,8 +109,8 @@ class JointFactors:
         job = self.job
         size = job.plan.model.shape.projection(role)[1]
         gram, moment = (torch.zeros(size, size, dtype=torch.float64, device=job.routing.device) for _ in range(2))
-        for _, delta, own_gram in self._each(option, role, self._own(self._members)):
-            gram += own_gram
+        for expert, delta, own_gram in self._each(option, role, self._own(self._members)):
+            gram.add_(own_gram, alpha=self._weight(expert, self._members))
             moment += input_moment(delta, torch.float64)
         job.work.group.sum([gram, moment])
         v, projector = shared_v(gram, moment, job.plan.cap(job.number, role), len(self._members))
@@ -164,8 +167,8 @@ class JointFactors:
             return mean_u((d.double() @ common[role][1], int(job.tokens[e])) for e, d, _ in each).to(dtype), None
         rows = job.plan.model.shape.projection(role)[0]
         moment = torch.zeros(rows, rows, dtype=torch.float64, device=job.routing.device)
-        for _, delta, gram in self._each(option, role, self._own(members)):
-            moment += output_moment(delta, gram, torch.float64)
+        for expert, delta, gram in self._each(option, role, self._own(members)):
+            moment.add_(output_moment(delta, gram, torch.float64), alpha=self._weight(expert, members))
         job.work.group.sum([moment])
         u = merged_u(moment, job.plan.cap(job.number, role))
         squares = torch.zeros(u.shape[1], dtype=torch.float64, device=u.device)

@@ -16,9 +16,6 @@ from offline.plan import Plan
 from offline.statistics import Activation, Routing, Site, Weights, mean_gram
 from offline.workdir import WorkDir
 
-SELECTIONS: Mapping[Site, tuple[Role, ...]] = {"input": ("gate", "up"), "middle": ("down",)}
-"""Projections that share one selection of base columns, so that one gather feeds both (METHODS 1.2)."""
-
 
 @dataclass(frozen=True)
 class LayerJob:

@@ -7,7 +7,7 @@ arguments a layer is called with, or that inject hidden states before the head, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,13 @@ class LayerwiseModel:
         self._arguments.setdefault(shape, [recorder.arguments for recorder in self._recorders])
         return hidden
 
+    def prepare(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Makes run_layer ready for batches of these shapes (windows, tokens). It needs the embeddings, which are not
+        to be in memory together with a layer."""
+        for shape in set(shapes) - set(self._arguments):
+            self.embed(torch.zeros(shape, dtype=torch.int64))
+        self.release()
+
     def load_layer(self, number: int, experts: nn.Module | None) -> nn.Module:
         """One decoder layer in memory, its experts replaced by `experts`; None for a layer that has none."""
         layer = copy.deepcopy(self._blueprints[number])
@@ -181,10 +188,7 @@ class LayerwiseModel:
         """hidden [batch, seq, hidden] -> the layer's output, of the same shape."""
         shape = (int(hidden.shape[0]), int(hidden.shape[1]))
         if shape not in self._arguments:
-            loaded = self._ends is not None
             self.embed(torch.zeros(shape, dtype=torch.int64))
-            if not loaded:
-                self.release()
         output = layer(hidden, **self._arguments[shape][number])
         return output[0] if isinstance(output, tuple) else output
 

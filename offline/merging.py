@@ -269,5 +269,3 @@ MERGES: dict[str, type[Merge]] = {
     "regmean": RegMeanMerge,
     "ties": TiesMerge,
 }
-NEEDS_FISHER = frozenset(name for name, merge in MERGES.items() if merge.needs_fisher)
-NEEDS_GRAM = frozenset(name for name, merge in MERGES.items() if merge.needs_gram)

@@ -76,6 +76,7 @@ class Run:
 
     def compress_layers(self) -> None:
         """Run or resume: every MoE layer ends as parts in the working folder."""
+        self.streamed.prepare((batch.stop - batch.start, self.plan.windows[1]) for batch in self.batches)
         if self.plan.needs_gradient:
             self._backwards()
             if self.plan.follows:
@@ -329,19 +330,23 @@ class Run:
         budget = problem.solve(plan.budget.choices, plan.budget.ranks)
         config, assembly = budget.config, Assembly(plan, budget, self.work)
         names = [name for role in config.projections for name in config.projection_tensors(layer, role)]
-        experts = D2Experts(
-            shape.num_experts,
-            shape.hidden_size,
-            shape.intermediate_size,
-            config.layers[layer].model_dump(),
-            groups=config.pruning.groups,
-            projections=dict(config.projections.items()),
-            activation=self.activation,
-            scope="off",
-        )
+        with torch.device("meta"):
+            experts = D2Experts(
+                shape.num_experts,
+                shape.hidden_size,
+                shape.intermediate_size,
+                config.layers[layer].model_dump(),
+                groups=config.pruning.groups,
+                projections=dict(config.projections.items()),
+                activation=self.activation,
+                scope="off",
+            )
         prefix = config.experts_prefix(layer) + "."
-        state = {name.removeprefix(prefix): assembly.tensor(name).float() for name in names}
-        experts.load_state_dict(state, strict=True)
+        state = {}
+        for name in names:
+            tensor = assembly.tensor(name)
+            state[name.removeprefix(prefix)] = tensor.float() if tensor.is_floating_point() else tensor
+        experts.load_state_dict(state, strict=True, assign=True)
         return experts
 
     # Bookkeeping

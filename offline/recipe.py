@@ -115,6 +115,11 @@ class Recipe(_Section):
     def _compatible(self) -> Recipe:
         if self.allocation == "adaptive" and self.accounting == "paper":
             raise ValueError("allocation adaptive needs accounting stored")
+        if self.accounting == "paper" and (self.delta.trim or self.delta.joint):
+            raise ValueError(
+                "accounting paper counts a delta for every expert: delta.trim, share_v and distinct_u need "
+                "accounting stored"
+            )
         if self.base.kind == "auto" and self.allocation != "adaptive":
             raise ValueError("base.kind auto needs allocation adaptive")
         if self.delta.trim and self.base.kind == "none":

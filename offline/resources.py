@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from d2moe_vllm.checkpoint import ROLES
 from offline.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,62 +74,102 @@ def _too_small(plan: Plan, memory: int | None, available: int, needed: int) -> s
     )
 
 
-def _outside_and_inside(plan: Plan) -> tuple[int, int]:
-    """Parameters outside of the decoder layers, and the most that one layer has besides its routed experts."""
-    outside = 0
-    inside: dict[str, int] = {}
+def _outside_and_inside(plan: Plan) -> tuple[int, int, int]:
+    """Parameters outside of the decoder layers; the most that one layer has besides its routed experts; the widest of
+    these tensors' outputs. Layers that predict further tokens are stored after the decoder's, and never run."""
+    outside, widest = 0, 0
+    inside: dict[int, int] = {}
     for name, spec in plan.model.other_tensors.items():
-        if name.startswith("model.layers."):
-            layer = name.split(".")[2]
-            inside[layer] = inside.get(layer, 0) + spec.numel
-        else:
+        if not name.startswith("model.layers."):
             outside += spec.numel
-    return outside, max(inside.values(), default=0)
+        elif (layer := int(name.split(".")[2])) < plan.model.num_layers:
+            inside[layer] = inside.get(layer, 0) + spec.numel
+            widest = max(widest, spec.shape[0] if spec.shape else 0)
+    return outside, max(inside.values(), default=0), widest
+
+
+def _scores(plan: Plan) -> int:
+    """Bytes of attention scores while a layer runs: none where torch's fused attention works, all of them where
+    query heads are wider than value heads (multi-head latent attention)."""
+    config = plan.model.config
+    queries = int(config.get("qk_nope_head_dim") or 0) + int(config.get("qk_rope_head_dim") or 0)
+    if not queries or queries == config.get("v_head_dim"):
+        return 0
+    heads = int(config.get("num_attention_heads") or 0)
+    kept = 6 if plan.needs_gradient else 4  # scores, mask and softmax, and their gradients
+    return FLOAT32 * heads * plan.windows[1] * plan.resources.batch_tokens * kept
+
+
+MERGING = {"fisher": 9, "frequency": 6, "ties": 19}
+"""float32 matrices that a merge holds for the three projections; the others hold three."""
 
 
 def phases(plan: Plan) -> dict[str, int]:
     """Bytes resident on one process at the worst moment of each phase of a run."""
-    shape, resources, recipe = plan.model.shape, plan.resources, plan.recipe
-    hidden, middle = shape.hidden_size, shape.intermediate_size
-    matrix = hidden * middle
-    width = plan.torch_dtype.itemsize
-    outside, inside = _outside_and_inside(plan)
-    vocabulary = int(plan.model.config.get("vocab_size", 0))
-    length, batch, rows = plan.windows[1], resources.batch_tokens, resources.rows
-    backwards = plan.needs_gradient
-    # A decoder layer's own tensors: normed, projected and attended states, and their gradients.
-    states = FLOAT32 * batch * hidden * (20 if backwards else 12)
-    # Autograd keeps three tensors of an expert's width per routed token; then the mix, and one expert at work.
-    kept = shape.experts_per_token * (3 * middle + 2 * hidden) if backwards else 0
-    routed = FLOAT32 * batch * (kept + 4 * middle + 3 * hidden)
-    expert = 3 * matrix * width
-    held = shape.num_experts * expert if resources.hold_layer else matrix * width
-    result = {
-        "embeddings": FLOAT32 * (outside + 2 * batch * hidden),
-        "layer": FLOAT32 * inside + held + FLOAT32 * matrix + states + routed,
-    }
+    recipe, backwards = plan.recipe, plan.needs_gradient
+    hidden, vocabulary = plan.model.shape.hidden_size, int(plan.model.config.get("vocab_size", 0))
+    outside, _, _ = _outside_and_inside(plan)
+    length = plan.windows[1]
+    result = {"embeddings": FLOAT32 * (outside + 2 * plan.resources.batch_tokens * hidden), **_running(plan)}
     if backwards:
         result["head"] = FLOAT32 * (outside + 4 * length * vocabulary + 8 * length * hidden)
     if recipe.base.kind != "none" or backwards:
-        fisher = 3 * FLOAT32 * matrix if backwards else 0
-        # Three accumulators per projection, and what adding one expert takes.
-        merging = FLOAT32 * matrix * (9 + 3) if recipe.base.kind != "none" else 0
-        gram = FLOAT64 * 2 * middle**2 if recipe.base.merge == "regmean" else 0
-        result["merge"] = expert + 2 * FLOAT32 * matrix + fisher + merging + gram + _rows(rows, hidden, middle)
-    small, large = min(hidden, middle), max(hidden, middle)
-    gram = FLOAT32 * middle**2 + max(FLOAT32 * middle**2 if hidden > middle else 0, FLOAT32 * hidden**2)
-    eigen = FLOAT64 * 4 * small**2
-    cap = max(plan.caps.values())
-    factors = (FLOAT64 + FLOAT32 + width) * cap * (hidden + middle) + FLOAT64 * cap * middle
-    products = FLOAT64 * (2 * matrix + large * 1024)
-    result["factor"] = expert + 3 * FLOAT32 * matrix + gram + eigen + factors + products + _rows(rows, hidden, middle)
-    if recipe.delta.joint:
-        result["factor"] += FLOAT64 * 5 * large**2
+        result["merge"] = _merge_bytes(plan)
+    result["factor"] = _factor_bytes(plan)
     return {name: PROCESS_BYTES + size for name, size in result.items()}
 
 
-def _rows(rows: int, hidden: int, middle: int) -> int:
-    return FLOAT32 * rows * (10 * middle + 4 * hidden)
+def _running(plan: Plan) -> dict[str, int]:
+    """A layer while a batch of windows runs through it: as it was, and as it is compressed where that is needed."""
+    shape, batch, backwards = plan.model.shape, plan.resources.batch_tokens, plan.needs_gradient
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix, width = hidden * middle, plan.torch_dtype.itemsize
+    _, inside, widest = _outside_and_inside(plan)
+    # A decoder layer's own tensors: normed, projected and attended states, and their gradients.
+    states = FLOAT32 * batch * (hidden * (20 if backwards else 12) + 3 * widest) + _scores(plan)
+    # Autograd keeps three tensors of an expert's width per routed token; then the mix, and one expert at work.
+    kept = shape.experts_per_token * (3 * middle + 2 * hidden) if backwards else 0
+    routed = FLOAT32 * batch * (kept + 4 * middle + 3 * hidden)
+    held = (3 * shape.num_experts if plan.resources.hold_layer else 1) * matrix * width
+    result = {"layer": FLOAT32 * (inside + matrix) + held + states + routed}
+    if plan.follows:
+        first = shape.layers[0]
+        stored = sum(s.numel for role in ROLES for s in plan.config.projection_tensors(first, role).values())
+        result["compressed layer"] = FLOAT32 * (inside + stored) + states + routed
+    return result
+
+
+def _merge_bytes(plan: Plan) -> int:
+    """One expert's weights and Fisher information, the merge's accumulators, and what adding one expert takes."""
+    shape, base = plan.model.shape, plan.recipe.base
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix = hidden * middle
+    fisher = 3 * FLOAT32 * matrix if plan.needs_gradient else 0
+    merging = FLOAT32 * matrix * (MERGING.get(base.merge, 3) + 3) if base.kind != "none" else 0
+    if base.merge == "regmean":  # sums in float64, a Gram matrix, and the solution of the largest
+        large = max(hidden, middle)
+        merging += FLOAT64 * (2 * hidden**2 + middle**2 + large**2 + 4 * matrix) + FLOAT32 * large**2
+    return 3 * matrix * plan.torch_dtype.itemsize + 2 * FLOAT32 * matrix + fisher + merging + _rows(plan)
+
+
+def _factor_bytes(plan: Plan) -> int:
+    """One expert's weights, a delta and its base, one site's Gram matrix, an eigenproblem, factors, their error."""
+    shape, width = plan.model.shape, plan.torch_dtype.itemsize
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix, large = hidden * middle, max(hidden, middle)
+    grams = FLOAT32 * (middle**2 + max(middle**2 if hidden > middle else 0, hidden**2))
+    eigen = FLOAT64 * 4 * min(hidden, middle) ** 2
+    cap = max(plan.caps.values())
+    factors = (FLOAT64 + FLOAT32 + width) * cap * (hidden + middle) + FLOAT64 * cap * middle
+    products = FLOAT64 * (2 * matrix + large * 1024)
+    joint = FLOAT64 * 5 * large**2 if plan.recipe.delta.joint else 0
+    return 3 * matrix * (width + FLOAT32) + grams + eigen + factors + products + joint + _rows(plan)
+
+
+def _rows(plan: Plan) -> int:
+    """Some of one expert's rows on their way through it."""
+    shape = plan.model.shape
+    return FLOAT32 * plan.resources.rows * (10 * shape.intermediate_size + 4 * shape.hidden_size)
 
 
 def peak_memory(plan: Plan) -> int:
@@ -168,7 +209,7 @@ def layer_work(plan: Plan) -> Work:
     hidden, middle = shape.hidden_size, shape.intermediate_size
     matrix = hidden * middle
     rows = plan.tokens * shape.experts_per_token
-    _, inside = _outside_and_inside(plan)
+    _, inside, _ = _outside_and_inside(plan)
     attention = 2 * plan.tokens * (inside + 2 * plan.windows[1] * hidden)
     forward = 2 * rows * 3 * matrix + attention
     record = forward * (3 if plan.needs_gradient else 1)

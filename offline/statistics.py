@@ -23,6 +23,8 @@ from offline.families import MoEShape
 Site = Literal["input", "middle"]
 """Where a projection reads: gate and up from the layer's input, down from the expert's activations."""
 SITES: Mapping[Role, Site] = {"gate": "input", "up": "input", "down": "middle"}
+SELECTIONS: Mapping[Site, tuple[Role, ...]] = {"input": ("gate", "up"), "middle": ("down",)}
+"""Projections that share one selection of base columns, so that one gather feeds both (METHODS 1.2)."""
 
 Weights = Mapping[Role, Tensor]
 """One expert's projections, [out, in] each, in their stored dtype."""

@@ -126,7 +126,7 @@ class WorkDir:
             for file in self.path.glob(pattern):
                 file.unlink()
         for folder in (*self.path.glob("layers/*"), self.path / "layers"):
-            if folder.is_dir():
+            with contextlib.suppress(OSError):  # not there, or somebody put a file of theirs into it
                 folder.rmdir()
 
     def nbytes(self) -> int:
