@@ -31,3 +31,16 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["path"] == str(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Path:
+    """The same with uniform ranks and a pruned base in every layer: what the default recipe may do without."""
+    from compression import COMPRESS, TINY, d2moe_here
+
+    folder = tmp_path_factory.mktemp("pruned")
+    (folder / "recipe.yaml").write_text("allocation: uniform\n")
+    recipe = ("--recipe", folder / "recipe.yaml", "--calibration", texts[0])
+    done = d2moe_here("compress", TINY, folder / "tiny", *COMPRESS, *recipe)
+    assert done.returncode == 0, done.stderr
+    return folder / "tiny"

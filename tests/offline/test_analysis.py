@@ -136,9 +136,9 @@ def test_analyses_of_the_reconstruction(compressed: Path, analysed: dict, role: 
     rank = tensors[f"{prefix}.delta_u"].shape[1]
     full = next(n for n, share in enumerate(analysed["shares_of_rank"]) if share * 128 >= rank * 100)
     assert found["energy"]["deltas"][full] == pytest.approx(1, abs=1e-5)
-    statistics = json.loads((compressed / "d2moe_stats.json").read_text())["layers"]["2"]["relative_error"][role]
+    statistics = json.loads((compressed / "d2moe_stats.json").read_text())["layers"]["2"]["sensitivity"][role]
     sensitivity = analysed["layers"]["2"]["sensitivity"]
-    assert (sensitivity["from"], analysed["experts_from"]) == ("relative_error", "reconstruction")
+    assert (sensitivity["from"], analysed["experts_from"]) == ("sensitivity", "reconstruction")
     assert sensitivity[role] == pytest.approx(sum(statistics) / 8)
 
 

@@ -10,24 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from compression import COMPRESS, TINY, d2moe, d2moe_here
+from compression import d2moe, d2moe_here
 from safetensors.torch import load_file, save_file
 
 EXPERT = "model.layers.2.block_sparse_moe.experts.5.w2.delta_u"
 ATTENTION = "model.layers.1.self_attn.k_proj.weight"
 COLUMNS = "model.layers.0.block_sparse_moe.experts.0.w3.base_columns"
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Path:
-    """The bundled model with a pruned base in every layer, so that there are columns to damage."""
-    folder = tmp_path_factory.mktemp("pruned")
-    (folder / "recipe.yaml").write_text("allocation: uniform\n")
-    recipe = ("--recipe", folder / "recipe.yaml", "--calibration", texts[0])
-    done = d2moe_here("compress", TINY, folder / "tiny", *COMPRESS, *recipe)
-    assert done.returncode == 0, done.stderr
-    return folder / "tiny"
 
 
 @pytest.fixture

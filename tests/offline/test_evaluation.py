@@ -49,18 +49,16 @@ def test_dense(short: Path) -> None:
 
 
 @pytest.mark.parametrize("scope", ["off", "token"])
-def test_compressed(compressed: Path, short: Path, scope: str) -> None:
-    result = evaluate(compressed, short, "--scope", scope)
-    assert result["perplexity"] == pytest.approx(by_transformers(compressed, short, scope), rel=1e-4)
+def test_compressed(pruned: Path, short: Path, scope: str) -> None:
+    result = evaluate(pruned, short, "--scope", scope)
+    assert result["perplexity"] == pytest.approx(by_transformers(pruned, short, scope), rel=1e-4)
     assert result["scope"] == scope
 
 
-def test_scopes_differ_and_the_checkpoints_own_is_the_default(compressed: Path, short: Path) -> None:
-    by_scope = {
-        scope: evaluate(compressed, short, "--scope", scope)["perplexity"] for scope in ("off", "token", "batch")
-    }
+def test_scopes_differ_and_the_checkpoints_own_is_the_default(pruned: Path, short: Path) -> None:
+    by_scope = {scope: evaluate(pruned, short, "--scope", scope)["perplexity"] for scope in ("off", "token", "batch")}
     assert len(set(by_scope.values())) == 3
-    assert evaluate(compressed, short)["perplexity"] == by_scope["off"]
+    assert evaluate(pruned, short)["perplexity"] == by_scope["off"]
 
 
 def test_jsonl_and_bad_texts(tmp_path: Path, short: Path) -> None:
