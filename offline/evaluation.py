@@ -15,15 +15,14 @@ from transformers.activations import ACT2FN
 
 from d2moe_vllm.checkfiles import check_checkpoint
 from d2moe_vllm.checkpoint import CheckpointConfig, Scope
-from d2moe_vllm.hf.experts import D2Experts
 from offline.activations import Rows
 from offline.calibration import all_windows, read_text, tokenize
 from offline.errors import InputError
+from offline.experts import compressed_experts
 from offline.families import FAMILIES, Family, read_shape
 from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
 from offline.pipeline import batches
 from offline.progress import Steps
-from offline.shards import Reader
 from offline.source import open_dense, read_model_config, resolve_folder
 from offline.statistics import DenseExperts
 from offline.stored import SourceReader, find_experts
@@ -104,7 +103,7 @@ def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
 
         def compressed(layer: int) -> nn.Module | None:
             if layer in config.layers:
-                return _compressed_experts(config, reader, layer, activation, scope)
+                return compressed_experts(config, layer, reader.finite, activation, scope)
             return DenseExperts(shape, kept.held(layer, cpu), activation) if kept and layer in left else None
 
         return Evaluated(folder, layerwise, compressed, config.hidden_size, scope)
@@ -127,25 +126,6 @@ def _family(config: CheckpointConfig) -> Family:
     if config.family not in FAMILIES:
         raise InputError(f"family {config.family!r} is not supported; this d2moe-vllm is older than the checkpoint")
     return FAMILIES[config.family]
-
-
-def _compressed_experts(
-    config: CheckpointConfig, reader: Reader, layer: int, activation: Callable[[Tensor], Tensor], scope: Scope
-) -> D2Experts:
-    experts = D2Experts(
-        config.num_experts,
-        config.hidden_size,
-        config.intermediate_size,
-        config.layers[layer].model_dump(),
-        groups=config.pruning.groups,
-        projections=dict(config.projections.items()),
-        activation=activation,
-        scope=scope,
-    )
-    prefix = config.experts_prefix(layer) + "."
-    names = [name for role in config.projections for name in config.projection_tensors(layer, role)]
-    experts.load_state_dict({name.removeprefix(prefix): reader.finite(name) for name in names}, strict=True)
-    return experts
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from d2moe_vllm.hf.experts import D2Experts
 from offline.activations import Rows
 from offline.assembly import Assembly, trimmed_experts
 from offline.compression import build_bases, factor_experts, merge_experts
+from offline.experts import compressed_experts
 from offline.layerjob import LayerJob
 from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
 from offline.plan import Plan
@@ -324,30 +325,12 @@ class Run:
 
     def _compressed_experts(self, layer: int) -> D2Experts:
         """The layer as the plan's own budget makes it: final where ranks do not wait for all layers' errors."""
-        plan, shape = self.plan, self.plan.model.shape
+        plan = self.plan
         # Which experts are trimmed is known by now.
         problem = replace(plan.problem, trimmed={**plan.problem.trimmed, layer: trimmed_experts(self.work, layer)})
         budget = problem.solve(plan.budget.choices, plan.budget.ranks)
         config, assembly = budget.config, Assembly(plan, budget, self.work)
-        names = [name for role in config.projections for name in config.projection_tensors(layer, role)]
-        with torch.device("meta"):
-            experts = D2Experts(
-                shape.num_experts,
-                shape.hidden_size,
-                shape.intermediate_size,
-                config.layers[layer].model_dump(),
-                groups=config.pruning.groups,
-                projections=dict(config.projections.items()),
-                activation=self.activation,
-                scope="off",
-            )
-        prefix = config.experts_prefix(layer) + "."
-        state = {}
-        for name in names:
-            tensor = assembly.tensor(name)
-            state[name.removeprefix(prefix)] = tensor.float() if tensor.is_floating_point() else tensor
-        experts.load_state_dict(state, strict=True, assign=True)
-        return experts
+        return compressed_experts(config, layer, assembly.tensor, self.activation, "off")
 
     # Bookkeeping
 
