@@ -92,23 +92,13 @@ class D2MoEConfig(QuantizationConfig):
 
         # The first layer to ask is the embedding, before its weights are allocated.
         self._check_once()
-        scope = self._scope = self._scope or self._chosen_scope(compat.additional_config())
+        scope = self._scope = self._scope or chosen_scope(self.config, compat.additional_config())
         if isinstance(layer, compat.RoutedExperts):
             number = compat.extract_layer_index(prefix)
             if number in self.config.layers:
                 return D2MoEMethod(layer.moe_config, self.config, number, scope)
             return None
         return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
-
-    def _chosen_scope(self, additional_config: dict[str, Any]) -> Scope:
-        """The checkpoint's scope unless `--additional-config` says otherwise. Raises ValueError, in one line."""
-        overrides = additional_config.get("d2moe", {})
-        if not isinstance(overrides, dict) or set(overrides) - {"scope"}:
-            raise ValueError(f"--additional-config: d2moe knows only scope, as in {SCOPE_HINT}; found {overrides!r}")
-        scope = overrides.get("scope", self.config.pruning.scope)
-        if scope not in get_args(Scope):
-            raise ValueError(f"--additional-config: d2moe scope {scope!r} is none of {', '.join(get_args(Scope))}")
-        return scope
 
     def _check_once(self) -> None:
         if self._checked:
@@ -121,6 +111,17 @@ class D2MoEConfig(QuantizationConfig):
             folder = Path(model) if Path(model).is_dir() else _download(model, revision, download_dir)
             check_checkpoint(folder, self.config)
         self._checked = True
+
+
+def chosen_scope(config: CheckpointConfig, additional_config: dict[str, Any]) -> Scope:
+    """The checkpoint's scope unless `--additional-config` says otherwise. Raises ValueError, in one line."""
+    overrides = additional_config.get("d2moe", {})
+    if not isinstance(overrides, dict) or set(overrides) - {"scope"}:
+        raise ValueError(f"--additional-config: d2moe knows only scope, as in {SCOPE_HINT}; found {overrides!r}")
+    scope = overrides.get("scope", config.pruning.scope)
+    if scope not in get_args(Scope):
+        raise ValueError(f"--additional-config: d2moe scope {scope!r} is none of {', '.join(get_args(Scope))}")
+    return scope
 
 
 def _download(model: str, revision: str | None, download_dir: str | None) -> Path:
