@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ def main() -> None:
             }
         )
     Path(job["output"]).write_text(json.dumps(results))
+    # vLLM takes seconds to shut down in good order, and the caller ends the whole group anyway.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
