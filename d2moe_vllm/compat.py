@@ -8,15 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.logger import init_logger
+from vllm.logger import init_logger as vllm_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 __all__ = [
     "FusedMoEConfig",
@@ -25,6 +27,8 @@ __all__ = [
     "RoutedExperts",
     "UnquantizedLinearMethod",
     "additional_config",
+    "batch_invariant",
+    "data_parallel_on_cpu",
     "extract_layer_index",
     "init_logger",
     "load_format",
@@ -32,12 +36,18 @@ __all__ = [
     "lora_on_every_layer",
     "model_source",
     "padding_mask",
+    "prefix_caching",
     "set_weight_attrs",
     "tokens_from_other_ranks",
 ]
 
 BYPASSING_LOAD_FORMATS = ("ipc_cache", "modelexpress", "runai_streamer_sharded", "sharded_state", "tensorizer")
 """Load formats that write parameters without asking their weight_loader, so that nothing can be checked."""
+
+
+def init_logger(name: str) -> Any:
+    """A logger that writes into vLLM's log: one of another name would have no handler, and its lines be lost."""
+    return vllm_logger(f"vllm.{name}")
 
 
 def load_format() -> str:
@@ -49,6 +59,21 @@ def additional_config() -> dict[str, Any]:
     """`--additional-config`, where it is a dict."""
     content = get_current_vllm_config().additional_config
     return content if isinstance(content, dict) else {}
+
+
+def batch_invariant() -> bool:
+    """Whether the user wants results that do not depend on what else is in a batch (VLLM_BATCH_INVARIANT=1)."""
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
+def prefix_caching() -> bool:
+    """Whether requests may reuse what others computed of a common prefix."""
+    return bool(get_current_vllm_config().cache_config.enable_prefix_caching)
+
+
+def data_parallel_on_cpu() -> bool:
+    """`--data-parallel-size` on vLLM's CPU backend, which starts with it and then fails every request."""
+    return current_platform.is_cpu() and get_current_vllm_config().parallel_config.data_parallel_size > 1
 
 
 def lora_on_every_layer() -> bool:
