@@ -33,7 +33,7 @@ __all__ = [
     "init_logger",
     "load_format",
     "local_expert",
-    "lora_on_every_layer",
+    "lora_on_experts",
     "model_source",
     "padding_mask",
     "prefix_caching",
@@ -76,10 +76,12 @@ def data_parallel_on_cpu() -> bool:
     return current_platform.is_cpu() and get_current_vllm_config().parallel_config.data_parallel_size > 1
 
 
-def lora_on_every_layer() -> bool:
-    """Whether `--enable-lora` came without `--lora-target-modules`: vLLM then wraps the MoE layers as well."""
+def lora_on_experts() -> bool:
+    """Whether adapters may reach the experts: `--enable-lora` without `--lora-target-modules` wraps every layer."""
     lora = get_current_vllm_config().lora_config
-    return lora is not None and not lora.target_modules
+    if lora is None:
+        return False
+    return not lora.target_modules or any(name.split(".")[-1] == "experts" for name in lora.target_modules)
 
 
 def model_source() -> tuple[str, str | None, str | None, bool]:

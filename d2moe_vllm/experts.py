@@ -18,7 +18,7 @@ from d2moe_vllm.compat import (
     init_logger,
     load_format,
     local_expert,
-    lora_on_every_layer,
+    lora_on_experts,
     padding_mask,
     set_weight_attrs,
     tokens_from_other_ranks,
@@ -128,8 +128,10 @@ def _refuse_unsupported(
 ) -> None:
     if load_format in BYPASSING_LOAD_FORMATS:
         raise ValueError(f"--load-format {load_format} does not work with d2moe checkpoints; leave it out")
-    if lora_on_every_layer():
-        raise ValueError("d2moe experts take no LoRA; name other layers: --lora-target-modules qkv_proj o_proj")
+    if lora_on_experts():
+        raise ValueError(
+            "d2moe experts take no LoRA; name other layers: --lora-target-modules q_proj k_proj v_proj o_proj"
+        )
     sizes = (config.num_experts, config.hidden_size, config.intermediate_size)
     model_sizes = (moe.num_experts, moe.hidden_dim, moe.intermediate_size)
     if sizes != model_sizes:

@@ -133,16 +133,18 @@ def test_layers_that_stay_dense_and_projections_without_base_or_deltas(folder: P
 
 
 @pytest.mark.slow
-def test_bfloat16_deviates_from_float32_no_more_than_stock_vllm(folder: Path) -> None:
-    write_checkpoint(folder / "bf16", Synthetic())
-    write_dense(folder / "bf16", folder / "bf16-dense", torch.float32)
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_half_precision_deviates_from_float32_no_more_than_stock_vllm(folder: Path, half: str) -> None:
+    run = folder / half
+    write_checkpoint(run / "checkpoint", Synthetic())
+    write_dense(run / "checkpoint", run / "dense", torch.float32)
     deviation = {}
-    for name, model in (("ours", folder / "bf16"), ("stock", folder / "bf16-dense")):
+    for name, model in (("ours", run / "checkpoint"), ("stock", run / "dense")):
         scores = [
             torch.tensor(
-                [p for r in generate(folder / f"{name}-{dtype}", model, dtype=dtype) for p in r["prompt_logprobs"]]
+                [p for r in generate(run / f"{name}-{dtype}", model, dtype=dtype) for p in r["prompt_logprobs"]]
             )
-            for dtype in ("float32", "bfloat16")
+            for dtype in ("float32", half)
         ]
         deviation[name] = float((scores[1] - scores[0]).square().mean().sqrt())
     print(deviation)

@@ -280,7 +280,10 @@ def test_what_a_layer_wants_and_we_cannot_do(config: CheckpointConfig, vllm_conf
     with pytest.raises(CheckpointError, match="tensor-parallel size 3"):
         create(D2MoEMethod(moe(moe_parallel_config=parallel(tp_size=3)), config, 1, "off"), routed_experts())
     vllm_config.lora_config = SimpleNamespace(target_modules=None)  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="--lora-target-modules qkv_proj o_proj"):
+    with pytest.raises(ValueError, match="--lora-target-modules q_proj k_proj v_proj o_proj"):
+        D2MoEMethod(moe(), config, 1, "off")
+    vllm_config.lora_config = SimpleNamespace(target_modules=["q_proj", "experts"])  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="experts take no LoRA"):
         D2MoEMethod(moe(), config, 1, "off")
     vllm_config.lora_config = SimpleNamespace(target_modules=["o_proj"])  # type: ignore[assignment]
     D2MoEMethod(moe(), config, 1, "off")
