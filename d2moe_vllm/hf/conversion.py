@@ -70,6 +70,7 @@ def _replace_experts(
         activation=activation,
         scope=settings["pruning"].get("scope", "off"),
     )
+    experts.in_place = True
     parent.get_submodule(path).register_module(name, experts)
 
 
