@@ -79,8 +79,9 @@ def check_files(folder: str, settings: Mapping[str, Any]) -> None:
     for file, size in sizes.items():
         if os.path.getsize(os.path.join(folder, file)) != size:
             raise ValueError(f"{folder}: weight file {file} is truncated or replaced; copy it again")
-    for number in settings["layers"]:
-        _check_indices(folder, settings, str(number), paths)
+    with torch.device("cpu"):  # transformers makes models under meta
+        for number in settings["layers"]:
+            _check_indices(folder, settings, str(number), paths)
 
 
 def _check_indices(folder: str, settings: Mapping[str, Any], number: str, paths: Mapping[str, str]) -> None:
