@@ -23,12 +23,12 @@ from families import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from d2moe_vllm.checkfiles import check_checkpoint
 from d2moe_vllm.checkpoint import ROLES
-from d2moe_vllm.hf import MODEL_CLASSES, register_configs
+from d2moe_vllm.families import MODEL_CLASSES
 from offline.evaluation import open_evaluated
 from offline.families import FAMILIES
 from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
@@ -163,20 +163,6 @@ def test_compressed_without_loss_it_is_the_same_model(
     assert_close(logits(folder), expected)
 
 
-def test_the_plugins_configuration_of_deepseek_does_not_hide_the_checkpoints_class(
-    released: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """In a process where the plugin was loaded before."""
-    folder = write_exact(tmp_path / "exact", released("deepseek"))
-    register_configs()
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    finally:
-        del CONFIG_MAPPING._extra_content["deepseek"]
-    assert type(loaded).__name__ == "D2DeepseekForCausalLM"
-    assert loaded.config.first_k_dense_replace == 1
-
-
 @torch.no_grad()
 def test_layers_that_predict_further_tokens_ride_along(released: Callable[[str], Path], tmp_path: Path) -> None:
     """DeepSeek-V3's MTP layer comes after the last decoder layer and has experts of its own."""
@@ -191,8 +177,9 @@ def test_layers_that_predict_further_tokens_ride_along(released: Callable[[str],
     check_checkpoint(exact)
     for name, tensor in extra.items():
         assert torch.equal(SourceReader(exact).tensor(name), tensor)
-    loaded = AutoModelForCausalLM.from_pretrained(exact, trust_remote_code=True, dtype=torch.float32)
-    assert_close(loaded(TOKENS).logits, logits(model.folder))
+    for trust_remote_code in (True, False):  # the checkpoint's modeling file, and the quantizer
+        loaded = AutoModelForCausalLM.from_pretrained(exact, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        assert_close(loaded(TOKENS).logits, logits(model.folder))
 
 
 def test_the_modeling_file_imports_the_family_that_is_asked_for_only() -> None:
