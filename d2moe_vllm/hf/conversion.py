@@ -45,6 +45,7 @@ def convert(model: Any, settings: Mapping[str, Any]) -> None:
         model._keys_to_ignore_on_load_unexpected.add(rf"model\.layers\.{number}\.")
     model._keep_in_fp32_modules_strict.add("base_norms")
     model.base_model.register_forward_pre_hook(_note_padding, with_kwargs=True)
+    model._d2moe_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if not isinstance(model, D2Mixin):
         model.__class__ = d2_class(model.__class__)
 
@@ -88,6 +89,14 @@ def refuse_incomplete(model: Any) -> None:
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if keys := getattr(info, problem):
             raise ValueError(f"{model.config._name_or_path}: {problem} {sorted(keys)[:3]}; load it as a causal LM")
+    # With a quantizer transformers puts up with other shapes.
+    expected = model.__dict__.pop("_d2moe_shapes")
+    for name, tensor in model.state_dict().items():
+        if tensor.shape != expected[name]:
+            raise ValueError(
+                f"{model.config._name_or_path}: {name} is {tuple(tensor.shape)}, but config.json makes it "
+                f"{tuple(expected[name])}; restore the original config.json"
+            )
 
 
 def _note_padding(model: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:

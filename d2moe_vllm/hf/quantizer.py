@@ -42,8 +42,12 @@ class D2MoEQuantizer(HfQuantizer):
         if checkpoint_files:
             check_files(str(_with_manifest(Path(checkpoint_files[0]).parent)), settings)
         convert(model, settings)
+        # From here on it is a model like any other. Of one that is called quantized, transformers would leave tensors
+        # in the files' dtype where it renames them.
+        self.pre_quantized = False
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.pre_quantized = True
         refuse_incomplete(model)
         return model
 

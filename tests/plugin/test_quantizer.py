@@ -187,6 +187,32 @@ def test_a_transformers_that_does_not_report_is_refused(
         AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16], ids=["stored", "float32", "float16"])
+@torch.no_grad()
+def test_dtypes(family: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
+    """Of a bfloat16 checkpoint, by both ways in: what transformers makes of the dense one's tensors."""
+    source = write_family(tmp_path / "dense", family)
+    folder = write_exact(tmp_path / "exact", source)
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).state_dict()
+    traveller = get_class_from_dynamic_module(auto_map(family)["AutoModelForCausalLM"], folder)
+    for loader in (AutoModelForCausalLM, traveller):
+        model = loader.from_pretrained(folder, dtype=dtype)
+        for name, tensor in model.state_dict().items():
+            wanted = expected[name].dtype if name in expected else dtype or torch.bfloat16
+            assert (name, tensor.dtype) == (name, wanted)
+        assert model(TOKENS).logits.isfinite().all()
+
+
+def test_a_config_of_another_shape_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers itself does not look at shapes once there is a quantizer."""
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    config = json.loads((folder / "config.json").read_text()) | {"num_local_experts": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"mlp.gate.weight is \(8, 128\), but config.json makes it \(16, 128\)"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_a_layer_without_experts_is_refused(tmp_path: Path) -> None:
     """config.json says that layer 1 is dense, its quantization_config that it is compressed."""
     folder = write_exact(tmp_path / "exact", write_family(tmp_path / "dense", "qwen3_moe"))

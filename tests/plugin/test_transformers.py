@@ -77,9 +77,10 @@ def test_the_modeling_file_stands_alone(checkpoint: Path) -> None:
     assert warnings == []
 
 
+@pytest.mark.parametrize("trust_remote_code", [True, False], ids=["modeling file", "quantizer"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_norms_and_columns_keep_their_types(checkpoint: Path, dtype: torch.dtype) -> None:
-    model = D2MixtralForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+def test_norms_and_columns_keep_their_types(checkpoint: Path, dtype: torch.dtype, trust_remote_code: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
     stored = load_file(checkpoint / "model-00002-of-00002.safetensors")
     for _ in range(2):
         gate = model.model.layers[0].mlp.experts.projection(0, "gate")
