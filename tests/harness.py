@@ -30,8 +30,8 @@ class Results:
     loglikelihoods: dict[str, list[list[float]]]
 
 
-def write_documents(folder: Path, text: Path) -> list[str]:
-    """Writes the tasks' documents into a folder; returns the paragraphs of d2moe_text.
+def write_documents(folder: Path, text: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Writes the tasks' documents into a folder; returns the paragraphs of d2moe_text, and d2moe_continue's records.
 
     Paragraphs are of 30 to 60 words, so that nothing has to cut them into windows of MAX_LENGTH tokens.
     """
@@ -47,7 +47,7 @@ def write_documents(folder: Path, text: Path) -> list[str]:
         questions.append({"beginning": " ".join(paragraph.split()[:15]), "choices": choices, "answer": answer})
     _write(folder / "text.jsonl", [{"paragraph": paragraph} for paragraph in paragraphs])
     _write(folder / "continue.jsonl", questions)
-    return paragraphs
+    return paragraphs, questions
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
