@@ -55,15 +55,15 @@ def _write(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def lm_eval(
-    folder: Path, model: str, *, command: tuple[str, ...] = PLAIN, **model_args: Any
+    folder: Path, kind: str, /, *, command: tuple[str, ...] = PLAIN, **model_args: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Runs both tasks on the documents in a folder; what comes of it, `read` reads."""
+    """Runs both tasks on the documents in a folder, by a kind of model that lm-eval has; `read` reads the results."""
     arguments = ",".join(f"{key}={value}" for key, value in {"max_length": MAX_LENGTH, **model_args}.items())
-    device = ["--device", "cpu"] if model == "hf" else []
+    device = ["--device", "cpu"] if kind == "hf" else []
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
     return subprocess.run(
         [
-            sys.executable, *command, "run", "--model", model, "--model_args", arguments, "--batch_size", "4",
+            sys.executable, *command, "run", "--model", kind, "--model_args", arguments, "--batch_size", "4",
             "--tasks", "d2moe_text,d2moe_continue", "--include_path", str(TASKS),
             "--output_path", str(folder / "out"), "--log_samples", *device,
         ],
