@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from d2moe_vllm.checkfiles import check_checkpoint
 from d2moe_vllm.checkpoint import ROLES
-from d2moe_vllm.families import MODEL_CLASSES
+from d2moe_vllm.families import MODEL_CLASSES, auto_map
 from offline.evaluation import open_evaluated
 from offline.families import FAMILIES
 from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
@@ -156,7 +157,9 @@ def test_compressed_without_loss_it_is_the_same_model(
     folder = write_exact(tmp_path / "exact", source, dense)
     check_checkpoint(folder)
     expected = stock_model(stock_config(family))(TOKENS).logits
-    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    # By its class and not by AutoModel, which prefers what d2moe_vllm.hf registers for DeepSeek v1 and Kimi-K2.
+    own = get_class_from_dynamic_module(auto_map(family)["AutoModelForCausalLM"], folder)
+    loaded = own.from_pretrained(folder, dtype=torch.float32)
     assert type(loaded).__module__.startswith("transformers_modules")
     assert loaded.config.model_type == family
     assert_close(loaded(TOKENS).logits, expected)
