@@ -179,7 +179,7 @@ def test_a_checkpoint_swapped_for_a_damaged_one_is_refused_at_the_restart(pruned
         shutil.copytree(pruned, model)
         name = cut_short(model)
         assert client.completions.create(**GOOD).choices[0].text == before
-    refused(model, tmp_path, "cut", name, "truncated or replaced")
+    refused(model, tmp_path, "cut", name, "damaged or truncated")
     shutil.rmtree(model)
     shutil.copytree(pruned, model)
     refused(model, tmp_path, "lost", without_a_tensor(model), "1 tensors missing")
