@@ -1,4 +1,4 @@
-"""Many clients at once for more than two minutes: no error, no growth of memory, and everyone gets what they would get alone."""
+"""Many clients at once for minutes: no error, no growth of memory, and everyone gets what they would get alone."""
 
 from __future__ import annotations
 
