@@ -37,6 +37,9 @@ ALLOWED_IMPORTS = {
     ),
     # Registered for every model that is served: it must not import compat.py, which imports the MoE layers.
     "quantization.py": ("vllm.model_executor.layers.quantization.base_config",),
+    # The endpoint tells vLLM's version, and names the engine's class for type checkers.
+    "observability/info.py": ("vllm",),
+    "observability/endpoint.py": ("vllm.engine.protocol",),
 }
 """What files other than compat.py import of vLLM, and why."""
 
@@ -141,6 +144,7 @@ CONTRACT = (
             "hidden_dim",
             "intermediate_size",
             "activation",
+            "experts_per_token",
             "has_bias",
             "moe_parallel_config",
             "swiglu_limit",
@@ -161,10 +165,33 @@ CONTRACT = (
     Use("vllm.model_executor.utils.set_weight_attrs", parameters=("weight", "weight_attrs"), behaves=("",)),
     # The engine's configuration.
     Use("vllm.config.get_current_vllm_config", behaves=("",)),
-    Use("vllm.config.VllmConfig", attributes=("additional_config", "load_config", "lora_config", "model_config")),
+    Use(
+        "vllm.config.VllmConfig",
+        attributes=(
+            "additional_config",
+            "cache_config",
+            "load_config",
+            "lora_config",
+            "model_config",
+            "parallel_config",
+            "quant_config",
+        ),
+    ),
+    Use("vllm.config.CacheConfig", attributes=("enable_prefix_caching",)),
     Use("vllm.config.LoRAConfig", attributes=("target_modules",)),
     Use("vllm.config.LoadConfig", attributes=("load_format", "download_dir")),
-    Use("vllm.config.ModelConfig", attributes=("model", "revision", "model_weights")),
+    Use("vllm.config.ModelConfig", attributes=("model", "revision", "model_weights", "served_model_name")),
+    Use(
+        "vllm.config.ParallelConfig",
+        attributes=(
+            "data_parallel_size",
+            "enable_expert_parallel",
+            "prefill_context_parallel_size",
+            "tensor_parallel_size",
+        ),
+    ),
+    Use("vllm.platforms.current_platform"),
+    Use("vllm.platforms.interface.Platform", methods={"is_cpu": ("self",)}),
     Use(
         "vllm.model_executor.model_loader.LoadFormats",
         values=("dummy", "ipc_cache", "modelexpress", "runai_streamer_sharded", "sharded_state", "tensorizer"),
@@ -172,12 +199,25 @@ CONTRACT = (
     # The running forward pass: None says that nothing is padding.
     Use("vllm.forward_context.is_forward_context_available", behaves=("",)),
     Use("vllm.forward_context.get_forward_context", behaves=("",)),
-    Use("vllm.forward_context.ForwardContext", attributes=("is_padding",)),
+    Use("vllm.forward_context.ForwardContext", attributes=("attn_metadata", "is_padding")),
     Use("vllm.forward_context.set_forward_context", parameters=("is_padding",)),
     # Logging.
     Use("vllm.logger.init_logger", parameters=("name",)),
     Use("vllm.logger._VllmLogger", methods={"info_once": ("self", "msg", "args", "scope")}),
-    Use("vllm.envs.environment_variables", values=("VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE")),
+    Use("vllm.envs.environment_variables", values=("VLLM_BATCH_INVARIANT", "VLLM_CPU_KVCACHE_SPACE", "VLLM_PLUGINS")),
+    # Metrics and the endpoint plugin.
+    Use("vllm.distributed.parallel_state.get_world_group", behaves=("",)),
+    Use("vllm.distributed.parallel_state.GroupCoordinator", attributes=("rank",)),
+    Use("vllm.plugins.ENDPOINT_PLUGINS_GROUP", values=("vllm.endpoint_plugins",)),
+    Use("vllm.plugins.load_endpoint_plugins", behaves=("",)),
+    Use(
+        "vllm.plugins.endpoint_plugins.interface.EndpointPlugin",
+        attributes=("name", "required_tasks"),
+        methods={"attach_router": ("self", "app"), "init_state": ("self", "engine_client", "state", "args")},
+    ),
+    Use("vllm.engine.protocol.EngineClient", attributes=("vllm_config",)),
+    # Which of prometheus_client's registries /metrics shows.
+    Use("vllm.v1.metrics.prometheus.get_prometheus_registry", behaves=("",)),
     # What the documentation tells people to type.
     Use(
         "vllm.engine.arg_utils.EngineArgs",
