@@ -62,7 +62,8 @@ def test_bench_throughput(checkpoint: Path, tmp_path: Path) -> None:
     vllm("bench", "throughput", *arguments, "--enforce-eager", *REQUESTS, "--output-json", "out.json", folder=tmp_path)
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["num_requests"] == 24
-    assert result["total_num_tokens"] == 24 * (32 + 16)
+    # Its random prompts are text that is tokenized again: one token more or less.
+    assert abs(result["total_num_tokens"] - 24 * (32 + 16)) <= 24
 
 
 CANNOT = {
