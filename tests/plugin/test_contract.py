@@ -11,6 +11,7 @@ import ast
 from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ pytest.importorskip("vllm")
 
 import vllm
 from contract import ALLOWED_IMPORTS, CONTRACT, Use
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -163,6 +165,14 @@ def test_checkpoint_names_map_to_our_parameters() -> None:
     # The hand-written loaders of DeepSeek and others come through here.
     legacy = RoutedExperts.build_expert_params_mapping("gate_proj", "down_proj", "up_proj", 8)
     assert ("experts.routed_experts.w13_", "experts.3.gate_proj.", 3, "w1") in legacy
+
+
+def test_our_state_in_a_quant_config_is_not_in_the_key_of_compile_caches() -> None:
+    """What we keep there may differ from start to start; a hash of it would compile anew each time."""
+    config = VllmConfig()
+    before = config.compute_hash()
+    config.quant_config = SimpleNamespace(anything="of ours")  # type: ignore[assignment]
+    assert config.compute_hash() == before
 
 
 def test_the_contract_has_all_that_our_own_lists_name() -> None:
