@@ -27,10 +27,11 @@ def register() -> None:
         return
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
-    except ImportError as error:
+
+        register_quantization_config("d2moe")(_config_class())
+    except Exception as error:
         logging.getLogger(__name__).error("%s", unsupported(error))
         return
-    register_quantization_config("d2moe")(_config_class())
     _register_families()
     _registered = True
 

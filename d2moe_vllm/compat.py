@@ -8,15 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.logger import init_logger
+from vllm.logger import init_logger as vllm_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 __all__ = [
     "FusedMoEConfig",
@@ -25,19 +27,27 @@ __all__ = [
     "RoutedExperts",
     "UnquantizedLinearMethod",
     "additional_config",
+    "batch_invariant",
+    "data_parallel_on_cpu",
     "extract_layer_index",
     "init_logger",
     "load_format",
     "local_expert",
-    "lora_on_every_layer",
+    "lora_on_experts",
     "model_source",
     "padding_mask",
+    "prefix_caching",
     "set_weight_attrs",
     "tokens_from_other_ranks",
 ]
 
 BYPASSING_LOAD_FORMATS = ("ipc_cache", "modelexpress", "runai_streamer_sharded", "sharded_state", "tensorizer")
 """Load formats that write parameters without asking their weight_loader, so that nothing can be checked."""
+
+
+def init_logger(name: str) -> Any:
+    """A logger that writes into vLLM's log: one of another name would have no handler, and its lines be lost."""
+    return vllm_logger(f"vllm.{name}")
 
 
 def load_format() -> str:
@@ -51,10 +61,27 @@ def additional_config() -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def lora_on_every_layer() -> bool:
-    """Whether `--enable-lora` came without `--lora-target-modules`: vLLM then wraps the MoE layers as well."""
+def batch_invariant() -> bool:
+    """Whether the user wants results that do not depend on what else is in a batch (VLLM_BATCH_INVARIANT=1)."""
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
+def prefix_caching() -> bool:
+    """Whether requests may reuse what others computed of a common prefix."""
+    return bool(get_current_vllm_config().cache_config.enable_prefix_caching)
+
+
+def data_parallel_on_cpu() -> bool:
+    """`--data-parallel-size` on vLLM's CPU backend, which starts with it and then fails every request."""
+    return current_platform.is_cpu() and get_current_vllm_config().parallel_config.data_parallel_size > 1
+
+
+def lora_on_experts() -> bool:
+    """Whether adapters may reach the experts: `--enable-lora` without `--lora-target-modules` wraps every layer."""
     lora = get_current_vllm_config().lora_config
-    return lora is not None and not lora.target_modules
+    if lora is None:
+        return False
+    return not lora.target_modules or any(name.split(".")[-1] == "experts" for name in lora.target_modules)
 
 
 def model_source() -> tuple[str, str | None, str | None, bool]:

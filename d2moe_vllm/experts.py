@@ -14,10 +14,11 @@ from d2moe_vllm.compat import (
     FusedMoEConfig,
     FusedMoEMethodBase,
     RoutedExperts,
+    batch_invariant,
     init_logger,
     load_format,
     local_expert,
-    lora_on_every_layer,
+    lora_on_experts,
     padding_mask,
     set_weight_attrs,
     tokens_from_other_ranks,
@@ -51,8 +52,11 @@ class D2MoEMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Registers the layer's parameters (ops.PARAMETERS), each with our own weight_loader."""
-        if layer.apply_router_weight_on_input:
-            raise ValueError("d2moe does not support models that apply router weights to the experts' input")
+        if layer.apply_router_weight_on_input and self.moe.experts_per_token != 1:
+            raise ValueError(
+                "d2moe applies router weights to the experts' input only where one expert is chosen per token, "
+                f"not {self.moe.experts_per_token}"
+            )
         names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
         stored = tuple(self.config.projections[role] for role in ROLES)
         if names != stored:
@@ -77,6 +81,8 @@ class D2MoEMethod(FusedMoEMethodBase):
         self.options = {
             "num_experts": num_experts,
             "activation": self.moe.activation.value,
+            # Scope "token" promises that a request's output never depends on its neighbours: to the last bit.
+            "batch_invariant": self.scope == "token" or batch_invariant(),
             **options(self.config, self.layer, parallel.tp_size, self.scope, prune_down=not distributed),
         }
 
@@ -109,6 +115,8 @@ class D2MoEMethod(FusedMoEMethodBase):
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
         """x [T, H], topk_weights [T, K], topk_ids [T, K]: [T, H]. Shared experts are the runner's business."""
+        if layer.apply_router_weight_on_input:
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if (expert_map := layer.expert_map) is not None:
             topk_ids = torch.where(topk_ids >= 0, expert_map[topk_ids.clamp(min=0).long()], -1)
         parameters = [getattr(layer, name, None) for name in ops.PARAMETERS]
@@ -120,8 +128,10 @@ def _refuse_unsupported(
 ) -> None:
     if load_format in BYPASSING_LOAD_FORMATS:
         raise ValueError(f"--load-format {load_format} does not work with d2moe checkpoints; leave it out")
-    if lora_on_every_layer():
-        raise ValueError("d2moe experts take no LoRA; name other layers: --lora-target-modules qkv_proj o_proj")
+    if lora_on_experts():
+        raise ValueError(
+            "d2moe experts take no LoRA; name other layers: --lora-target-modules q_proj k_proj v_proj o_proj"
+        )
     sizes = (config.num_experts, config.hidden_size, config.intermediate_size)
     model_sizes = (moe.num_experts, moe.hidden_dim, moe.intermediate_size)
     if sizes != model_sizes:

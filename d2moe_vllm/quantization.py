@@ -92,7 +92,7 @@ class D2MoEConfig(QuantizationConfig):
 
         # The first layer to ask is the embedding, before its weights are allocated.
         self._check_once()
-        scope = self._scope = self._scope or chosen_scope(self.config, compat.additional_config())
+        scope = self._scope = self._scope or self._settle_scope()
         if isinstance(layer, compat.RoutedExperts):
             number = compat.extract_layer_index(prefix)
             if number in self.config.layers:
@@ -100,10 +100,32 @@ class D2MoEConfig(QuantizationConfig):
             return None
         return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
 
+    def _settle_scope(self) -> Scope:
+        """The scope to serve with, said where it is not the chosen one. Raises ValueError, in one line."""
+        from d2moe_vllm import compat
+
+        logger = compat.init_logger(__name__)
+        scope = chosen_scope(self.config, compat.additional_config())
+        if scope == "batch" and compat.batch_invariant():
+            scope = "token"
+            logger.info("d2moe: VLLM_BATCH_INVARIANT=1: scope 'token' in place of 'batch'")
+        if scope == "batch" and compat.prefix_caching():
+            logger.warning(
+                "d2moe: prefix caching keeps what one batch's selection of columns computed for other requests; "
+                "with --no-enable-prefix-caching a request depends on its own batch alone"
+            )
+        return scope
+
     def _check_once(self) -> None:
+        from d2moe_vllm import compat
+
+        if compat.data_parallel_on_cpu():
+            raise ValueError(
+                "vLLM's CPU backend does not serve with --data-parallel-size, whatever the model; "
+                "start several servers behind a load balancer"
+            )
         if self._checked:
             return
-        from d2moe_vllm import compat
 
         model, revision, download_dir, elsewhere = compat.model_source()
         # Weights streamed from object storage have no folder; loading still refuses what is incomplete.

@@ -181,6 +181,7 @@ class D2Experts(nn.Module):
             w13_used=gate["used_columns"],
             w2_groups=self.groups,
             w2_used=down["used_columns"],
+            batch_invariant=self.scope == "token",
             static_shapes=self.static_shapes,
         )
         return output.reshape(hidden_states.shape)

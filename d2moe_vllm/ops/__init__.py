@@ -27,6 +27,7 @@ OPTIONS = {
     "w13_used": "int",
     "w2_groups": "int",
     "w2_used": "int",
+    "batch_invariant": "bool",
 }
 """Keyword arguments that are constants of a layer, with their schema types; static_shapes follows x's device."""
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
@@ -26,6 +27,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
 """Gate activations by vLLM's names."""
+
+
+TILE_ROWS = 16
+"""Rows of tiled_product's products: as many as cost little more than one where reading the weights is the limit."""
 
 
 class Weights(NamedTuple):
@@ -76,6 +81,7 @@ def fused_experts(
     w13_used: int,
     w2_groups: int,
     w2_used: int,
+    batch_invariant: bool = False,
     static_shapes: bool = False,
 ) -> Tensor:
     """Routed experts of one layer, the base computed once per token.
@@ -86,16 +92,20 @@ def fused_experts(
 
     gate_rank, base_gate_rank: how much of w13's ranks is gate's. scope: "batch", "token" or "off", see
     select_columns. *_groups, *_used: groups of kept columns, and how many columns are used in all; a low-rank
-    base has none to choose from. static_shapes: visit every expert with all rows instead of its own rows: more
+    base has none to choose from. batch_invariant: with scope "off" or "token", every bit of a row of the result
+    depends on that row alone; on a GPU only where torch.matmul is so itself (vLLM makes it so under
+    VLLM_BATCH_INVARIANT=1). static_shapes: visit every expert with all rows instead of its own rows: more
     work, but no shape and no control flow depends on data (CUDA graphs, tracing).
 
     Returns [T, H] in x's dtype. Sums over experts are float32 (float64 for float64 inputs), rounded once.
     """
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z = base_product(x, w13, padding_mask, scope=scope, groups=w13_groups, used=w13_used, base_gate_rank=base_gate_rank)
+    product = tiled_product if batch_invariant and not static_shapes else torch.matmul
+    base = partial(base_product, padding_mask=padding_mask, scope=scope, product=product)
+    z = base(x, w13, groups=w13_groups, used=w13_used, base_gate_rank=base_gate_rank)
     # A V that all experts share needs each token once, however many experts it goes to.
-    shrunk = None if w13.shared_v is None else x @ w13.shared_v.t()
+    shrunk = None if w13.shared_v is None else product(x, w13.shared_v.t())
     factors13 = _factors(w13, num_experts, static_shapes)
     factors2 = _factors(w2, num_experts, static_shapes)
     has_base = w2.base is not None or w2.base_u is not None
@@ -104,15 +114,24 @@ def fused_experts(
     visits = _visit_all if static_shapes else _visit_routed
     for expert, rows, gates in visits(topk_ids, topk_weights.to(accumulate), num_experts):
         own_x, own_z, own_shrunk = (t if static_shapes or t is None else t[rows] for t in (x, z, shrunk))
-        hidden = _hidden(own_x, own_z, own_shrunk, factors13(expert), gate_rank, act, accumulate)
+        hidden = _hidden(own_x, own_z, own_shrunk, factors13(expert), gate_rank, act, accumulate, product)
         if mix is not None:
             _add(mix, rows, gates, hidden)
         if (factors := factors2(expert)) is not None:
-            delta = _shrink(hidden.to(x.dtype), factors.v) @ factors.u.t()
+            delta = product(_shrink(hidden.to(x.dtype), factors.v, product), factors.u.t())
             _add(output, rows, gates, factors.where_present(delta.to(accumulate)))
     if mix is not None:
-        output += base_product(mix, w2, padding_mask, scope=scope, groups=w2_groups, used=w2_used)
+        output += base(mix, w2, groups=w2_groups, used=w2_used)
     return output.to(x.dtype)
+
+
+def tiled_product(x: Tensor, w: Tensor) -> Tensor:
+    """`x @ w` for rows x [n, in], each bit of a row independent of the other rows and of n.
+
+    A CPU's matrix product sums in an order that depends on the number of rows: here it is always the same.
+    """
+    padded = F.pad(x, (0, 0, 0, -x.shape[0] % TILE_ROWS))
+    return torch.cat([tile @ w for tile in padded.split(TILE_ROWS)])[: x.shape[0]]
 
 
 def base_product(
@@ -124,16 +143,17 @@ def base_product(
     groups: int,
     used: int,
     base_gate_rank: int | None = None,
+    product: Product = torch.matmul,
 ) -> Tensor | None:
     """`W_b[:, J] x[J]`, or `U_b V_b x`, for rows x [T, in]: [T, out] in the base's dtype; None without a base.
 
     base_gate_rank: gate's share of the base's rank, for w13 only.
     """
     if weights.base_u is not None and weights.base_v is not None:
-        shrunk = x.to(weights.base_v.dtype) @ weights.base_v.t()
+        shrunk = product(x.to(weights.base_v.dtype), weights.base_v.t())
         if base_gate_rank is None:
-            return shrunk @ weights.base_u.t()
-        return torch.cat(_expand(shrunk, weights.base_u, base_gate_rank), dim=-1)
+            return product(shrunk, weights.base_u.t())
+        return torch.cat(_expand(shrunk, weights.base_u, base_gate_rank, product), dim=-1)
     if weights.base is None or weights.base_columns is None or weights.base_norms is None:
         return None
     kept = x.index_select(1, weights.base_columns)
@@ -141,7 +161,7 @@ def base_product(
     if mask is not None:
         # where, not a product: what is left out may be infinite or NaN in a padding row.
         kept = torch.where(mask, kept, 0)
-    return kept.to(weights.base.dtype) @ weights.base
+    return product(kept.to(weights.base.dtype), weights.base)
 
 
 def select_columns(
@@ -218,17 +238,14 @@ def _at(matrices: Tensor | Sequence[Tensor], place: int | Tensor) -> Tensor:
     return matrices[place] if isinstance(place, int) else matrices.index_select(0, place)[0]  # type: ignore[union-attr]
 
 
-def _shrink(x: Tensor, v: Tensor) -> Tensor:
+def _shrink(x: Tensor, v: Tensor, product: Product) -> Tensor:
     """`V x` for rows x [n, in]: [n, k]; V [k, in], or int [k] where its rows are unit vectors."""
-    return x.index_select(1, v) if v.dim() == 1 else x @ v.t()
+    return x.index_select(1, v) if v.dim() == 1 else product(x, v.t())
 
 
-def _expand(shrunk: Tensor, u: Tensor, gate_rank: int) -> list[Tensor]:
+def _expand(shrunk: Tensor, u: Tensor, gate_rank: int, product: Product) -> list[Tensor]:
     """Gate's and up's `U s` [n, I] for rows s [n, k], with u [I, k]."""
-    return [
-        shrunk[:, :gate_rank] @ u[:, :gate_rank].t(),
-        shrunk[:, gate_rank:] @ u[:, gate_rank:].t(),
-    ]
+    return [product(shrunk[:, part], u[:, part].t()) for part in (slice(gate_rank), slice(gate_rank, None))]
 
 
 def _hidden(
@@ -239,6 +256,7 @@ def _hidden(
     gate_rank: int,
     act: Activation,
     accumulate: torch.dtype,
+    product: Product,
 ) -> Tensor:
     """`h_e` [n, I] of one expert for rows x [n, H] and their share of the base z [n, 2 I], unrounded.
 
@@ -247,8 +265,8 @@ def _hidden(
     """
     parts = [] if z is None else [part.to(accumulate) for part in z.chunk(2, dim=-1)]
     if factors is not None:
-        shrunk = _shrink(x, factors.v) if shrunk is None else shrunk
-        deltas = [factors.where_present(d.to(accumulate)) for d in _expand(shrunk, factors.u, gate_rank)]
+        shrunk = _shrink(x, factors.v, product) if shrunk is None else shrunk
+        deltas = [factors.where_present(d.to(accumulate)) for d in _expand(shrunk, factors.u, gate_rank, product)]
         parts = [part + delta for part, delta in zip(parts, deltas, strict=True)] if parts else deltas
     return act(parts[0]) * parts[1]
 

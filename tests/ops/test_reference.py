@@ -27,8 +27,8 @@ def run(case: Case, dtype: torch.dtype = torch.float64, **changes: Any) -> torch
 @given(cases())
 def test_equals_the_oracle(case: Case) -> None:
     expected = forward(case)
-    np.testing.assert_allclose(run(case).numpy(), expected, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(run(case, static_shapes=True).numpy(), expected, rtol=1e-9, atol=1e-9)
+    for changes in ({}, {"static_shapes": True}, {"batch_invariant": True}):
+        np.testing.assert_allclose(run(case, **changes).numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,6 +62,37 @@ def test_a_token_does_not_depend_on_its_neighbours(scope: str) -> None:
         alone.x, alone.topk_ids = case.x[t : t + 1], case.topk_ids[t : t + 1]
         alone.topk_weights = case.topk_weights[t : t + 1]
         torch.testing.assert_close(run(alone)[0], together[t], rtol=1e-12, atol=1e-12)
+
+
+BIG = {"hidden": 192, "intermediate": 320, "num_experts": 8, "groups": 4, "rank": (48, 33, 40)}
+CROWDED = {
+    "pruned base": {"kept": (40, 60), "used": (20, 31)},
+    "full base": {"kept": (48, 80), "used": (48, 80)},
+    "low-rank base": {"base_rank": (40, 40, 24), "kept": (0, 0), "used": (0, 0)},
+    "shared V": {"delta": ("shared V", "shared V"), "kept": (0, 0), "used": (0, 0)},
+    "column deltas": {"delta": ("columns", "columns"), "kept": (12, 16), "used": (5, 8)},
+    "trimmed": {"trimmed": (1, 5), "kept": (48, 80), "used": (24, 40)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scope", ["token", "off"])
+@pytest.mark.parametrize("variant", CROWDED)
+def test_batch_invariant_rows_are_the_same_bits_alone_and_in_a_crowd(
+    dtype: torch.dtype, scope: str, variant: str
+) -> None:
+    """Also where a row stands in its batch, and how many neighbours its experts have, must not show."""
+    case = random_case(11, tokens=67, scope=scope, **BIG, **CROWDED[variant])
+    arguments, options = kernel_arguments(case, dtype)
+
+    def some(rows: torch.Tensor) -> torch.Tensor:
+        return fused_experts(*(t[rows] for t in arguments[:3]), *arguments[3:], **options, batch_invariant=True)
+
+    together = some(torch.arange(67))
+    for size in (1, 2, 5, 16, 31):
+        rows = torch.randperm(67, generator=torch.Generator().manual_seed(size))[:size]
+        assert torch.equal(some(rows), together[rows]), size
+    assert not torch.equal(some(torch.arange(2)), together[2:4])
 
 
 def test_scopes_differ_where_they_should() -> None:

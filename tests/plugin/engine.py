@@ -21,6 +21,12 @@ PROMPTS = (
 )
 MAX_TOKENS = 24
 RUNNER = Path(__file__).with_name("llm_runner.py")
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    # The engine in this process and not in one of its own, which would import vLLM once more.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 Results = list[dict[str, list]]
@@ -38,7 +44,7 @@ def run_engine(folder: Path, model: Path, env: dict[str, str], **job: Any) -> tu
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **env},
+            env={**os.environ, **ENVIRONMENT, **env},
         )
         try:
             code = process.wait(timeout=600)
@@ -49,10 +55,16 @@ def run_engine(folder: Path, model: Path, env: dict[str, str], **job: Any) -> tu
 
 
 def generate(
-    folder: Path, model: Path, env: dict[str, str] | None = None, one_by_one: bool = False, **llm: Any
+    folder: Path,
+    model: Path,
+    env: dict[str, str] | None = None,
+    one_by_one: bool = False,
+    job: dict[str, Any] | None = None,
+    **llm: Any,
 ) -> Results:
+    """job: other prompts or another number of tokens than PROMPTS and MAX_TOKENS. llm: arguments of vllm.LLM."""
     folder.mkdir()
-    code, log, output = run_engine(folder, model, env or {}, one_by_one=one_by_one, llm=llm)
+    code, log, output = run_engine(folder, model, env or {}, one_by_one=one_by_one, **(job or {}), llm=llm)
     assert code == 0, log[-5000:]
     return json.loads(output.read_text())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     settings: dict[str, Any] = {
         "max_model_len": 256,
@@ -20,20 +22,26 @@ def main() -> None:
         **job["llm"],
     }
     llm = LLM(**settings)
-    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], logprobs=0, prompt_logprobs=0)
+    greedy = {"temperature": 0, "max_tokens": job["max_tokens"], "logprobs": 0, "prompt_logprobs": 0}
+    sampling = SamplingParams(**{**greedy, **job.get("sampling", {})})
+    lora = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
     batches = [[prompt] for prompt in job["prompts"]] if job["one_by_one"] else [job["prompts"]]
     results = []
-    for output in (output for batch in batches for output in llm.generate(batch, sampling, use_tqdm=False)):
+    for output in (o for batch in batches for o in llm.generate(batch, sampling, use_tqdm=False, lora_request=lora)):
         completion = output.outputs[0]
         results.append(
             {
                 "prompt_ids": list(output.prompt_token_ids),
+                "cached_tokens": [output.num_cached_tokens],
                 "ids": list(completion.token_ids),
-                "prompt_logprobs": [next(iter(p.values())).logprob for p in output.prompt_logprobs if p],
+                "prompt_logprobs": [next(iter(p.values())).logprob for p in output.prompt_logprobs or () if p],
                 "logprobs": [p[t].logprob for p, t in zip(completion.logprobs, completion.token_ids, strict=True)],
             }
         )
     Path(job["output"]).write_text(json.dumps(results))
+    # vLLM takes seconds to shut down in good order, and the caller ends the whole group anyway.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

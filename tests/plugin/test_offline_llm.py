@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from engine import MAX_TOKENS, TWO_RANKS, Results, assert_same, generate, run_engine
+from engine import MAX_TOKENS, PROMPTS, TWO_RANKS, Results, assert_same, generate, run_engine
 from synthetic import Synthetic, write_checkpoint, write_dense
 
 from d2moe_vllm.hf.modeling_d2moe import D2MixtralForCausalLM
@@ -132,16 +133,18 @@ def test_layers_that_stay_dense_and_projections_without_base_or_deltas(folder: P
 
 
 @pytest.mark.slow
-def test_bfloat16_deviates_from_float32_no_more_than_stock_vllm(folder: Path) -> None:
-    write_checkpoint(folder / "bf16", Synthetic())
-    write_dense(folder / "bf16", folder / "bf16-dense", torch.float32)
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_half_precision_deviates_from_float32_no_more_than_stock_vllm(folder: Path, half: str) -> None:
+    run = folder / half
+    write_checkpoint(run / "checkpoint", Synthetic())
+    write_dense(run / "checkpoint", run / "dense", torch.float32)
     deviation = {}
-    for name, model in (("ours", folder / "bf16"), ("stock", folder / "bf16-dense")):
+    for name, model in (("ours", run / "checkpoint"), ("stock", run / "dense")):
         scores = [
             torch.tensor(
-                [p for r in generate(folder / f"{name}-{dtype}", model, dtype=dtype) for p in r["prompt_logprobs"]]
+                [p for r in generate(run / f"{name}-{dtype}", model, dtype=dtype) for p in r["prompt_logprobs"]]
             )
-            for dtype in ("float32", "bfloat16")
+            for dtype in ("float32", half)
         ]
         deviation[name] = float((scores[1] - scores[0]).square().mean().sqrt())
     print(deviation)
@@ -174,3 +177,31 @@ def test_a_tensor_that_never_arrives_is_refused_by_name(folder: Path, checkpoint
     code, log, _ = run_engine(run, checkpoint, {"PYTHONPATH": str(run)}, llm={"enforce_eager": True})
     assert code != 0
     assert "1 tensors were not loaded: model.layers.2.block_sparse_moe.experts.5.w2.delta_u" in log
+
+
+def alone_and_in_a_crowd(folder: Path, model: Path, env: dict[str, str], **llm: Any) -> tuple[Results, Results]:
+    """The first of 32 prompts by itself, and as the engine answers it in one batch with all others."""
+    crowd = [PROMPTS[0], *(f"{word} {number} " * (1 + number % 7) for number, word in enumerate(PROMPTS * 8))][:32]
+    results = [
+        generate(folder / name, model, env, job={"prompts": prompts}, max_num_seqs=32, **llm)
+        for name, prompts in (("alone", crowd[:1]), ("crowd", crowd))
+    ]
+    return results[0][:1], results[1][:1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scope_token_alone_and_among_31_others(folder: Path, checkpoint: Path, dtype: str) -> None:
+    """The same bits wherever the rest of the model gives the same bits, which stock vLLM is asked about."""
+    run = folder / f"crowd-{dtype}"
+    run.mkdir()
+    write_dense(checkpoint, run / "dense", torch.float32)
+    (run / "stock").mkdir()
+    (run / "ours").mkdir()
+    settings = {"dtype": dtype, "enforce_eager": True}
+    stock = alone_and_in_a_crowd(run / "stock", run / "dense", {"VLLM_PLUGINS": ""}, **settings)
+    ours = alone_and_in_a_crowd(
+        run / "ours", checkpoint, {}, additional_config={"d2moe": {"scope": "token"}}, **settings
+    )
+    print(f"same bits alone and in a crowd: stock vLLM {stock[0] == stock[1]}, ours {ours[0] == ours[1]}")
+    assert ours[0] == ours[1] or stock[0] != stock[1]

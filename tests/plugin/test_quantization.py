@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ def parallel(**changes: Any) -> SimpleNamespace:
 def moe(**changes: Any) -> Any:
     settings = {
         "num_experts": 8,
+        "experts_per_token": 2,
         "hidden_dim": 128,
         "intermediate_size": 256,
         "activation": MoEActivation.SILU,
@@ -140,6 +142,67 @@ def test_scope_override(content: dict[str, Any], vllm_config: VllmConfig) -> Non
         assert method.scope == expected
 
 
+def scope_said(content: dict[str, Any], scope: str) -> tuple[str, bool, str]:
+    """The scope served with when `scope` is asked for, whether batch-invariant, and what was logged."""
+    compat.get_current_vllm_config().additional_config = {"d2moe": {"scope": scope}}
+    config = D2MoEConfig.from_config(content)
+    said: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = compat.init_logger("d2moe_vllm.quantization")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    for _ in range(2):
+        method = config.get_quant_method(layer := routed_experts(), "model.layers.1.block_sparse_moe.experts")
+    logger.removeHandler(handler)
+    assert isinstance(method, D2MoEMethod)
+    create(method, layer)
+    return method.scope, method.options["batch_invariant"], "\n".join(said)
+
+
+def test_batch_invariance_forces_scope_token_and_says_so(
+    content: dict[str, Any], vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm_config.cache_config.enable_prefix_caching = False
+    assert scope_said(content, "batch") == ("batch", False, "")
+    assert scope_said(content, "off") == ("off", False, "")
+    assert scope_said(content, "token") == ("token", True, "")
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    scope, invariant, said = scope_said(content, "batch")
+    assert (scope, invariant, said.count("scope 'token' in place of 'batch'")) == ("token", True, 1)
+    # What depends on no neighbour anyway keeps its columns, and becomes exact to the bit.
+    assert scope_said(content, "off") == ("off", True, "")
+
+
+def test_prefix_caching_with_scope_batch_warns_once(content: dict[str, Any], vllm_config: VllmConfig) -> None:
+    vllm_config.cache_config.enable_prefix_caching = True
+    assert scope_said(content, "batch")[2].count("--no-enable-prefix-caching") == 1
+    assert scope_said(content, "token")[2] == ""
+
+
+def test_data_parallel_on_a_cpu_is_refused(content: dict[str, Any], vllm_config: VllmConfig) -> None:
+    vllm_config.parallel_config.data_parallel_size = 2
+    with pytest.raises(ValueError, match="--data-parallel-size") as error:
+        D2MoEConfig.from_config(content).get_quant_method(torch.nn.Module(), "model.embed_tokens")
+    assert "\n" not in str(error.value)
+
+
+def test_router_weights_on_the_input(config: CheckpointConfig, vllm_config: VllmConfig) -> None:
+    """With one expert per token: the layer of the weighted input, weighted no more."""
+    layer = routed_experts(apply_router_weight_on_input=True)
+    method = D2MoEMethod(moe(experts_per_token=1), config, 1, "off")
+    create(method, layer)
+    torch.manual_seed(0)
+    for name, parameter in layer.named_parameters():
+        if parameter.is_floating_point() and "norms" not in name:
+            parameter.data.normal_(0, 0.1)
+    x, weights, ids = torch.randn(5, 128), torch.rand(5, 1), torch.randint(0, 8, (5, 1))
+    weighted = method.apply(layer, x, weights, ids)
+    layer.apply_router_weight_on_input = False
+    torch.testing.assert_close(weighted, method.apply(layer, x * weights, torch.ones_like(weights), ids))
+    assert not torch.allclose(weighted, method.apply(layer, x, weights, ids))
+
+
 @pytest.mark.parametrize("bad", [{"scop": "token"}, {"scope": "tokens"}, "token", {"scope": "token", "groups": 4}])
 def test_bad_overrides_are_refused(content: dict[str, Any], vllm_config: VllmConfig, bad: Any) -> None:
     vllm_config.additional_config = {"d2moe": bad}
@@ -210,14 +273,17 @@ def test_what_we_cannot_do_is_refused(
 
 
 def test_what_a_layer_wants_and_we_cannot_do(config: CheckpointConfig, vllm_config: VllmConfig) -> None:
-    with pytest.raises(ValueError, match="router weights"):
+    with pytest.raises(ValueError, match=r"router weights .* where one expert is chosen per token, not 2"):
         create(D2MoEMethod(moe(), config, 1, "off"), routed_experts(apply_router_weight_on_input=True))
     with pytest.raises(CheckpointError, match="gate_proj"):
         create(D2MoEMethod(moe(), config, 1, "off"), routed_experts(ckpt_gate_proj_name="gate_proj"))
     with pytest.raises(CheckpointError, match="tensor-parallel size 3"):
         create(D2MoEMethod(moe(moe_parallel_config=parallel(tp_size=3)), config, 1, "off"), routed_experts())
     vllm_config.lora_config = SimpleNamespace(target_modules=None)  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="--lora-target-modules qkv_proj o_proj"):
+    with pytest.raises(ValueError, match="--lora-target-modules q_proj k_proj v_proj o_proj"):
+        D2MoEMethod(moe(), config, 1, "off")
+    vllm_config.lora_config = SimpleNamespace(target_modules=["q_proj", "experts"])  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="experts take no LoRA"):
         D2MoEMethod(moe(), config, 1, "off")
     vllm_config.lora_config = SimpleNamespace(target_modules=["o_proj"])  # type: ignore[assignment]
     D2MoEMethod(moe(), config, 1, "off")
