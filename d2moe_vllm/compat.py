@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from vllm import envs
 from vllm.config import get_current_vllm_config
+from vllm.distributed.parallel_state import get_world_group
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger as vllm_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -30,7 +31,9 @@ __all__ = [
     "batch_invariant",
     "data_parallel_on_cpu",
     "extract_layer_index",
+    "global_rank",
     "init_logger",
+    "is_profile_run",
     "load_format",
     "local_expert",
     "lora_on_experts",
@@ -100,6 +103,16 @@ def local_expert(layer: Any, expert: int) -> int:
 def tokens_from_other_ranks(moe: FusedMoEConfig) -> bool:
     """Whether the layer's rows are gathered from several ranks, so that the padding mask does not match them."""
     return moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel
+
+
+def global_rank() -> int:
+    """This worker's number among all that serve the model."""
+    return get_world_group().rank
+
+
+def is_profile_run() -> bool:
+    """Whether this forward pass is vLLM's measurement of memory, or a warm-up: its rows are no requests'."""
+    return is_forward_context_available() and get_forward_context().attn_metadata is None
 
 
 def padding_mask(num_rows: int) -> Tensor | None:

@@ -33,6 +33,8 @@ class D2MoEConfig(QuantizationConfig):
         self.config = config
         self._checked = False
         self._scope: Scope | None = None
+        # Where workers write their metrics; travels to them with this config.
+        self.metrics_folder: str | None = None
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -75,7 +77,7 @@ class D2MoEConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
     ) -> None:
-        """Checks a local checkpoint's files in the front-end process, before any engine starts.
+        """Checks a local checkpoint's files in the front-end process, before any engine starts; prepares metrics.
 
         A Hub id, and a folder without any weight file (`--load-format dummy`), wait until get_quant_method,
         when it is known how weights are to be loaded. Raises CheckpointError.
@@ -84,11 +86,15 @@ class D2MoEConfig(QuantizationConfig):
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             check_checkpoint(folder, self.config)
             self._checked = True
+        from d2moe_vllm.observability import collector
+
+        self.metrics_folder = collector.prepare()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for the MoE layers in `layers`; vLLM's own for all else."""
         from d2moe_vllm import compat
         from d2moe_vllm.experts import D2MoEMethod
+        from d2moe_vllm.observability import recorder
 
         # The first layer to ask is the embedding, before its weights are allocated.
         self._check_once()
@@ -96,6 +102,7 @@ class D2MoEConfig(QuantizationConfig):
         if isinstance(layer, compat.RoutedExperts):
             number = compat.extract_layer_index(prefix)
             if number in self.config.layers:
+                recorder.start(self.metrics_folder, self.config)
                 return D2MoEMethod(layer.moe_config, self.config, number, scope)
             return None
         return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
