@@ -5,6 +5,7 @@ Names are those of `d2moe inspect --json`, where both have a figure.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,9 +25,9 @@ from d2moe_vllm.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     Delta,
+    Manifest,
     Scope,
     Source,
-    TensorSpec,
 )
 from d2moe_vllm.observability.metrics import COLUMNS_USED, DELTA_BYTES, EXPERT_TOKENS, SECONDS, columns_in_use
 from d2moe_vllm.ops import DEFAULT_BACKEND
@@ -121,11 +122,12 @@ def describe(
     config: CheckpointConfig, *, model: str, folder: Path | None, scope: Scope, tp_size: int, ep_size: int
 ) -> Info:
     """All of Info but what changes: the counters are empty. folder: the checkpoint's, None if not on this machine."""
-    experts = list(config.expert_tensors().values())
+    experts = config.expert_tensors().values()
     dense = config.num_experts * 3 * config.hidden_size * config.intermediate_size * len(config.layers)
     parameters = sum(spec.numel for spec in experts)
-    everything = _all_tensors(experts, folder)
-    stored = None if everything is None else sum(spec.nbytes for spec in everything)
+    manifest = _manifest(folder)
+    others = manifest.other_tensors.values() if manifest else ()
+    stored = sum(file.bytes for file in manifest.files.values()) if manifest else None
     return Info(
         model=model,
         method=config.method,
@@ -134,9 +136,9 @@ def describe(
         dtype=config.dtype,
         scope=scope,
         backend=DEFAULT_BACKEND,
-        parameters=None if everything is None else sum(spec.numel for spec in everything),
+        parameters=parameters + sum(math.prod(shape) for _, shape in others) if manifest else None,
         bytes=stored,
-        stored_ratio=None if stored is None else 1 - stored / config.source.bytes,
+        stored_ratio=1 - stored / config.source.bytes if stored else None,
         experts=Experts(
             parameters=parameters,
             bytes=sum(spec.nbytes for spec in experts),
@@ -189,15 +191,12 @@ def _layer(config: CheckpointConfig, number: int, scope: Scope, ep_size: int) ->
     return LayerInfo(**projections, trimmed=list(layer.trimmed))
 
 
-def _all_tensors(experts: list[TensorSpec], folder: Path | None) -> list[TensorSpec] | None:
-    """Of the whole checkpoint; None where its manifest cannot be read, which serving itself does not need."""
-    if folder is None:
-        return None
+def _manifest(folder: Path | None) -> Manifest | None:
+    """None where it cannot be read: serving itself may do without, as with `--load-format dummy`."""
     try:
-        others = read_manifest(folder).other_tensors.values()
+        return read_manifest(folder) if folder else None
     except CheckpointError:
         return None
-    return experts + [TensorSpec(dtype, shape) for dtype, shape in others]
 
 
 def _recipe(folder: Path | None) -> dict[str, Any] | None:
