@@ -49,7 +49,7 @@ def settled(server: Server) -> dict[tuple[int, int], int]:
     """Once nothing changes any more: what was counted last is written within INTERVAL."""
     counts, deadline = tokens(server), time.monotonic() + 120
     while True:
-        time.sleep(4)
+        time.sleep(3)
         before, counts = counts, tokens(server)
         if counts == before:
             return counts
