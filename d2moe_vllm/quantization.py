@@ -112,9 +112,8 @@ class D2MoEConfig(QuantizationConfig):
         from d2moe_vllm import compat
 
         logger = compat.init_logger(__name__)
-        scope = chosen_scope(self.config, compat.additional_config())
-        if scope == "batch" and compat.batch_invariant():
-            scope = "token"
+        scope = scope_in_force(self.config, compat.additional_config())
+        if scope != chosen_scope(self.config, compat.additional_config()):
             logger.info("d2moe: VLLM_BATCH_INVARIANT=1: scope 'token' in place of 'batch'")
         if scope == "batch" and compat.prefix_caching():
             logger.warning(
@@ -151,6 +150,14 @@ def chosen_scope(config: CheckpointConfig, additional_config: dict[str, Any]) ->
     if scope not in get_args(Scope):
         raise ValueError(f"--additional-config: d2moe scope {scope!r} is none of {', '.join(get_args(Scope))}")
     return scope
+
+
+def scope_in_force(config: CheckpointConfig, additional_config: dict[str, Any]) -> Scope:
+    """The chosen scope, or "token" in place of "batch" under VLLM_BATCH_INVARIANT=1. Raises ValueError."""
+    from d2moe_vllm import compat
+
+    scope = chosen_scope(config, additional_config)
+    return "token" if scope == "batch" and compat.batch_invariant() else scope
 
 
 def _download(model: str, revision: str | None, download_dir: str | None) -> Path:

@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse
 from d2moe_vllm.checkpoint import MANIFEST_FILE
 from d2moe_vllm.observability import files
 from d2moe_vllm.observability.info import Info, counters, describe
-from d2moe_vllm.quantization import D2MoEConfig, chosen_scope
+from d2moe_vllm.quantization import D2MoEConfig, scope_in_force
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -56,7 +56,7 @@ class Served:
             quantization.config,
             model=str(model.served_model_name),
             folder=_checkpoint_folder(model.model, model.revision),
-            scope=chosen_scope(quantization.config, additional if isinstance(additional, dict) else {}),
+            scope=scope_in_force(quantization.config, additional if isinstance(additional, dict) else {}),
             tp_size=parallel.tensor_parallel_size,
             ep_size=ranks if parallel.enable_expert_parallel else 1,
         )
