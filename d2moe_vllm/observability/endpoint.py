@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse
 
+from d2moe_vllm import compat
 from d2moe_vllm.checkpoint import MANIFEST_FILE
 from d2moe_vllm.observability import files
 from d2moe_vllm.observability.info import Info, counters, describe
@@ -39,26 +40,23 @@ class Endpoint:
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         """engine_client: None on the render server, which serves no model."""
-        config = engine_client.vllm_config if engine_client else None
-        served = config is not None and isinstance(config.quant_config, D2MoEConfig)
-        state.d2moe = Served(config) if served else None
+        state.d2moe = None
+        if engine_client and isinstance(quantization := engine_client.vllm_config.quant_config, D2MoEConfig):
+            state.d2moe = Checkpoint(quantization, compat.served(engine_client.vllm_config))
 
 
-class Served:
+class Checkpoint:
     """The served checkpoint as the front-end knows it."""
 
-    def __init__(self, vllm_config: Any) -> None:
-        quantization, model, parallel = vllm_config.quant_config, vllm_config.model_config, vllm_config.parallel_config
-        additional = vllm_config.additional_config
+    def __init__(self, quantization: D2MoEConfig, served: compat.Served) -> None:
         self._folder = quantization.metrics_folder
-        ranks = parallel.tensor_parallel_size * parallel.data_parallel_size * parallel.prefill_context_parallel_size
         self._info = describe(
             quantization.config,
-            model=str(model.served_model_name),
-            folder=_checkpoint_folder(model.model, model.revision),
-            scope=scope_in_force(quantization.config, additional if isinstance(additional, dict) else {}),
-            tp_size=parallel.tensor_parallel_size,
-            ep_size=ranks if parallel.enable_expert_parallel else 1,
+            model=served.name,
+            folder=_checkpoint_folder(served.model, served.revision),
+            scope=scope_in_force(quantization.config, served.additional_config),
+            tp_size=served.tensor_parallel_size,
+            ep_size=served.expert_parallel_size,
         )
 
     def info(self) -> Info:
@@ -76,21 +74,21 @@ def _checkpoint_folder(model: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _served(request: Request) -> Served:
-    served = getattr(request.app.state, "d2moe", None)
-    if served is None:
+def _checkpoint(request: Request) -> Checkpoint:
+    checkpoint = getattr(request.app.state, "d2moe", None)
+    if checkpoint is None:
         raise HTTPException(404, "the served model is no d2moe checkpoint: there is nothing to show")
-    return served
+    return checkpoint
 
 
 @router.get("/info")
 def info(request: Request) -> Info:
-    return _served(request).info()
+    return _checkpoint(request).info()
 
 
 @router.get("", response_class=HTMLResponse)
 def page(request: Request) -> HTMLResponse:
     """The page with today's figures in it, so that a saved copy shows them too."""
-    figures = _served(request).info().model_dump_json().replace("<", "\\u003c")
+    figures = _checkpoint(request).info().model_dump_json().replace("<", "\\u003c")
     html = package_files("d2moe_vllm.observability").joinpath("page.html").read_text(encoding="utf-8")
     return HTMLResponse(html.replace("{{ info }}", figures), headers=HEADERS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -246,18 +248,19 @@ ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "d2moe", "VLLM_CPU_OMP_THR
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "servers"),
-    [([], 1), (["--enable-expert-parallel"], 1), (["--api-server-count", "2"], 2)],
+    "options",
+    [[], ["--enable-expert-parallel"], ["--api-server-count", "2"]],
     ids=["tensor parallel", "expert parallel", "two API servers"],
 )
-def test_two_ranks_count_each_token_once(compressed: Path, tmp_path: Path, options: list[str], servers: int) -> None:
-    """And the files are gone with the server. With two API servers, vLLM itself merges our files."""
+def test_two_ranks_count_each_token_once(compressed: Path, tmp_path: Path, options: list[str]) -> None:
+    """And the files are gone with the server, here with a worker killed. Two API servers: vLLM merges our files."""
     temporary = tmp_path / "t"
     temporary.mkdir()
     arguments = [*SMALL, "--tensor-parallel-size", "2", *options]
     with Server(compressed, arguments, log=tmp_path / "log", env={**ENV, "TMPDIR": str(temporary)}) as server:
         client = OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
-        assert len(list(temporary.glob("**/counter_d2moe-*.db"))) == 2
+        files = list(temporary.glob("**/gauge_max_d2moe-*.db"))
+        assert len(files) == 2
         assert sum(settled(server).values()) == 0
         complete(client, list(range(100, 130)), 10)
         counts = settled(server)
@@ -269,6 +272,8 @@ def test_two_ranks_count_each_token_once(compressed: Path, tmp_path: Path, optio
         assert info["parallel"] == {"tensor_parallel_size": 2, "expert_parallel_size": 2 if expert_parallel else 1}
         assert all(set(ranks) == {"0", "1"} for ranks in info["counters"]["delta_bytes"].values())
         assert sum(map(sum, (group.values() for group in info["counters"]["tokens"].values()))) == sum(counts.values())
+        os.kill(int(files[0].stem.rpartition("-")[2]), signal.SIGKILL)
+        server.process.wait(timeout=120)
     assert list(temporary.glob("**/*d2moe-*")) == []
 
 
