@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging.handlers
 import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +30,9 @@ from vllm.forward_context import override_forward_context
 from d2moe_vllm import compat
 from d2moe_vllm.checkpoint import CheckpointConfig
 from d2moe_vllm.observability import collector, files, recorder
+from d2moe_vllm.observability import endpoint as endpoint_module
+from d2moe_vllm.observability.endpoint import Endpoint
+from d2moe_vllm.observability.info import describe
 from d2moe_vllm.observability.metrics import MAX_GROUPS, METRICS, columns_used_ratio, layer_groups
 
 REQUEST = SimpleNamespace(attn_metadata={}, is_padding=None)
@@ -220,3 +227,25 @@ def test_the_folder_is_vllms_own_or_private_and_gone_at_the_end(checkpoint: Path
 def test_files_that_cannot_be_read_leave_the_other_metrics_alone(tmp_path: Path) -> None:
     (tmp_path / "counter_d2moe-1.db").write_bytes(b"no such format")
     assert list(collector._WorkersCollector(str(tmp_path)).collect()) == []
+
+
+def test_a_server_without_an_engine_has_nothing_to_show() -> None:
+    """vLLM's render server, which attaches the routes too."""
+    app, endpoint = FastAPI(), Endpoint()
+    endpoint.attach_router(app)
+    asyncio.run(endpoint.init_state(None, app.state, Namespace()))
+    for path in ("/v1/d2moe", "/v1/d2moe/info"):
+        answer = TestClient(app).get(path)
+        assert answer.status_code == 404
+        assert "no d2moe checkpoint" in answer.text
+
+
+def test_info_follows_the_scope_and_does_without_files(config: CheckpointConfig) -> None:
+    """As with `--load-format dummy`, or a Hub id that has not been downloaded to this machine."""
+    assert endpoint_module._checkpoint_folder("nobody/nothing", None) is None
+    info = describe(config, model="m", folder=None, scope="token", tp_size=2, ep_size=2)
+    assert (info.parameters, info.bytes, info.stored_ratio, info.recipe) == (None, None, None, None)
+    for number, layer in config.layers.items():
+        assert info.layers[number].gate.columns_in_use == layer.gate.used_columns < layer.gate.kept_columns
+        assert info.layers[number].down.columns_in_use == layer.down.kept_columns  # expert parallelism
+    assert info.counters.tokens == {}
