@@ -102,14 +102,16 @@ class Recorder:
         self._groups = layer_groups(config)
         self._rank = str(compat.global_rank())
         self._counts: Tensor | None = None
+        self._one: Tensor | None = None
         self._on_host: Tensor | None = None
 
     def record(self, layer: int, topk_ids: Tensor, seconds: float) -> None:
         if (entry := self.layers.get(layer)) is None:
             return
         # Not while a graph is captured: its memory is its own. The first call is the profiling run.
-        if self._counts is None or self._on_host is None:
+        if self._counts is None or self._on_host is None or self._one is None:
             self._counts, self._on_host = self._empty_counts(topk_ids.device)
+            self._one = torch.ones(1, dtype=torch.int64, device=topk_ids.device)
         # Profiling serves nobody. A capture does not either, but what it captures runs at each replay.
         capturing = topk_ids.is_cuda and torch.cuda.is_current_stream_capturing()
         if compat.is_profile_run() and not capturing:
@@ -119,7 +121,7 @@ class Recorder:
             entry.calls += 1
         if entry.experts:
             padding = compat.padding_mask(topk_ids.shape[0]) if entry.masked else None
-            count_tokens(self._counts[entry.place], topk_ids, padding)
+            count_tokens(self._counts[entry.place], topk_ids, padding, self._one)
         if self._on_host is not self._counts and entry.place == len(self.layers) - 1:
             self._on_host.copy_(self._counts, non_blocking=True)
 
@@ -167,14 +169,14 @@ class Recorder:
         return found
 
 
-def count_tokens(counts: Tensor, topk_ids: Tensor, padding_mask: Tensor | None) -> None:
+def count_tokens(counts: Tensor, topk_ids: Tensor, padding_mask: Tensor | None, one: Tensor) -> None:
     """Adds a batch to counts, in place: no shape and no control flow depends on data.
 
     counts: int64 [1 + E + 1]: ids below 0, of expert 0 to E - 1, and above. topk_ids: int [T, K].
-    padding_mask: bool [T], True for rows that do not count.
+    padding_mask: bool [T], True for rows that do not count. one: int64 [1], a constant not to be made each time.
     """
     if padding_mask is not None:
         topk_ids = topk_ids.masked_fill(padding_mask.unsqueeze(1), -1)
-    # Out of range would be fatal on a GPU, so bins at both ends take it. A new tensor in any case, never topk_ids.
-    bins = topk_ids.flatten().clamp(-1, counts.numel() - 2).to(torch.int64).add_(1)
-    counts.scatter_add_(0, bins, counts.new_ones(1).expand(bins.shape))
+    # An index out of range would be fatal on a GPU, so bins at both ends take it. The sum is int64, as `one` is.
+    bins = torch.add(topk_ids.clamp(-1, counts.numel() - 2), one).flatten()
+    counts.index_add_(0, bins, one.expand(bins.shape[0]))

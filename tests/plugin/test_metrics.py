@@ -78,7 +78,7 @@ def test_tokens_are_counted_in_place_and_padding_is_not(ids: list, dtype: torch.
     topk_ids = torch.tensor(ids, dtype=dtype)
     mask = None if seed is None else torch.rand(len(ids), generator=torch.Generator().manual_seed(seed)) < 0.5
     counts = torch.full((10,), 7)
-    recorder.count_tokens(counts, topk_ids, mask)
+    recorder.count_tokens(counts, topk_ids, mask, torch.ones(1, dtype=torch.int64))
     real = [row for i, row in enumerate(ids) if mask is None or not mask[i]]
     expected = Counter(expert for row in real for expert in row)
     assert (counts[1:9] - 7).tolist() == [expected[expert] for expert in range(8)]
@@ -90,7 +90,8 @@ def test_counting_needs_no_values() -> None:
     """Fake tensors have shapes only: a synchronisation, or a shape that depends on data, would raise."""
     with FakeTensorMode():
         mask = torch.empty(16, dtype=torch.bool)
-        recorder.count_tokens(torch.empty(10, dtype=torch.int64), torch.empty(16, 2, dtype=torch.int32), mask)
+        counts, one = torch.empty(10, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+        recorder.count_tokens(counts, torch.empty(16, 2, dtype=torch.int32), mask, one)
 
 
 @pytest.mark.parametrize("number", [1, 4, 8, 9, 27, 32, 58, 61])
