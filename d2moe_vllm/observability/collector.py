@@ -7,10 +7,13 @@ With several, or with PROMETHEUS_MULTIPROC_DIR set, vLLM merges the files in tha
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 
 from prometheus_client import REGISTRY, Metric
 from prometheus_client.registry import Collector
@@ -20,7 +23,12 @@ from d2moe_vllm.observability import files
 
 logger = compat.init_logger(__name__)
 
+PREFIX = "d2moe-metrics-"
+LOCK = "lock"
+
 _folder: str | None = None
+_held: int | None = None
+"""The open lock of _folder."""
 
 
 def prepare() -> str | None:
@@ -32,7 +40,9 @@ def prepare() -> str | None:
     try:
         shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         if not shared and _folder is None:
-            _folder = tempfile.mkdtemp(prefix="d2moe-metrics-")
+            _remove_abandoned()
+            _folder = tempfile.mkdtemp(prefix=PREFIX)
+            _lock(Path(_folder))
             atexit.register(_remove, _folder, os.getpid())
             REGISTRY.register(_WorkersCollector(_folder))
         folder = shared or _folder
@@ -41,6 +51,24 @@ def prepare() -> str | None:
     except Exception as error:
         logger.warning("d2moe: no metrics, serving goes on (%s: %s)", type(error).__name__, error)
         return None
+
+
+def _lock(folder: Path) -> None:
+    """Marks a folder as in use for as long as this process, or a child that it forked, lives."""
+    global _held
+    _held = os.open(folder / "lock.new", os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(_held, fcntl.LOCK_EX)
+    # Only now under its name: whoever finds a lock can tell whether it is held.
+    (folder / "lock.new").rename(folder / LOCK)
+
+
+def _remove_abandoned() -> None:
+    """What servers left behind that were killed before they could tidy up."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError):  # another user's, or still in use
+            with lock.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _remove(folder: str, owner: int) -> None:

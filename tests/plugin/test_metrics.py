@@ -199,6 +199,13 @@ print(folder())
 del os.environ["PROMETHEUS_MULTIPROC_DIR"]
 own = folder()
 assert folder() == own
+# Another server's start leaves a folder in use alone, and removes one whose owner was killed.
+import d2moe_vllm.observability.collector as collector
+abandoned = pathlib.Path(own).with_name("d2moe-metrics-abandoned")
+abandoned.mkdir()
+(abandoned / "lock").touch()
+collector._remove_abandoned()
+assert os.path.isdir(own) and not abandoned.exists()
 if os.fork() == 0:
     sys.exit()  # runs the exit handlers it inherited
 os.wait()
