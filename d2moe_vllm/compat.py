@@ -30,8 +30,8 @@ __all__ = [
     "UnquantizedLinearMethod",
     "additional_config",
     "batch_invariant",
-    "data_parallel_on_cpu",
     "extract_layer_index",
+    "fails_on_cpu",
     "global_rank",
     "init_logger",
     "is_profile_run",
@@ -76,9 +76,14 @@ def prefix_caching() -> bool:
     return bool(get_current_vllm_config().cache_config.enable_prefix_caching)
 
 
-def data_parallel_on_cpu() -> bool:
-    """`--data-parallel-size` on vLLM's CPU backend, which starts with it and then fails every request."""
-    return current_platform.is_cpu() and get_current_vllm_config().parallel_config.data_parallel_size > 1
+def fails_on_cpu() -> str | None:
+    """The option of this start with which vLLM's CPU backend starts and then fails at the first request, if any."""
+    parallel = get_current_vllm_config().parallel_config
+    if not current_platform.is_cpu():
+        return None
+    if parallel.data_parallel_size > 1:
+        return "--data-parallel-size"
+    return "--pipeline-parallel-size" if parallel.pipeline_parallel_size > 1 else None
 
 
 def lora_on_experts() -> bool:

@@ -126,10 +126,10 @@ class D2MoEConfig(QuantizationConfig):
     def _check_once(self) -> None:
         from d2moe_vllm import compat
 
-        if compat.data_parallel_on_cpu():
+        if option := compat.fails_on_cpu():
             raise ValueError(
-                "vLLM's CPU backend does not serve with --data-parallel-size, whatever the model; "
-                "start several servers behind a load balancer"
+                f"vLLM's CPU backend does not serve with {option}, whatever the model; leave it out, or start "
+                "several servers behind a load balancer"
             )
         if self._checked:
             return

@@ -185,6 +185,7 @@ CONTRACT = (
         "vllm.config.ParallelConfig",
         attributes=(
             "data_parallel_size",
+            "pipeline_parallel_size",
             "enable_expert_parallel",
             "prefill_context_parallel_size",
             "tensor_parallel_size",

@@ -67,11 +67,28 @@ def test_bench_throughput(checkpoint: Path, tmp_path: Path) -> None:
 
 
 CANNOT = {
-    "pipeline parallel": ({"pipeline_parallel_size": 2}, TWO_RANKS, "assert self.intermediate_tensors is not None"),
     "ray": ({"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}, TWO_RANKS, "does not support ray"),
     "sleep": ({"enable_sleep_mode": True}, {}, "Sleep mode is not supported on current platform"),
 }
 """Settings, environment, and how vLLM's CPU backend fails with them."""
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (False, "assert self.intermediate_tensors is not None"),
+        (True, "vLLM's CPU backend does not serve with --pipeline-parallel-size"),
+    ],
+    ids=["stock", "ours"],
+)
+def test_pipeline_parallel_ends_stock_vllm_at_the_first_request_and_ours_at_the_start(
+    checkpoint: Path, tmp_path: Path, plugin: bool, message: str
+) -> None:
+    model, env = (checkpoint, TWO_RANKS) if plugin else (SOURCE, TWO_RANKS | {"VLLM_PLUGINS": ""})
+    llm = {"dtype": "float32", "enforce_eager": True, "pipeline_parallel_size": 2}
+    code, log, _ = run_engine(tmp_path, model, env, llm=llm)
+    assert code != 0
+    assert message in log
 
 
 @pytest.mark.parametrize("mode", CANNOT)
