@@ -27,10 +27,11 @@ def register() -> None:
         return
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
-    except ImportError as error:
+
+        register_quantization_config("d2moe")(_config_class())
+    except Exception as error:
         logging.getLogger(__name__).error("%s", unsupported(error))
         return
-    register_quantization_config("d2moe")(_config_class())
     _register_families()
     _registered = True
 
@@ -38,7 +39,7 @@ def register() -> None:
 def _register_families() -> None:
     """Lets vLLM read config.json of the families it can serve but has no configuration of."""
     try:
-        from d2moe_vllm.hf import register_configs
+        from d2moe_vllm.families import register_configs
 
         register_configs()
     except Exception as error:  # other families are served all the same

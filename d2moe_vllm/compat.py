@@ -5,11 +5,12 @@ Supported: vLLM 0.32 and 0.33. tests/plugin/test_contract.py names each of these
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from vllm import envs
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed.parallel_state import get_world_group
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger as vllm_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -25,18 +26,22 @@ __all__ = [
     "FusedMoEMethodBase",
     "LinearBase",
     "RoutedExperts",
+    "Served",
     "UnquantizedLinearMethod",
     "additional_config",
     "batch_invariant",
-    "data_parallel_on_cpu",
     "extract_layer_index",
+    "fails_on_cpu",
+    "global_rank",
     "init_logger",
+    "is_profile_run",
     "load_format",
     "local_expert",
     "lora_on_experts",
     "model_source",
     "padding_mask",
     "prefix_caching",
+    "served",
     "set_weight_attrs",
     "tokens_from_other_ranks",
 ]
@@ -71,9 +76,14 @@ def prefix_caching() -> bool:
     return bool(get_current_vllm_config().cache_config.enable_prefix_caching)
 
 
-def data_parallel_on_cpu() -> bool:
-    """`--data-parallel-size` on vLLM's CPU backend, which starts with it and then fails every request."""
-    return current_platform.is_cpu() and get_current_vllm_config().parallel_config.data_parallel_size > 1
+def fails_on_cpu() -> str | None:
+    """The option of this start with which vLLM's CPU backend starts and then fails at the first request, if any."""
+    parallel = get_current_vllm_config().parallel_config
+    if not current_platform.is_cpu():
+        return None
+    if parallel.data_parallel_size > 1:
+        return "--data-parallel-size"
+    return "--pipeline-parallel-size" if parallel.pipeline_parallel_size > 1 else None
 
 
 def lora_on_experts() -> bool:
@@ -100,6 +110,41 @@ def local_expert(layer: Any, expert: int) -> int:
 def tokens_from_other_ranks(moe: FusedMoEConfig) -> bool:
     """Whether the layer's rows are gathered from several ranks, so that the padding mask does not match them."""
     return moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel
+
+
+class Served(NamedTuple):
+    """What a finished configuration says of the model and its ranks. model: folder or Hub id, as in model_source."""
+
+    name: str
+    model: str
+    revision: str | None
+    additional_config: dict[str, Any]
+    tensor_parallel_size: int
+    expert_parallel_size: int
+
+
+def served(config: VllmConfig) -> Served:
+    """For the front-end, where no model is being built."""
+    model, parallel, additional = config.model_config, config.parallel_config, config.additional_config
+    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size * parallel.prefill_context_parallel_size
+    return Served(
+        str(model.served_model_name),
+        model.model,
+        model.revision,
+        additional if isinstance(additional, dict) else {},
+        parallel.tensor_parallel_size,
+        ranks if parallel.enable_expert_parallel else 1,
+    )
+
+
+def global_rank() -> int:
+    """This worker's number among all that serve the model."""
+    return get_world_group().rank
+
+
+def is_profile_run() -> bool:
+    """Whether this forward pass is vLLM's measurement of memory, or a warm-up: its rows are no requests'."""
+    return is_forward_context_available() and get_forward_context().attn_metadata is None
 
 
 def padding_mask(num_rows: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from d2moe_vllm.compat import (
     tokens_from_other_ranks,
 )
 from d2moe_vllm.loading import LayerLoader, options
+from d2moe_vllm.observability import recorder
+from d2moe_vllm.observability.metrics import columns_used_ratio
 from d2moe_vllm.ops.reference import ACTIVATIONS
 
 logger = init_logger(__name__)
@@ -70,21 +73,32 @@ class D2MoEMethod(FusedMoEMethodBase):
             tp_rank=parallel.tp_rank,
             tp_size=parallel.tp_size,
         )
+        delta_bytes = 0
         for name, tensor in self.loader.empty_parameters(params_dtype).items():
             parameter = nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, parameter)
             kind = name.split("_", 1)[1]
             set_weight_attrs(parameter, {"weight_loader": self.loader.weight_loader(kind)})
+            delta_bytes += 0 if kind.startswith("base") else tensor.nbytes
         distributed = parallel.use_ep and parallel.ep_size > 1
         if distributed and self.scope != "off":
             logger.info_once("d2moe: no dynamic column selection on down projections under expert parallelism")
         self.options = {
+            "layer": self.layer,
             "num_experts": num_experts,
             "activation": self.moe.activation.value,
             # Scope "token" promises that a request's output never depends on its neighbours: to the last bit.
             "batch_invariant": self.scope == "token" or batch_invariant(),
             **options(self.config, self.layer, parallel.tp_size, self.scope, prune_down=not distributed),
         }
+        recorder.add_layer(
+            self.layer,
+            # Tensor-parallel ranks all see the same tokens.
+            experts=self.loader.experts if parallel.tp_rank == 0 else (),
+            delta_bytes=delta_bytes,
+            used=columns_used_ratio(self.config, self.layer, self.scope, prune_down=not distributed),
+            masked=not tokens_from_other_ranks(self.moe),
+        )
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Refuses a layer that is not complete: vLLM itself drops unknown names and misses none."""
@@ -155,12 +169,15 @@ def _refuse_unsupported(
 
 
 def _fused_experts(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *parameters: Tensor | None, **layer_options: Any
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *parameters: Tensor | None, layer: int, **layer_options: Any
 ) -> Tensor:
+    started = time.perf_counter()
     # Read here and not passed in: a traced graph would take it for a constant. Only a selection that the
     # batch shares can be influenced by padding rows.
     mask = padding_mask(x.shape[0]) if layer_options["scope"] == "batch" else None
-    return ops.fused_experts(x, topk_weights, topk_ids, *parameters, padding_mask=mask, **layer_options)
+    output = ops.fused_experts(x, topk_weights, topk_ids, *parameters, padding_mask=mask, **layer_options)
+    recorder.record(layer, topk_ids, time.perf_counter() - started)
+    return output
 
 
 def _fused_experts_fake(x: Tensor, *args: Any, **layer_options: Any) -> Tensor:
@@ -173,7 +190,7 @@ def _register_operator() -> torch.library.Library:
     optional = ", ".join(f"Tensor? {name}" for name in ops.PARAMETERS)
     constants = ", ".join(f"{kind} {name}" for name, kind in ops.OPTIONS.items())
     library = torch.library.Library("d2moe", "FRAGMENT")
-    library.define(f"fused_experts({required}, {optional}, *, {constants}) -> Tensor")
+    library.define(f"fused_experts({required}, {optional}, *, int layer, {constants}) -> Tensor")
     library.impl("fused_experts", _fused_experts, "CompositeExplicitAutograd")
     torch.library.register_fake("d2moe::fused_experts", _fused_experts_fake, lib=library)
     return library

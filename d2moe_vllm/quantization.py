@@ -33,6 +33,8 @@ class D2MoEConfig(QuantizationConfig):
         self.config = config
         self._checked = False
         self._scope: Scope | None = None
+        # Where workers write their metrics; travels to them with this config.
+        self.metrics_folder: str | None = None
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -63,6 +65,7 @@ class D2MoEConfig(QuantizationConfig):
         """Raises CheckpointError, in one line; RuntimeError where this vLLM's insides are not what we know."""
         try:
             from d2moe_vllm import experts  # noqa: F401
+            from d2moe_vllm.observability import collector  # noqa: F401
         except Exception as error:
             raise RuntimeError(unsupported(error)) from None
         if "format_version" not in config:
@@ -75,7 +78,7 @@ class D2MoEConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
     ) -> None:
-        """Checks a local checkpoint's files in the front-end process, before any engine starts.
+        """Checks a local checkpoint's files in the front-end process, before any engine starts; prepares metrics.
 
         A Hub id, and a folder without any weight file (`--load-format dummy`), wait until get_quant_method,
         when it is known how weights are to be loaded. Raises CheckpointError.
@@ -84,11 +87,15 @@ class D2MoEConfig(QuantizationConfig):
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             check_checkpoint(folder, self.config)
             self._checked = True
+        from d2moe_vllm.observability import collector
+
+        self.metrics_folder = collector.prepare()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for the MoE layers in `layers`; vLLM's own for all else."""
         from d2moe_vllm import compat
         from d2moe_vllm.experts import D2MoEMethod
+        from d2moe_vllm.observability import recorder
 
         # The first layer to ask is the embedding, before its weights are allocated.
         self._check_once()
@@ -96,6 +103,7 @@ class D2MoEConfig(QuantizationConfig):
         if isinstance(layer, compat.RoutedExperts):
             number = compat.extract_layer_index(prefix)
             if number in self.config.layers:
+                recorder.start(self.metrics_folder, self.config)
                 return D2MoEMethod(layer.moe_config, self.config, number, scope)
             return None
         return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
@@ -105,9 +113,8 @@ class D2MoEConfig(QuantizationConfig):
         from d2moe_vllm import compat
 
         logger = compat.init_logger(__name__)
-        scope = chosen_scope(self.config, compat.additional_config())
-        if scope == "batch" and compat.batch_invariant():
-            scope = "token"
+        scope = scope_in_force(self.config, compat.additional_config())
+        if scope != chosen_scope(self.config, compat.additional_config()):
             logger.info("d2moe: VLLM_BATCH_INVARIANT=1: scope 'token' in place of 'batch'")
         if scope == "batch" and compat.prefix_caching():
             logger.warning(
@@ -119,10 +126,10 @@ class D2MoEConfig(QuantizationConfig):
     def _check_once(self) -> None:
         from d2moe_vllm import compat
 
-        if compat.data_parallel_on_cpu():
+        if option := compat.fails_on_cpu():
             raise ValueError(
-                "vLLM's CPU backend does not serve with --data-parallel-size, whatever the model; "
-                "start several servers behind a load balancer"
+                f"vLLM's CPU backend does not serve with {option}, whatever the model; leave it out, or start "
+                "several servers behind a load balancer"
             )
         if self._checked:
             return
@@ -144,6 +151,14 @@ def chosen_scope(config: CheckpointConfig, additional_config: dict[str, Any]) ->
     if scope not in get_args(Scope):
         raise ValueError(f"--additional-config: d2moe scope {scope!r} is none of {', '.join(get_args(Scope))}")
     return scope
+
+
+def scope_in_force(config: CheckpointConfig, additional_config: dict[str, Any]) -> Scope:
+    """The chosen scope, or "token" in place of "batch" under VLLM_BATCH_INVARIANT=1. Raises ValueError."""
+    from d2moe_vllm import compat
+
+    scope = chosen_scope(config, additional_config)
+    return "token" if scope == "batch" and compat.batch_invariant() else scope
 
 
 def _download(model: str, revision: str | None, download_dir: str | None) -> Path:

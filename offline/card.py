@@ -15,8 +15,8 @@ TEMPLATE = """---
 
 # {name}, compressed by D2-MoE to {kept:.1f} % of its size
 
-> **Plain transformers:** load it with `trust_remote_code=True`. Without it, transformers prints one warning
-> ("Unknown quantization type") and serves **randomly initialised experts**.
+> **Plain transformers:** load it with `trust_remote_code=True`, or after `import d2moe_vllm.hf`. With neither,
+> transformers prints one warning ("Unknown quantization type") and gives you **randomly initialised experts**.
 
 | | original | this checkpoint |
 |---|---|---|
@@ -33,9 +33,12 @@ pip install -e '.[serve]'   # in the checkout
 vllm serve <this folder or repository> --trust-remote-code
 ```
 
+In plain transformers, without d2moe-vllm:
+
 ```python
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("<this folder or repository>", trust_remote_code=True)
+assert type(model).__name__.startswith("D2")
 ```
 
 Recipe: `d2moe_recipe.yaml`. Routing counts and reconstruction errors per layer: `d2moe_stats.json`.

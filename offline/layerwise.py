@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2moe_vllm.checkpoint import TensorSpec
-from d2moe_vllm.hf import stock_config_class, stock_model_class
+from d2moe_vllm.families import stock_config_class, stock_model_class
 from offline.errors import InputError
 from offline.families import Family, find_family
 from offline.shards import Reader

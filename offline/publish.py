@@ -21,7 +21,7 @@ from d2moe_vllm.checkpoint import (
     STATS_FILE,
     Manifest,
 )
-from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source
+from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
 from offline.assembly import Assembly
 from offline.budget import Budget
 from offline.calibration import Windows

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2moe_vllm.checkfiles import check_checkpoint, read_config, read_manifest
 from d2moe_vllm.checkpoint import MANIFEST_FILE, RECIPE_FILE, ROLES, CheckpointConfig, CheckpointError, Manifest, Role
-from d2moe_vllm.hf import MODELING_FILE, checkpoint_modeling_source
+from d2moe_vllm.families import MODELING_FILE, checkpoint_modeling_source
 from offline.errors import InputError
 from offline.inspection import read_statistics
 from offline.original import open_original

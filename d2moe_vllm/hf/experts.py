@@ -62,6 +62,11 @@ class D2Projection(nn.Module):
         else:
             self.register_parameter(kind, nn.Parameter(torch.empty(shape), requires_grad=False))
 
+    def forward(self, kind: str) -> Tensor:
+        """The tensor of that kind. Asked for by a call, since accelerate brings offloaded weights when a module is
+        called: read as an attribute they would be on the meta device, and torch computes with those without a word."""
+        return getattr(self, kind)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> D2Projection:
         norms = self._buffers.get("base_norms")
         super()._apply(fn, recurse)
@@ -92,8 +97,13 @@ class D2Experts(nn.Module):
 
     layer: its entry of `quantization_config`, per role ("gate", "up", "down") and with `trimmed`.
     projections: role -> submodule name (Mixtral: w1, w3, w2); state-dict names are `{expert}.{name}.{kind}`.
-    activation: a name of `ops.reference.ACTIVATIONS` or a callable. scope: "batch", "token" or "off"; an
-    attribute that may be changed between calls. padding_mask: bool [T] or None, likewise.
+    activation: a name of `ops.reference.ACTIVATIONS` or a callable. scope: "batch", "token" or "off".
+
+    Attributes that may be changed between calls: scope; padding_mask, bool [T] or None; static_shapes, as in
+    fused_experts, at the price of a copy of all deltas in every call; in_place: gate's and up's weights are joined in
+    the first call and stay so, without which every call joins those it needs.
+
+    Some modeling code visits a ModuleList of experts itself: `len(experts)` and `experts[e](rows)` are for that.
     """
 
     def __init__(
@@ -114,6 +124,8 @@ class D2Experts(nn.Module):
         self.activation, self.scope = activation, scope
         self.trimmed = tuple(layer.get("trimmed", ()))
         self.padding_mask: Tensor | None = None
+        self.static_shapes = self.in_place = False
+        self._places_on: dict[torch.device, Tensor] = {}
         for expert in range(num_experts):
             modules = nn.Module()
             for name in self.projections.values():
@@ -127,6 +139,24 @@ class D2Experts(nn.Module):
     def projection(self, expert: int, role: str) -> D2Projection:
         return getattr(getattr(self, str(expert)), self.projections[role])
 
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __getitem__(self, expert: int) -> Callable[[Tensor], Tensor]:
+        """One expert alone: a function of rows [n, H] that returns [n, H]. IndexError, as of a list."""
+        number = range(self.num_experts)[expert]
+
+        def run(rows: Tensor) -> Tensor:
+            if self.scope != "off":
+                raise ValueError(
+                    f"d2moe_scope {self.scope!r} needs all experts of a token at once, and this model's code visits "
+                    "them one by one; use d2moe_scope 'off', or transformers' own code of this model"
+                )
+            shape = (rows.shape[0], 1)
+            return self(rows, torch.full(shape, number, device=rows.device), rows.new_ones(shape))
+
+        return run
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [..., H], top_k_index int [T, K], top_k_weights [T, K]: [..., H]. METHODS 1.6."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -139,8 +169,8 @@ class D2Experts(nn.Module):
             rows,
             top_k_weights,
             top_k_index,
-            self._weights("gate", "up"),
-            self._weights("down"),
+            self._weights(rows.device, "gate", "up"),
+            self._weights(rows.device, "down"),
             mask,
             num_experts=self.num_experts,
             gate_rank=gate["rank"],
@@ -152,45 +182,78 @@ class D2Experts(nn.Module):
             w2_groups=self.groups,
             w2_used=down["used_columns"],
             batch_invariant=self.scope == "token",
+            static_shapes=self.static_shapes,
         )
         return output.reshape(hidden_states.shape)
 
-    def _weights(self, *roles: str) -> Weights:
-        """fused_experts' view of gate and up, or of down; nothing per expert is put together yet."""
+    def _weights(self, device: torch.device, *roles: str) -> Weights:
+        """fused_experts' view of gate and up, or of down."""
         first = self.layer[roles[0]]
-        ranked = [role for role in roles if self.layer[role]["rank"]]
         tensors: dict[str, Any] = {}
-        if ranked:
-            tensors["delta_u"] = self._per_expert(first.get("distinct_u", 0) or self.num_experts, ranked, "delta_u", 1)
-            if first.get("delta", "factors") == "columns":
-                tensors["delta_columns"] = self._per_expert(self.num_experts, ranked, "delta_columns", 0)
-            elif first.get("shared_v", False):
-                tensors["shared_v"] = self._join(0, ranked, "shared_v", 0)
-            else:
-                tensors["delta_v"] = self._per_expert(self.num_experts, ranked, "delta_v", 0)
-            tensors["u_index"] = self._u_index(ranked[0])
+        if ranked := [role for role in roles if self.layer[role]["rank"]]:
+            tensors |= self._deltas(device, ranked)
         based = [self.projection(0, role) for role in roles]
         if first["kept_columns"]:
-            norms = [projection.base_norms for projection in based]
-            tensors["base"] = torch.cat([projection.base for projection in based]).t()
-            tensors["base_columns"] = based[0].base_columns
+            norms = [projection("base_norms") for projection in based]
+            tensors["base"] = self._join(0, list(roles), "base", 0).t()
+            tensors["base_columns"] = based[0]("base_columns")
             tensors["base_norms"] = norms[0] if len(norms) == 1 else (norms[0].square() + norms[1].square()).sqrt()
         if low_rank := [role for role in roles if self.layer[role].get("base_rank", 0)]:
             tensors["base_u"] = self._join(0, low_rank, "base_u", 1)
             tensors["base_v"] = self._join(0, low_rank, "base_v", 0)
         return Weights(**tensors)
 
-    def _u_index(self, role: str) -> Tensor | None:
-        """Whose U each expert uses, -1 for none; None: its own."""
-        if self.layer[role].get("distinct_u", 0):
-            return self.projection(0, role).u_index
-        if not self.trimmed:
-            return None
-        return torch.tensor([-1 if expert in self.trimmed else expert for expert in range(self.num_experts)])
+    def _deltas(self, device: torch.device, roles: list[str]) -> dict[str, Any]:
+        """Weights' delta fields; without static shapes an expert's matrices are put together when it is visited."""
+        first = self.layer[roles[0]]
+        own = [expert for expert in range(self.num_experts) if expert not in self.trimmed]
+        places = self._places(device, own) if self.trimmed else None
+        distinct = first.get("distinct_u", 0)
+        fields: dict[str, Any] = {
+            "delta_u": self._per_expert(range(distinct) if distinct else own, roles, "delta_u", 1),
+            "u_index": self.projection(0, roles[0])("u_index") if distinct else places,
+        }
+        if first.get("delta", "factors") == "columns":
+            return fields | {"delta_columns": self._per_expert(own, roles, "delta_columns", 0), "v_index": places}
+        if first.get("shared_v", False):
+            return fields | {"shared_v": self._join(0, roles, "shared_v", 0)}
+        return fields | {"delta_v": self._per_expert(own, roles, "delta_v", 0), "v_index": places}
+
+    def _places(self, device: torch.device, own: list[int]) -> Tensor:
+        """Of each expert among those that have deltas, -1 for none; kept on the device only where it is used there."""
+        where = device if self.static_shapes else torch.device("cpu")
+        if where not in self._places_on:
+            index = [own.index(expert) if expert in own else -1 for expert in range(self.num_experts)]
+            self._places_on[where] = torch.tensor(index, device=where)
+        return self._places_on[where]
+
+    def _per_expert(self, experts: Sequence[int], roles: list[str], kind: str, axis: int) -> Tensor | _PerExpert:
+        matrices = _PerExpert(len(experts), lambda place: self._join(experts[place], roles, kind, axis))
+        return torch.stack(list(matrices)) if self.static_shapes and experts else matrices
 
     def _join(self, expert: int, roles: list[str], kind: str, axis: int) -> Tensor:
-        parts = [getattr(self.projection(expert, role), kind) for role in roles]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+        parts = [self.projection(expert, role)(kind) for role in roles]
+        if len(parts) == 1:
+            return parts[0]
+        if self.in_place and kind not in INDEX_KINDS and not torch.compiler.is_compiling():
+            return _side_by_side(parts, axis)
+        return torch.cat(parts, dim=axis)
 
-    def _per_expert(self, length: int, roles: list[str], kind: str, axis: int) -> _PerExpert:
-        return _PerExpert(length, lambda expert: self._join(expert, roles, kind, axis))
+
+def _side_by_side(parts: list[Tensor], axis: int) -> Tensor:
+    """Matrices joined along an axis; they become views of the result, so that joining them again costs nothing."""
+    first, shape = parts[0], list(parts[0].shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    stride, place = (shape[1], 1), first.storage_offset()
+    for part in parts:
+        apart = part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        if apart or part.stride() != stride or part.storage_offset() != place:
+            break
+        place += part.shape[axis] * stride[axis]
+    else:
+        return first.as_strided(shape, stride, first.storage_offset())
+    with torch.inference_mode(False), torch.no_grad():
+        joined = torch.cat(parts, dim=axis)
+        for part, view in zip(parts, joined.split([part.shape[axis] for part in parts], dim=axis), strict=True):
+            part.data = view
+    return joined

@@ -36,6 +36,7 @@ Backend = Callable[..., Tensor]
 BACKENDS: dict[str, Backend] = {
     "reference": reference.fused_experts,
 }
+DEFAULT_BACKEND = "reference"
 
 
 def fused_experts(
@@ -44,7 +45,7 @@ def fused_experts(
     topk_ids: Tensor,
     *parameters: Tensor | None,
     padding_mask: Tensor | None = None,
-    backend: str = "reference",
+    backend: str = DEFAULT_BACKEND,
     **options: Any,
 ) -> Tensor:
     """`reference.fused_experts` by the named backend, parameters in the order of PARAMETERS.

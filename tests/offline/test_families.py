@@ -23,12 +23,13 @@ from families import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from d2moe_vllm.checkfiles import check_checkpoint
 from d2moe_vllm.checkpoint import ROLES
-from d2moe_vllm.hf import MODEL_CLASSES, register_configs
+from d2moe_vllm.families import MODEL_CLASSES, auto_map
 from offline.evaluation import open_evaluated
 from offline.families import FAMILIES
 from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
@@ -156,25 +157,13 @@ def test_compressed_without_loss_it_is_the_same_model(
     folder = write_exact(tmp_path / "exact", source, dense)
     check_checkpoint(folder)
     expected = stock_model(stock_config(family))(TOKENS).logits
-    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    # By its class and not by AutoModel, which prefers what d2moe_vllm.hf registers for DeepSeek v1 and Kimi-K2.
+    own = get_class_from_dynamic_module(auto_map(family)["AutoModelForCausalLM"], folder)
+    loaded = own.from_pretrained(folder, dtype=torch.float32)
     assert type(loaded).__module__.startswith("transformers_modules")
     assert loaded.config.model_type == family
     assert_close(loaded(TOKENS).logits, expected)
     assert_close(logits(folder), expected)
-
-
-def test_the_plugins_configuration_of_deepseek_does_not_hide_the_checkpoints_class(
-    released: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """In a process where the plugin was loaded before."""
-    folder = write_exact(tmp_path / "exact", released("deepseek"))
-    register_configs()
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    finally:
-        del CONFIG_MAPPING._extra_content["deepseek"]
-    assert type(loaded).__name__ == "D2DeepseekForCausalLM"
-    assert loaded.config.first_k_dense_replace == 1
 
 
 @torch.no_grad()
@@ -191,8 +180,9 @@ def test_layers_that_predict_further_tokens_ride_along(released: Callable[[str],
     check_checkpoint(exact)
     for name, tensor in extra.items():
         assert torch.equal(SourceReader(exact).tensor(name), tensor)
-    loaded = AutoModelForCausalLM.from_pretrained(exact, trust_remote_code=True, dtype=torch.float32)
-    assert_close(loaded(TOKENS).logits, logits(model.folder))
+    for trust_remote_code in (True, False):  # the checkpoint's modeling file, and the quantizer
+        loaded = AutoModelForCausalLM.from_pretrained(exact, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        assert_close(loaded(TOKENS).logits, logits(model.folder))
 
 
 def test_the_modeling_file_imports_the_family_that_is_asked_for_only() -> None:
@@ -200,7 +190,7 @@ def test_the_modeling_file_imports_the_family_that_is_asked_for_only() -> None:
         "import sys\n"
         "from d2moe_vllm.hf.modeling_d2moe import D2Qwen3MoeForCausalLM\n"
         "loaded = [name for name in sys.modules if name.startswith('transformers.models.')]\n"
-        "print([n for n in ('mixtral', 'granitemoe', 'deepseek_v3') if f'transformers.models.{n}' in loaded])\n"
+        "print([n for n in ('mixtral', 'granitemoe') if f'transformers.models.{n}' in loaded])\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

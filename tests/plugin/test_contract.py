@@ -1,68 +1,159 @@
-"""Every piece of vLLM's insides that we rely on, by name: what breaks here breaks serving.
+"""Every piece of vLLM's insides that we rely on: what breaks here breaks serving.
 
-Run it first against a new vLLM release; then widen d2moe_vllm.SUPPORTED_VLLM.
+The table is contract.py. It is held against the installed vLLM by import, and against the source of every other
+release in the window without importing it. For a new release: add it to OTHERS, run this, read what differs, then
+widen d2moe_vllm.SUPPORTED_VLLM.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from typing import get_args
+import ast
+from collections.abc import Callable
+from importlib.metadata import distribution
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from vllm import forward_context
-from vllm.config import LoadConfig, LoRAConfig, ModelConfig, VllmConfig
+import vllm
+from contract import ALLOWED_IMPORTS, CONTRACT, Use
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.model_loader import LoadFormats
+from vllm_views import Described, MissingError, Source, installed
+from vllm_wheel import UnavailableError, other_release
 
+import d2moe_vllm
 from d2moe_vllm import compat
 from d2moe_vllm.experts import D2MoEMethod
 from d2moe_vllm.ops.reference import ACTIVATIONS
 from d2moe_vllm.quantization import D2MoEConfig
 
+OTHERS = ("0.33.0",)
+"""Releases in the window that the tests do not run with."""
 
-def names(function: object) -> list[str]:
-    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
-
-
-def fields(cls: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
+PACKAGE = Path(d2moe_vllm.__file__).parent
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", compat.__all__)
-def test_compat_has_what_it_exports(name: str) -> None:
-    assert hasattr(compat, name)
+def broken(use: Use, describe: Callable[[str], Described]) -> list[str]:
+    """In what `use` does not hold, in words."""
+    try:
+        found = describe(use.name)
+    except MissingError as error:
+        return [str(error)]
+    return [
+        *(f"{use.name} takes no {name}" for name in use.parameters if name not in found.parameters),
+        *(f"{use.name} has no {name}" for name in use.attributes if name not in found.attributes),
+        *(f"{use.name}.{name} is no property" for name in use.properties if name not in found.properties),
+        *(f"{use.name} lacks {value!r}" for value in use.values if value not in found.values),
+        *(
+            f"{use.name}.{name} takes {found.methods.get(name)}, not {parameters}"
+            for name, parameters in use.methods.items()
+            if found.methods.get(name) != parameters
+        ),
+    ]
 
 
-def test_quantization_config_hooks() -> None:
-    assert names(register_quantization_config) == ["quantization"]
-    for hook in ("maybe_update_config", "get_quant_method", "override_quantization_method", "from_config"):
-        assert names(getattr(D2MoEConfig, hook)) == names(getattr(QuantizationConfig, hook)), hook
-    assert not D2MoEConfig.__abstractmethods__
+def read_installed(module: str) -> tuple[str, bool] | None:
+    path = Path(vllm.__file__).parents[1] / module.replace(".", "/")
+    for file, is_package in ((path.with_suffix(".py"), False), (path / "__init__.py", True)):
+        if file.is_file():
+            return file.read_text(), is_package
+    return None
 
 
-def test_fused_moe_method_hooks() -> None:
-    for hook in ("create_weights", "maybe_roundup_sizes", "get_fused_moe_quant_config", "apply"):
-        assert names(getattr(D2MoEMethod, hook)) == names(getattr(FusedMoEMethodBase, hook)), hook
-    assert not D2MoEMethod.__abstractmethods__
-    for attribute in ("supports_eplb", "is_monolithic", "mk_can_overlap_shared_experts", "supports_internal_mk"):
-        assert isinstance(getattr(FusedMoEMethodBase, attribute), property), attribute
+@pytest.fixture(scope="module")
+def installed_source() -> Source:
+    return Source(read_installed)
 
 
-def test_routed_experts() -> None:
-    parameters = names(RoutedExperts.__init__)
-    for name in ("ckpt_gate_proj_name", "ckpt_up_proj_name", "ckpt_down_proj_name", "apply_router_weight_on_input"):
-        assert name in parameters
-    assert isinstance(RoutedExperts.expert_map, property)
-    assert callable(RoutedExperts._map_global_expert_id_to_local_expert_id)
+@pytest.fixture(scope="module", params=OTHERS)
+def other(request: pytest.FixtureRequest) -> Source:
+    """Another release's source: about 1 MB of a wheel of 336 MB, once."""
+    try:
+        return other_release(request.param)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("use", CONTRACT, ids=lambda use: use.name)
+def test_the_installed_vllm_keeps_the_contract(use: Use) -> None:
+    assert broken(use, installed) == []
+
+
+@pytest.mark.parametrize("use", CONTRACT, ids=lambda use: use.name)
+def test_other_releases_keep_the_contract(use: Use, other: Source, installed_source: Source) -> None:
+    """By source alone. Where we rely on what a function does, its code has to be the installed one's."""
+    assert broken(use, other) == []
+    for member in use.behaves:
+        assert other.code(use.name, member) == installed_source.code(use.name, member), member
+
+
+@pytest.mark.parametrize("use", CONTRACT, ids=lambda use: use.name)
+def test_reading_source_finds_what_importing_finds(use: Use, installed_source: Source) -> None:
+    """The reader of source itself, where its answers can be checked."""
+    assert broken(use, installed_source) == []
+
+
+@pytest.mark.parametrize("view", ["installed", "source"])
+def test_a_broken_contract_is_noticed(view: str, installed_source: Source) -> None:
+    """Both ways of looking, on wrong entries of every kind."""
+    describe = installed if view == "installed" else installed_source
+    method = "vllm.model_executor.layers.fused_moe.fused_moe_method_base.FusedMoEMethodBase"
+    wrong = [
+        Use("vllm.config.NoSuchConfig"),
+        Use("vllm.no_such_module.Name"),
+        Use("vllm.forward_context.set_forward_context", parameters=("no_such_parameter",)),
+        Use("vllm.config.LoadConfig", attributes=("no_such_field",)),
+        Use(method, properties=("apply",)),
+        Use(method, methods={"apply": ("self", "layer", "x")}),
+        Use(method, methods={"no_such_method": ("self",)}),
+        Use("vllm.model_executor.layers.fused_moe.activation.MoEActivation", values=("no such activation",)),
+        Use("vllm.model_executor.model_loader.LoadFormats", values=("no such format",)),
+        Use("vllm.envs.environment_variables", values=("VLLM_NO_SUCH_VARIABLE",)),
+    ]
+    assert [use.name for use in wrong if len(broken(use, describe)) != 1] == []
+
+
+def imports(file: str) -> set[str]:
+    """`module.Name` of everything that one of our files imports from vLLM, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "vllm"}
+    return found
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "compat.py"])
+def test_only_compat_imports_vllm(file: str) -> None:
+    """And the files of ALLOWED_IMPORTS, what is said there."""
+    modules = {name if name == "vllm" else name.rpartition(".")[0] for name in imports(file)}
+    assert modules <= set(ALLOWED_IMPORTS.get(file, ()))
+    assert "import_module" not in (PACKAGE / file).read_text()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_contract_names_every_import(file: str) -> None:
+    named = {use.name for use in CONTRACT}
+    # Or of what: `from vllm import envs`.
+    named |= {name.rpartition(".")[0] for name in named}
+    assert imports(file) <= named
+
+
+def test_our_hooks_have_the_signatures_that_vllm_calls() -> None:
+    theirs = {use.name: use.methods for use in CONTRACT}
+    for ours, base in ((D2MoEConfig, QuantizationConfig), (D2MoEMethod, FusedMoEMethodBase)):
+        found = installed(f"{ours.__module__}.{ours.__name__}").methods
+        for hook, parameters in theirs[f"{base.__module__}.{base.__name__}"].items():
+            if hook != "__init__":
+                assert found[hook] == parameters, hook
+        assert not ours.__abstractmethods__
 
 
 def test_checkpoint_names_map_to_our_parameters() -> None:
@@ -76,29 +167,26 @@ def test_checkpoint_names_map_to_our_parameters() -> None:
     assert ("experts.routed_experts.w13_", "experts.3.gate_proj.", 3, "w1") in legacy
 
 
-def test_moe_config() -> None:
-    needed = {"num_experts", "hidden_dim", "intermediate_size", "activation", "has_bias", "moe_parallel_config"}
-    assert needed | {"swiglu_limit", "swiglu_alpha", "swiglu_beta"} <= fields(FusedMoEConfig)
-    for name in ("dp_size", "pcp_size", "is_sequence_parallel"):
-        assert isinstance(getattr(FusedMoEConfig, name), property), name
-    assert {"tp_size", "tp_rank", "ep_size", "use_ep"} <= fields(FusedMoEParallelConfig)
+def test_our_state_in_a_quant_config_is_not_in_the_key_of_compile_caches() -> None:
+    """What we keep there may differ from start to start; a hash of it would compile anew each time."""
+    config = VllmConfig()
+    before = config.compute_hash()
+    config.quant_config = SimpleNamespace(anything="of ours")  # type: ignore[assignment]
+    assert config.compute_hash() == before
 
 
-def test_activations() -> None:
-    assert set(ACTIVATIONS) <= {activation.value for activation in MoEActivation}
+def test_the_contract_has_all_that_our_own_lists_name() -> None:
+    values = {use.name.rpartition(".")[2]: set(use.values) for use in CONTRACT}
+    assert set(ACTIVATIONS) <= values["MoEActivation"]
+    assert set(compat.BYPASSING_LOAD_FORMATS) <= values["LoadFormats"]
+    assert all(hasattr(compat, name) for name in compat.__all__)
 
 
-def test_forward_context() -> None:
-    """compat.padding_mask reads the attribute as it is: None says that nothing is padding."""
-    assert "is_padding" in fields(forward_context.ForwardContext)
-    assert "is_padding" in names(forward_context.set_forward_context)
-
-
-def test_engine_configuration() -> None:
-    assert "additional_config" in fields(VllmConfig)
-    assert "lora_config" in fields(VllmConfig)
-    assert "target_modules" in fields(LoRAConfig)
-    assert {"load_format", "download_dir"} <= fields(LoadConfig)
-    assert {"model", "revision", "model_weights"} <= fields(ModelConfig)
-    assert set(compat.BYPASSING_LOAD_FORMATS) <= set(get_args(LoadFormats))
-    assert "dummy" in get_args(LoadFormats)
+def test_the_window_is_the_one_the_package_declares() -> None:
+    """SUPPORTED_VLLM, pyproject.toml's extra, and the releases that are checked here."""
+    first, last = d2moe_vllm.SUPPORTED_VLLM[0], d2moe_vllm.SUPPORTED_VLLM[-1]
+    (requirement,) = [line for line in distribution("d2moe-vllm").requires or () if line.startswith("vllm")]
+    assert f">={first[0]}.{first[1]}" in requirement
+    assert f"<{last[0]}.{last[1] + 1}" in requirement
+    checked = {tuple(map(int, release.split(".")[:2])) for release in (*OTHERS, distribution("vllm").version)}
+    assert set(d2moe_vllm.SUPPORTED_VLLM) <= checked

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2moe_vllm.checkfiles import check_checkpoint, read_config
 from d2moe_vllm.checkpoint import CheckpointError, parse_config
-from d2moe_vllm.hf.modeling_d2moe import check_files
+from d2moe_vllm.hf.checks import check_files
 
 P = "model.layers.{}.block_sparse_moe.experts.{}.{}"
 ROLES = ("gate", "up", "down")

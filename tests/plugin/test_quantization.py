@@ -180,9 +180,10 @@ def test_prefix_caching_with_scope_batch_warns_once(content: dict[str, Any], vll
     assert scope_said(content, "token")[2] == ""
 
 
-def test_data_parallel_on_a_cpu_is_refused(content: dict[str, Any], vllm_config: VllmConfig) -> None:
-    vllm_config.parallel_config.data_parallel_size = 2
-    with pytest.raises(ValueError, match="--data-parallel-size") as error:
+@pytest.mark.parametrize("kind", ["data", "pipeline"])
+def test_what_fails_on_a_cpu_later_is_refused(content: dict[str, Any], vllm_config: VllmConfig, kind: str) -> None:
+    setattr(vllm_config.parallel_config, f"{kind}_parallel_size", 2)
+    with pytest.raises(ValueError, match=f"--{kind}-parallel-size") as error:
         D2MoEConfig.from_config(content).get_quant_method(torch.nn.Module(), "model.embed_tokens")
     assert "\n" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""Compressed checkpoints in plain transformers, by the modeling file that travels with them."""
+"""Compressed checkpoints in plain transformers: by the modeling file that travels with them, and by the quantizer."""
 
 from __future__ import annotations
 
@@ -47,13 +47,16 @@ def test_equals_the_dense_reconstruction(what: Synthetic, tokens: torch.Tensor, 
     check_checkpoint(tmp_path / "d2")
     write_dense(tmp_path / "d2", tmp_path / "dense", torch.float32)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "d2", trust_remote_code=True)
+    registered = AutoModelForCausalLM.from_pretrained(tmp_path / "d2")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     # Its own class must not stick to MixtralConfig for the models that are loaded after it.
     assert type(dense) is MixtralForCausalLM
     torch.testing.assert_close(ours(tokens).logits, dense(tokens).logits, rtol=0, atol=1e-4)
     settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(tokens, **settings), dense.generate(tokens, **settings))
-    assert ours.config.quantization_config["quant_method"] == "d2moe"
+    assert torch.equal(registered(tokens).logits, ours(tokens).logits)
+    for model in (ours, registered):
+        assert model.config.quantization_config.quant_method == "d2moe"
 
 
 def test_the_modeling_file_stands_alone(checkpoint: Path) -> None:
@@ -74,9 +77,10 @@ def test_the_modeling_file_stands_alone(checkpoint: Path) -> None:
     assert warnings == []
 
 
+@pytest.mark.parametrize("trust_remote_code", [True, False], ids=["modeling file", "quantizer"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_norms_and_columns_keep_their_types(checkpoint: Path, dtype: torch.dtype) -> None:
-    model = D2MixtralForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+def test_norms_and_columns_keep_their_types(checkpoint: Path, dtype: torch.dtype, trust_remote_code: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
     stored = load_file(checkpoint / "model-00002-of-00002.safetensors")
     for _ in range(2):
         gate = model.model.layers[0].mlp.experts.projection(0, "gate")
@@ -99,8 +103,10 @@ def test_scope(checkpoint: Path, tokens: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def test_padding_has_no_say_in_a_batch(checkpoint: Path, tokens: torch.Tensor) -> None:
-    model = D2MixtralForCausalLM.from_pretrained(checkpoint, d2moe_scope="batch")
+@pytest.mark.parametrize("trust_remote_code", [True, False], ids=["modeling file", "quantizer"])
+def test_padding_has_no_say_in_a_batch(checkpoint: Path, tokens: torch.Tensor, trust_remote_code: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    model.d2moe_scope = "batch"
     alone = model(tokens).logits
     padded = torch.cat([torch.full((1, 7), 300), tokens], dim=1)
     mask = (torch.arange(padded.shape[1]) >= 7).long().unsqueeze(0)
@@ -135,6 +141,10 @@ def new_version(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["format_version"] = 9
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def no_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").unlink()
 
 
 def no_manifest(folder: Path) -> None:
@@ -213,6 +223,7 @@ def edit(folder: Path, change: Callable[[dict], object], shard: str = "model-000
         (drop_norm, "1 tensors missing: model.norm.weight"),
         (shrink, r"model.layers.2.block_sparse_moe.experts.3.w3.delta_u is \('F32', \(256, 15\)\)"),
         (add, "1 tensors do not belong here: model.layers.9.surprise"),
+        (no_shard, "weight file model-00002-of-00002.safetensors is missing"),
         (truncate, "model-00002-of-00002.safetensors: damaged or truncated"),
         (new_version, "format version 9 is not supported"),
         (no_manifest, "d2moe_manifest.json is missing"),
@@ -226,11 +237,14 @@ def edit(folder: Path, change: Callable[[dict], object], shard: str = "model-000
         (gate_is_not_up, COLUMNS.format("w3") + " differs between gate and up"),
     ],
 )
-def test_damage_is_refused_by_name(checkpoint: Path, tmp_path: Path, damage: Callable, words: str) -> None:
+@pytest.mark.parametrize("trust_remote_code", [True, False], ids=["modeling file", "quantizer"])
+def test_damage_is_refused_by_name(
+    checkpoint: Path, tmp_path: Path, damage: Callable, words: str, trust_remote_code: bool
+) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "damaged")
     damage(folder)
     with pytest.raises(ValueError, match=words) as error:
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
     assert "\n" not in str(error.value)
 
 

@@ -1,4 +1,7 @@
-"""One real server for all tests of this folder: the compressed bundled model, compiled, in float32."""
+"""One real server for all tests of this folder: the compressed bundled model, compiled, in float32.
+
+With an API key, and with the endpoint plugin, which vLLM loads only where VLLM_PLUGINS names it.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,18 @@ from openai import OpenAI
 
 from offline.server import Server
 
+API_KEY = "sesame"
+
 
 @pytest.fixture(scope="session")
 def server(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--dtype", "float32", "--max-model-len", "512", "--served-model-name", "tiny"]
-    with Server(compressed, arguments, log=log, env={"VLLM_CPU_KVCACHE_SPACE": "1"}) as running:
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "d2moe", "VLLM_API_KEY": API_KEY}
+    with Server(compressed, arguments, log=log, env=env) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+    return OpenAI(base_url=server.base_url, api_key=API_KEY, max_retries=0)

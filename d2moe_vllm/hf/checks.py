@@ -1,0 +1,143 @@
+"""What a checkpoint's files must be before any of them is loaded; checkpoint.py needs pydantic, this does not.
+
+Used by plain transformers, and copied into modeling_d2moe.py of checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from d2moe_vllm.hf.experts import INDEX_KINDS, projection_shapes
+
+FORMAT_VERSION = 1
+MANIFEST = "d2moe_manifest.json"
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def d2moe_config(config: Any) -> dict[str, Any] | None:
+    """The checkpoint's own configuration, or None for a dense model. Raises ValueError, in one line."""
+    content = getattr(config, "d2moe", None) or getattr(config, "quantization_config", None)
+    # What from_pretrained leaves in the configuration is an object.
+    if content is not None and not isinstance(content, dict):
+        content = content.to_dict()
+    if not isinstance(content, dict) or content.get("quant_method") != "d2moe":
+        return None
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"d2moe format version {content.get('format_version')!r} is not supported (this file reads version "
+            f"{FORMAT_VERSION}); use the modeling_d2moe.py that came with the checkpoint"
+        )
+    if lacking := {"layers", "projections", "pruning", "experts", "num_experts"} - set(content):
+        raise ValueError(f"quantization_config lacks {', '.join(sorted(lacking))}; restore the original config.json")
+    return content
+
+
+def check_files(folder: str, settings: Mapping[str, Any]) -> None:
+    """Refuse files that are not what config and manifest say. Raises ValueError, one line, naming a tensor."""
+    manifest = _read_json(folder, MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{folder}: {MANIFEST} is not of format version {FORMAT_VERSION}; copy it again")
+    try:
+        expected = {name: (dtype, tuple(shape)) for name, (dtype, shape) in manifest["other_tensors"].items()}
+        sizes = {file: int(entry["bytes"]) for file, entry in manifest["files"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{folder}: {MANIFEST} lacks other_tensors or files, or they are damaged; copy it again"
+        ) from None
+    expected.update(_expert_tensors(settings))
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    paths: dict[str, str] = {}
+    for file in sorted(sizes):
+        path = os.path.join(folder, file)
+        if os.path.basename(file) != file:
+            raise ValueError(f"{folder}: {MANIFEST} names {file!r}, which is no file of this folder")
+        if not os.path.isfile(path):
+            raise ValueError(f"{folder}: weight file {file} is missing; copy it again")
+        try:
+            with safe_open(path, framework="pt") as handle:
+                slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+                found.update({name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()})
+                paths.update(dict.fromkeys(slices, path))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: damaged or truncated ({error}); copy it again") from None
+    for problem, names in (
+        ("missing", [name for name in expected if name not in found]),
+        ("do not belong here", [name for name in found if name not in expected]),
+    ):
+        if names:
+            raise ValueError(f"{folder}: {len(names)} tensors {problem}: {', '.join(names[:3])}; copy it again")
+    for name, spec in expected.items():
+        if found[name] != spec:
+            raise ValueError(f"{folder}: {name} is {found[name]}, expected {spec}; copy the checkpoint again")
+    for file, size in sizes.items():
+        if os.path.getsize(os.path.join(folder, file)) != size:
+            raise ValueError(f"{folder}: weight file {file} is truncated or replaced; copy it again")
+    with torch.device("cpu"):  # transformers makes models under meta
+        for number in settings["layers"]:
+            _check_indices(folder, settings, str(number), paths)
+
+
+def _check_indices(folder: str, settings: Mapping[str, Any], number: str, paths: Mapping[str, str]) -> None:
+    """A layer's columns and U indices are what the format says, and the same for gate and up where these share them."""
+    layer, groups = settings["layers"][number], settings["pruning"].get("groups", 8)
+    trimmed = torch.tensor([expert in layer.get("trimmed", ()) for expert in range(settings["num_experts"])])
+    tensors = [(name, role, kind) for name, role, kind, _ in _layer_tensors(settings, number) if kind in INDEX_KINDS]
+    indices: dict[str, Tensor] = {}
+    for path in sorted({paths[name] for name, _, _ in tensors}):
+        with safe_open(path, framework="pt") as handle:
+            indices.update({name: handle.get_tensor(name).long() for name, _, _ in tensors if paths[name] == path})
+    shared: dict[str, Tensor] = {}
+    for name, role, kind in tensors:
+        values = indices[name]
+        if kind == "u_index":
+            stored = layer[role]["distinct_u"]
+            if not (torch.where(trimmed, values == -1, (values >= 0) & (values < stored))).all():
+                raise ValueError(
+                    f"{folder}: {name}: must be -1 for trimmed experts and lie in 0..{stored - 1} for all others; "
+                    "copy the checkpoint again"
+                )
+        else:
+            inputs = settings["intermediate_size" if role == "down" else "hidden_size"]
+            expected = torch.arange(groups).repeat_interleave(len(values) // groups)
+            if not (values.diff() > 0).all() or not torch.equal(values * groups // inputs, expected):
+                raise ValueError(
+                    f"{folder}: {name}: columns must ascend, lie in 0..{inputs - 1} and be spread evenly over "
+                    f"{groups} groups; copy the checkpoint again"
+                )
+        if role != "down" and kind != "delta_columns" and not torch.equal(values, shared.setdefault(kind, values)):
+            raise ValueError(f"{folder}: {name} differs between gate and up, which share it; copy it again")
+
+
+def _layer_tensors(settings: Mapping[str, Any], number: str) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+    """(name, role, kind, shape) of all of a layer's expert tensors."""
+    hidden, intermediate = settings["hidden_size"], settings["intermediate_size"]
+    prefix, layer = settings["experts"].replace("{layer}", number), settings["layers"][number]
+    for role, projection in settings["projections"].items():
+        sizes = (hidden, intermediate) if role == "down" else (intermediate, hidden)
+        shapes = projection_shapes(layer[role], layer.get("trimmed", ()), settings["num_experts"], *sizes)
+        for expert, kind, shape in shapes:
+            yield f"{prefix}.{expert}.{projection}.{kind}", role, kind, shape
+
+
+def _expert_tensors(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    dtypes = {**dict.fromkeys(INDEX_KINDS, "I32"), "base_norms": "F32"}
+    for number in settings["layers"]:
+        for name, _, kind, shape in _layer_tensors(settings, str(number)):
+            yield name, (dtypes.get(kind, DTYPES[settings["dtype"]]), shape)
+
+
+def _read_json(folder: str, name: str) -> Any:
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: {name} is missing; copy the whole checkpoint again") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}: {name} is not readable as JSON ({error}); copy it again") from None
