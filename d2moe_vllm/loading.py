@@ -257,13 +257,14 @@ def options(config: CheckpointConfig, layer: int, tp_size: int, scope: str, *, p
     prune_down False: use all kept columns of down (expert parallelism, METHODS 1.5).
     """
     projections, groups = config.layers[layer], config.pruning.groups
+    # A delta's columns are shared out like the inputs that they name.
+    down_rank = projections.down.rank // (tp_size if projections.down.delta == "columns" else 1)
     down_used = projections.down.used_columns if prune_down else projections.down.kept_columns
     return {
-        "gate_rank": projections.gate.rank,
-        "base_gate_rank": projections.gate.base_rank,
+        "intermediate_size": config.intermediate_size // tp_size,
+        "ranks": [projections.gate.rank, projections.up.rank, down_rank],
+        "base_ranks": [projections[role].base_rank for role in ROLES],
+        "groups": [groups, groups // tp_size],
+        "used": [projections.gate.used_columns, down_used // tp_size],
         "scope": scope,
-        "w13_groups": groups,
-        "w13_used": projections.gate.used_columns,
-        "w2_groups": groups // tp_size,
-        "w2_used": down_used // tp_size,
     }

@@ -19,14 +19,13 @@ PARAMETERS = tuple(f"{half}_{field}" for half in ("w13", "w2") for field in refe
 
 OPTIONS = {
     "num_experts": "int",
-    "gate_rank": "int",
-    "base_gate_rank": "int",
+    "intermediate_size": "int",
+    "ranks": "int[]",
+    "base_ranks": "int[]",
+    "groups": "int[]",
+    "used": "int[]",
     "activation": "str",
     "scope": "str",
-    "w13_groups": "int",
-    "w13_used": "int",
-    "w2_groups": "int",
-    "w2_used": "int",
     "batch_invariant": "bool",
 }
 """Keyword arguments that are constants of a layer, with their schema types; static_shapes follows x's device."""

@@ -73,14 +73,13 @@ def fused_experts(
     padding_mask: Tensor | None,
     *,
     num_experts: int,
-    gate_rank: int,
-    base_gate_rank: int,
+    intermediate_size: int,
+    ranks: Sequence[int],
+    base_ranks: Sequence[int],
+    groups: Sequence[int],
+    used: Sequence[int],
     activation: str | Activation,
     scope: str,
-    w13_groups: int,
-    w13_used: int,
-    w2_groups: int,
-    w2_used: int,
     batch_invariant: bool = False,
     static_shapes: bool = False,
 ) -> Tensor:
@@ -90,9 +89,9 @@ def fused_experts(
     anything else outside 0..num_experts-1) is an expert that is not here and adds nothing.
     padding_mask: bool [T], True for rows that are no tokens. They get some output but influence no other.
 
-    gate_rank, base_gate_rank: how much of w13's ranks is gate's. scope: "batch", "token" or "off", see
-    select_columns. *_groups, *_used: groups of kept columns, and how many columns are used in all; a low-rank
-    base has none to choose from. batch_invariant: with scope "off" or "token", every bit of a row of the result
+    intermediate_size: I, as it is here. ranks, base_ranks: of gate, up and down, here. groups, used: of w13 and w2, groups of kept columns, and how many
+    columns are used in all; a low-rank base has none to choose from. scope: "batch", "token" or "off", see
+    select_columns. batch_invariant: with scope "off" or "token", every bit of a row of the result
     depends on that row alone; on a GPU only where torch.matmul is so itself (vLLM makes it so under
     VLLM_BATCH_INVARIANT=1). static_shapes: visit every expert with all rows instead of its own rows: more
     work, but no shape and no control flow depends on data (CUDA graphs, tracing).
@@ -103,25 +102,25 @@ def fused_experts(
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     product = tiled_product if batch_invariant and not static_shapes else torch.matmul
     base = partial(base_product, padding_mask=padding_mask, scope=scope, product=product)
-    z = base(x, w13, groups=w13_groups, used=w13_used, base_gate_rank=base_gate_rank)
+    z = base(x, w13, groups=groups[0], used=used[0], base_gate_rank=base_ranks[0])
     # A V that all experts share needs each token once, however many experts it goes to.
     shrunk = None if w13.shared_v is None else product(x, w13.shared_v.t())
     factors13 = _factors(w13, num_experts, static_shapes)
     factors2 = _factors(w2, num_experts, static_shapes)
     has_base = w2.base is not None or w2.base_u is not None
-    mix = x.new_zeros((x.shape[0], _intermediate_size(z, w13)), dtype=accumulate) if has_base else None
+    mix = x.new_zeros((x.shape[0], intermediate_size), dtype=accumulate) if has_base else None
     output = torch.zeros_like(x, dtype=accumulate)
     visits = _visit_all if static_shapes else _visit_routed
     for expert, rows, gates in visits(topk_ids, topk_weights.to(accumulate), num_experts):
         own_x, own_z, own_shrunk = (t if static_shapes or t is None else t[rows] for t in (x, z, shrunk))
-        hidden = _hidden(own_x, own_z, own_shrunk, factors13(expert), gate_rank, act, accumulate, product)
+        hidden = _hidden(own_x, own_z, own_shrunk, factors13(expert), ranks[0], act, accumulate, product)
         if mix is not None:
             _add(mix, rows, gates, hidden)
         if (factors := factors2(expert)) is not None:
             delta = product(_shrink(hidden.to(x.dtype), factors.v, product), factors.u.t())
             _add(output, rows, gates, factors.where_present(delta.to(accumulate)))
     if mix is not None:
-        output += base(mix, w2, groups=w2_groups, used=w2_used)
+        output += base(mix, w2, groups=groups[1], used=used[1])
     return output.to(x.dtype)
 
 
@@ -269,14 +268,6 @@ def _hidden(
         deltas = [factors.where_present(d.to(accumulate)) for d in _expand(shrunk, factors.u, gate_rank, product)]
         parts = [part + delta for part, delta in zip(parts, deltas, strict=True)] if parts else deltas
     return act(parts[0]) * parts[1]
-
-
-def _intermediate_size(z: Tensor | None, w13: Weights) -> int:
-    if z is not None:
-        return z.shape[1] // 2
-    if w13.delta_u is None:
-        raise ValueError("gate and up have neither a base nor deltas")
-    return w13.delta_u[0].shape[0]
 
 
 def _add(total: Tensor, rows: Tensor, gates: Tensor, value: Tensor) -> None:

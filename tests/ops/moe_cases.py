@@ -118,3 +118,19 @@ def cases(draw: st.DrawFn) -> Case:
         distinct_u=distinct_u,
         trimmed=tuple(sorted(trimmed)),
     )
+
+
+BIG = {"hidden": 192, "intermediate": 320, "num_experts": 8, "groups": 4, "rank": (48, 33, 40)}
+CROWDED = {
+    "pruned base": {"kept": (40, 60), "used": (20, 31)},
+    "full base": {"kept": (48, 80), "used": (48, 80)},
+    "low-rank base": {"base_rank": (40, 40, 24), "kept": (0, 0), "used": (0, 0)},
+    "shared V": {"delta": ("shared V", "shared V"), "kept": (0, 0), "used": (0, 0)},
+    "column deltas": {"delta": ("columns", "columns"), "kept": (12, 16), "used": (5, 8)},
+    "trimmed": {"trimmed": (1, 5), "kept": (48, 80), "used": (24, 40)},
+}
+
+
+def crowd(variant: str, scope: str) -> Case:
+    """67 tokens in a layer whose sizes are multiples of nothing."""
+    return random_case(11, tokens=67, scope=scope, **BIG, **CROWDED[variant])

@@ -132,17 +132,16 @@ def kernel_arguments(case: Case, dtype: torch.dtype) -> tuple[list[Any], dict[st
         _weights(case, ("down",), dtype),
         None if case.padding is None else torch.from_numpy(case.padding),
     ]
-    gate_u = case.delta_u["gate"]
+    roles = ("gate", "up", "down")
     options = {
         "num_experts": case.num_experts,
-        "gate_rank": 0 if gate_u is None else gate_u[0].shape[1],
-        "base_gate_rank": case.base_v["gate"].shape[0] if "gate" in case.base_v else 0,
+        "intermediate_size": case.intermediate_size,
+        "ranks": [0 if us is None else us[0].shape[1] for us in (case.delta_u[role] for role in roles)],
+        "base_ranks": [case.base_v[role].shape[0] if role in case.base_v else 0 for role in roles],
+        "groups": [case.groups, case.groups],
+        "used": [case.used["gate"], case.used["down"]],
         "activation": "silu",
         "scope": case.scope,
-        "w13_groups": case.groups,
-        "w13_used": case.used["gate"],
-        "w2_groups": case.groups,
-        "w2_used": case.used["down"],
     }
     return arguments, options
 

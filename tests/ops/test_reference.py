@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from moe_cases import cases, random_case
+from moe_cases import CROWDED, cases, crowd, random_case
 from moe_oracle import Case, delta_matrix, forward, kernel_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -64,17 +64,6 @@ def test_a_token_does_not_depend_on_its_neighbours(scope: str) -> None:
         torch.testing.assert_close(run(alone)[0], together[t], rtol=1e-12, atol=1e-12)
 
 
-BIG = {"hidden": 192, "intermediate": 320, "num_experts": 8, "groups": 4, "rank": (48, 33, 40)}
-CROWDED = {
-    "pruned base": {"kept": (40, 60), "used": (20, 31)},
-    "full base": {"kept": (48, 80), "used": (48, 80)},
-    "low-rank base": {"base_rank": (40, 40, 24), "kept": (0, 0), "used": (0, 0)},
-    "shared V": {"delta": ("shared V", "shared V"), "kept": (0, 0), "used": (0, 0)},
-    "column deltas": {"delta": ("columns", "columns"), "kept": (12, 16), "used": (5, 8)},
-    "trimmed": {"trimmed": (1, 5), "kept": (48, 80), "used": (24, 40)},
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scope", ["token", "off"])
 @pytest.mark.parametrize("variant", CROWDED)
@@ -82,7 +71,7 @@ def test_batch_invariant_rows_are_the_same_bits_alone_and_in_a_crowd(
     dtype: torch.dtype, scope: str, variant: str
 ) -> None:
     """Also where a row stands in its batch, and how many neighbours its experts have, must not show."""
-    case = random_case(11, tokens=67, scope=scope, **BIG, **CROWDED[variant])
+    case = crowd(variant, scope)
     arguments, options = kernel_arguments(case, dtype)
 
     def some(rows: torch.Tensor) -> torch.Tensor:
@@ -211,7 +200,9 @@ def test_tensor_parallel_slices_add_up() -> None:
                 base_columns=w2.base_columns[kept] - rank * 8,
                 base_norms=w2.base_norms[kept],
             )
-            total += fused_experts(*parts, **{**options, "w2_groups": 1, "w2_used": 3})
+            total += fused_experts(
+                *parts, **{**options, "intermediate_size": 8, "groups": [2, 1], "used": [options["used"][0], 3]}
+            )
         torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
 
 

@@ -54,7 +54,7 @@ def test_expert_parallel_ranks_add_up(
         expected = compute(whole, fill(whole, tensors), *batch)
         total = sum(compute(rank, own, *batch) for rank, own in zip(ranks, filled, strict=True))
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
-    assert options(config, LAYER, 1, scope, prune_down=False)["w2_used"] == 192
+    assert options(config, LAYER, 1, scope, prune_down=False)["used"][1] == 192
 
 
 def test_missing_tensors_are_named(checkpoint: Path, config: CheckpointConfig) -> None:

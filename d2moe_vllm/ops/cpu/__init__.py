@@ -1,0 +1,150 @@
+"""CPU backend: the layer in C++, over weights packed once after loading (csrc/layer.h, csrc/kernels.h).
+
+Equals ops.reference.fused_experts within rounding. A row's result does not depend on the other rows, nor on the number
+of threads, to the last bit, in scopes "off" and "token".
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from d2moe_vllm.ops.cpu.library import I64, Call, CompilerError, Half, load
+from d2moe_vllm.ops.reference import Weights
+
+__all__ = ["CompilerError", "fused_experts", "load", "pack"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SCOPES = ("off", "token", "batch")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+"""By their numbers in api.cpp and layer.h."""
+
+
+def pack(w13: Weights, w2: Weights, *, ranks: Sequence[int], base_ranks: Sequence[int]) -> tuple[Weights, Weights]:
+    """The two halves of a layer in this backend's layout; what is packed is flat, all else the same tensor.
+
+    ranks, base_ranks: of gate, up and down. What is packed takes the storage of the original where both have one
+    size: packing then needs the room of one tensor more for a moment, and none afterwards.
+    """
+    return _pack(w13, 2, ranks[:2], base_ranks[:2]), _pack(w2, 1, ranks[2:], base_ranks[2:])
+
+
+def _pack(weights: Weights, parts: int, ranks: Sequence[int], base_ranks: Sequence[int]) -> Weights:
+    packed = {}
+    if weights.delta_u is not None and len(weights.delta_u):
+        packed["delta_u"] = _pack_factors(weights.delta_u, ranks)
+    if isinstance(weights.delta_v, Tensor):
+        packed["delta_v"] = _pack_factors(weights.delta_v)
+    if weights.shared_v is not None:
+        packed["shared_v"] = _pack_factors(weights.shared_v.unsqueeze(0))
+    if weights.base is not None:
+        packed["base"] = _pack_bases(weights.base, parts)
+    if weights.base_u is not None and weights.base_v is not None:
+        packed["base_u"] = _pack_factors(weights.base_u.unsqueeze(0), base_ranks)
+        packed["base_v"] = _pack_factors(weights.base_v.unsqueeze(0))
+    return weights._replace(**packed)
+
+
+def _pack_factors(w: Tensor, ranks: Sequence[int] | None = None) -> Tensor:
+    """w [D, out, k]: flat, factor by factor. ranks: w's columns are several factors, packed one after another."""
+    library, dtype = load(), DTYPES.index(w.dtype)
+    parts = w.split(list(ranks), dim=2) if ranks else [w]
+    sizes = [len(p) * library.d2moe_packed_size(dtype, p.shape[1], p.shape[2]) for p in parts]
+    packed = torch.empty(sum(sizes), dtype=w.dtype)
+    for part, to in zip(parts, packed.split(sizes), strict=True):
+        strides = (I64 * 3)(*part.stride())
+        library.d2moe_pack_factors(dtype, part.data_ptr(), strides, *part.shape, to.data_ptr())
+    return _in_place(w, packed)
+
+
+def _pack_bases(w: Tensor, parts: int) -> Tensor:
+    """w [kept, parts * out]: flat, packed part by part."""
+    library, dtype = load(), DTYPES.index(w.dtype)
+    w = w.contiguous()
+    kept, out = w.shape[0], w.shape[1] // parts
+    packed = torch.empty(parts * library.d2moe_packed_base_size(dtype, out, kept), dtype=w.dtype)
+    library.d2moe_pack_bases(dtype, w.data_ptr(), w.stride(0), parts, out, kept, packed.data_ptr())
+    return _in_place(w, packed)
+
+
+def _in_place(w: Tensor, packed: Tensor) -> Tensor:
+    return w.reshape(-1).copy_(packed) if w.is_contiguous() and w.numel() == packed.numel() else packed
+
+
+def fused_experts(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w13: Weights,
+    w2: Weights,
+    padding_mask: Tensor | None,
+    *,
+    num_experts: int,
+    intermediate_size: int,
+    ranks: Sequence[int],
+    base_ranks: Sequence[int],
+    groups: Sequence[int],
+    used: Sequence[int],
+    activation: str,
+    scope: str,
+    batch_invariant: bool = False,
+    static_shapes: bool = False,
+) -> Tensor:
+    """`reference.fused_experts` for halves that `pack` returned, x on the CPU in float32, float16 or bfloat16.
+
+    batch_invariant: it always is. static_shapes: of no meaning here. Raises ValueError for an unknown scope.
+    """
+    x = x.contiguous()
+    gates, ids = topk_weights.float().contiguous(), topk_ids.int().contiguous()
+    mask = None if padding_mask is None else padding_mask.contiguous()
+    y = torch.empty_like(x)
+    call = Call(
+        w13=_half(w13, ranks[:2], base_ranks[:2], groups[0], used[0]),
+        w2=_half(w2, ranks[2:], base_ranks[2:], groups[1], used[1]),
+        x=x.data_ptr(),
+        gates=gates.data_ptr(),
+        ids=ids.data_ptr(),
+        padding=None if mask is None else mask.data_ptr(),
+        y=y.data_ptr(),
+        tokens=x.shape[0],
+        top_k=ids.shape[1],
+        experts=num_experts,
+        hidden=x.shape[1],
+        intermediate=intermediate_size,
+        dtype=DTYPES.index(x.dtype),
+        scope=SCOPES.index(scope),
+        activation=ACTIVATIONS.index(activation),
+    )
+    if x.shape[0]:
+        load().d2moe_fused_experts(ctypes.byref(call))
+    return y
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _half(weights: Weights, ranks: Sequence[int], base_ranks: Sequence[int], groups: int, used: int) -> Half:
+    stored = weights.delta_u is not None and weights.delta_u.numel() > 0
+    return Half(
+        u=_pointer(weights.delta_u) if stored else None,
+        v=_pointer(weights.delta_v if weights.shared_v is None else weights.shared_v),
+        base=_pointer(weights.base),
+        base_u=_pointer(weights.base_u),
+        base_v=_pointer(weights.base_v),
+        columns=_pointer(weights.delta_columns),
+        u_index=_pointer(weights.u_index),
+        v_index=_pointer(weights.v_index),
+        base_columns=_pointer(weights.base_columns),
+        base_norms=_pointer(weights.base_norms),
+        u_size=weights.delta_u.numel() if stored and isinstance(weights.delta_u, Tensor) else 0,
+        kept=0 if weights.base_columns is None else weights.base_columns.numel(),
+        used=used,
+        groups=groups,
+        shared_v=weights.shared_v is not None,
+        rank=(I64 * 2)(*ranks),
+        base_rank=(I64 * 2)(*base_ranks),
+    )
