@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).with_name("csrc")
-FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -Wno-psabi"  # fmt: skip
+FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -Wno-psabi"
 
 I64, POINTER = ctypes.c_int64, ctypes.c_void_p
 
