@@ -190,7 +190,9 @@ def test_a_transformers_that_does_not_report_is_refused(
         AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family", [f if f in ("mixtral", "granitemoe") else pytest.param(f, marks=pytest.mark.slow) for f in CONFIGS]
+)
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16], ids=["stored", "float32", "float16"])
 @torch.no_grad()
 def test_dtypes(family: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
