@@ -39,6 +39,7 @@ __all__ = [
     "local_expert",
     "lora_on_experts",
     "model_source",
+    "on_cpu",
     "padding_mask",
     "prefix_caching",
     "served",
@@ -76,10 +77,15 @@ def prefix_caching() -> bool:
     return bool(get_current_vllm_config().cache_config.enable_prefix_caching)
 
 
+def on_cpu() -> bool:
+    """Whether this is vLLM's CPU backend."""
+    return current_platform.is_cpu()
+
+
 def fails_on_cpu() -> str | None:
     """The option of this start with which vLLM's CPU backend starts and then fails at the first request, if any."""
     parallel = get_current_vllm_config().parallel_config
-    if not current_platform.is_cpu():
+    if not on_cpu():
         return None
     if parallel.data_parallel_size > 1:
         return "--data-parallel-size"
@@ -91,7 +97,7 @@ def lora_on_experts() -> bool:
     lora = get_current_vllm_config().lora_config
     if lora is None:
         return False
-    return not lora.target_modules or any(name.split(".")[-1] == "experts" for name in lora.target_modules)
+    return not lora.target_modules or any("experts" in name.split(".") for name in lora.target_modules)
 
 
 def model_source() -> tuple[str, str | None, str | None, bool]:
@@ -118,6 +124,7 @@ class Served(NamedTuple):
     name: str
     model: str
     revision: str | None
+    download_dir: str | None
     additional_config: dict[str, Any]
     tensor_parallel_size: int
     expert_parallel_size: int
@@ -131,6 +138,7 @@ def served(config: VllmConfig) -> Served:
         str(model.served_model_name),
         model.model,
         model.revision,
+        config.load_config.download_dir,
         additional if isinstance(additional, dict) else {},
         parallel.tensor_parallel_size,
         ranks if parallel.enable_expert_parallel else 1,

@@ -84,14 +84,14 @@ class D2MoEMethod(FusedMoEMethodBase):
         if distributed and self.scope != "off":
             logger.info_once("d2moe: no dynamic column selection on down projections under expert parallelism")
         self.options = {
-            "layer": self.layer,
             "num_experts": num_experts,
             "activation": self.moe.activation.value,
             # Scope "token" promises that a request's output never depends on its neighbours: to the last bit.
             "batch_invariant": self.scope == "token" or batch_invariant(),
             **options(self.config, self.layer, parallel.tp_size, self.scope, prune_down=not distributed),
         }
-        recorder.add_layer(
+        self.options["layer"] = recorder.add_layer(
+            self.config,
             self.layer,
             # Tensor-parallel ranks all see the same tokens.
             experts=self.loader.experts if parallel.tp_rank == 0 else (),

@@ -12,6 +12,7 @@ from d2moe_vllm import unsupported
 from d2moe_vllm.checkfiles import check_checkpoint
 from d2moe_vllm.checkpoint import (
     QUANT_METHOD,
+    RECIPE_FILE,
     CheckpointConfig,
     CheckpointError,
     Scope,
@@ -115,11 +116,14 @@ class D2MoEConfig(QuantizationConfig):
         logger = compat.init_logger(__name__)
         scope = scope_in_force(self.config, compat.additional_config())
         if scope != chosen_scope(self.config, compat.additional_config()):
-            logger.info("d2moe: VLLM_BATCH_INVARIANT=1: scope 'token' in place of 'batch'")
+            logger.info_once("d2moe: VLLM_BATCH_INVARIANT=1: scope 'token' in place of 'batch'", scope="global")
+        if scope == "token" and not compat.on_cpu() and not compat.batch_invariant():
+            logger.info_once("d2moe: scope 'token' is exact to the last bit only with VLLM_BATCH_INVARIANT=1 on GPUs")
         if scope == "batch" and compat.prefix_caching():
-            logger.warning(
+            logger.warning_once(
                 "d2moe: prefix caching keeps what one batch's selection of columns computed for other requests; "
-                "with --no-enable-prefix-caching a request depends on its own batch alone"
+                "with --no-enable-prefix-caching a request depends on its own batch alone",
+                scope="global",
             )
         return scope
 
@@ -170,7 +174,7 @@ def _download(model: str, revision: str | None, download_dir: str | None) -> Pat
             model,
             revision=revision,
             cache_dir=download_dir,
-            allow_patterns=["*.json", "*.safetensors"],
+            allow_patterns=["*.json", "*.safetensors", RECIPE_FILE],
             local_files_only=constants.HF_HUB_OFFLINE,
         )
     )

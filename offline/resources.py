@@ -25,8 +25,9 @@ BATCH_TOKENS = 4096
 """Tokens that run through a layer at once during calibration and evaluation, where memory allows."""
 ROWS = (4096, 2048, 1024, 512, 256)
 """Of one expert at once, by how much memory there is."""
-PROCESS_BYTES = 600_000_000
-"""A Python process with torch and transformers imported."""
+PROCESS_BYTES = 690_000_000
+"""A Python process with torch and transformers imported, and with scikit-learn and pandas, which transformers imports
+where they are installed (lm-eval brings them)."""
 FLOAT32, FLOAT64 = 4, 8
 
 

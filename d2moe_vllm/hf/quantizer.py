@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -64,16 +63,24 @@ def _with_manifest(folder: Path) -> Path:
     # .../models--OWNER--NAME/snapshots/COMMIT[/SUBFOLDER]
     parents = [folder, *folder.parents]
     commit = next((path for path in parents if path.parent.name == "snapshots"), None)
-    if commit is None or (folder / MANIFEST).exists():
+    if commit is None or (folder / MANIFEST).exists() or not commit.parent.parent.name.startswith("models--"):
         return folder
     repository = commit.parent.parent
-    with suppress(EntryNotFoundError, LocalEntryNotFoundError):  # check_files will say that it is missing
+    try:
         hf_hub_download(
             repository.name.removeprefix("models--").replace("--", "/"),
             (folder / MANIFEST).relative_to(commit).as_posix(),
             revision=commit.name,
             cache_dir=repository.parent,
         )
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        pass  # check_files will say that it is missing
+    except HfHubHTTPError as error:
+        # transformers does not hand on the token that from_pretrained was given.
+        raise ValueError(
+            f"{repository.name}: {MANIFEST} cannot be fetched ({type(error).__name__}); for a private repository set "
+            "HF_TOKEN or use 'hf auth login', since token= does not reach this file"
+        ) from None
     return folder
 
 

@@ -53,7 +53,7 @@ class Checkpoint:
         self._info = describe(
             quantization.config,
             model=served.name,
-            folder=_checkpoint_folder(served.model, served.revision),
+            folder=_checkpoint_folder(served),
             scope=scope_in_force(quantization.config, served.additional_config),
             tp_size=served.tensor_parallel_size,
             ep_size=served.expert_parallel_size,
@@ -64,13 +64,19 @@ class Checkpoint:
         return self._info.model_copy(update={"counters": counters(families)})
 
 
-def _checkpoint_folder(model: str, revision: str | None) -> Path | None:
+def _checkpoint_folder(served: compat.Served) -> Path | None:
     """Of a path, or of a Hub id whose files have been downloaded."""
-    if Path(model).is_dir():
-        return Path(model)
+    if Path(served.model).is_dir():
+        return Path(served.model)
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(model, MANIFEST_FILE, revision=revision)
+    try:
+        found = try_to_load_from_cache(
+            served.model, MANIFEST_FILE, cache_dir=served.download_dir, revision=served.revision
+        )
+    except HFValidationError:  # neither: sizes are not known here
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 

@@ -23,6 +23,10 @@ PREFIXES = {"counter": "counter", "summary": "summary", "gauge": "gauge_max"}
 """Gauges of the same labels agree, or name their rank: any of them will do where several processes write one."""
 
 
+SIZE = 1 << 20
+"""Bytes of a file from its beginning: room for the 2048 series that the labels allow (tested), so that none grows."""
+
+
 class Sample(NamedTuple):
     metric: Metric
     suffix: str
@@ -44,7 +48,7 @@ class Writer:
         for metric, suffix, labels, value in samples:
             if (kind := metric.type) not in self._files:
                 new.add(kind)
-                self._files[kind] = MmapedDict(str(self._hidden(kind)))
+                self._files[kind] = _open(self._hidden(kind))
             key = mmap_key(metric.name, metric.name + suffix, list(metric.labels), list(labels), metric.help)
             self._files[kind].write_value(key, value, 0.0)
         for name in sorted(new):
@@ -53,6 +57,16 @@ class Writer:
 
     def _hidden(self, kind: str) -> Path:
         return self._paths[kind].with_suffix(".new")
+
+
+def _open(path: Path) -> MmapedDict:
+    """A new file whose blocks exist: writing to a mapped file on a full disk would end the process by a signal.
+
+    Raises OSError where there is no room.
+    """
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, SIZE)
+    return MmapedDict(str(path))
 
 
 def collect(folder: str) -> Iterable[Family]:

@@ -7,6 +7,7 @@ synchronisation, and copied to the host by the graph itself.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,18 +24,23 @@ from d2moe_vllm.observability.metrics import COLUMNS_USED, DELTA_BYTES, EXPERT_T
 INTERVAL = 2.0
 """Seconds between two writes."""
 
+NOT_RECORDED = -1
+
 logger = compat.init_logger(__name__)
 
 _recorder: Recorder | None = None
 
 
 def start(folder: str | None, config: CheckpointConfig) -> None:
-    """Record the model that is being built, into `folder`; None: do not. Again for the same model: nothing."""
+    """Record the model that is being built, into `folder`; None: do not. Again for the same model: nothing.
+
+    A process records one model: not a second one (a draft model) as long as the first is there.
+    """
     global _recorder
-    if folder is None or (_recorder is not None and _recorder.config is config):
+    if folder is None or (_recorder is not None and _recorder.config() is not None):
         return
     if not Path(folder).is_dir():
-        logger.info_once("d2moe: no metrics from this host, because the server runs on another one")
+        logger.info_once(f"d2moe: no metrics from this process, which does not see the server's folder {folder}")
         return
     try:
         _recorder = Recorder(Path(folder), config)
@@ -46,21 +52,29 @@ def start(folder: str | None, config: CheckpointConfig) -> None:
 
 
 def add_layer(
-    layer: int, *, experts: Sequence[int], delta_bytes: int, used: Mapping[Half, float], masked: bool
-) -> None:
-    """Have a layer recorded, where a recorder was started.
+    config: CheckpointConfig,
+    layer: int,
+    *,
+    experts: Sequence[int],
+    delta_bytes: int,
+    used: Mapping[Half, float],
+    masked: bool,
+) -> int:
+    """Have a layer recorded; what `record` is to be told of it, NOT_RECORDED if its model is not recorded here.
 
     experts: global number of each local expert; empty where another rank counts the same tokens.
     used: COLUMNS_USED of this layer. masked: whether vLLM's padding mask is one of this layer's rows.
     """
-    if _recorder is not None:
-        place = len(_recorder.layers)
-        _recorder.layers[layer] = _Layer(place, tuple(experts), delta_bytes, dict(used), masked)
+    if _recorder is None or _recorder.config() is not config:
+        return NOT_RECORDED
+    place = len(_recorder.layers)
+    _recorder.layers[layer] = _Layer(place, tuple(experts), delta_bytes, dict(used), masked)
+    return layer
 
 
 def record(layer: int, topk_ids: Tensor, seconds: float) -> None:
     """Count one call of a layer. topk_ids: int [T, K], local experts, -1 for none. Never raises."""
-    if _recorder is not None:
+    if _recorder is not None and layer != NOT_RECORDED:
         try:
             _recorder.record(layer, topk_ids, seconds)
         except Exception as error:
@@ -97,7 +111,7 @@ class Recorder:
     """What this process knows of one model's layers."""
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        self.config, self.writer = config, Writer(folder)
+        self.config, self.writer = weakref.ref(config), Writer(folder)
         self.layers: dict[int, _Layer] = {}
         self._groups = layer_groups(config)
         self._rank = str(compat.global_rank())
@@ -108,12 +122,14 @@ class Recorder:
     def record(self, layer: int, topk_ids: Tensor, seconds: float) -> None:
         if (entry := self.layers.get(layer)) is None:
             return
+        capturing = topk_ids.is_cuda and torch.cuda.is_current_stream_capturing()
         # Not while a graph is captured: its memory is its own. The first call is the profiling run.
         if self._counts is None or self._on_host is None or self._one is None:
+            if capturing:
+                return
             self._counts, self._on_host = self._empty_counts(topk_ids.device)
             self._one = torch.ones(1, dtype=torch.int64, device=topk_ids.device)
         # Profiling serves nobody. A capture does not either, but what it captures runs at each replay.
-        capturing = topk_ids.is_cuda and torch.cuda.is_current_stream_capturing()
         if compat.is_profile_run() and not capturing:
             return
         if topk_ids.device.type == "cpu":

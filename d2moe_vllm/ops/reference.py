@@ -31,6 +31,16 @@ ACTIVATIONS: dict[str, Activation] = {
 
 TILE_ROWS = 16
 """Rows of tiled_product's products: as many as cost little more than one where reading the weights is the limit."""
+VECTORS, SERIAL = 32, 16384
+"""torch computes functions by vectors, but what is left over one by one, with other bits: a multiple of VECTORS values
+leaves nothing over, and up to SERIAL, a multiple itself, are not shared out among threads."""
+
+
+def _row_by_row(act: Activation, x: Tensor) -> Tensor:
+    """`act(x)` for rows x [n, I], each bit of a row independent of the other rows and of n."""
+    padded = F.pad(x, (0, -x.shape[1] % VECTORS))
+    pieces = [act(piece) for row in padded.split(1) for piece in row.split(SERIAL, dim=1)]
+    return torch.cat(pieces, dim=1).view(padded.shape)[:, : x.shape[1]]
 
 
 class Weights(NamedTuple):
@@ -100,7 +110,9 @@ def fused_experts(
     """
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    product = tiled_product if batch_invariant and not static_shapes else torch.matmul
+    product: Product = torch.matmul
+    if batch_invariant and not static_shapes:
+        product, act = tiled_product, partial(_row_by_row, act)
     base = partial(base_product, padding_mask=padding_mask, scope=scope, product=product)
     z = base(x, w13, groups=groups[0], used=used[0], base_gate_rank=base_ranks[0])
     # A V that all experts share needs each token once, however many experts it goes to.

@@ -43,9 +43,8 @@ class Scorer:
         return self.score(self.tokens(f"{beginning} {choice}"), len(self.tokens(beginning)))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, pytest.param({"trust_remote_code": True}, marks=pytest.mark.slow)], ids=["quantizer", "both"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}], ids=["quantizer", "both"])
 def test_lm_eval_gives_the_figures_of_plain_transformers(
     compressed: Path, texts: tuple[Path, Path], tmp_path: Path, options: dict[str, bool]
 ) -> None:

@@ -125,14 +125,14 @@ def test_two_runs_give_the_same_bytes(compressed: Path, texts: tuple[Path, Path]
 KILL_POINTS = [
     pytest.param("tiny.d2moe-work/fingerprint.json", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/hidden-00000.rows", marks=pytest.mark.slow),
-    "tiny.d2moe-work/hidden-00003.rows",
+    pytest.param("tiny.d2moe-work/hidden-00003.rows", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/gradient-00004.rows", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/layers/00003/facts.safetensors", marks=pytest.mark.slow),
     "tiny.d2moe-work/layers/00003/merged.safetensors",
     "tiny.d2moe-work/layers/00002/00004.safetensors",
     pytest.param("tiny.d2moe-work/layers/00002/factored-done.safetensors", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/gradient-00001.rows", marks=pytest.mark.slow),
-    ".tiny.partial",
+    pytest.param(".tiny.partial", marks=pytest.mark.slow),
 ]
 RESUMING = ("layers/00002", "gradient-00001", "partial")
 """Points where at least one layer is done."""
@@ -363,7 +363,9 @@ def test_a_run_begun_with_other_threads_is_not_thrown_away(texts: tuple[Path, Pa
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-@pytest.mark.parametrize("ratio", ["0.2", "0.4", "0.6"])
+@pytest.mark.parametrize(
+    "ratio", [pytest.param("0.2", marks=pytest.mark.slow), "0.4", pytest.param("0.6", marks=pytest.mark.slow)]
+)
 def test_the_default_beats_mean_base_and_plain_svd(texts: tuple[Path, Path], tmp_path: Path, ratio: str) -> None:
     recipe = tmp_path / "plain.yaml"
     recipe.write_text("base: {merge: mean}\ndelta: {method: svd}\n")

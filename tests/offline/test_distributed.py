@@ -24,7 +24,7 @@ from offline.shards import Reader
 from offline.workdir import WorkDir
 
 FEW = ("--ratio", "0.4", "--windows", "8", "--seq-len", "64")
-MEMORY = 1_400_000_000
+MEMORY = 1_700_000_000
 MEASURED = """
 import json, os, sys
 from offline.cli import main, peak_memory

@@ -84,6 +84,27 @@ def test_batch_invariant_rows_are_the_same_bits_alone_and_in_a_crowd(
     assert not torch.equal(some(torch.arange(2)), together[2:4])
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("intermediate", "threads"), [(176, 1), (176, 2), (1408, 4), (14336, 3)])
+def test_batch_invariant_activations(activation: str, intermediate: int, threads: int) -> None:
+    """Sizes and numbers of threads with which torch computes some values of a batch by scalars, others by vectors."""
+    sizes = {"hidden": 32, "intermediate": intermediate, "num_experts": 2, "rank": (8, 8, 8)}
+    case = random_case(3, tokens=40, kept=(0, 0), used=(0, 0), **sizes)
+    arguments, options = kernel_arguments(case, torch.float32)
+    options["activation"] = activation
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone = [
+            fused_experts(*(t[row : row + 1] for t in arguments[:3]), *arguments[3:], **options, batch_invariant=True)
+            for row in range(40)
+        ]
+        together = fused_experts(*arguments, **options, batch_invariant=True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat(alone), together)
+
+
 def test_scopes_differ_where_they_should() -> None:
     results = [run(random_case(3, tokens=6, scope=scope)) for scope in SCOPES]
     assert all(not torch.allclose(a, b) for i, a in enumerate(results) for b in results[:i])

@@ -204,7 +204,10 @@ CONTRACT = (
     Use("vllm.forward_context.set_forward_context", parameters=("is_padding",)),
     # Logging.
     Use("vllm.logger.init_logger", parameters=("name",)),
-    Use("vllm.logger._VllmLogger", methods={"info_once": ("self", "msg", "args", "scope")}),
+    Use(
+        "vllm.logger._VllmLogger",
+        methods=dict.fromkeys(("info_once", "warning_once"), ("self", "msg", "args", "scope")),
+    ),
     Use("vllm.envs.environment_variables", values=("VLLM_BATCH_INVARIANT", "VLLM_CPU_KVCACHE_SPACE", "VLLM_PLUGINS")),
     # Metrics and the endpoint plugin.
     Use("vllm.distributed.parallel_state.get_world_group", behaves=("",)),

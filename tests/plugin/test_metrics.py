@@ -33,7 +33,7 @@ from d2moe_vllm.observability import collector, files, recorder
 from d2moe_vllm.observability import endpoint as endpoint_module
 from d2moe_vllm.observability.endpoint import Endpoint
 from d2moe_vllm.observability.info import describe
-from d2moe_vllm.observability.metrics import MAX_GROUPS, METRICS, columns_used_ratio, layer_groups
+from d2moe_vllm.observability.metrics import EXPERT_TOKENS, MAX_GROUPS, METRICS, columns_used_ratio, layer_groups
 
 REQUEST = SimpleNamespace(attn_metadata={}, is_padding=None)
 PROFILING = SimpleNamespace(attn_metadata=None, is_padding=None)
@@ -47,7 +47,8 @@ def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Checkpoin
     monkeypatch.setattr(recorder, "_recorder", None)
     recorder.start(str(tmp_path), config)
     for layer in (0, 1):
-        recorder.add_layer(layer, experts=(2, 3, 4, 5), delta_bytes=100, used={"gate_up": 0.5}, masked=True)
+        known = {"experts": (2, 3, 4, 5), "delta_bytes": 100, "used": {"gate_up": 0.5}, "masked": True}
+        assert recorder.add_layer(config, layer, **known) == layer
     yield tmp_path
     recorder._recorder = None  # ends the thread
 
@@ -142,6 +143,34 @@ def test_profiling_is_not_counted(recording: Path) -> None:
 def test_layers_that_nobody_added_are_ignored(recording: Path) -> None:
     record(2, [[0, 1]])
     assert set(published(recording, "d2moe_expert_tokens_total").values()) == {0}
+
+
+def test_a_second_model_in_the_process_is_not_mixed_with_the_first(
+    recording: Path, tmp_path: Path, config: CheckpointConfig
+) -> None:
+    """A compressed draft model, say; once the first is gone, the next one is recorded."""
+    other = config.model_copy()
+    recorder.start(str(tmp_path), other)
+    place = recorder.add_layer(other, 0, experts=(0, 1), delta_bytes=7, used={}, masked=True)
+    assert place == recorder.NOT_RECORDED
+    record(place, [[0, 1]])
+    assert set(published(recording, "d2moe_expert_tokens_total").values()) == {0}
+    assert published(recording, "d2moe_delta_bytes") == {("0", "0"): 100, ("1", "0"): 100}
+
+
+def test_a_file_has_its_blocks_and_room_for_all_series(tmp_path: Path) -> None:
+    """Written through a mapping, a block that a full disk cannot give would end the worker by SIGBUS."""
+    series = [
+        files.Sample(EXPERT_TOKENS, "_total", (f"{1000 + group}-{1001 + group}", str(expert)), 1)
+        for group in range(MAX_GROUPS)
+        for expert in range(256)
+    ]
+    files.Writer(tmp_path).write(series)
+    (path,) = tmp_path.glob("counter*.db")
+    status = path.stat()
+    assert status.st_size == files.SIZE
+    assert status.st_blocks * 512 >= files.SIZE
+    assert len(published(tmp_path, "d2moe_expert_tokens_total")) == 2048
 
 
 def test_a_failure_warns_once_and_stops_counting(recording: Path) -> None:
@@ -250,7 +279,9 @@ def test_a_server_without_an_engine_has_nothing_to_show() -> None:
 
 def test_info_follows_the_scope_and_does_without_files(config: CheckpointConfig) -> None:
     """As with `--load-format dummy`, or a Hub id that has not been downloaded to this machine."""
-    assert endpoint_module._checkpoint_folder("nobody/nothing", None) is None
+    for model in ("nobody/nothing", "no/hub/id"):
+        served = compat.Served("name", model, None, None, {}, 1, 1)
+        assert endpoint_module._checkpoint_folder(served) is None
     info = describe(config, model="m", folder=None, scope="token", tp_size=2, ep_size=2)
     assert (info.parameters, info.bytes, info.stored_ratio, info.recipe) == (None, None, None, None)
     for number, layer in config.layers.items():

@@ -204,4 +204,6 @@ def test_scope_token_alone_and_among_31_others(folder: Path, checkpoint: Path, d
         run / "ours", checkpoint, {}, additional_config={"d2moe": {"scope": "token"}}, **settings
     )
     print(f"same bits alone and in a crowd: stock vLLM {stock[0] == stock[1]}, ours {ours[0] == ours[1]}")
-    assert ours[0] == ours[1] or stock[0] != stock[1]
+    if stock[0] != stock[1]:
+        pytest.skip("stock vLLM's own layers do not give the same bits here")
+    assert ours[0] == ours[1]

@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+import vllm.logger
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -149,6 +150,8 @@ def scope_said(content: dict[str, Any], scope: str) -> tuple[str, bool, str]:
     said: list[str] = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    vllm.logger._print_warning_once.cache_clear()
+    vllm.logger._print_info_once.cache_clear()
     logger = compat.init_logger("d2moe_vllm.quantization")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

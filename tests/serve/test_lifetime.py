@@ -35,7 +35,8 @@ def test_a_missing_attention_tensor_stops_vllm_serve_with_its_name(compressed: P
     assert processes(marker) == []
 
 
-@pytest.mark.parametrize("when", ["starting", pytest.param("Available routes", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["starting", "Available routes"])
 def test_the_demo_leaves_nothing_behind_when_interrupted(when: str, tmp_path: Path) -> None:
     """Ctrl-C (to the whole foreground group, as a terminal does it) while the server starts."""
     copy = tmp_path / "project"

@@ -9,14 +9,21 @@ import pytest
 pytest.importorskip("lm_eval")
 
 import harness
+from openai import OpenAI
 
 from offline.server import Server
 
 
 def test_local_completions_gives_the_figures_of_plain_transformers(
-    server: Server, compressed: Path, texts: tuple[Path, Path], tmp_path: Path
+    server: Server,
+    client: OpenAI,
+    compressed: Path,
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every loglikelihood to 1e-4 of itself, the perplexity likewise, and the same answers."""
+    monkeypatch.setenv("OPENAI_API_KEY", client.api_key)
     served, plain = tmp_path / "served", tmp_path / "plain"
     for folder in (served, plain):
         folder.mkdir()
