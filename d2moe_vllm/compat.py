@@ -30,6 +30,7 @@ __all__ = [
     "UnquantizedLinearMethod",
     "additional_config",
     "batch_invariant",
+    "device_type",
     "extract_layer_index",
     "fails_on_cpu",
     "global_rank",
@@ -75,6 +76,11 @@ def batch_invariant() -> bool:
 def prefix_caching() -> bool:
     """Whether requests may reuse what others computed of a common prefix."""
     return bool(get_current_vllm_config().cache_config.enable_prefix_caching)
+
+
+def device_type() -> str:
+    """torch's name of the device vLLM runs on."""
+    return current_platform.device_type
 
 
 def on_cpu() -> bool:

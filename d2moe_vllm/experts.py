@@ -38,9 +38,9 @@ class D2MoEMethod(FusedMoEMethodBase):
     Raises CheckpointError or ValueError, in one line, for what this layer needs and we do not do.
     """
 
-    def __init__(self, moe: FusedMoEConfig, config: CheckpointConfig, layer: int, scope: Scope) -> None:
+    def __init__(self, moe: FusedMoEConfig, config: CheckpointConfig, layer: int, scope: Scope, backend: str) -> None:
         super().__init__(moe)
-        self.config, self.layer, self.scope = config, layer, scope
+        self.config, self.layer, self.scope, self.backend = config, layer, scope, backend
         self.load_format = load_format()
         self.options: dict[str, Any] = {}
         _refuse_unsupported(moe, config, layer, scope, self.load_format)
@@ -88,6 +88,7 @@ class D2MoEMethod(FusedMoEMethodBase):
             "activation": self.moe.activation.value,
             # Scope "token" promises that a request's output never depends on its neighbours: to the last bit.
             "batch_invariant": self.scope == "token" or batch_invariant(),
+            "backend": self.backend,
             **options(self.config, self.layer, parallel.tp_size, self.scope, prune_down=not distributed),
         }
         self.options["layer"] = recorder.add_layer(
@@ -109,6 +110,12 @@ class D2MoEMethod(FusedMoEMethodBase):
                 f"layer {self.layer}: {len(missing)} tensors were not loaded: {', '.join(missing[:3])}{more}; "
                 "copy the checkpoint again"
             )
+        if (pack := ops.BACKENDS[self.backend].pack) is not None:
+            parameters = [getattr(layer, name, None) for name in ops.PARAMETERS]
+            ranks = {name: self.options[name] for name in ("ranks", "base_ranks")}
+            for name, tensor in zip(ops.PARAMETERS, ops.flat(*pack(*ops.halves(parameters), **ranks)), strict=True):
+                if tensor is not None and tensor is not getattr(layer, name):
+                    setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
         return None

@@ -105,7 +105,7 @@ class D2MoEConfig(QuantizationConfig):
             number = compat.extract_layer_index(prefix)
             if number in self.config.layers:
                 recorder.start(self.metrics_folder, self.config)
-                return D2MoEMethod(layer.moe_config, self.config, number, scope)
+                return D2MoEMethod(layer.moe_config, self.config, number, scope, self._settle_backend())
             return None
         return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
 
@@ -127,6 +127,15 @@ class D2MoEConfig(QuantizationConfig):
             )
         return scope
 
+    def _settle_backend(self) -> str:
+        """The backend to serve with, said where it is not the fastest. Raises ValueError, in one line."""
+        from d2moe_vllm import compat
+
+        name, why_not_better = backend_in_force(compat.additional_config(), compat.device_type())
+        if why_not_better:
+            compat.init_logger(__name__).warning_once(f"d2moe: the slow backend {name!r} is used: {why_not_better}")
+        return name
+
     def _check_once(self) -> None:
         from d2moe_vllm import compat
 
@@ -146,12 +155,27 @@ class D2MoEConfig(QuantizationConfig):
         self._checked = True
 
 
+def overrides(additional_config: dict[str, Any]) -> dict[str, Any]:
+    """What `--additional-config` says of d2moe: scope and backend. Raises ValueError, in one line, for other keys."""
+    found = additional_config.get("d2moe", {})
+    if not isinstance(found, dict) or set(found) - {"scope", "backend"}:
+        raise ValueError(f"--additional-config: d2moe knows scope and backend, as in {SCOPE_HINT}; found {found!r}")
+    return found
+
+
+def backend_in_force(additional_config: dict[str, Any], device: str) -> tuple[str, str | None]:
+    """`ops.choose_backend` of what `--additional-config` says. Raises ValueError, in one line."""
+    from d2moe_vllm import ops
+
+    try:
+        return ops.choose_backend(device, overrides(additional_config).get("backend"))
+    except ValueError as error:
+        raise ValueError(f"--additional-config: d2moe {error}") from None
+
+
 def chosen_scope(config: CheckpointConfig, additional_config: dict[str, Any]) -> Scope:
     """The checkpoint's scope unless `--additional-config` says otherwise. Raises ValueError, in one line."""
-    overrides = additional_config.get("d2moe", {})
-    if not isinstance(overrides, dict) or set(overrides) - {"scope"}:
-        raise ValueError(f"--additional-config: d2moe knows only scope, as in {SCOPE_HINT}; found {overrides!r}")
-    scope = overrides.get("scope", config.pruning.scope)
+    scope = overrides(additional_config).get("scope", config.pruning.scope)
     if scope not in get_args(Scope):
         raise ValueError(f"--additional-config: d2moe scope {scope!r} is none of {', '.join(get_args(Scope))}")
     return scope

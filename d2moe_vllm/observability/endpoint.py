@@ -14,7 +14,7 @@ from d2moe_vllm import compat
 from d2moe_vllm.checkpoint import MANIFEST_FILE
 from d2moe_vllm.observability import files
 from d2moe_vllm.observability.info import Info, counters, describe
-from d2moe_vllm.quantization import D2MoEConfig, scope_in_force
+from d2moe_vllm.quantization import D2MoEConfig, backend_in_force, scope_in_force
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -55,6 +55,7 @@ class Checkpoint:
             model=served.name,
             folder=_checkpoint_folder(served),
             scope=scope_in_force(quantization.config, served.additional_config),
+            backend=backend_in_force(served.additional_config, compat.device_type())[0],
             tp_size=served.tensor_parallel_size,
             ep_size=served.expert_parallel_size,
         )

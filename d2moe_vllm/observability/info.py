@@ -30,7 +30,6 @@ from d2moe_vllm.checkpoint import (
     Source,
 )
 from d2moe_vllm.observability.metrics import COLUMNS_USED, DELTA_BYTES, EXPERT_TOKENS, SECONDS, columns_in_use
-from d2moe_vllm.ops import DEFAULT_BACKEND
 
 
 class Versions(BaseModel):
@@ -119,7 +118,7 @@ class Info(BaseModel):
 
 
 def describe(
-    config: CheckpointConfig, *, model: str, folder: Path | None, scope: Scope, tp_size: int, ep_size: int
+    config: CheckpointConfig, *, model: str, folder: Path | None, scope: Scope, backend: str, tp_size: int, ep_size: int
 ) -> Info:
     """All of Info but what changes: the counters are empty. folder: the checkpoint's, None if not on this machine."""
     experts = config.expert_tensors().values()
@@ -135,7 +134,7 @@ def describe(
         source=config.source,
         dtype=config.dtype,
         scope=scope,
-        backend=DEFAULT_BACKEND,
+        backend=backend,
         parameters=parameters + sum(math.prod(shape) for _, shape in others) if manifest else None,
         bytes=stored,
         stored_ratio=1 - stored / config.source.bytes if stored else None,

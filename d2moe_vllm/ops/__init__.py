@@ -6,12 +6,12 @@ PARAMETERS and OPTIONS, and `fused_experts` puts the flat list together again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from d2moe_vllm.ops import reference
+from d2moe_vllm.ops import cpu, reference
 
 INPUTS = ("x", "topk_weights", "topk_ids")
 PARAMETERS = tuple(f"{half}_{field}" for half in ("w13", "w2") for field in reference.Weights._fields)
@@ -27,15 +27,54 @@ OPTIONS = {
     "activation": "str",
     "scope": "str",
     "batch_invariant": "bool",
+    "backend": "str",
 }
 """Keyword arguments that are constants of a layer, with their schema types; static_shapes follows x's device."""
 
-Backend = Callable[..., Tensor]
+
+class Backend(NamedTuple):
+    """fused_experts: see `reference.fused_experts`. devices: torch's device types it runs on, None for all.
+
+    pack: (w13, w2, *, ranks, base_ranks) -> the halves in the backend's own layout, called once after loading; None
+    where it takes them as they are. missing: why it cannot be used on this machine, in one line; None if it can.
+    """
+
+    fused_experts: Callable[..., Tensor]
+    devices: tuple[str, ...] | None = None
+    pack: Callable[..., tuple[reference.Weights, reference.Weights]] | None = None
+    missing: Callable[[], str | None] = lambda: None
+
 
 BACKENDS: dict[str, Backend] = {
-    "reference": reference.fused_experts,
+    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing),
+    "reference": Backend(reference.fused_experts),
 }
-DEFAULT_BACKEND = "reference"
+"""By preference."""
+
+
+def choose_backend(device: str, asked: str | None = None) -> tuple[str, str | None]:
+    """The backend for a device type, and why it is not a better one. Raises ValueError, in one line, where the one
+    that is asked for cannot be used."""
+    able = [name for name, backend in BACKENDS.items() if backend.devices is None or device in backend.devices]
+    if asked is not None and asked not in able:
+        raise ValueError(f"backend {asked!r} is none of those for this device: {', '.join(able)}")
+    reasons: list[str] = []
+    for name in able if asked is None else [asked]:
+        if (reason := BACKENDS[name].missing()) is None:
+            return name, "; ".join(reasons) or None
+        reasons.append(f"backend {name!r} cannot be used: {reason}")
+    raise ValueError(reasons[0])
+
+
+def halves(parameters: Sequence[Tensor | None]) -> tuple[reference.Weights, reference.Weights]:
+    """Tensors in the order of PARAMETERS as gate's and up's and down's."""
+    half = len(PARAMETERS) // 2
+    return reference.Weights._make(parameters[:half]), reference.Weights._make(parameters[half:])
+
+
+def flat(w13: reference.Weights, w2: reference.Weights) -> list[Any]:
+    """The reverse of `halves`."""
+    return [*w13, *w2]
 
 
 def fused_experts(
@@ -44,15 +83,14 @@ def fused_experts(
     topk_ids: Tensor,
     *parameters: Tensor | None,
     padding_mask: Tensor | None = None,
-    backend: str = DEFAULT_BACKEND,
+    backend: str,
     **options: Any,
 ) -> Tensor:
     """`reference.fused_experts` by the named backend, parameters in the order of PARAMETERS.
 
     Shapes are static wherever a graph may be captured.
     """
-    half = len(PARAMETERS) // 2
-    w13, w2 = (reference.Weights._make(tensors) for tensors in (parameters[:half], parameters[half:]))
-    return BACKENDS[backend](
+    w13, w2 = halves(parameters)
+    return BACKENDS[backend].fused_experts(
         x, topk_weights, topk_ids, w13, w2, padding_mask, **options, static_shapes=x.device.type != "cpu"
     )

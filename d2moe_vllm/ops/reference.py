@@ -99,12 +99,12 @@ def fused_experts(
     anything else outside 0..num_experts-1) is an expert that is not here and adds nothing.
     padding_mask: bool [T], True for rows that are no tokens. They get some output but influence no other.
 
-    intermediate_size: I, as it is here. ranks, base_ranks: of gate, up and down, here. groups, used: of w13 and w2, groups of kept columns, and how many
-    columns are used in all; a low-rank base has none to choose from. scope: "batch", "token" or "off", see
-    select_columns. batch_invariant: with scope "off" or "token", every bit of a row of the result
-    depends on that row alone; on a GPU only where torch.matmul is so itself (vLLM makes it so under
-    VLLM_BATCH_INVARIANT=1). static_shapes: visit every expert with all rows instead of its own rows: more
-    work, but no shape and no control flow depends on data (CUDA graphs, tracing).
+    intermediate_size: I, as it is here. ranks, base_ranks: of gate, up and down, likewise. groups, used: of w13 and
+    w2, groups of kept columns, and how many columns are used in all; a low-rank base has none to choose from. scope:
+    "batch", "token" or "off", see select_columns. batch_invariant: with scope "off" or "token", every bit of a row
+    of the result depends on that row alone; on a GPU only where torch.matmul is so itself (vLLM makes it so under
+    VLLM_BATCH_INVARIANT=1). static_shapes: visit every expert with all rows instead of its own rows: more work, but
+    no shape and no control flow depends on data (CUDA graphs, tracing).
 
     Returns [T, H] in x's dtype. Sums over experts are float32 (float64 for float64 inputs), rounded once.
     """

@@ -192,7 +192,7 @@ CONTRACT = (
         ),
     ),
     Use("vllm.platforms.current_platform"),
-    Use("vllm.platforms.interface.Platform", methods={"is_cpu": ("self",)}),
+    Use("vllm.platforms.interface.Platform", methods={"is_cpu": ("self",)}, attributes=("device_type",)),
     Use(
         "vllm.model_executor.model_loader.LoadFormats",
         values=("dummy", "ipc_cache", "modelexpress", "runai_streamer_sharded", "sharded_state", "tensorizer"),

@@ -282,7 +282,7 @@ def test_info_follows_the_scope_and_does_without_files(config: CheckpointConfig)
     for model in ("nobody/nothing", "no/hub/id"):
         served = compat.Served("name", model, None, None, {}, 1, 1)
         assert endpoint_module._checkpoint_folder(served) is None
-    info = describe(config, model="m", folder=None, scope="token", tp_size=2, ep_size=2)
+    info = describe(config, model="m", folder=None, scope="token", backend="cpu", tp_size=2, ep_size=2)
     assert (info.parameters, info.bytes, info.stored_ratio, info.recipe) == (None, None, None, None)
     for number, layer in config.layers.items():
         assert info.layers[number].gate.columns_in_use == layer.gate.used_columns < layer.gate.kept_columns

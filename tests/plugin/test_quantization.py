@@ -194,7 +194,7 @@ def test_what_fails_on_a_cpu_later_is_refused(content: dict[str, Any], vllm_conf
 def test_router_weights_on_the_input(config: CheckpointConfig, vllm_config: VllmConfig) -> None:
     """With one expert per token: the layer of the weighted input, weighted no more."""
     layer = routed_experts(apply_router_weight_on_input=True)
-    method = D2MoEMethod(moe(experts_per_token=1), config, 1, "off")
+    method = D2MoEMethod(moe(experts_per_token=1), config, 1, "off", "reference")
     create(method, layer)
     torch.manual_seed(0)
     for name, parameter in layer.named_parameters():
@@ -272,39 +272,41 @@ def test_what_we_cannot_do_is_refused(
     config: CheckpointConfig, vllm_config: VllmConfig, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words) as error:
-        D2MoEMethod(moe(**changes), config, 1, "batch")
+        D2MoEMethod(moe(**changes), config, 1, "batch", "reference")
     assert "\n" not in str(error.value)
 
 
 def test_what_a_layer_wants_and_we_cannot_do(config: CheckpointConfig, vllm_config: VllmConfig) -> None:
     with pytest.raises(ValueError, match=r"router weights .* where one expert is chosen per token, not 2"):
-        create(D2MoEMethod(moe(), config, 1, "off"), routed_experts(apply_router_weight_on_input=True))
+        create(D2MoEMethod(moe(), config, 1, "off", "reference"), routed_experts(apply_router_weight_on_input=True))
     with pytest.raises(CheckpointError, match="gate_proj"):
-        create(D2MoEMethod(moe(), config, 1, "off"), routed_experts(ckpt_gate_proj_name="gate_proj"))
+        create(D2MoEMethod(moe(), config, 1, "off", "reference"), routed_experts(ckpt_gate_proj_name="gate_proj"))
     with pytest.raises(CheckpointError, match="tensor-parallel size 3"):
-        create(D2MoEMethod(moe(moe_parallel_config=parallel(tp_size=3)), config, 1, "off"), routed_experts())
+        create(
+            D2MoEMethod(moe(moe_parallel_config=parallel(tp_size=3)), config, 1, "off", "reference"), routed_experts()
+        )
     vllm_config.lora_config = SimpleNamespace(target_modules=None)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="--lora-target-modules q_proj k_proj v_proj o_proj"):
-        D2MoEMethod(moe(), config, 1, "off")
+        D2MoEMethod(moe(), config, 1, "off", "reference")
     vllm_config.lora_config = SimpleNamespace(target_modules=["q_proj", "experts"])  # type: ignore[assignment]
     with pytest.raises(ValueError, match="experts take no LoRA"):
-        D2MoEMethod(moe(), config, 1, "off")
+        D2MoEMethod(moe(), config, 1, "off", "reference")
     vllm_config.lora_config = SimpleNamespace(target_modules=["o_proj"])  # type: ignore[assignment]
-    D2MoEMethod(moe(), config, 1, "off")
+    D2MoEMethod(moe(), config, 1, "off", "reference")
     vllm_config.load_config.load_format = "sharded_state"
     with pytest.raises(ValueError, match="--load-format sharded_state"):
-        D2MoEMethod(moe(), config, 1, "off")
+        D2MoEMethod(moe(), config, 1, "off", "reference")
 
 
 def test_an_incomplete_layer_is_refused(config: CheckpointConfig, vllm_config: VllmConfig) -> None:
-    method, layer = D2MoEMethod(moe(), config, 1, "off"), routed_experts()
+    method, layer = D2MoEMethod(moe(), config, 1, "off", "reference"), routed_experts()
     create(method, layer)
     names = {name for name, _ in layer.named_parameters()}
     assert {"w13_delta_u", "w13_base", "w2_base_norms"} <= names
     with pytest.raises(CheckpointError, match=r"layer 1: 57 tensors were not loaded: .*experts.0.w1.base, "):
         method.process_weights_after_loading(layer)
     vllm_config.load_config.load_format = "dummy"
-    method = D2MoEMethod(moe(), config, 1, "off")
+    method = D2MoEMethod(moe(), config, 1, "off", "reference")
     create(method, layer)
     method.process_weights_after_loading(layer)
     assert not method.supports_eplb
@@ -312,14 +314,14 @@ def test_an_incomplete_layer_is_refused(config: CheckpointConfig, vllm_config: V
 
 
 def test_expert_parallel_leaves_down_alone(config: CheckpointConfig, vllm_config: VllmConfig) -> None:
-    method = D2MoEMethod(moe(moe_parallel_config=parallel(use_ep=True, ep_size=2)), config, 1, "token")
+    method = D2MoEMethod(moe(moe_parallel_config=parallel(use_ep=True, ep_size=2)), config, 1, "token", "reference")
     create(method, routed_experts())
     assert method.options["used"] == [64, 192]
 
 
 @pytest.fixture
 def served(config: CheckpointConfig, vllm_config: VllmConfig) -> tuple[D2MoEMethod, Any]:
-    method, layer = D2MoEMethod(moe(), config, 1, "batch"), routed_experts()
+    method, layer = D2MoEMethod(moe(), config, 1, "batch", "reference"), routed_experts()
     create(method, layer)
     torch.manual_seed(0)
     for name, parameter in layer.named_parameters():

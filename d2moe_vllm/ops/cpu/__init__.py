@@ -15,12 +15,21 @@ from torch import Tensor
 from d2moe_vllm.ops.cpu.library import I64, Call, CompilerError, Half, load
 from d2moe_vllm.ops.reference import Weights
 
-__all__ = ["CompilerError", "fused_experts", "load", "pack"]
+__all__ = ["CompilerError", "fused_experts", "load", "missing", "pack"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCOPES = ("off", "token", "batch")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """By their numbers in api.cpp and layer.h."""
+
+
+def missing() -> str | None:
+    """Why the library cannot be had on this machine, in one line; None if it is there. Compiles it the first time."""
+    try:
+        load()
+    except CompilerError as error:
+        return str(error)
+    return None
 
 
 def pack(w13: Weights, w2: Weights, *, ranks: Sequence[int], base_ranks: Sequence[int]) -> tuple[Weights, Weights]:
@@ -128,9 +137,9 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _half(weights: Weights, ranks: Sequence[int], base_ranks: Sequence[int], groups: int, used: int) -> Half:
-    stored = weights.delta_u is not None and weights.delta_u.numel() > 0
+    u = weights.delta_u if isinstance(weights.delta_u, Tensor) and weights.delta_u.numel() else None
     return Half(
-        u=_pointer(weights.delta_u) if stored else None,
+        u=_pointer(u),
         v=_pointer(weights.delta_v if weights.shared_v is None else weights.shared_v),
         base=_pointer(weights.base),
         base_u=_pointer(weights.base_u),
@@ -140,7 +149,7 @@ def _half(weights: Weights, ranks: Sequence[int], base_ranks: Sequence[int], gro
         v_index=_pointer(weights.v_index),
         base_columns=_pointer(weights.base_columns),
         base_norms=_pointer(weights.base_norms),
-        u_size=weights.delta_u.numel() if stored and isinstance(weights.delta_u, Tensor) else 0,
+        u_size=0 if u is None else u.numel(),
         kept=0 if weights.base_columns is None else weights.base_columns.numel(),
         used=used,
         groups=groups,
