@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from moe_cases import CROWDED, cases, crowd
+from moe_cases import CROWDED, cases, crowd, random_case
 from moe_oracle import Case, forward, kernel_arguments
 
-from d2moe_vllm.ops import cpu
+from d2moe_vllm.ops import choose_backend, cpu
 from d2moe_vllm.ops.reference import Weights, fused_experts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,3 +55,98 @@ def in_float64(arguments: list[Any]) -> list[Any]:
 
     halves = [Weights(*map(widen, half))._replace(base_norms=half.base_norms) for half in arguments[3:5]]
     return [*map(widen, arguments[:3]), *halves, arguments[5]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scope", ["token", "off"])
+@pytest.mark.parametrize("variant", CROWDED)
+def test_rows_are_the_same_bits_alone_in_a_crowd_and_on_any_number_of_threads(
+    dtype: torch.dtype, scope: str, variant: str
+) -> None:
+    arguments, options = kernel_arguments(crowd(variant, scope), dtype)
+
+    def some(rows: torch.Tensor) -> torch.Tensor:
+        return run([*(t[rows] for t in arguments[:3]), *arguments[3:]], options)
+
+    together = some(torch.arange(67))
+    for size in (1, 2, 13, 31):
+        rows = torch.randperm(67, generator=torch.Generator().manual_seed(size))[:size]
+        assert torch.equal(some(rows), together[rows]), size
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(some(torch.arange(67)), together)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("scope", ["off", "token", "batch"])
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+def test_padding_and_absent_experts(scope: str, garbage: float) -> None:
+    """Rows of padding influence nobody, whatever is in them; ids out of range are nobody's."""
+    case = random_case(1, tokens=9, padding=4, scope=scope)
+    clean = run(*kernel_arguments(case, torch.float32))[:5]
+    case.x[5:] = garbage
+    case.topk_ids[5:] = [[0, 1], [99, 1], [-1, 3], [-7, 2]]
+    assert torch.equal(run(*kernel_arguments(case, torch.float32))[:5], clean)
+    case.topk_ids[:] = -1
+    case.base = dict.fromkeys(case.base)
+    arguments, options = kernel_arguments(case, torch.float32)
+    assert not run(arguments, options)[:5].any()
+    assert run([t[:0] for t in arguments[:3]] + arguments[3:5] + [None], options).shape == (0, 8)
+
+
+def test_packing_takes_no_more_memory_where_sizes_are_multiples() -> None:
+    arguments, options = kernel_arguments(
+        random_case(2, hidden=64, intermediate=96, rank=(16, 32, 16), kept=(32, 48), used=(32, 48)), torch.bfloat16
+    )
+    packed = cpu.pack(*arguments[3:5], ranks=options["ranks"], base_ranks=options["base_ranks"])
+    for before, after in zip(arguments[3:5], packed, strict=True):
+        for old, new in zip(before, after, strict=True):
+            assert old is None or (new.data_ptr() == old.data_ptr() and new.numel() == old.numel())
+
+
+SOURCES = Path(cpu.__file__).with_name("csrc")
+DRIVER = Path(__file__).with_name("driver.cpp")
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_the_core_is_clean_under_sanitizers(tmp_path: Path, sanitizers: str) -> None:
+    """In a stand-alone program on plain threads: no access out of bounds, no undefined behaviour, no race."""
+    program = tmp_path / "driver"
+    flags = ["-std=c++17", "-O1", "-g", "-march=native", "-Wno-psabi", "-pthread", f"-fsanitize={sanitizers}"]
+    command = ["c++", *flags, "-fno-sanitize-recover=all", "-I", str(SOURCES), str(DRIVER), "-o", str(program)]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program, "60"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 60
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (
+            {"CXX": "/nowhere/c++"},
+            "/nowhere/c++: No such file or directory; install a C++ compiler",
+        ),
+        ({"CXX": "false"}, "false failed"),
+        ({"D2MOE_CACHE": "/proc/nowhere"}, "name another folder by D2MOE_CACHE"),
+    ],
+)
+def test_without_a_compiler_it_falls_back_and_says_why(environment: dict[str, str], words: str, tmp_path: Path) -> None:
+    code = "from d2moe_vllm.ops import choose_backend; print(*choose_backend('cpu'), sep='|')"
+    env = {**os.environ, "D2MOE_CACHE": str(tmp_path), **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    name, reason = done.stdout.strip().split("|")
+    assert name == "reference"
+    assert words in reason
+    assert "\n" not in reason
+
+
+def test_a_backend_that_is_asked_for_is_not_replaced() -> None:
+    assert choose_backend("cpu") == ("cpu", None)
+    assert choose_backend("cpu", "reference") == ("reference", None)
+    assert choose_backend("cuda") == ("reference", None)
+    with pytest.raises(ValueError, match="backend 'cpu' is none of those for this device: reference"):
+        choose_backend("cuda", "cpu")

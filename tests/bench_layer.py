@@ -1,0 +1,179 @@
+"""One MoE layer on this CPU: our operator beside vLLM's fused MoE on the dense layer, interleaved in one run.
+
+Random bfloat16 weights and routing. A table on stdout, all rows in build/bench/layer.json. byte_ratio is what the dense
+layer's experts in use weigh over what ours read for the same routing: the limit of the speed-up where reading weights
+is what takes the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2moe_vllm.ops import cpu
+from d2moe_vllm.ops.reference import Weights
+
+OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "layer.json"
+GROUPS, BYTES = 8, 2
+
+
+class Shape(NamedTuple):
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+
+SHAPES = {
+    "Mixtral-8x7B": Shape(4096, 14336, 8, 2),
+    "DeepSeekMoE-16B": Shape(2048, 1408, 64, 6),
+    "Qwen3-30B-A3B": Shape(2048, 768, 128, 8),
+}
+SPARSITY = {"off": 0.1, "batch": 0.6}
+"""Share of the base's columns that are unused: METHODS' default, and its throughput setting; half of it statically."""
+
+
+def spread(inputs: int, kept: int) -> Tensor:
+    """kept ascending columns, as many in each group."""
+    own = torch.stack([torch.randperm(inputs // GROUPS)[: kept // GROUPS].sort().values for _ in range(GROUPS)])
+    return (own + torch.arange(GROUPS).unsqueeze(1) * (inputs // GROUPS)).flatten().int()
+
+
+def multiple(value: float, of: int) -> int:
+    return max(of, int(value) // of * of)
+
+
+class Ours:
+    """A layer of a uniform checkpoint at this ratio, packed."""
+
+    def __init__(self, shape: Shape, ratio: float, scope: str) -> None:
+        hidden, inner, experts, _ = shape
+        dense = 3 * hidden * inner
+        sparsity = SPARSITY[scope]
+        kept = [multiple(size * (1 - sparsity / 2), GROUPS * 16) for size in (hidden, inner)]
+        self.used = [multiple(size * (1 - sparsity), GROUPS * 16) for size in (hidden, inner)]
+        base = 2 * kept[0] * inner + kept[1] * hidden
+        rank = multiple(((1 - ratio) * experts * dense - base) / (experts * 3 * (hidden + inner)), 16)
+        self.ranks, self.shape, self.scope = [rank] * 3, shape, scope
+
+        def random(*size: int) -> Tensor:
+            return (torch.randn(size, dtype=torch.bfloat16) * size[-1] ** -0.5).contiguous()
+
+        halves = []
+        for inputs, outputs, parts, columns in ((hidden, inner, 2, kept[0]), (inner, hidden, 1, kept[1])):
+            halves.append(
+                Weights(
+                    delta_u=random(experts, outputs, parts * rank),
+                    delta_v=random(experts, parts * rank, inputs),
+                    base=random(columns, parts * outputs),
+                    base_columns=spread(inputs, columns),
+                    base_norms=torch.rand(columns) + 0.5,
+                )
+            )
+        self.halves = cpu.pack(*halves, ranks=self.ranks, base_ranks=[0, 0, 0])
+        columns = self.used if scope != "off" else kept
+        self.base_bytes = (2 * columns[0] * inner + columns[1] * hidden) * BYTES
+        self.expert_bytes = 3 * rank * (hidden + inner) * BYTES
+
+    def __call__(self, x: Tensor, gates: Tensor, ids: Tensor) -> Tensor:
+        return cpu.fused_experts(
+            x, gates, ids, *self.halves, None, num_experts=self.shape.experts,
+            intermediate_size=self.shape.intermediate, ranks=self.ranks, base_ranks=[0, 0, 0],
+            groups=[GROUPS, GROUPS], used=self.used, activation="silu", scope=self.scope,
+        )  # fmt: skip
+
+
+class Dense:
+    """vLLM's own kernel for CPUs without AMX, or with it, on its own packed weights."""
+
+    def __init__(self, shape: Shape) -> None:
+        import vllm._custom_ops as ops
+
+        self.isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+        self.run = ops.cpu_fused_moe
+        hidden, inner, experts, _ = shape
+        self.w13 = self._packed(ops, experts, 2 * inner, hidden)
+        self.w2 = self._packed(ops, experts, hidden, inner)
+
+    def _packed(self, ops: Any, *size: int) -> Tensor:
+        return ops.cpu_prepack_moe_weight(torch.randn(size, dtype=torch.bfloat16) * size[-1] ** -0.5, self.isa)
+
+    def __call__(self, x: Tensor, gates: Tensor, ids: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        self.run(out, x, self.w13, self.w2, None, None, gates, ids, "silu", self.isa)
+        return out
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each, turn by turn, after one turn to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            times[name].append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 1024])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.4, 0.6, 0.8])
+    parser.add_argument("--scopes", nargs="+", default=["off", "batch"], choices=list(SPARSITY))
+    parser.add_argument("--seconds", type=float, default=1.5, help="per row")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    titles = ("dense ms", "ours ms", "speed-up", "bytes", "of limit", "GB/s")
+    print(f"{'shape':16} {'ratio':>5} {'scope':>5} {'tokens':>6}", *(f"{title:>8}" for title in titles))
+    for name in arguments.shapes:
+        shape = SHAPES[name]
+        dense = Dense(shape)
+        for ratio in arguments.ratios:
+            for scope in arguments.scopes:
+                ours = Ours(shape, ratio, scope)
+                for tokens in arguments.tokens:
+                    rows.append(measure(name, shape, dense, ours, ratio, scope, tokens, arguments.seconds))
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(rows, indent=1))
+
+
+def measure(
+    name: str, shape: Shape, dense: Dense, ours: Ours, ratio: float, scope: str, tokens: int, seconds: float
+) -> dict[str, Any]:
+    x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16)
+    ids = torch.stack([torch.randperm(shape.experts)[: shape.top_k] for _ in range(tokens)]).int()
+    gates = torch.rand(tokens, shape.top_k)
+    times = interleaved({"dense": lambda: dense(x, gates, ids), "ours": lambda: ours(x, gates, ids)}, seconds)
+    active = ids.unique().numel()
+    dense_bytes = active * 3 * shape.hidden * shape.intermediate * BYTES
+    our_bytes = ours.base_bytes + active * ours.expert_bytes
+    median = {key: statistics.median(values) for key, values in times.items()}
+    row = {
+        "shape": name, "tokens": tokens, "ratio": ratio, "scope": scope,
+        "dense_ms": median["dense"], "ours_ms": median["ours"], "speedup": median["dense"] / median["ours"],
+        "byte_ratio": dense_bytes / our_bytes, "bytes_read": our_bytes,
+        "gb_per_s": our_bytes / median["ours"] / 1e6, "dense_gb_per_s": dense_bytes / median["dense"] / 1e6,
+        "runs": len(times["ours"]), "ours_ms_min_max": [min(times["ours"]), max(times["ours"])],
+        "dense_ms_min_max": [min(times["dense"]), max(times["dense"])],
+    }  # fmt: skip
+    row["limit_reached"] = row["speedup"] / row["byte_ratio"]
+    figures = (row[key] for key in ("dense_ms", "ours_ms", "speedup", "byte_ratio", "limit_reached", "gb_per_s"))
+    print(f"{name:16} {ratio:5.0%} {scope:>5} {tokens:6}", *(f"{figure:8.2f}" for figure in figures), flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    main()

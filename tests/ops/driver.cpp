@@ -1,0 +1,137 @@
+// The core of the CPU backend by itself: random layers of every kind on plain threads, for the sanitizers.
+// Prints a checksum per case; the same layer on 1, 2 and 5 threads must give the same bits, or it ends with 1.
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <thread>
+
+#include "pack.h"
+
+using namespace d2moe;
+
+namespace {
+
+std::mt19937 random_bits(7);
+
+i64 below(i64 n) { return i64(random_bits() % std::uint64_t(n)); }
+
+template <class P>
+struct Owned {
+  std::vector<std::unique_ptr<typename P::Element[]>> memory;
+
+  // Exactly as much as needed, so that any step too far is seen.
+  typename P::Element* values(i64 n, float scale) {
+    memory.emplace_back(new typename P::Element[n]);
+    std::normal_distribution<float> normal(0, scale);
+    for (i64 i = 0; i < n; ++i) memory.back()[i] = P::element(normal(random_bits));
+    return memory.back().get();
+  }
+
+  typename P::Element* factors(i64 places, i64 out, i64 k) {
+    auto* packed = values(places * packed_size<P>(out, k), 0);
+    for (i64 d = 0; d < places; ++d)
+      pack_factor<P>(values(out * k, 0.3f), k, 1, out, k, packed + d * packed_size<P>(out, k));
+    return packed;
+  }
+
+  typename P::Element* base(i64 out, i64 kept) {
+    auto* packed = values(packed_base_size<P>(out, kept), 0);
+    pack_base<P>(values(out * kept, 0.2f), out, out, kept, packed);
+    return packed;
+  }
+};
+
+Parallel on_threads(int count) {
+  return [count](i64 n, const std::function<void(i64)>& f) {
+    std::atomic<i64> next{0};
+    std::vector<std::thread> threads;
+    for (int t = 0; t < count; ++t)
+      threads.emplace_back([&] { for (i64 i = next++; i < n; i = next++) f(i); });
+    for (auto& thread : threads) thread.join();
+  };
+}
+
+template <class P>
+bool one(int number) {
+  Owned<P> own;
+  Layer<P> layer;
+  layer.experts = 1 + below(6);
+  layer.hidden = 4 * (1 + below(20));
+  layer.intermediate = 4 * (1 + below(20));
+  layer.scope = Scope(below(3));
+  layer.activation = Activation(below(3));
+  std::vector<i32> index(layer.experts), columns[2], deltas[2];
+  std::vector<float> norms(layer.hidden + layer.intermediate, 1.0f);
+  const bool trimmed = below(3) == 0;
+  for (i64 e = 0; e < layer.experts; ++e) index[e] = trimmed && below(2) ? -1 : i32(e);
+  for (int half = 0; half < 2; ++half) {
+    Weights<P>& w = half ? layer.w2 : layer.w13;
+    const i64 in = half ? layer.intermediate : layer.hidden, out = half ? layer.hidden : layer.intermediate;
+    const int parts = half ? 1 : 2;
+    for (int j = 0; j < parts; ++j) {
+      w.rank[j] = 1 + below(40);
+      w.u[j] = own.factors(layer.experts, out, w.rank[j]);
+    }
+    if (trimmed) w.u_index = w.v_index = index.data();
+    const i64 kind = below(3);
+    if (kind == 0) w.v = own.factors(layer.experts, w.ranks(), in);
+    if (kind == 1) w.v = own.factors(1, w.ranks(), in), w.shared_v = true;
+    if (kind == 2) {
+      for (i64 i = 0; i < layer.experts * w.ranks(); ++i) deltas[half].push_back(i32(below(in)));
+      w.columns = deltas[half].data();
+    }
+    const i64 base = below(3);
+    if (base == 0) {
+      w.groups = 2;
+      w.kept = 2 * (1 + below(in / 2));
+      w.used = 2 * (1 + below(w.kept / 2));
+      for (i64 i = 0; i < w.kept; ++i) columns[half].push_back(i32(i));
+      w.base_columns = columns[half].data();
+      w.base_norms = norms.data();
+      for (int j = 0; j < parts; ++j) w.base[j] = own.base(out, w.kept);
+    } else if (base == 1 || trimmed) {
+      for (int j = 0; j < parts; ++j) w.base_rank[j] = 1 + below(9);
+      for (int j = 0; j < parts; ++j) w.base_u[j] = own.factors(1, out, w.base_rank[j]);
+      w.base_v = own.factors(1, w.base_ranks(), in);
+    }
+  }
+  Batch<P> batch;
+  batch.tokens = 1 + below(40);
+  batch.top_k = 1 + below(layer.experts);
+  std::vector<float> gates(batch.tokens * batch.top_k, 0.5f);
+  std::vector<i32> ids;
+  for (size_t i = 0; i < gates.size(); ++i) ids.push_back(i32(below(layer.experts + 2)) - 1);
+  std::unique_ptr<bool[]> padding(new bool[batch.tokens]);
+  for (i64 t = 0; t < batch.tokens; ++t) padding[t] = below(4) == 0;
+  batch.x = own.values(batch.tokens * layer.hidden, 1);
+  batch.gates = gates.data();
+  batch.ids = ids.data();
+  batch.padding = padding.get();
+  const i64 size = batch.tokens * layer.hidden;
+  std::vector<typename P::Element> results[3];
+  const int threads[] = {1, 2, 5};
+  double sum = 0;
+  for (int i = 0; i < 3; ++i) {
+    results[i].resize(size);
+    batch.y = results[i].data();
+    const Parallel parallel = on_threads(threads[i]);
+    Run<P>(layer, batch, parallel)();
+  }
+  for (auto value : results[0]) sum += P::value(value);
+  std::printf("%d %.6g\n", number, sum);
+  return std::memcmp(results[0].data(), results[1].data(), size * sizeof(results[0][0])) == 0 &&
+         std::memcmp(results[0].data(), results[2].data(), size * sizeof(results[0][0])) == 0;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int cases = count > 1 ? std::atoi(arguments[1]) : 60;
+  for (int i = 0; i < cases; ++i) {
+    if (!(i % 3 == 0 ? one<BFloat16>(i) : i % 3 == 1 ? one<Float16>(i) : one<Float32>(i))) {
+      std::printf("case %d: bits depend on the number of threads\n", i);
+      return 1;
+    }
+  }
+  return 0;
+}
