@@ -99,7 +99,7 @@ def test_padding_and_absent_experts(scope: str, garbage: float) -> None:
 
 def test_packing_takes_no_more_memory_where_sizes_are_multiples() -> None:
     arguments, options = kernel_arguments(
-        random_case(2, hidden=64, intermediate=96, rank=(16, 32, 16), kept=(32, 48), used=(32, 48)), torch.bfloat16
+        random_case(2, hidden=64, intermediate=128, rank=(16, 32, 16), kept=(32, 48), used=(32, 48)), torch.bfloat16
     )
     packed = cpu.pack(*arguments[3:5], ranks=options["ranks"], base_ranks=options["base_ranks"])
     for before, after in zip(arguments[3:5], packed, strict=True):

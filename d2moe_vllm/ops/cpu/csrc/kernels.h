@@ -1,16 +1,25 @@
 // The two products everything is made of: rows times a packed factor, and rows times a packed base.
 //
 // A packed factor W [out, in] is blocks of 16 outputs: [out / 16][in / PAIR][16][PAIR]. A packed base [kept, out] is
-// blocks of FOLD outputs: [out / FOLD][kept][FOLD], so that a column that is not selected is a line that is not read.
+// blocks of two lines of outputs: [out / FOLD][kept][FOLD], so that a column that is not selected is not read.
 // Every element of a result is summed over its inputs in ascending order, whatever else is computed beside it: neither
 // the other rows, nor the number of threads, nor how rows are cut into tiles changes a bit.
 #pragma once
+
+#include <algorithm>
+#include <type_traits>
 
 #include "vectors.h"
 
 namespace d2moe {
 
-constexpr i64 MAX_ROWS = 12;  // of a tile: 24 accumulators of the 32 registers of AVX-512
+// Of a tile, for one or two vectors of outputs and for up to four: 24 accumulators of AVX-512's 32 registers.
+constexpr int MANY_ROWS = 12, FEW_ROWS = 6;
+// Columns of a base that are multiplied with all rows before the next are read: 16 KB of bfloat16.
+constexpr i64 COLUMNS = 128;
+
+template <class P>
+constexpr i64 fold() { return 2 * P::LINE; }
 
 template <class P>
 struct Kernel;
@@ -40,29 +49,32 @@ struct Widening {
     }
   }
 
-  template <int M>
-  static void base(const Input* const* x, const Element* w, const i32* selected, i64 n, Floats (&acc)[M][1]) {
-    for (i64 i = 0; i < n; ++i) {
-      const Floats line = widen(w + (selected ? selected[i] : i) * LANES);
-      for (int m = 0; m < M; ++m) acc[m][0] += line * x[m][i];
+  template <int M, int NL>
+  static void base(const Input* const* x, const Element* w, const i32* selected, i64 begin, i64 end, Floats (&acc)[M][NL]) {
+    for (i64 i = begin; i < end; ++i) {
+      const Element* column = w + (selected ? selected[i] : i) * fold<P>();
+      for (int l = 0; l < NL; ++l) {
+        const Floats line = widen(column + l * LANES);
+        for (int m = 0; m < M; ++m) acc[m][l] += line * x[m][i];
+      }
     }
   }
 };
 
 template <>
 struct Kernel<Float32> : Widening<Float32> {
-  static constexpr int BASE_VECTORS = 1;
+  static constexpr int VECTORS = 1;  // of a line
 };
 template <>
 struct Kernel<Float16> : Widening<Float16> {
-  static constexpr int BASE_VECTORS = 1;
+  static constexpr int VECTORS = 1;  // of a line
 };
 
 template <>
 struct Kernel<BFloat16> {
   using Element = std::uint16_t;
   using Input = std::uint16_t;
-  static constexpr int BASE_VECTORS = 2;
+  static constexpr int VECTORS = 2;  // of a line
 
   static std::uint32_t pair(const Input* x) {
     std::uint32_t both;
@@ -113,56 +125,50 @@ struct Kernel<BFloat16> {
     }
   }
 
-  template <int M>
-  static void base(const Input* const* x, const Element* w, const i32* selected, i64 n, Floats (&acc)[M][2]) {
-    for (i64 i = 0; i + 1 < n; i += 2) {
-      const Line a = line(w + (selected ? selected[i] : i) * 32), b = line(w + (selected ? selected[i + 1] : i + 1) * 32);
-      const Line lo = low(a, b), hi = high(a, b);
-      for (int m = 0; m < M; ++m) {
-        const std::uint32_t both = pair(x[m] + i);
-        acc[m][0] = add(acc[m][0], lo, both);
-        acc[m][1] = add(acc[m][1], hi, both);
+  template <int M, int NL>
+  static void base(
+      const Input* const* x, const Element* w, const i32* selected, i64 begin, i64 end, Floats (&acc)[M][2 * NL]) {
+    auto column = [&](i64 i) { return w + (selected ? selected[i] : i) * fold<BFloat16>(); };
+    auto step = [&](const Element* a, const Element* b, auto both) {
+      for (int l = 0; l < NL; ++l) {
+        const Line first = line(a + 32 * l), second = b ? line(b + 32 * l) : none();
+        const Line lo = low(first, second), hi = high(first, second);
+        for (int m = 0; m < M; ++m) {
+          acc[m][2 * l] = add(acc[m][2 * l], lo, both(m));
+          acc[m][2 * l + 1] = add(acc[m][2 * l + 1], hi, both(m));
+        }
       }
-    }
-    if (n % 2) {
-      const Line a = line(w + (selected ? selected[n - 1] : n - 1) * 32);
-      const Line lo = low(a, none()), hi = high(a, none());
-      for (int m = 0; m < M; ++m) {
-        acc[m][0] = add(acc[m][0], lo, x[m][n - 1]);
-        acc[m][1] = add(acc[m][1], hi, x[m][n - 1]);
-      }
-    }
+    };
+    i64 i = begin;
+    for (; i + 1 < end; i += 2) step(column(i), column(i + 1), [&](int m) { return pair(x[m] + i); });
+    if (i < end) step(column(i), nullptr, [&](int m) { return std::uint32_t(x[m][i]); });
   }
 };
 
-// Tiles of up to MAX_ROWS rows, each count compiled for itself: calls done<M>(first row, accumulators).
+// f(number of rows, first row) for tiles of up to MAX rows, each number compiled for itself.
 template <int M, class F>
 inline void with_rows(i64 rows, F&& f) {
   if constexpr (M == 1) {
     f(std::integral_constant<int, 1>{});
   } else {
-    if (rows == M) {
-      f(std::integral_constant<int, M>{});
-    } else {
-      with_rows<M - 1>(rows, f);
-    }
+    if (rows == M) f(std::integral_constant<int, M>{});
+    else with_rows<M - 1>(rows, f);
   }
 }
 
-template <class F>
+template <int MAX, class F>
 inline void in_tiles(i64 rows, F&& f) {
-  const i64 tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  const i64 tiles = (rows + MAX - 1) / MAX;
   for (i64 t = 0; t < tiles; ++t) {
     const i64 first = rows * t / tiles, last = rows * (t + 1) / tiles;
-    with_rows<int(MAX_ROWS)>(last - first, [&](auto m) { f(m, first); });
+    with_rows<MAX>(last - first, [&](auto m) { f(m, first); });
   }
 }
 
-// out[r][0 .. 16 NB) = x[r] W^T for rows r of pointers x; w: the first of NB blocks, `stride` elements apart.
-template <class P, int NB>
-void multiply_factor(
+template <class P, int MAX, int NB>
+void factor_tiles(
     const typename P::Input* const* x, i64 rows, const typename P::Element* w, i64 stride, i64 k, float* out, i64 ld) {
-  in_tiles(rows, [&](auto m, i64 first) {
+  in_tiles<MAX>(rows, [&](auto m, i64 first) {
     constexpr int M = decltype(m)::value;
     Floats acc[M][NB] = {};
     Kernel<P>::template factor<M, NB>(x + first, w, stride, k, acc);
@@ -171,19 +177,48 @@ void multiply_factor(
   });
 }
 
-// out[r][0 .. FOLD) = x[r] B for one block of a packed base; x[r][i] belongs to the base's row selected[i], or i.
+// out[r][0 .. 16 blocks) = x[r] W^T for rows r of pointers x; w: the first of the blocks, `stride` elements apart.
 template <class P>
-void multiply_base(
-    const typename P::Input* const* x, i64 rows, const typename P::Element* w, const i32* selected, i64 n, float* out,
+void multiply_factor(
+    const typename P::Input* const* x, i64 rows, const typename P::Element* w, i64 stride, i64 k, i64 blocks, float* out,
     i64 ld) {
-  constexpr int NV = Kernel<P>::BASE_VECTORS;
-  in_tiles(rows, [&](auto m, i64 first) {
+  i64 b = 0;
+  if (rows <= FEW_ROWS)
+    for (; b + 4 <= blocks; b += 4) factor_tiles<P, FEW_ROWS, 4>(x, rows, w + b * stride, stride, k, out + b * LANES, ld);
+  for (; b + 2 <= blocks; b += 2) factor_tiles<P, MANY_ROWS, 2>(x, rows, w + b * stride, stride, k, out + b * LANES, ld);
+  if (b < blocks) factor_tiles<P, MANY_ROWS, 1>(x, rows, w + b * stride, stride, k, out + b * LANES, ld);
+}
+
+template <class P, int MAX, int NL>
+void base_tiles(
+    const typename P::Input* const* x, i64 rows, const typename P::Element* w, const i32* selected, i64 begin, i64 end,
+    float* out, i64 ld) {
+  constexpr int NV = NL * Kernel<P>::VECTORS;
+  in_tiles<MAX>(rows, [&](auto m, i64 first) {
     constexpr int M = decltype(m)::value;
-    Floats acc[M][NV] = {};
-    Kernel<P>::template base<M>(x + first, w, selected, n, acc);
+    Floats acc[M][NV];
+    for (int r = 0; r < M; ++r)
+      for (int v = 0; v < NV; ++v) acc[r][v] = load(out + (first + r) * ld + v * LANES);
+    Kernel<P>::template base<M, NL>(x + first, w, selected, begin, end, acc);
     for (int r = 0; r < M; ++r)
       for (int v = 0; v < NV; ++v) store(out + (first + r) * ld + v * LANES, acc[r][v]);
   });
+}
+
+// out[r][0 .. FOLD) += x[r] B for one block of a packed base; x[r][i] belongs to the base's row selected[i], or i.
+template <class P>
+void add_base(
+    const typename P::Input* const* x, i64 rows, const typename P::Element* w, const i32* selected, i64 n, float* out,
+    i64 ld) {
+  for (i64 begin = 0; begin < n; begin += COLUMNS) {
+    const i64 end = std::min(n, begin + COLUMNS);
+    if (rows <= FEW_ROWS) {
+      base_tiles<P, FEW_ROWS, 2>(x, rows, w, selected, begin, end, out, ld);
+    } else {
+      base_tiles<P, MANY_ROWS, 1>(x, rows, w, selected, begin, end, out, ld);
+      base_tiles<P, MANY_ROWS, 1>(x, rows, w + P::LINE, selected, begin, end, out + P::LINE, ld);
+    }
+  }
 }
 
 }  // namespace d2moe

@@ -3,10 +3,10 @@
 // Steps, each a set of tasks that write what no other task of the step writes:
 //   1  select gate's and up's columns and gather the base's inputs; sort (token, expert) pairs by expert
 //   2  shrink:        s = V x                                   per expert and 64 ranks
-//   3  gate and up:   z = B x; h = act(z + U s) * (z + U s);    per 32 channels, the mix sum_e g_e h_e on the way
+//   3  gate and up:   z = B x; h = act(z + U s) * (z + U s);    per 64 channels, the mix sum_e g_e h_e on the way
 //   4  select down's columns of the mix, gather them
 //   5  shrink:        s = V h
-//   6  down:          y = B mix + sum_e g_e U s                 per 32 outputs
+//   6  down:          y = B mix + sum_e g_e U s                 per 64 outputs
 #pragma once
 
 #include <algorithm>
@@ -73,12 +73,10 @@ constexpr i64 packed_inputs(i64 k) { return ceil_div(k, P::PAIR) * P::PAIR; }
 template <class P>
 constexpr i64 packed_size(i64 out, i64 k) { return ceil_div(out, LANES) * LANES * packed_inputs<P>(k); }
 template <class P>
-constexpr i64 packed_base_size(i64 out, i64 kept) { return ceil_div(out, P::FOLD) * P::FOLD * kept; }
+constexpr i64 packed_base_size(i64 out, i64 kept) { return ceil_div(out, fold<P>()) * fold<P>() * kept; }
 
-// Outputs that a task of steps 3 and 6 computes: two blocks of a factor, one or two of a base.
-constexpr i64 SLICE = 32;
-// Blocks of 16 ranks that a task of steps 2 and 5 computes.
-constexpr i64 SHRINK_BLOCKS = 4;
+// Outputs that a task of steps 3 and 6 computes: four blocks of a factor, one or two of a base.
+constexpr i64 SLICE = 64, SLICE_BLOCKS = SLICE / LANES;
 
 inline float activate(Activation kind, float x) {
   if (kind == Activation::gelu) return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
@@ -259,18 +257,16 @@ class Run {
     };
     std::vector<Task> tasks;
     for (const Shrink& job : jobs)
-      for (i64 b = 0; b < ceil_div(job.out, LANES); b += SHRINK_BLOCKS) tasks.push_back({&job, b});
+      for (i64 b = 0; b < ceil_div(job.out, LANES); b += SLICE_BLOCKS) tasks.push_back({&job, b});
     parallel_(i64(tasks.size()), [&](i64 number) {
       const Shrink& job = *tasks[number].job;
-      const i64 stride = LANES * packed_inputs<P>(in), last = std::min(ceil_div(job.out, LANES), tasks[number].block + SHRINK_BLOCKS);
+      const i64 stride = LANES * packed_inputs<P>(in), last = std::min(ceil_div(job.out, LANES), tasks[number].block + SLICE_BLOCKS);
       thread_local std::vector<float> tile;
       tile.resize(job.n * SLICE);
-      for (i64 b = tasks[number].block; b < last; b += 2) {
-        multiply(job.rows, job.n, job.v + b * stride, stride, in, std::min<i64>(2, last - b), tile.data());
-        const i64 width = std::min(SLICE, std::min(job.out, last * LANES) - b * LANES);
-        for (i64 r = 0; r < job.n; ++r)
-          for (i64 i = 0; i < width; ++i) job.to[r * job.ld + b * LANES + i] = P::input(tile[r * SLICE + i]);
-      }
+      const i64 b = tasks[number].block, width = std::min(job.out, last * LANES) - b * LANES;
+      multiply_factor<P>(job.rows, job.n, job.v + b * stride, stride, in, last - b, tile.data(), SLICE);
+      for (i64 r = 0; r < job.n; ++r)
+        for (i64 i = 0; i < width; ++i) job.to[r * job.ld + b * LANES + i] = P::input(tile[r * SLICE + i]);
     });
   }
 
@@ -286,11 +282,7 @@ class Run {
     }
   }
 
-  // out [n, SLICE] = x W^T for one or two blocks.
-  static void multiply(const Input* const* x, i64 n, const Element* w, i64 stride, i64 k, i64 blocks, float* out) {
-    if (blocks == 2) multiply_factor<P, 2>(x, n, w, stride, k, out, SLICE);
-    else multiply_factor<P, 1>(x, n, w, stride, k, out, SLICE);
-  }
+  static i64 blocks_from(i64 first, i64 out) { return std::min(SLICE_BLOCKS, ceil_div(out - first, LANES)); }
 
   // out [tokens, SLICE]: what the base adds to outputs first .. first + SLICE of its part j (gate, up; or down).
   void base_slice(const Weights<P>& w, const Gathered& g, const std::vector<Input>& low, int j, i64 first, i64 out, float* z) const {
@@ -301,18 +293,18 @@ class Run {
     if (w.base[j]) {
       for (i64 t = 0; t < tokens; ++t) rows[t] = g.values.data() + t * g.n;
       const i32* selected = g.selected.empty() ? nullptr : g.selected.data();
-      for (i64 o = 0; o < SLICE && first + o < out; o += P::FOLD) {
+      for (i64 o = 0; o < SLICE && first + o < out; o += fold<P>()) {
         const Element* block = w.base[j] + (first + o) * w.kept;
         if (g.per_token) {
-          for (i64 t = 0; t < tokens; ++t) multiply_base<P>(&rows[t], 1, block, selected + t * g.n, g.n, z + t * SLICE + o, SLICE);
+          for (i64 t = 0; t < tokens; ++t) add_base<P>(&rows[t], 1, block, selected + t * g.n, g.n, z + t * SLICE + o, SLICE);
         } else {
-          multiply_base<P>(rows.data(), tokens, block, selected, g.n, z + o, SLICE);
+          add_base<P>(rows.data(), tokens, block, selected, g.n, z + o, SLICE);
         }
       }
     } else if (w.base_rank[j]) {
       const i64 before = j ? w.base_rank[0] : 0, stride = LANES * packed_inputs<P>(w.base_rank[j]);
       for (i64 t = 0; t < tokens; ++t) rows[t] = low.data() + t * w.base_ranks() + before;
-      multiply(rows.data(), tokens, w.base_u[j] + first / LANES * stride, stride, w.base_rank[j], std::min<i64>(2, ceil_div(out, LANES) - first / LANES), z);
+      multiply_factor<P>(rows.data(), tokens, w.base_u[j] + first / LANES * stride, stride, w.base_rank[j], blocks_from(first, out), z, SLICE);
     }
   }
 
@@ -327,7 +319,7 @@ class Run {
       rows[r] = s.data() + (by_token ? pairs_[p].token : p) * w.ranks() + before;
     }
     const Element* u = w.u[j] + u_place(w, e) * packed_size<P>(out, w.rank[j]);
-    multiply(rows.data(), n, u + first / LANES * stride, stride, w.rank[j], std::min<i64>(2, ceil_div(out, LANES) - first / LANES), d);
+    multiply_factor<P>(rows.data(), n, u + first / LANES * stride, stride, w.rank[j], blocks_from(first, out), d, SLICE);
     return true;
   }
 

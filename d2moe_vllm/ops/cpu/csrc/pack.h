@@ -20,9 +20,9 @@ template <class P>
 void pack_base(const typename P::Element* w, i64 row, i64 out, i64 kept, typename P::Element* to) {
   std::fill_n(to, packed_base_size<P>(out, kept), typename P::Element{});
   for (i64 o = 0; o < out; ++o) {
-    i64 slot = o % P::FOLD;
-    if constexpr (P::FOLD == 32) slot = Kernel<P>::slot(slot);
-    for (i64 i = 0; i < kept; ++i) to[(o / P::FOLD * kept + i) * P::FOLD + slot] = w[i * row + o];
+    i64 slot = o % fold<P>();
+    if constexpr (P::LINE == 32) slot = slot / 32 * 32 + Kernel<P>::slot(slot % 32);
+    for (i64 i = 0; i < kept; ++i) to[(o / fold<P>() * kept + i) * fold<P>() + slot] = w[i * row + o];
   }
 }
 

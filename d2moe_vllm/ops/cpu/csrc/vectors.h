@@ -65,11 +65,11 @@ inline Floats exp(Floats x) {
 }
 
 // The weight types. Element: as stored; Input: what a row to be multiplied is held in; PAIR: consecutive inputs whose
-// weights lie together; FOLD: outputs in one line of a packed base, 64 bytes for the two-byte types.
+// weights lie together; LINE: outputs whose weights for one column of a packed base are loaded together.
 struct Float32 {
   using Element = float;
   using Input = float;
-  static constexpr i64 PAIR = 1, FOLD = 16;
+  static constexpr i64 PAIR = 1, LINE = 16;
   static float value(Element e) { return e; }
   static Element element(float f) { return f; }
   static Input input(float f) { return f; }
@@ -78,7 +78,7 @@ struct Float32 {
 struct Float16 {
   using Element = std::uint16_t;
   using Input = float;
-  static constexpr i64 PAIR = 1, FOLD = 16;
+  static constexpr i64 PAIR = 1, LINE = 16;
   static float value(Element e) { return float(bits<_Float16>(e)); }
   static Element element(float f) { return bits<Element>(_Float16(f)); }
   static Input input(float f) { return value(element(f)); }
@@ -87,7 +87,7 @@ struct Float16 {
 struct BFloat16 {
   using Element = std::uint16_t;
   using Input = std::uint16_t;
-  static constexpr i64 PAIR = 2, FOLD = 32;
+  static constexpr i64 PAIR = 2, LINE = 32;
   static float value(Element e) { return from_bf16(e); }
   static Element element(float f) { return to_bf16(f); }
   static Input input(float f) { return to_bf16(f); }
