@@ -257,7 +257,9 @@ class TiesMerge(Merge):
             raise ValueError("the ties merge takes two passes")
         positive, positives, negative, negatives = self.signed
         elected = positive + negative
-        tie = elected.abs() <= TIE * (positive - negative)
+        # What is left of a tie is rounding: of the sums, and of the mean that every difference was taken from.
+        rounding = self.experts * torch.finfo(torch.float32).eps * self.mean.abs()
+        tie = elected.abs() <= TIE * (positive - negative) + rounding
         agreeing = torch.where(elected > 0, positive / positives.clamp(min=1), negative / negatives.clamp(min=1))
         return self.mean + agreeing.masked_fill_(tie, 0)
 
