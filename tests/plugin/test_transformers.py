@@ -54,7 +54,8 @@ def test_equals_the_dense_reconstruction(what: Synthetic, tokens: torch.Tensor, 
     torch.testing.assert_close(ours(tokens).logits, dense(tokens).logits, rtol=0, atol=1e-4)
     settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(tokens, **settings), dense.generate(tokens, **settings))
-    assert torch.equal(registered(tokens).logits, ours(tokens).logits)
+    # transformers computes a layer that stays dense in one of several ways, by the module a class comes from.
+    torch.testing.assert_close(registered(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-4)
     for model in (ours, registered):
         assert model.config.quantization_config.quant_method == "d2moe"
 
