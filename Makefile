@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all quality bench-offline lint format clean
+.PHONY: help setup lock demo test test-all quality bench-offline bench-layer lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test-all: setup ## Every test that needs no GPU; continues where it was interrup
 
 quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 30 minutes)
 	@.venv/bin/python tests/quality.py
+
+bench-layer: setup ## Time a layer on this CPU beside vLLM's dense one (ARGS="--shapes Mixtral-8x7B")
+	@.venv/bin/python tests/bench_layer.py $(ARGS)
 
 bench-offline: setup ## Time merge, prune and factor at Mixtral's shapes beside the paper's recipe (ARGS="--experts 2")
 	@.venv/bin/python tests/bench_offline.py $(ARGS)
