@@ -354,6 +354,40 @@ def test_the_operator_keeps_its_promises(served: tuple[D2MoEMethod, Any]) -> Non
     )
 
 
+def test_the_cpu_backend_packs_what_was_loaded(config: CheckpointConfig, vllm_config: VllmConfig) -> None:
+    """The same layer, before packing by the reference, after it by the C++ backend; no second copy stays."""
+    vllm_config.load_config.load_format = "dummy"
+    method, layer = D2MoEMethod(moe(), config, 1, "token", "cpu"), routed_experts()
+    create(method, layer)
+    torch.manual_seed(0)
+    for name, parameter in layer.named_parameters():
+        if parameter.is_floating_point() and "norms" not in name:
+            parameter.data.normal_(0, 0.1)
+    arguments = torch.randn(5, 128), torch.rand(5, 2), torch.stack([torch.randperm(8)[:2] for _ in range(5)])
+    assert method.options["backend"] == "cpu"
+    method.options["backend"] = "reference"
+    expected = method.apply(layer, *arguments)
+    before = sum(p.nbytes for p in layer.parameters())
+    method.options["backend"] = "cpu"
+    method.process_weights_after_loading(layer)
+    torch.testing.assert_close(method.apply(layer, *arguments), expected)
+    # This layer's ranks are no multiples of 16, which packing rounds them up to.
+    assert sum(p.nbytes for p in layer.parameters()) < 1.3 * before
+
+
+def test_a_backend_is_chosen_and_may_be_named(content: dict[str, Any], vllm_config: VllmConfig) -> None:
+    layer, prefix = routed_experts(), "model.layers.1.block_sparse_moe.experts"
+    for additional, expected in (({}, "cpu"), ({"d2moe": {"backend": "reference"}}, "reference")):
+        vllm_config.additional_config = additional
+        method = D2MoEConfig.from_config(content).get_quant_method(layer, prefix)
+        assert isinstance(method, D2MoEMethod)
+        assert method.backend == expected
+    vllm_config.additional_config = {"d2moe": {"backend": "triton"}}
+    with pytest.raises(ValueError, match="--additional-config: d2moe backend 'triton' is none of those") as error:
+        D2MoEConfig.from_config(content).get_quant_method(layer, prefix)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("length", [6, 64])
 def test_padding_is_read_from_the_forward_context(served: tuple[D2MoEMethod, Any], length: int) -> None:
     """The mask may be longer than the batch, as vLLM's persistent buffer is."""

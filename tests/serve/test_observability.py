@@ -124,7 +124,7 @@ def test_info_agrees_with_inspect_and_metrics(server: Server, client: OpenAI, co
             assert shown["rank"] == layer[role]["rank"]
     assert info["recipe"]["ratio"] == 0.4
     assert info["parallel"] == {"tensor_parallel_size": 1, "expert_parallel_size": 1}
-    assert info["backend"] == "reference"
+    assert info["backend"] == "cpu"
     assert set(info["versions"]) == {"d2moe_vllm", "vllm", "torch", "format"}
     counts = settled(server)
     shown = json.loads(get(server, "/v1/d2moe/info", client.api_key))["counters"]
