@@ -95,7 +95,8 @@ void d2moe_fused_experts(const CallC* call) {
     const Batch<P> batch{static_cast<const E*>(call->x), call->gates, call->ids, call->padding,
                          call->tokens, call->top_k, static_cast<E*>(call->y)};
     const Parallel parallel = in_threads;
-    Run<P>(layer, batch, parallel)();
+    thread_local Buffers<P> buffers;
+    Run<P>(layer, batch, parallel, buffers)();
   });
 }
 

@@ -21,6 +21,25 @@ constexpr i64 COLUMNS = 128;
 template <class P>
 constexpr i64 fold() { return 2 * P::LINE; }
 
+// Asks for the columns that the next run will need while this one is multiplied: otherwise memory would be idle
+// whenever a run is used for a second tile of rows. Each pass over a run asks for its share of them.
+template <class P>
+struct Ahead {
+  const typename P::Element* w;
+  const i32* selected;
+  i64 next, end;      // columns
+  i64 passes, pass;   // over a run, and which this is
+
+  void step() {
+    if (next < end && next % passes == pass) {
+      const auto* column = w + (selected ? selected[next] : next) * fold<P>();
+      __builtin_prefetch(column, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(column) + 64, 0, 2);
+    }
+    ++next;
+  }
+};
+
 template <class P>
 struct Kernel;
 
@@ -50,8 +69,11 @@ struct Widening {
   }
 
   template <int M, int NL>
-  static void base(const Input* const* x, const Element* w, const i32* selected, i64 begin, i64 end, Floats (&acc)[M][NL]) {
+  static void base(
+      const Input* const* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<P> ahead,
+      Floats (&acc)[M][NL]) {
     for (i64 i = begin; i < end; ++i) {
+      ahead.step();
       const Element* column = w + (selected ? selected[i] : i) * fold<P>();
       for (int l = 0; l < NL; ++l) {
         const Floats line = widen(column + l * LANES);
@@ -127,7 +149,8 @@ struct Kernel<BFloat16> {
 
   template <int M, int NL>
   static void base(
-      const Input* const* x, const Element* w, const i32* selected, i64 begin, i64 end, Floats (&acc)[M][2 * NL]) {
+      const Input* const* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<BFloat16> ahead,
+      Floats (&acc)[M][2 * NL]) {
     auto column = [&](i64 i) { return w + (selected ? selected[i] : i) * fold<BFloat16>(); };
     auto step = [&](const Element* a, const Element* b, auto both) {
       for (int l = 0; l < NL; ++l) {
@@ -140,7 +163,11 @@ struct Kernel<BFloat16> {
       }
     };
     i64 i = begin;
-    for (; i + 1 < end; i += 2) step(column(i), column(i + 1), [&](int m) { return pair(x[m] + i); });
+    for (; i + 1 < end; i += 2) {
+      ahead.step();
+      ahead.step();
+      step(column(i), column(i + 1), [&](int m) { return pair(x[m] + i); });
+    }
     if (i < end) step(column(i), nullptr, [&](int m) { return std::uint32_t(x[m][i]); });
   }
 };
@@ -192,14 +219,15 @@ void multiply_factor(
 template <class P, int MAX, int NL>
 void base_tiles(
     const typename P::Input* const* x, i64 rows, const typename P::Element* w, const i32* selected, i64 begin, i64 end,
-    float* out, i64 ld) {
+    Ahead<P>& ahead, float* out, i64 ld) {
   constexpr int NV = NL * Kernel<P>::VECTORS;
   in_tiles<MAX>(rows, [&](auto m, i64 first) {
     constexpr int M = decltype(m)::value;
     Floats acc[M][NV];
     for (int r = 0; r < M; ++r)
       for (int v = 0; v < NV; ++v) acc[r][v] = load(out + (first + r) * ld + v * LANES);
-    Kernel<P>::template base<M, NL>(x + first, w, selected, begin, end, acc);
+    Kernel<P>::template base<M, NL>(x + first, w, selected, begin, end, ahead, acc);
+    ++ahead.pass;
     for (int r = 0; r < M; ++r)
       for (int v = 0; v < NV; ++v) store(out + (first + r) * ld + v * LANES, acc[r][v]);
   });
@@ -212,11 +240,14 @@ void add_base(
     i64 ld) {
   for (i64 begin = 0; begin < n; begin += COLUMNS) {
     const i64 end = std::min(n, begin + COLUMNS);
-    if (rows <= FEW_ROWS) {
-      base_tiles<P, FEW_ROWS, 2>(x, rows, w, selected, begin, end, out, ld);
+    const bool few = rows <= FEW_ROWS;
+    const i64 passes = few ? 1 : 2 * ((rows + MANY_ROWS - 1) / MANY_ROWS);
+    Ahead<P> ahead{w, selected, end, std::min(n, end + COLUMNS), passes, 0};
+    if (few) {
+      base_tiles<P, FEW_ROWS, 2>(x, rows, w, selected, begin, end, ahead, out, ld);
     } else {
-      base_tiles<P, MANY_ROWS, 1>(x, rows, w, selected, begin, end, out, ld);
-      base_tiles<P, MANY_ROWS, 1>(x, rows, w + P::LINE, selected, begin, end, out + P::LINE, ld);
+      base_tiles<P, MANY_ROWS, 1>(x, rows, w, selected, begin, end, ahead, out, ld);
+      base_tiles<P, MANY_ROWS, 1>(x, rows, w + P::LINE, selected, begin, end, ahead, out + P::LINE, ld);
     }
   }
 }

@@ -89,24 +89,59 @@ inline Floats activate(Activation kind, Floats x) {
   return x;
 }
 
+struct Pair {
+  i64 token;
+  float gate;
+};
+
+// What a base's columns are multiplied with: per token n values, and which kept columns these are (none: all).
+template <class P>
+struct Gathered {
+  std::vector<typename P::Input> values;
+  std::vector<i32> selected;  // [n], or [tokens, n] in scope token
+  i64 n = 0;
+  bool per_token = false;
+};
+
+// All that a run needs besides the weights. Kept from run to run, it grows to what the largest batch needs and no more:
+// memory that is asked for and given back by every call comes to more than that.
+template <class P>
+struct Buffers {
+  using Input = typename P::Input;
+  std::vector<i64> starts, next, active;
+  std::vector<Pair> pairs;
+  std::vector<Input> inputs, hidden, mixed, s13, s2, low13, low2;
+  std::vector<float> mix, scores;
+  std::vector<const Input*> by_token, by_pair;
+  Gathered<P> base13, base2;
+};
+
 template <class P>
 class Run {
   using Element = typename P::Element;
   using Input = typename P::Input;
 
  public:
-  Run(const Layer<P>& layer, const Batch<P>& batch, const Parallel& parallel)
-      : layer_(layer), batch_(batch), parallel_(parallel) {}
+  // buffers: for one run at a time.
+  Run(const Layer<P>& layer, const Batch<P>& batch, const Parallel& parallel, Buffers<P>& buffers)
+      : layer_(layer), batch_(batch), parallel_(parallel), starts_(buffers.starts), active_(buffers.active),
+        pairs_(buffers.pairs), hidden_(buffers.hidden), s13_(buffers.s13), s2_(buffers.s2), low13_(buffers.low13),
+        low2_(buffers.low2), mix_(buffers.mix), base13_(buffers.base13), base2_(buffers.base2), buffers_(buffers) {}
 
   void operator()() {
     const i64 tokens = batch_.tokens, hidden = layer_.hidden, intermediate = layer_.intermediate;
     sort_by_expert();
-    inputs_.resize(tokens * hidden);
-    std::vector<const Input*> by_token(tokens), by_pair(pairs_.size());
-    for (i64 t = 0; t < tokens; ++t) by_token[t] = &inputs_[t * hidden];
+    auto& inputs = buffers_.inputs;
+    auto& mixed = buffers_.mixed;
+    auto& by_token = buffers_.by_token;
+    auto& by_pair = buffers_.by_pair;
+    inputs.resize(tokens * hidden);
+    by_token.resize(tokens);
+    by_pair.resize(pairs_.size());
+    for (i64 t = 0; t < tokens; ++t) by_token[t] = &inputs[t * hidden];
     for (size_t p = 0; p < pairs_.size(); ++p) by_pair[p] = by_token[pairs_[p].token];
-    base13_ = gather(layer_.w13, [&](i64 t, i64 i) { return P::value(batch_.x[t * hidden + i]); });
-    for (i64 i = 0; i < tokens * hidden; ++i) inputs_[i] = as_input(batch_.x[i]);
+    gather(layer_.w13, base13_, [&](i64 t, i64 i) { return P::value(batch_.x[t * hidden + i]); });
+    for (i64 i = 0; i < tokens * hidden; ++i) inputs[i] = as_input(batch_.x[i]);
     std::vector<Shrink> jobs;
     add_shrinks(layer_.w13, hidden, by_pair, by_token, by_token, s13_, low13_, jobs);
     shrink(jobs, hidden);
@@ -116,8 +151,8 @@ class Run {
     mix_.resize(layer_.w2.based() ? tokens * intermediate : 0);
     parallel_(ceil_div(intermediate, SLICE), [&](i64 slice) { gate_up(slice * SLICE); });
 
-    base2_ = gather(layer_.w2, [&](i64 t, i64 i) { return mix_[t * intermediate + i]; });
-    std::vector<Input> mixed(layer_.w2.base_v ? mix_.size() : 0);
+    gather(layer_.w2, base2_, [&](i64 t, i64 i) { return mix_[t * intermediate + i]; });
+    mixed.resize(layer_.w2.base_v ? mix_.size() : 0);
     for (size_t i = 0; i < mixed.size(); ++i) mixed[i] = P::input(mix_[i]);
     for (size_t p = 0; p < pairs_.size(); ++p) by_pair[p] = &hidden_[p * intermediate];
     for (i64 t = 0; t < tokens && !mixed.empty(); ++t) by_token[t] = &mixed[t * intermediate];
@@ -129,18 +164,6 @@ class Run {
   }
 
  private:
-  struct Pair {
-    i64 token;
-    float gate;
-  };
-  // What a base's columns are multiplied with: per token n values, and which kept columns these are (null: all).
-  struct Gathered {
-    std::vector<Input> values;
-    std::vector<i32> selected;  // [n], or [tokens, n] in scope token
-    i64 n = 0;
-    bool per_token = false;
-  };
-
   static Input as_input(Element e) {
     if constexpr (std::is_same_v<Input, Element>) return e;
     else return P::value(e);
@@ -152,16 +175,19 @@ class Run {
     auto here = [&](i64 i) { return batch_.ids[i] >= 0 && batch_.ids[i] < layer_.experts; };
     for (i64 i = 0; i < all; ++i) if (here(i)) ++starts_[batch_.ids[i] + 1];
     for (i64 e = 0; e < layer_.experts; ++e) starts_[e + 1] += starts_[e];
+    active_.clear();
     for (i64 e = 0; e < layer_.experts; ++e) if (starts_[e + 1] > starts_[e]) active_.push_back(e);
     pairs_.resize(starts_.back());
-    std::vector<i64> next(starts_.begin(), starts_.end() - 1);
+    auto& next = buffers_.next;
+    next.assign(starts_.begin(), starts_.end() - 1);
     for (i64 i = 0; i < all; ++i) if (here(i)) pairs_[next[batch_.ids[i]]++] = {i / batch_.top_k, batch_.gates[i]};
   }
 
   // The used/groups best of every group of kept columns: scores descending, of equal ones the first.
   static void select(const std::vector<float>& scores, i64 groups, i64 used, i32* out) {
     const i64 size = i64(scores.size()) / groups, want = used / groups;
-    std::vector<i32> order(size);
+    thread_local std::vector<i32> order;
+    order.resize(size);
     for (i64 g = 0; g < groups; ++g) {
       for (i64 i = 0; i < size; ++i) order[i] = i32(g * size + i);
       // NaN sorts as torch has it: above all numbers.
@@ -177,16 +203,16 @@ class Run {
   }
 
   template <class Value>
-  Gathered gather(const Weights<P>& w, Value value) const {
-    Gathered found;
-    if (!w.base[0]) return found;
+  void gather(const Weights<P>& w, Gathered<P>& found, Value value) const {
+    if (!w.base[0]) return;
     const bool choose = layer_.scope != Scope::off && w.used < w.kept;
     found.n = choose ? w.used : w.kept;
     found.per_token = choose && layer_.scope == Scope::token;
     found.values.resize(batch_.tokens * found.n);
-    if (choose) found.selected.resize((found.per_token ? batch_.tokens : 1) * found.n);
+    found.selected.resize(choose ? (found.per_token ? batch_.tokens : 1) * found.n : 0);
     if (choose && !found.per_token) {
-      std::vector<float> scores(w.kept);
+      auto& scores = buffers_.scores;
+      scores.resize(w.kept);
       const i64 chunk = 64;
       parallel_(ceil_div(w.kept, chunk), [&](i64 c) {
         for (i64 i = c * chunk; i < std::min(w.kept, (c + 1) * chunk); ++i) {
@@ -203,7 +229,8 @@ class Run {
     parallel_(batch_.tokens, [&](i64 t) {
       i32* chosen = found.selected.data() + (found.per_token ? t * found.n : 0);
       if (found.per_token) {
-        std::vector<float> scores(w.kept);
+        thread_local std::vector<float> scores;
+        scores.resize(w.kept);
         for (i64 i = 0; i < w.kept; ++i) scores[i] = std::fabs(value(t, w.base_columns[i])) * w.base_norms[i];
         select(scores, w.groups, w.used, chosen);
       }
@@ -211,7 +238,6 @@ class Run {
         found.values[t * found.n + i] = P::input(value(t, w.base_columns[choose ? chosen[i] : i]));
       }
     });
-    return found;
   }
 
   // Rows x to be multiplied by a packed factor with `out` outputs; results go to consecutive rows of `ld` at `to`.
@@ -285,7 +311,7 @@ class Run {
   static i64 blocks_from(i64 first, i64 out) { return std::min(SLICE_BLOCKS, ceil_div(out - first, LANES)); }
 
   // out [tokens, SLICE]: what the base adds to outputs first .. first + SLICE of its part j (gate, up; or down).
-  void base_slice(const Weights<P>& w, const Gathered& g, const std::vector<Input>& low, int j, i64 first, i64 out, float* z) const {
+  void base_slice(const Weights<P>& w, const Gathered<P>& g, const std::vector<Input>& low, int j, i64 first, i64 out, float* z) const {
     const i64 tokens = batch_.tokens;
     std::fill_n(z, tokens * SLICE, 0.0f);
     thread_local std::vector<const Input*> rows;
@@ -385,11 +411,12 @@ class Run {
   const Layer<P>& layer_;
   const Batch<P>& batch_;
   const Parallel& parallel_;
-  std::vector<i64> starts_, active_;
-  std::vector<Pair> pairs_;
-  std::vector<Input> inputs_, hidden_, s13_, s2_, low13_, low2_;
-  std::vector<float> mix_;
-  Gathered base13_, base2_;
+  std::vector<i64>&starts_, &active_;
+  std::vector<Pair>& pairs_;
+  std::vector<Input>&hidden_, &s13_, &s2_, &low13_, &low2_;
+  std::vector<float>& mix_;
+  Gathered<P>&base13_, &base2_;
+  Buffers<P>& buffers_;
 };
 
 }  // namespace d2moe
