@@ -91,6 +91,14 @@ def create(method: D2MoEMethod, layer: Any) -> None:
     method.create_weights(layer, 8, 128, 256, torch.float32, weight_loader=None, global_num_experts=8)
 
 
+def fill(layer: torch.nn.Module) -> None:
+    """Random weights; columns and norms stay as they were made."""
+    torch.manual_seed(0)
+    for name, parameter in layer.named_parameters():
+        if parameter.is_floating_point() and "norms" not in name:
+            parameter.data.normal_(0, 0.1)
+
+
 def test_ours_and_not_ours(content: dict[str, Any], vllm_config: VllmConfig) -> None:
     content["layers"].pop("2")
     config = D2MoEConfig.from_config(content)
@@ -196,10 +204,7 @@ def test_router_weights_on_the_input(config: CheckpointConfig, vllm_config: Vllm
     layer = routed_experts(apply_router_weight_on_input=True)
     method = D2MoEMethod(moe(experts_per_token=1), config, 1, "off", "reference")
     create(method, layer)
-    torch.manual_seed(0)
-    for name, parameter in layer.named_parameters():
-        if parameter.is_floating_point() and "norms" not in name:
-            parameter.data.normal_(0, 0.1)
+    fill(layer)
     x, weights, ids = torch.randn(5, 128), torch.rand(5, 1), torch.randint(0, 8, (5, 1))
     weighted = method.apply(layer, x, weights, ids)
     layer.apply_router_weight_on_input = False
@@ -323,10 +328,7 @@ def test_expert_parallel_leaves_down_alone(config: CheckpointConfig, vllm_config
 def served(config: CheckpointConfig, vllm_config: VllmConfig) -> tuple[D2MoEMethod, Any]:
     method, layer = D2MoEMethod(moe(), config, 1, "batch", "reference"), routed_experts()
     create(method, layer)
-    torch.manual_seed(0)
-    for name, parameter in layer.named_parameters():
-        if parameter.is_floating_point() and "norms" not in name:
-            parameter.data.normal_(0, 0.1)
+    fill(layer)
     return method, layer
 
 
@@ -359,10 +361,7 @@ def test_the_cpu_backend_packs_what_was_loaded(config: CheckpointConfig, vllm_co
     vllm_config.load_config.load_format = "dummy"
     method, layer = D2MoEMethod(moe(), config, 1, "token", "cpu"), routed_experts()
     create(method, layer)
-    torch.manual_seed(0)
-    for name, parameter in layer.named_parameters():
-        if parameter.is_floating_point() and "norms" not in name:
-            parameter.data.normal_(0, 0.1)
+    fill(layer)
     arguments = torch.randn(5, 128), torch.rand(5, 2), torch.stack([torch.randperm(8)[:2] for _ in range(5)])
     assert method.options["backend"] == "cpu"
     method.options["backend"] = "reference"

@@ -51,7 +51,7 @@ class Call(ctypes.Structure):
 
 
 class CompilerError(RuntimeError):
-    """There is no working C++ compiler; the message says what was tried."""
+    """The library cannot be compiled or loaded here; the message is one line and says what was tried."""
 
 
 @cache
@@ -60,7 +60,11 @@ def load() -> ctypes.CDLL:
     # Into the global scope: our symbols of OpenMP are found in the runtime that torch uses.
     if (runtime := _openmp_runtime()) is not None:
         ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(_compiled()))
+    path = _compiled()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:  # a file system that runs nothing, say
+        raise CompilerError(f"{path} cannot be loaded ({error}); name another folder by D2MOE_CACHE") from None
     library.d2moe_fused_experts.argtypes = [ctypes.POINTER(Call)]
     library.d2moe_fused_experts.restype = None
     library.d2moe_packed_size.argtypes = library.d2moe_packed_base_size.argtypes = [I64, I64, I64]
@@ -85,7 +89,8 @@ def _compiled() -> Path:
     content = hashlib.sha256("\0".join([*compiler, FLAGS, _machine()]).encode())
     for source in sources:
         content.update(source.read_bytes())
-    folder = Path(os.environ.get("D2MOE_CACHE", Path.home() / ".cache" / "d2moe"))
+    # Where there is no home (some containers), the name stays as it is: a folder here, or one that cannot be written.
+    folder = Path(os.path.expanduser(os.environ.get("D2MOE_CACHE") or "~/.cache/d2moe"))
     target = folder / f"libd2moe-{content.hexdigest()[:16]}.so"
     if target.exists():
         return target
@@ -118,7 +123,9 @@ def _compile(compiler: list[str], target: Path) -> None:
                     f"{compiler[0]}: {error.strerror}; install a C++ compiler, or name one by CXX"
                 ) from None
             if done.returncode:
-                raise CompilerError(f"{shlex.join(compiler)} failed: {done.stderr.strip()[-500:]}")
+                lines = done.stderr.splitlines()
+                why = next((line for line in lines if "error" in line), lines[0] if lines else "it says nothing")
+                raise CompilerError(f"{shlex.join(compiler)} failed: {why}")
         linked.rename(target)
 
 

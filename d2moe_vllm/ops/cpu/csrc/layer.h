@@ -254,8 +254,8 @@ class Run {
   i64 v_place(const Weights<P>& w, i64 e) const { return w.v_index ? w.v_index[e] : e; }
   bool has_delta(const Weights<P>& w, i64 e) const { return w.ranks() && u_place(w, e) >= 0; }
 
-  // The jobs of one half. rows: of each pair, by expert. Where a V is shared, rows of `common` instead, `n_common`
-  // of them. tokens: rows of the base. s and low get room for the results.
+  // The jobs of one half. rows: of each pair, by expert. Where a V is shared, the rows of `common` instead.
+  // tokens: rows of the base. s and low get room for the results.
   void add_shrinks(
       const Weights<P>& w, i64 in, const std::vector<const Input*>& rows, const std::vector<const Input*>& common,
       const std::vector<const Input*>& tokens, std::vector<Input>& s, std::vector<Input>& low,
