@@ -112,8 +112,8 @@ class D2MoEMethod(FusedMoEMethodBase):
             )
         if (pack := ops.BACKENDS[self.backend].pack) is not None:
             parameters = [getattr(layer, name, None) for name in ops.PARAMETERS]
-            ranks = {name: self.options[name] for name in ("ranks", "base_ranks")}
-            for name, tensor in zip(ops.PARAMETERS, ops.flat(*pack(*ops.halves(parameters), **ranks)), strict=True):
+            sizes = {name: self.options[name] for name in ("ranks", "base_ranks", "used", "scope")}
+            for name, tensor in zip(ops.PARAMETERS, ops.flat(*pack(*ops.halves(parameters), **sizes)), strict=True):
                 if tensor is not None and tensor is not getattr(layer, name):
                     setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
 

@@ -78,7 +78,7 @@ class Ours:
                     base_norms=torch.rand(columns) + 0.5,
                 )
             )
-        self.halves = cpu.pack(*halves, ranks=self.ranks, base_ranks=[0, 0, 0])
+        self.halves = cpu.pack(*halves, ranks=self.ranks, base_ranks=[0, 0, 0], used=self.used, scope=scope)
         columns = self.used if scope != "off" else kept
         self.base_bytes = (2 * columns[0] * inner + columns[1] * hidden) * BYTES
         self.expert_bytes = 3 * rank * (hidden + inner) * BYTES

@@ -35,7 +35,7 @@ OPTIONS = {
 class Backend(NamedTuple):
     """fused_experts: see `reference.fused_experts`. devices: torch's device types it runs on, None for all.
 
-    pack: (w13, w2, *, ranks, base_ranks) -> the halves in the backend's own layout, called once after loading; None
+    pack: (w13, w2, *, ranks, base_ranks, used, scope) -> the halves in the backend's own layout, called once after loading; None
     where it takes them as they are. missing: why it cannot be used on this machine, in one line; None if it can.
     """
 

@@ -34,7 +34,8 @@ struct Owned {
     return packed;
   }
 
-  typename P::Element* base(i64 out, i64 kept) {
+  typename P::Element* base(i64 out, i64 kept, bool by_columns) {
+    if (!by_columns) return factors(1, out, kept);
     auto* packed = values(packed_base_size<P>(out, kept), 0);
     pack_base<P>(values(out * kept, 0.2f), out, out, kept, packed);
     return packed;
@@ -88,7 +89,8 @@ bool one(int number) {
       for (i64 i = 0; i < w.kept; ++i) columns[half].push_back(i32(i));
       w.base_columns = columns[half].data();
       w.base_norms = norms.data();
-      for (int j = 0; j < parts; ++j) w.base[j] = own.base(out, w.kept);
+      w.by_columns = layer.scope != Scope::off && w.used < w.kept;
+      for (int j = 0; j < parts; ++j) w.base[j] = own.base(out, w.kept, w.by_columns);
     } else if (base == 1 || trimmed) {
       for (int j = 0; j < parts; ++j) w.base_rank[j] = 1 + below(9);
       for (int j = 0; j < parts; ++j) w.base_u[j] = own.factors(1, out, w.base_rank[j]);

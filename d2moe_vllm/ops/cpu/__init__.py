@@ -32,16 +32,26 @@ def missing() -> str | None:
     return None
 
 
-def pack(w13: Weights, w2: Weights, *, ranks: Sequence[int], base_ranks: Sequence[int]) -> tuple[Weights, Weights]:
+def pack(
+    w13: Weights, w2: Weights, *, ranks: Sequence[int], base_ranks: Sequence[int], used: Sequence[int], scope: str
+) -> tuple[Weights, Weights]:
     """The two halves of a layer in this backend's layout; what is packed is flat, all else the same tensor.
 
-    ranks, base_ranks: of gate, up and down. What is packed takes the storage of the original where both have one
-    size: packing then needs the room of one tensor more for a moment, and none afterwards.
+    The arguments are those of `fused_experts`, and have to be the same there. What is packed takes the storage of the
+    original where both have one size: packing then needs the room of one tensor more for a moment, and none afterwards.
     """
-    return _pack(w13, 2, ranks[:2], base_ranks[:2]), _pack(w2, 1, ranks[2:], base_ranks[2:])
+    return (
+        _pack(w13, 2, ranks[:2], base_ranks[:2], _by_columns(w13, scope, used[0])),
+        _pack(w2, 1, ranks[2:], base_ranks[2:], _by_columns(w2, scope, used[1])),
+    )
 
 
-def _pack(weights: Weights, parts: int, ranks: Sequence[int], base_ranks: Sequence[int]) -> Weights:
+def _by_columns(weights: Weights, scope: str, used: int) -> bool:
+    """Whether some columns of the base will be left out: a layout of its own lets them be skipped."""
+    return weights.base is not None and scope != "off" and used < len(weights.base)
+
+
+def _pack(weights: Weights, parts: int, ranks: Sequence[int], base_ranks: Sequence[int], by_columns: bool) -> Weights:
     packed = {}
     if weights.delta_u is not None and len(weights.delta_u):
         packed["delta_u"] = _pack_factors(weights.delta_u, ranks)
@@ -50,7 +60,11 @@ def _pack(weights: Weights, parts: int, ranks: Sequence[int], base_ranks: Sequen
     if weights.shared_v is not None:
         packed["shared_v"] = _pack_factors(weights.shared_v.unsqueeze(0))
     if weights.base is not None:
-        packed["base"] = _pack_bases(weights.base, parts)
+        if by_columns:
+            packed["base"] = _pack_bases(weights.base, parts)
+        else:
+            by_outputs = _pack_factors(weights.base.t().unflatten(0, (parts, -1)))
+            packed["base"] = _in_place(weights.base, by_outputs)
     if weights.base_u is not None and weights.base_v is not None:
         packed["base_u"] = _pack_factors(weights.base_u.unsqueeze(0), base_ranks)
         packed["base_v"] = _pack_factors(weights.base_v.unsqueeze(0))
@@ -111,8 +125,8 @@ def fused_experts(
     mask = None if padding_mask is None else padding_mask.contiguous()
     y = torch.empty_like(x)
     call = Call(
-        w13=_half(w13, ranks[:2], base_ranks[:2], groups[0], used[0]),
-        w2=_half(w2, ranks[2:], base_ranks[2:], groups[1], used[1]),
+        w13=_half(w13, ranks[:2], base_ranks[:2], groups[0], used[0], scope),
+        w2=_half(w2, ranks[2:], base_ranks[2:], groups[1], used[1], scope),
         x=x.data_ptr(),
         gates=gates.data_ptr(),
         ids=ids.data_ptr(),
@@ -136,7 +150,10 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _half(weights: Weights, ranks: Sequence[int], base_ranks: Sequence[int], groups: int, used: int) -> Half:
+def _half(
+    weights: Weights, ranks: Sequence[int], base_ranks: Sequence[int], groups: int, used: int, scope: str
+) -> Half:
+    kept = 0 if weights.base_columns is None else weights.base_columns.numel()
     u = weights.delta_u if isinstance(weights.delta_u, Tensor) and weights.delta_u.numel() else None
     return Half(
         u=_pointer(u),
@@ -150,10 +167,11 @@ def _half(weights: Weights, ranks: Sequence[int], base_ranks: Sequence[int], gro
         base_columns=_pointer(weights.base_columns),
         base_norms=_pointer(weights.base_norms),
         u_size=0 if u is None else u.numel(),
-        kept=0 if weights.base_columns is None else weights.base_columns.numel(),
+        kept=kept,
         used=used,
         groups=groups,
         shared_v=weights.shared_v is not None,
+        by_columns=scope != "off" and used < kept,
         rank=(I64 * 2)(*ranks),
         base_rank=(I64 * 2)(*base_ranks),
     )

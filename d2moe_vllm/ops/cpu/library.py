@@ -32,7 +32,7 @@ class Half(ctypes.Structure):
     _fields_ = [
         *((name, POINTER) for name in ("u", "v", "base", "base_u", "base_v")),
         *((name, POINTER) for name in ("columns", "u_index", "v_index", "base_columns", "base_norms")),
-        *((name, I64) for name in ("u_size", "kept", "used", "groups", "shared_v")),
+        *((name, I64) for name in ("u_size", "kept", "used", "groups", "shared_v", "by_columns")),
         ("rank", I64 * 2),
         ("base_rank", I64 * 2),
     ]

@@ -16,7 +16,7 @@ struct HalfC {
   const void *u, *v, *base, *base_u, *base_v;
   const i32 *columns, *u_index, *v_index, *base_columns;
   const float* base_norms;
-  i64 u_size, kept, used, groups, shared_v;  // u_size: elements of u
+  i64 u_size, kept, used, groups, shared_v, by_columns;  // u_size: elements of u
   i64 rank[2], base_rank[2];
 };
 
@@ -56,7 +56,8 @@ Weights<P> weights(const HalfC& half, int parts, i64 out) {
       w.rank[j] = half.rank[j];
       w.u[j] = static_cast<const E*>(half.u) + (j ? half.u_size / both * first : 0);
     }
-    if (half.base) w.base[j] = static_cast<const E*>(half.base) + j * packed_base_size<P>(out, half.kept);
+    const i64 base_size = half.by_columns ? packed_base_size<P>(out, half.kept) : packed_size<P>(out, half.kept);
+    if (half.base) w.base[j] = static_cast<const E*>(half.base) + j * base_size;
     if (half.base_u) {
       w.base_rank[j] = half.base_rank[j];
       w.base_u[j] = static_cast<const E*>(half.base_u) + (j ? packed_size<P>(out, half.base_rank[0]) : 0);
@@ -65,6 +66,7 @@ Weights<P> weights(const HalfC& half, int parts, i64 out) {
   w.v = static_cast<const E*>(half.v);
   w.columns = half.columns;
   w.shared_v = half.shared_v != 0;
+  w.by_columns = half.by_columns != 0;
   w.u_index = half.u_index;
   w.v_index = half.v_index;
   w.base_columns = half.base_columns;

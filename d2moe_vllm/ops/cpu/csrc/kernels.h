@@ -1,42 +1,56 @@
-// The two products everything is made of: rows times a packed factor, and rows times a packed base.
+// The two products everything is made of: rows times a packed factor, and rows times a base packed by columns.
 //
-// A packed factor W [out, in] is blocks of 16 outputs: [out / 16][in / PAIR][16][PAIR]. A packed base [kept, out] is
-// blocks of two lines of outputs: [out / FOLD][kept][FOLD], so that a column that is not selected is not read.
-// Every element of a result is summed over its inputs in ascending order, whatever else is computed beside it: neither
-// the other rows, nor the number of threads, nor how rows are cut into tiles changes a bit.
+// A packed factor W [out, in] is blocks of 16 outputs: [out / 16][in / PAIR][16][PAIR]. A base packed by columns,
+// [kept, out], is blocks of two lines of outputs: [out / FOLD][kept][FOLD], so that a column that is not selected is not
+// read. Every element of a result is summed over its inputs in ascending order, whatever else is computed beside it:
+// neither the other rows, nor the number of threads, nor how rows are cut into tiles changes a bit.
 #pragma once
 
-#include <algorithm>
-#include <type_traits>
-
-#include "vectors.h"
+#include "rows.h"
 
 namespace d2moe {
 
-// Of a tile, for one or two vectors of outputs and for up to four: 24 accumulators of AVX-512's 32 registers.
-constexpr int MANY_ROWS = 12, FEW_ROWS = 6;
-// Columns of a base that are multiplied with all rows before the next are read: 16 KB of bfloat16.
-constexpr i64 COLUMNS = 128;
+// Columns of a base that are multiplied with all rows before the next are read: 16 KB of bfloat16. Inputs of a factor
+// likewise where its rows are many tiles.
+constexpr i64 COLUMNS = 128, INPUTS = 128;
 
 template <class P>
 constexpr i64 fold() { return 2 * P::LINE; }
 
-// Asks for the columns that the next run will need while this one is multiplied: otherwise memory would be idle
-// whenever a run is used for a second tile of rows. Each pass over a run asks for its share of them.
+// Weights are asked for one run ahead, by every tile of rows that the present run is multiplied with, at an even pace:
+// memory would otherwise be idle while a run that is already here is multiplied with its second tile.
+
+// Columns of a base that are wanted next.
 template <class P>
 struct Ahead {
   const typename P::Element* w;
   const i32* selected;
-  i64 next, end;      // columns
-  i64 passes, pass;   // over a run, and which this is
+  i64 next, end;  // columns
 
   void step() {
-    if (next < end && next % passes == pass) {
+    if (next < end) {
       const auto* column = w + (selected ? selected[next] : next) * fold<P>();
-      __builtin_prefetch(column, 0, 2);
-      __builtin_prefetch(reinterpret_cast<const char*>(column) + 64, 0, 2);
+      __builtin_prefetch(column, 0, 0);
+      __builtin_prefetch(reinterpret_cast<const char*>(column) + 64, 0, 0);
+      ++next;
     }
-    ++next;
+  }
+};
+
+// Blocks of a factor that are wanted next, `stride` elements apart.
+template <class P>
+struct Next {
+  const typename P::Element* w = nullptr;
+  i64 stride = 0, steps = 0, every = 1;  // one step is asked for per so many that are multiplied
+
+  template <int NB>
+  void step(i64& wait) {
+    if (steps && --wait <= 0) {
+      for (int b = 0; b < NB; ++b) __builtin_prefetch(w + b * stride, 0, 0);
+      w += LANES * P::PAIR;
+      --steps;
+      wait = every;
+    }
   }
 };
 
@@ -59,25 +73,28 @@ struct Widening {
   }
 
   template <int M, int NB>
-  static void factor(const Input* const* x, const Element* w, i64 stride, i64 k, Floats (&acc)[M][NB]) {
-    for (i64 i = 0; i < k; ++i) {
+  static void factor(const Input* x, const Element* w, i64 stride, i64 steps, Next<P> next, Floats (&acc)[M][NB]) {
+    i64 wait = 0;
+    for (i64 i = 0; i < steps; ++i, x += M) {
+      next.template step<NB>(wait);
       for (int b = 0; b < NB; ++b) {
         const Floats line = widen(w + b * stride + i * LANES);
-        for (int m = 0; m < M; ++m) acc[m][b] += line * x[m][i];
+#pragma GCC unroll 6
+        for (int m = 0; m < M; ++m) acc[m][b] += line * x[m];
       }
     }
   }
 
-  template <int M, int NL>
+  template <int M>
   static void base(
-      const Input* const* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<P> ahead,
-      Floats (&acc)[M][NL]) {
+      const Input* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<P> ahead, Floats (&acc)[M][2]) {
     for (i64 i = begin; i < end; ++i) {
       ahead.step();
       const Element* column = w + (selected ? selected[i] : i) * fold<P>();
-      for (int l = 0; l < NL; ++l) {
+      for (int l = 0; l < 2; ++l) {
         const Floats line = widen(column + l * LANES);
-        for (int m = 0; m < M; ++m) acc[m][l] += line * x[m][i];
+#pragma GCC unroll 6
+        for (int m = 0; m < M; ++m) acc[m][l] += line * x[i * M + m];
       }
     }
   }
@@ -130,124 +147,119 @@ struct Kernel<BFloat16> {
 #endif
 
   template <int M, int NB>
-  static void factor(const Input* const* x, const Element* w, i64 stride, i64 k, Floats (&acc)[M][NB]) {
-    const i64 pairs = k / 2;
-    for (i64 i = 0; i < pairs; ++i) {
+  static void factor(
+      const Input* x, const Element* w, i64 stride, i64 steps, Next<BFloat16> next, Floats (&acc)[M][NB]) {
+    i64 wait = 0;
+    for (i64 i = 0; i < steps; ++i, x += 2 * M) {
+      next.step<NB>(wait);
       Line lines[NB];
       for (int b = 0; b < NB; ++b) lines[b] = line(w + b * stride + i * 2 * LANES);
+#pragma GCC unroll 6
       for (int m = 0; m < M; ++m) {
-        const std::uint32_t both = pair(x[m] + 2 * i);
+        const std::uint32_t both = pair(x + 2 * m);
         for (int b = 0; b < NB; ++b) acc[m][b] = add(acc[m][b], lines[b], both);
       }
     }
-    if (k % 2) {  // The packed line's other half is zero, and so has to be what it is multiplied with.
-      for (int m = 0; m < M; ++m) {
-        for (int b = 0; b < NB; ++b) acc[m][b] = add(acc[m][b], line(w + b * stride + pairs * 2 * LANES), x[m][k - 1]);
-      }
-    }
   }
 
-  template <int M, int NL>
+  template <int M>
   static void base(
-      const Input* const* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<BFloat16> ahead,
-      Floats (&acc)[M][2 * NL]) {
+      const Input* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<BFloat16> ahead,
+      Floats (&acc)[M][4]) {
     auto column = [&](i64 i) { return w + (selected ? selected[i] : i) * fold<BFloat16>(); };
-    auto step = [&](const Element* a, const Element* b, auto both) {
-      for (int l = 0; l < NL; ++l) {
+    for (i64 i = begin; i < end; i += 2) {
+      ahead.step();
+      const Element *a = column(i), *b = i + 1 < end ? column(i + 1) : nullptr;
+      for (int l = 0; l < 2; ++l) {
         const Line first = line(a + 32 * l), second = b ? line(b + 32 * l) : none();
         const Line lo = low(first, second), hi = high(first, second);
+#pragma GCC unroll 6
         for (int m = 0; m < M; ++m) {
-          acc[m][2 * l] = add(acc[m][2 * l], lo, both(m));
-          acc[m][2 * l + 1] = add(acc[m][2 * l + 1], hi, both(m));
+          const std::uint32_t both = pair(x + i * M + 2 * m);
+          acc[m][2 * l] = add(acc[m][2 * l], lo, both);
+          acc[m][2 * l + 1] = add(acc[m][2 * l + 1], hi, both);
         }
       }
-    };
-    i64 i = begin;
-    for (; i + 1 < end; i += 2) {
-      ahead.step();
-      ahead.step();
-      step(column(i), column(i + 1), [&](int m) { return pair(x[m] + i); });
     }
-    if (i < end) step(column(i), nullptr, [&](int m) { return std::uint32_t(x[m][i]); });
   }
 };
 
-// f(number of rows, first row) for tiles of up to MAX rows, each number compiled for itself.
-template <int M, class F>
+// f(number of rows as a constant), each number compiled for itself.
+template <int MAX, class F>
 inline void with_rows(i64 rows, F&& f) {
-  if constexpr (M == 1) {
+  if constexpr (MAX == 1) {
     f(std::integral_constant<int, 1>{});
   } else {
-    if (rows == M) f(std::integral_constant<int, M>{});
-    else with_rows<M - 1>(rows, f);
+    if (rows == MAX) f(std::integral_constant<int, MAX>{});
+    else with_rows<MAX - 1>(rows, f);
   }
 }
 
-template <int MAX, class F>
-inline void in_tiles(i64 rows, F&& f) {
-  const i64 tiles = (rows + MAX - 1) / MAX;
-  for (i64 t = 0; t < tiles; ++t) {
-    const i64 first = rows * t / tiles, last = rows * (t + 1) / tiles;
-    with_rows<MAX>(last - first, [&](auto m) { f(m, first); });
+// out[m][0 .. 16 NB) = x w^T for a tile of M rows over some steps, or += where there were steps before.
+template <class P, int M, int NB>
+void factor_tile(
+    const typename P::Input* x, const typename P::Element* w, i64 stride, i64 steps, bool more, Next<P> next, float* out,
+    i64 ld) {
+  Floats acc[M][NB] = {};
+  if (more)
+    for (int m = 0; m < M; ++m)
+      for (int b = 0; b < NB; ++b) acc[m][b] = load(out + m * ld + b * LANES);
+  Kernel<P>::template factor<M, NB>(x, w, stride, steps, next, acc);
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < NB; ++b) store(out + m * ld + b * LANES, acc[m][b]);
+}
+
+template <class P, int NB>
+void factor_blocks(const Rows<P>& x, const typename P::Element* w, i64 stride, Next<P> after, float* out, i64 ld) {
+  const i64 steps = packed_inputs<P>(x.k) / P::PAIR, run = INPUTS / P::PAIR;
+  for (i64 step = 0; step < steps; step += run) {
+    const i64 n = std::min(run, steps - step);
+    Next<P> next{w + (step + run) * LANES * P::PAIR, stride, std::min(run, steps - step - run)};
+    if (step + run >= steps) next = {after.w, after.stride, std::min(run, after.steps)};
+    next.every = x.tiles;
+    for (i64 t = 0; t < x.tiles; ++t) {
+      Next<P> mine = next;
+      mine.w += next.steps * t / x.tiles * LANES * P::PAIR;
+      mine.steps = next.steps * (t + 1) / x.tiles - next.steps * t / x.tiles;
+      with_rows<FACTOR_ROWS>(x.size(t), [&](auto m) {
+        constexpr int M = decltype(m)::value;
+        factor_tile<P, M, NB>(
+            x.tile(t) + step * M * P::PAIR, w + step * LANES * P::PAIR, stride, n, step > 0, mine, out + x.first(t) * ld, ld);
+      });
+    }
   }
 }
 
-template <class P, int MAX, int NB>
-void factor_tiles(
-    const typename P::Input* const* x, i64 rows, const typename P::Element* w, i64 stride, i64 k, float* out, i64 ld) {
-  in_tiles<MAX>(rows, [&](auto m, i64 first) {
-    constexpr int M = decltype(m)::value;
-    Floats acc[M][NB] = {};
-    Kernel<P>::template factor<M, NB>(x + first, w, stride, k, acc);
-    for (int r = 0; r < M; ++r)
-      for (int b = 0; b < NB; ++b) store(out + (first + r) * ld + b * LANES, acc[r][b]);
-  });
-}
-
-// out[r][0 .. 16 blocks) = x[r] W^T for rows r of pointers x; w: the first of the blocks, `stride` elements apart.
+// out[r][0 .. 16 blocks) = x[r] W^T; w: the first of the blocks, `stride` elements apart. after: what is read next.
 template <class P>
 void multiply_factor(
-    const typename P::Input* const* x, i64 rows, const typename P::Element* w, i64 stride, i64 k, i64 blocks, float* out,
-    i64 ld) {
+    const Rows<P>& x, const typename P::Element* w, i64 stride, i64 blocks, Next<P> after, float* out, i64 ld) {
   i64 b = 0;
-  if (rows <= FEW_ROWS)
-    for (; b + 4 <= blocks; b += 4) factor_tiles<P, FEW_ROWS, 4>(x, rows, w + b * stride, stride, k, out + b * LANES, ld);
-  for (; b + 2 <= blocks; b += 2) factor_tiles<P, MANY_ROWS, 2>(x, rows, w + b * stride, stride, k, out + b * LANES, ld);
-  if (b < blocks) factor_tiles<P, MANY_ROWS, 1>(x, rows, w + b * stride, stride, k, out + b * LANES, ld);
-}
-
-template <class P, int MAX, int NL>
-void base_tiles(
-    const typename P::Input* const* x, i64 rows, const typename P::Element* w, const i32* selected, i64 begin, i64 end,
-    Ahead<P>& ahead, float* out, i64 ld) {
-  constexpr int NV = NL * Kernel<P>::VECTORS;
-  in_tiles<MAX>(rows, [&](auto m, i64 first) {
-    constexpr int M = decltype(m)::value;
-    Floats acc[M][NV];
-    for (int r = 0; r < M; ++r)
-      for (int v = 0; v < NV; ++v) acc[r][v] = load(out + (first + r) * ld + v * LANES);
-    Kernel<P>::template base<M, NL>(x + first, w, selected, begin, end, ahead, acc);
-    ++ahead.pass;
-    for (int r = 0; r < M; ++r)
-      for (int v = 0; v < NV; ++v) store(out + (first + r) * ld + v * LANES, acc[r][v]);
-  });
+  for (; b + 4 <= blocks; b += 4) factor_blocks<P, 4>(x, w + b * stride, stride, after, out + b * LANES, ld);
+  for (; b < blocks; ++b) factor_blocks<P, 1>(x, w + b * stride, stride, after, out + b * LANES, ld);
 }
 
 // out[r][0 .. FOLD) += x[r] B for one block of a packed base; x[r][i] belongs to the base's row selected[i], or i.
 template <class P>
-void add_base(
-    const typename P::Input* const* x, i64 rows, const typename P::Element* w, const i32* selected, i64 n, float* out,
-    i64 ld) {
-  for (i64 begin = 0; begin < n; begin += COLUMNS) {
-    const i64 end = std::min(n, begin + COLUMNS);
-    const bool few = rows <= FEW_ROWS;
-    const i64 passes = few ? 1 : 2 * ((rows + MANY_ROWS - 1) / MANY_ROWS);
-    Ahead<P> ahead{w, selected, end, std::min(n, end + COLUMNS), passes, 0};
-    if (few) {
-      base_tiles<P, FEW_ROWS, 2>(x, rows, w, selected, begin, end, ahead, out, ld);
-    } else {
-      base_tiles<P, MANY_ROWS, 1>(x, rows, w, selected, begin, end, ahead, out, ld);
-      base_tiles<P, MANY_ROWS, 1>(x, rows, w + P::LINE, selected, begin, end, ahead, out + P::LINE, ld);
+void add_base(const Rows<P>& x, const typename P::Element* w, const i32* selected, float* out, i64 ld) {
+  constexpr int NV = 2 * Kernel<P>::VECTORS;
+  for (i64 begin = 0; begin < x.k; begin += COLUMNS) {
+    const i64 end = std::min(x.k, begin + COLUMNS), last = std::min(x.k, end + COLUMNS);
+    const i64 share = ceil_div(last - end, x.tiles);
+    Ahead<P> ahead{w, selected, end, end};
+    for (i64 t = 0; t < x.tiles; ++t) {
+      ahead.next = ahead.end;
+      ahead.end = std::min(last, ahead.next + share);
+      with_rows<BASE_ROWS>(x.size(t), [&](auto m) {
+        constexpr int M = decltype(m)::value;
+        float* to = out + x.first(t) * ld;
+        Floats acc[M][NV];
+        for (int r = 0; r < M; ++r)
+          for (int v = 0; v < NV; ++v) acc[r][v] = load(to + r * ld + v * LANES);
+        Kernel<P>::template base<M>(x.tile(t), w, selected, begin, end, ahead, acc);
+        for (int r = 0; r < M; ++r)
+          for (int v = 0; v < NV; ++v) store(to + r * ld + v * LANES, acc[r][v]);
+      });
     }
   }
 }

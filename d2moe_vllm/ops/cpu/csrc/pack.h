@@ -1,7 +1,7 @@
 // Weights as a checkpoint has them -> the layouts of kernels.h. What fills a block up is zero.
 #pragma once
 
-#include "layer.h"
+#include "run.h"
 
 namespace d2moe {
 
