@@ -94,7 +94,9 @@ def _pack_bases(w: Tensor, parts: int) -> Tensor:
 
 
 def _in_place(w: Tensor, packed: Tensor) -> Tensor:
-    return w.reshape(-1).copy_(packed) if w.is_contiguous() and w.numel() == packed.numel() else packed
+    kept = w.reshape(-1).copy_(packed) if w.is_contiguous() and w.numel() == packed.numel() else packed
+    load().d2moe_huge_pages(kept.data_ptr(), kept.nbytes)
+    return kept
 
 
 def fused_experts(

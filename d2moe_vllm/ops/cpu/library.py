@@ -73,6 +73,8 @@ def load() -> ctypes.CDLL:
     library.d2moe_pack_factors.restype = None
     library.d2moe_pack_bases.argtypes = [I64, POINTER, I64, I64, I64, I64, POINTER]
     library.d2moe_pack_bases.restype = None
+    library.d2moe_huge_pages.argtypes = [POINTER, I64]
+    library.d2moe_huge_pages.restype = None
     return library
 
 
