@@ -1,8 +1,8 @@
 // The two products everything is made of: rows times a packed factor, and rows times a base packed by columns.
 //
 // A packed factor W [out, in] is blocks of 16 outputs: [out / 16][in / PAIR][16][PAIR]. A base packed by columns,
-// [kept, out], is blocks of two lines of outputs: [out / FOLD][kept][FOLD], so that a column that is not selected is not
-// read. Every element of a result is summed over its inputs in ascending order, whatever else is computed beside it:
+// [kept, out], is folded at so many outputs: [out / fold][kept][fold], so that a column that is not selected is not read.
+// Every element of a result is summed over its inputs in ascending order, whatever else is computed beside it:
 // neither the other rows, nor the number of threads, nor how rows are cut into tiles changes a bit.
 #pragma once
 
@@ -10,30 +10,32 @@
 
 namespace d2moe {
 
-// Columns of a base that are multiplied with all rows before the next are read: 16 KB of bfloat16. Inputs of a factor
-// likewise where its rows are many tiles.
-constexpr i64 COLUMNS = 128, INPUTS = 128;
+// Outputs that a task computes: four blocks of a factor.
+constexpr i64 SLICE = 64, SLICE_BLOCKS = SLICE / LANES;
+// Inputs of a factor that are multiplied with all rows before the next are read: 16 KB of bfloat16.
+constexpr i64 INPUTS = 128;
 
-template <class P>
-constexpr i64 fold() { return 2 * P::LINE; }
+// Where a base packed by columns is folded. Memory reads on past the end of what is asked for: pieces of 1 KB leave half as
+// much of that as pieces of 128 bytes, which for a small layer make more tasks.
+constexpr i64 fold(i64 out) { return out >= 4096 ? 8 * SLICE : SLICE; }
+// Columns of such a base that are multiplied with all rows before the next are read.
+constexpr i64 columns_at_once(i64 fold) { return fold > SLICE ? 32 : 128; }
 
 // Weights are asked for one run ahead, by every tile of rows that the present run is multiplied with, at an even pace:
 // memory would otherwise be idle while a run that is already here is multiplied with its second tile.
 
-// Columns of a base that are wanted next.
+// Columns of a folded base that are wanted next: lines of 64 bytes, line by line and column by column.
 template <class P>
 struct Ahead {
   const typename P::Element* w;
   const i32* selected;
-  i64 next, end;  // columns
+  i64 fold;
+  i64 next, end, at_once;  // lines
 
   void step() {
-    if (next < end) {
-      const auto* column = w + (selected ? selected[next] : next) * fold<P>();
-      __builtin_prefetch(column, 0, 0);
-      __builtin_prefetch(reinterpret_cast<const char*>(column) + 64, 0, 0);
-      ++next;
-    }
+    const i64 column = fold * i64(sizeof(*w)) / 64, until = std::min(end, next + at_once);
+    for (; next < until; ++next)
+      __builtin_prefetch(reinterpret_cast<const char*>(w + selected[next / column] * fold) + next % column * 64, 0, 0);
   }
 };
 
@@ -87,11 +89,11 @@ struct Widening {
 
   template <int M>
   static void base(
-      const Input* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<P> ahead, Floats (&acc)[M][2]) {
+      const Input* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<P> ahead, Floats (&acc)[M][4]) {
     for (i64 i = begin; i < end; ++i) {
       ahead.step();
-      const Element* column = w + (selected ? selected[i] : i) * fold<P>();
-      for (int l = 0; l < 2; ++l) {
+      const Element* column = w + selected[i] * ahead.fold;
+      for (int l = 0; l < 4; ++l) {
         const Floats line = widen(column + l * LANES);
 #pragma GCC unroll 6
         for (int m = 0; m < M; ++m) acc[m][l] += line * x[i * M + m];
@@ -101,19 +103,14 @@ struct Widening {
 };
 
 template <>
-struct Kernel<Float32> : Widening<Float32> {
-  static constexpr int VECTORS = 1;  // of a line
-};
+struct Kernel<Float32> : Widening<Float32> {};
 template <>
-struct Kernel<Float16> : Widening<Float16> {
-  static constexpr int VECTORS = 1;  // of a line
-};
+struct Kernel<Float16> : Widening<Float16> {};
 
 template <>
 struct Kernel<BFloat16> {
   using Element = std::uint16_t;
   using Input = std::uint16_t;
-  static constexpr int VECTORS = 2;  // of a line
 
   static std::uint32_t pair(const Input* x) {
     std::uint32_t both;
@@ -166,7 +163,7 @@ struct Kernel<BFloat16> {
   static void base(
       const Input* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<BFloat16> ahead,
       Floats (&acc)[M][4]) {
-    auto column = [&](i64 i) { return w + (selected ? selected[i] : i) * fold<BFloat16>(); };
+    auto column = [&](i64 i) { return w + selected[i] * ahead.fold; };
     for (i64 i = begin; i < end; i += 2) {
       ahead.step();
       const Element *a = column(i), *b = i + 1 < end ? column(i + 1) : nullptr;
@@ -239,26 +236,28 @@ void multiply_factor(
   for (; b < blocks; ++b) factor_blocks<P, 1>(x, w + b * stride, stride, after, out + b * LANES, ld);
 }
 
-// out[r][0 .. FOLD) += x[r] B for one block of a packed base; x[r][i] belongs to the base's row selected[i], or i.
+// out[s][r][0 .. SLICE) += x[r] B for the slices s of one fold of a base; x[r][i] belongs to the base's row selected[i].
+// Slices are `rows` rows of SLICE floats apart.
 template <class P>
-void add_base(const Rows<P>& x, const typename P::Element* w, const i32* selected, float* out, i64 ld) {
-  constexpr int NV = 2 * Kernel<P>::VECTORS;
-  for (i64 begin = 0; begin < x.k; begin += COLUMNS) {
-    const i64 end = std::min(x.k, begin + COLUMNS), last = std::min(x.k, end + COLUMNS);
-    const i64 share = ceil_div(last - end, x.tiles);
-    Ahead<P> ahead{w, selected, end, end};
-    for (i64 t = 0; t < x.tiles; ++t) {
-      ahead.next = ahead.end;
-      ahead.end = std::min(last, ahead.next + share);
+void add_base(const Rows<P>& x, const typename P::Element* w, i64 fold, const i32* selected, float* out, i64 rows) {
+  const i64 run = columns_at_once(fold), slices = fold / SLICE, passes = slices * x.tiles;
+  const i64 lines = fold * i64(sizeof(*w)) / 64;
+  for (i64 begin = 0; begin < x.k; begin += run) {
+    const i64 end = std::min(x.k, begin + run), last = std::min(x.k, end + run), more = (last - end) * lines;
+    for (i64 pass = 0; pass < passes; ++pass) {
+      const i64 slice = pass / x.tiles, t = pass % x.tiles, from = end * lines;
+      const i64 share = more * (pass + 1) / passes - more * pass / passes, steps = ceil_div(end - begin, P::PAIR);
+      const Ahead<P> ahead{
+          w, selected, fold, from + more * pass / passes, from + more * (pass + 1) / passes, ceil_div(share, steps)};
       with_rows<BASE_ROWS>(x.size(t), [&](auto m) {
         constexpr int M = decltype(m)::value;
-        float* to = out + x.first(t) * ld;
-        Floats acc[M][NV];
+        float* to = out + (slice * rows + x.first(t)) * SLICE;
+        Floats acc[M][4];
         for (int r = 0; r < M; ++r)
-          for (int v = 0; v < NV; ++v) acc[r][v] = load(to + r * ld + v * LANES);
-        Kernel<P>::template base<M>(x.tile(t), w, selected, begin, end, ahead, acc);
+          for (int v = 0; v < 4; ++v) acc[r][v] = load(to + r * SLICE + v * LANES);
+        Kernel<P>::template base<M>(x.tile(t), w + slice * SLICE, selected, begin, end, ahead, acc);
         for (int r = 0; r < M; ++r)
-          for (int v = 0; v < NV; ++v) store(to + r * ld + v * LANES, acc[r][v]);
+          for (int v = 0; v < 4; ++v) store(to + r * SLICE + v * LANES, acc[r][v]);
       });
     }
   }

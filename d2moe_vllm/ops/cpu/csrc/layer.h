@@ -64,7 +64,7 @@ using Parallel = std::function<void(i64 n, const std::function<void(i64)>& f)>;
 template <class P>
 constexpr i64 packed_size(i64 out, i64 k) { return ceil_div(out, LANES) * LANES * packed_inputs<P>(k); }
 template <class P>
-constexpr i64 packed_base_size(i64 out, i64 kept) { return ceil_div(out, fold<P>()) * fold<P>() * kept; }
+constexpr i64 packed_base_size(i64 out, i64 kept) { return ceil_div(out, fold(out)) * fold(out) * kept; }
 
 inline float activate(Activation kind, float x) {
   if (kind == Activation::gelu) return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));

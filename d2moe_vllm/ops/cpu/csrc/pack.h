@@ -18,11 +18,12 @@ void pack_factor(const typename P::Element* w, i64 row, i64 column, i64 out, i64
 // w: [kept, out], rows `row` elements apart. to: packed_base_size(out, kept) elements.
 template <class P>
 void pack_base(const typename P::Element* w, i64 row, i64 out, i64 kept, typename P::Element* to) {
+  const i64 at = fold(out);
   std::fill_n(to, packed_base_size<P>(out, kept), typename P::Element{});
   for (i64 o = 0; o < out; ++o) {
-    i64 slot = o % fold<P>();
+    i64 slot = o % at;
     if constexpr (P::LINE == 32) slot = slot / 32 * 32 + Kernel<P>::slot(slot % 32);
-    for (i64 i = 0; i < kept; ++i) to[(o / fold<P>() * kept + i) * fold<P>() + slot] = w[i * row + o];
+    for (i64 i = 0; i < kept; ++i) to[(o / at * kept + i) * at + slot] = w[i * row + o];
   }
 }
 

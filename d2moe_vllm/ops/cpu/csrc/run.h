@@ -13,8 +13,6 @@
 
 namespace d2moe {
 
-// Outputs that a task of steps 2, 3, 5 and 6 computes: four blocks of a factor, one or two of a base.
-constexpr i64 SLICE = 64, SLICE_BLOCKS = SLICE / LANES;
 // Inputs that a task of rearranging rows moves.
 constexpr i64 CHUNK = 1024;
 
@@ -67,7 +65,7 @@ class Run {
     b_.half2.pairs.resize(all() * packed_inputs<P>(intermediate));
     mix_step_ = w2.based() ? ceil_div(intermediate, SLICE) * SLICE : 0;
     b_.mix.resize(batch_.tokens * mix_step_);
-    parallel_(ceil_div(intermediate, SLICE), [&](i64 slice) { gate_up(slice * SLICE); });
+    in_slices(w13, intermediate, [&](i64 first, i64 end) { gate_up(first, end); });
 
     auto mix = [&](i64 t, i64 i) { return b_.mix[t * mix_step_ + i]; };
     gather(w2, b_.half2, mix);
@@ -75,7 +73,7 @@ class Run {
     if (w2.shared_v) shrink(w2, b_.half2, intermediate, hidden_rows(), [](i64 p) { return p; });
     else shrink(w2, b_.half2, intermediate, {}, {});
     if (w2.columns) pick(w2, b_.half2, [&](i64 p, i64 i) { return hidden_row(p)[i]; });
-    parallel_(ceil_div(hidden, SLICE), [&](i64 slice) { down(slice * SLICE); });
+    in_slices(w2, hidden, [&](i64 first, i64 end) { down(first, end); });
   }
 
  private:
@@ -238,6 +236,13 @@ class Run {
     });
   }
 
+  // f(first, end) for all outputs: slices, or folds of a base that is packed by columns.
+  template <class F>
+  void in_slices(const Weights<P>& w, i64 out, F f) const {
+    const i64 size = w.base[0] && w.by_columns ? fold(out) : SLICE;
+    parallel_(ceil_div(out, size), [&](i64 task) { f(task * size, std::min(out, (task + 1) * size)); });
+  }
+
   static i64 blocks_from(i64 first, i64 out) { return std::min(SLICE_BLOCKS, ceil_div(out - first, LANES)); }
 
   // The U of part j of the `number`th active expert, for asking ahead; nothing where there is none.
@@ -253,19 +258,17 @@ class Run {
     return {w.base[j] + first / LANES * stride, stride, steps};
   }
 
-  // z [tokens, SLICE]: what the base adds to outputs first .. first + SLICE of its part j.
-  void base_slice(const Weights<P>& w, Half<P>& half, int j, i64 first, i64 out, Next<P> after, float* z) const {
+  // z [slices, tokens, SLICE]: what the base adds to outputs first .. end of its part j.
+  void base_slices(const Weights<P>& w, Half<P>& half, int j, i64 first, i64 end, i64 out, Next<P> after, float* z) const {
     const i64 tokens = batch_.tokens;
-    std::fill_n(z, tokens * SLICE, 0.0f);
+    std::fill_n(z, ceil_div(end - first, SLICE) * tokens * SLICE, 0.0f);
     if (w.base[j] && w.by_columns) {
       const Gathered<P>& g = half.base;
       const Rows<P> rows = half.base.rows(tokens, true);
-      for (i64 o = 0; o < SLICE && first + o < out; o += fold<P>()) {
-        const Element* block = w.base[j] + (first + o) * w.kept;
-        for (i64 t = 0; t < (g.per_token ? tokens : 1); ++t) {
-          const Rows<P> some = g.per_token ? Rows<P>{rows.tile(t), 1, g.n, 1} : rows;
-          add_base<P>(some, block, g.selected.data() + t * g.n, z + t * SLICE + o, SLICE);
-        }
+      const Element* block = w.base[j] + first * w.kept;
+      for (i64 t = 0; t < (g.per_token ? tokens : 1); ++t) {
+        const Rows<P> some = g.per_token ? Rows<P>{rows.tile(t), 1, g.n, 1} : rows;
+        add_base<P>(some, block, fold(out), g.selected.data() + t * g.n, z + t * SLICE, tokens);
       }
     } else if (w.base[j] || w.base_rank[j]) {
       const Rows<P> rows = w.base[j] ? half.base.rows(tokens, false) : factor_rows<P>(half.low[j].data(), tokens, w.base_rank[j]);
@@ -284,14 +287,26 @@ class Run {
     return true;
   }
 
-  void gate_up(i64 first) {
+  void gate_up(i64 first, i64 end) {
+    const i64 size = ceil_div(end - first, SLICE) * batch_.tokens * SLICE, out = layer_.intermediate;
+    const Weights<P>& w = layer_.w13;
+    thread_local std::vector<float> z[2];
+    for (int j = 0; j < 2; ++j) {
+      z[j].resize(size);
+      base_slices(w, b_.half13, j, first, end, out, j ? u_of(w, 0, 0, first, out) : base_of(w, 1, first), z[j].data());
+    }
+    for (i64 i = first; i < end; i += SLICE) {
+      const float* of_slice[2];
+      for (int j = 0; j < 2; ++j) of_slice[j] = z[j].data() + (i - first) * batch_.tokens;
+      experts_slice(i, of_slice);
+    }
+  }
+
+  // h of all pairs, channels first .. first + SLICE, and the mix; z [tokens, SLICE]: the base's share.
+  void experts_slice(i64 first, const float* const (&z)[2]) {
     const i64 tokens = batch_.tokens, out = layer_.intermediate, last = std::min(out, first + SLICE);
     const Weights<P>& w = layer_.w13;
-    thread_local std::vector<float> z[2], d[2];
-    for (int j = 0; j < 2; ++j) {
-      z[j].resize(tokens * SLICE);
-      base_slice(w, b_.half13, j, first, out, j ? u_of(w, 0, 0, first, out) : base_of(w, 1, first), z[j].data());
-    }
+    thread_local std::vector<float> d[2];
     if (mix_step_) for (i64 t = 0; t < tokens; ++t) std::fill_n(&b_.mix[t * mix_step_ + first], SLICE, 0.0f);
     for (i64 number = 0; number < i64(b_.active.size()); ++number) {
       const i64 e = b_.active[number];
@@ -321,12 +336,20 @@ class Run {
     }
   }
 
-  void down(i64 first) {
-    const i64 tokens = batch_.tokens, out = layer_.hidden, last = std::min(out, first + SLICE);
+  void down(i64 first, i64 end) {
+    const i64 out = layer_.hidden;
     const Weights<P>& w = layer_.w2;
-    thread_local std::vector<float> y, d;
-    y.resize(tokens * SLICE);
-    base_slice(w, b_.half2, 0, first, out, u_of(w, 0, 0, first, out), y.data());
+    thread_local std::vector<float> y;
+    y.resize(ceil_div(end - first, SLICE) * batch_.tokens * SLICE);
+    base_slices(w, b_.half2, 0, first, end, out, u_of(w, 0, 0, first, out), y.data());
+    for (i64 i = first; i < end; i += SLICE) outputs_slice(i, y.data() + (i - first) * batch_.tokens);
+  }
+
+  // Outputs first .. first + SLICE of all tokens; y [tokens, SLICE]: the base's share.
+  void outputs_slice(i64 first, float* y) {
+    const i64 out = layer_.hidden, last = std::min(out, first + SLICE);
+    const Weights<P>& w = layer_.w2;
+    thread_local std::vector<float> d;
     for (i64 number = 0; number < i64(b_.active.size()); ++number) {
       const i64 e = b_.active[number];
       d.resize(count(e) * SLICE);
@@ -339,7 +362,7 @@ class Run {
         }
       }
     }
-    for (i64 t = 0; t < tokens; ++t)
+    for (i64 t = 0; t < batch_.tokens; ++t)
       for (i64 i = first; i < last; ++i) batch_.y[t * out + i] = P::element(y[t * SLICE + i - first]);
   }
 
