@@ -37,12 +37,14 @@ class Backend(NamedTuple):
 
     pack: (w13, w2, *, ranks, base_ranks) -> the halves in the backend's own layout, called once after loading; None
     where it takes them as they are. missing: why it cannot be used on this machine, in one line; None if it can.
+    check: hold it against the reference when a model is loaded (selfcheck.py), as it has never run on such devices.
     """
 
     fused_experts: Callable[..., Tensor]
     devices: tuple[str, ...] | None = None
     pack: Callable[..., tuple[reference.Weights, reference.Weights]] | None = None
     missing: Callable[[], str | None] = lambda: None
+    check: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
