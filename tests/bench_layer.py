@@ -13,32 +13,16 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from layer_shapes import GROUPS, SHAPES, SPARSITY, Shape, dense_expert_bytes, sizes
 from torch import Tensor
 
 from d2moe_vllm.ops import cpu
 from d2moe_vllm.ops.reference import Weights
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "layer.json"
-GROUPS, BYTES = 8, 2
-
-
-class Shape(NamedTuple):
-    hidden: int
-    intermediate: int
-    experts: int
-    top_k: int
-
-
-SHAPES = {
-    "Mixtral-8x7B": Shape(4096, 14336, 8, 2),
-    "DeepSeekMoE-16B": Shape(2048, 1408, 64, 6),
-    "Qwen3-30B-A3B": Shape(2048, 768, 128, 8),
-}
-SPARSITY = {"off": 0.1, "batch": 0.6}
-"""Share of the base's columns that are unused: METHODS' default, and its throughput setting; half of it statically."""
 
 
 def spread(inputs: int, kept: int) -> Tensor:
@@ -47,22 +31,15 @@ def spread(inputs: int, kept: int) -> Tensor:
     return (own + torch.arange(GROUPS).unsqueeze(1) * (inputs // GROUPS)).flatten().int()
 
 
-def multiple(value: float, of: int) -> int:
-    return max(of, int(value) // of * of)
-
-
 class Ours:
     """A layer of a uniform checkpoint at this ratio, packed."""
 
     def __init__(self, shape: Shape, ratio: float, scope: str) -> None:
+        found = sizes(shape, ratio, scope)
         hidden, inner, experts, _ = shape
-        dense = 3 * hidden * inner
-        sparsity = SPARSITY[scope]
-        kept = [multiple(size * (1 - sparsity / 2), GROUPS * 16) for size in (hidden, inner)]
-        self.used = [multiple(size * (1 - sparsity), GROUPS * 16) for size in (hidden, inner)]
-        base = 2 * kept[0] * inner + kept[1] * hidden
-        rank = multiple(((1 - ratio) * experts * dense - base) / (experts * 3 * (hidden + inner)), 16)
+        rank, kept, self.used = found.rank, found.kept, list(found.used)
         self.ranks, self.shape, self.scope = [rank] * 3, shape, scope
+        self.base_bytes, self.expert_bytes = found.base_bytes, found.expert_bytes
 
         def random(*size: int) -> Tensor:
             return (torch.randn(size, dtype=torch.bfloat16) * size[-1] ** -0.5).contiguous()
@@ -79,9 +56,6 @@ class Ours:
                 )
             )
         self.halves = cpu.pack(*halves, ranks=self.ranks, base_ranks=[0, 0, 0])
-        columns = self.used if scope != "off" else kept
-        self.base_bytes = (2 * columns[0] * inner + columns[1] * hidden) * BYTES
-        self.expert_bytes = 3 * rank * (hidden + inner) * BYTES
 
     def __call__(self, x: Tensor, gates: Tensor, ids: Tensor) -> Tensor:
         return cpu.fused_experts(
@@ -158,7 +132,7 @@ def measure(
     gates = torch.rand(tokens, shape.top_k)
     times = interleaved({"dense": lambda: dense(x, gates, ids), "ours": lambda: ours(x, gates, ids)}, seconds)
     active = ids.unique().numel()
-    dense_bytes = active * 3 * shape.hidden * shape.intermediate * BYTES
+    dense_bytes = active * dense_expert_bytes(shape)
     our_bytes = ours.base_bytes + active * ours.expert_bytes
     median = {key: statistics.median(values) for key, values in times.items()}
     row = {

@@ -115,8 +115,8 @@ def _difference(
     rows, where = len(example.x), f"{len(example.x)} rows, scope {example.scope!r}"
     try:
         output = _compute(backend, example, parameters, options)
-    except Exception as error:  # whatever a compiler, a driver or a kernel raises
-        return f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    except Exception as failure:  # whatever a compiler, a driver or a kernel raises
+        return f"{where}: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
     if output.shape != example.expected.shape:
         return f"{where}: shape {list(output.shape)} for {list(example.expected.shape)}"
     bound = TOLERANCE[example.x.dtype] if example.scope == "off" else SELECTING
