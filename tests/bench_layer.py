@@ -1,4 +1,5 @@
-"""One MoE layer on this CPU: our operator beside vLLM's fused MoE on the dense layer, interleaved in one run.
+"""One MoE layer on this CPU, or on a CUDA device where there is one: our operator beside vLLM's fused MoE on the dense
+layer, interleaved in one run.
 
 Random bfloat16 weights and routing. A table on stdout, all rows in build/bench/layer.json. byte_ratio is what the dense
 layer's experts in use weigh over what ours read for the same routing: the limit of the speed-up where reading weights
@@ -15,13 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layer_gpu
 import torch
-from layer_shapes import GROUPS, SHAPES, SPARSITY, Shape, dense_expert_bytes, sizes
+from layer_shapes import GROUPS, SCOPES, SHAPES, Shape, dense_expert_bytes, sizes
 from torch import Tensor
 
-from d2moe_vllm.ops import cpu
+from d2moe_vllm.ops import BACKENDS
 from d2moe_vllm.ops.reference import Weights
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OURS = BACKENDS["triton" if DEVICE == "cuda" else "cpu"]
 OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "layer.json"
 
 
@@ -55,10 +59,11 @@ class Ours:
                     base_norms=torch.rand(columns) + 0.5,
                 )
             )
-        self.halves = cpu.pack(*halves, ranks=self.ranks, base_ranks=[0, 0, 0])
+        pack = OURS.pack
+        self.halves = halves if pack is None else pack(*halves, ranks=self.ranks, base_ranks=[0, 0, 0])
 
     def __call__(self, x: Tensor, gates: Tensor, ids: Tensor) -> Tensor:
-        return cpu.fused_experts(
+        return OURS.fused_experts(
             x, gates, ids, *self.halves, None, num_experts=self.shape.experts,
             intermediate_size=self.shape.intermediate, ranks=self.ranks, base_ranks=[0, 0, 0],
             groups=[GROUPS, GROUPS], used=self.used, activation="silu", scope=self.scope,
@@ -88,6 +93,8 @@ class Dense:
 
 def interleaved(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
     """Milliseconds of each, turn by turn, after one turn to warm up."""
+    if DEVICE == "cuda":
+        return layer_gpu.interleaved(calls, seconds)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -105,16 +112,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 1024])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.4, 0.6, 0.8])
-    parser.add_argument("--scopes", nargs="+", default=["off", "batch"], choices=list(SPARSITY))
+    parser.add_argument("--scopes", nargs="+", default=list(SCOPES), choices=SCOPES)
     parser.add_argument("--seconds", type=float, default=1.5, help="per row")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
     rows = []
     titles = ("dense ms", "ours ms", "speed-up", "bytes", "of limit", "GB/s")
     print(f"{'shape':16} {'ratio':>5} {'scope':>5} {'tokens':>6}", *(f"{title:>8}" for title in titles))
     for name in arguments.shapes:
         shape = SHAPES[name]
-        dense = Dense(shape)
+        dense = layer_gpu.Dense(shape) if DEVICE == "cuda" else Dense(shape)
         for ratio in arguments.ratios:
             for scope in arguments.scopes:
                 ours = Ours(shape, ratio, scope)
@@ -125,7 +133,14 @@ def main() -> None:
 
 
 def measure(
-    name: str, shape: Shape, dense: Dense, ours: Ours, ratio: float, scope: str, tokens: int, seconds: float
+    name: str,
+    shape: Shape,
+    dense: Callable[..., Tensor],
+    ours: Ours,
+    ratio: float,
+    scope: str,
+    tokens: int,
+    seconds: float,
 ) -> dict[str, Any]:
     x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16)
     ids = torch.stack([torch.randperm(shape.experts)[: shape.top_k] for _ in range(tokens)]).int()

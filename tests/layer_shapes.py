@@ -1,34 +1,20 @@
-"""Layers of real models, and what one of them weighs at a ratio: shared by the layer benchmark and the roofline."""
+"""What one layer's weights come to in bytes: shared by the layer benchmark and the roofline."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-GROUPS, BYTES = 8, 2
+from d2moe_vllm.ops import shapes
+from d2moe_vllm.ops.shapes import GROUPS, SHAPES, SPARSITY, Shape, multiple
 
+__all__ = ["GROUPS", "SHAPES", "SPARSITY", "Shape", "multiple"]
 
-class Shape(NamedTuple):
-    hidden: int
-    intermediate: int
-    experts: int
-    top_k: int
-
-
-SHAPES = {
-    "Mixtral-8x7B": Shape(4096, 14336, 8, 2),
-    "DeepSeekMoE-16B": Shape(2048, 1408, 64, 6),
-    "Qwen3-30B-A3B": Shape(2048, 768, 128, 8),
-}
-SPARSITY = {"off": 0.1, "batch": 0.6}
-"""Share of the base's columns that are unused: METHODS' default, and its throughput setting; half of it statically."""
-
-
-def multiple(value: float, of: int) -> int:
-    return max(of, int(value) // of * of)
+BYTES = 2
+SCOPES = ("off", "batch")
 
 
 class Sizes(NamedTuple):
-    """A layer of a uniform checkpoint. kept, used: the base's columns, of w13 and w2. rank: of each."""
+    """See shapes.Sizes."""
 
     shape: Shape
     scope: str
@@ -54,15 +40,7 @@ class Sizes(NamedTuple):
 
 
 def sizes(shape: Shape, ratio: float, scope: str) -> Sizes:
-    """What is stored, and used, where `ratio` of the dense layer is gone."""
-    hidden, inner, experts, _ = shape
-    kept, used = (
-        tuple(multiple(size * (1 - share), GROUPS * 16) for size in (hidden, inner))
-        for share in (SPARSITY[scope] / 2, SPARSITY[scope])
-    )
-    base = 2 * kept[0] * inner + kept[1] * hidden
-    rank = multiple(((1 - ratio) * experts * 3 * hidden * inner - base) / (experts * 3 * (hidden + inner)), 16)
-    return Sizes(shape, scope, (kept[0], kept[1]), (used[0], used[1]), rank)
+    return Sizes(shape, scope, *shapes.sizes(shape, ratio, scope))
 
 
 def dense_expert_bytes(shape: Shape) -> int:

@@ -10,12 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from layer_shapes import BYTES, SHAPES, Shape, Sizes, experts_in_use, sizes
+from layer_shapes import BYTES, SCOPES, SHAPES, Shape, Sizes, experts_in_use, sizes
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "roofline.md"
 RATIOS = (0.2, 0.4, 0.6, 0.8)
 TOKENS = (1, 4, 16, 64, 256, 1024)
-SCOPES = ("off", "batch")
 FLOAT = 4
 
 

@@ -8,7 +8,7 @@ import pytest
 import roofline
 import torch
 from bench_layer import Ours
-from layer_shapes import BYTES, SHAPES, Shape, dense_expert_bytes, experts_in_use, sizes
+from layer_shapes import BYTES, SCOPES, SHAPES, Shape, dense_expert_bytes, experts_in_use, sizes
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2moe_vllm.ops.reference import Weights, fused_experts
@@ -18,7 +18,7 @@ RATIOS = (0.2, 0.4, 0.6, 0.8)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("scope", roofline.SCOPES)
+@pytest.mark.parametrize("scope", SCOPES)
 def test_weights_are_those_of_the_real_tensors(ratio: float, scope: str) -> None:
     """Every expert in use: the bytes of all deltas, and of the base's columns that are used."""
     layer = Ours(SMALL, ratio, scope)
@@ -75,7 +75,7 @@ def test_experts_in_use_are_those_of_random_routing(name: str, tokens: int) -> N
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("scope", roofline.SCOPES)
+@pytest.mark.parametrize("scope", SCOPES)
 def test_what_is_stored_is_the_ratio(name: str, ratio: float, scope: str) -> None:
     """Ranks are rounded down to a multiple of 16: the sizes are those of a checkpoint at that ratio."""
     shape = SHAPES[name]

@@ -1,14 +1,17 @@
 """Tile sizes by kernel, number of rows and device: a table that is looked up, nothing is tried out while serving.
 
-tables/<device>.json, the device's name with "_" for spaces, else and for kernels it does not name tables/default.json:
-{kernel: {rows: Tile's fields}}, rows powers of two. A kernel's rows are tokens; those of the kernels in GROUPED are
-the pairs that an expert gets on average. They share one block_m, that of the first of them: rows are sorted once.
-Values are for 16-bit types; see `tile` for float32.
+What `d2moe tune` wrote for the device (`user_folder`), for kernels that it does not name tables/<device>.json, then
+tables/default.json: {kernel: {rows: Tile's fields}}, rows powers of two. A kernel's rows are tokens; those of the
+kernels in GROUPED are the pairs that an expert gets on average. They share one block_m, that of the first of them: rows
+are sorted once. Values are for 16-bit types; see `tile` for float32.
 """
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,25 +37,56 @@ class Tile:
     num_stages: int
 
 
-def table_path(device_name: str) -> Path:
-    """Where a device's own table is looked for."""
-    return TABLES / f"{device_name.replace(' ', '_').replace('/', '_')}.json"
+def user_folder() -> Path:
+    """Where `d2moe tune` writes, beside what the CPU backend compiles."""
+    return Path(os.path.expanduser(os.environ.get("D2MOE_CACHE") or "~/.cache/d2moe")) / "tiles"
+
+
+def file_name(device_name: str) -> str:
+    """A device's name as that of a file, with "_" for spaces."""
+    return f"{device_name.replace(' ', '_').replace('/', '_')}.json"
 
 
 @lru_cache
 def table(device_name: str) -> dict[str, dict[int, Tile]]:
-    """{kernel: {rows: Tile}}, a device's own over the default one, rows ascending."""
+    """{kernel: {rows: Tile}}, rows ascending. Raises ValueError, in one line, for a file that is no table."""
     found = _read(TABLES / "default.json")
-    own = table_path(device_name)
-    return {**found, **_read(own)} if own.exists() else found
+    for folder in (TABLES, user_folder()):
+        if (own := folder / file_name(device_name)).exists():
+            found = {**found, **_read(own)}
+    return found
 
 
 def _read(path: Path) -> dict[str, dict[int, Tile]]:
-    content = json.loads(path.read_text())
-    return {
-        kernel: {int(rows): Tile(**entry) for rows, entry in sorted(entries.items(), key=lambda item: int(item[0]))}
-        for kernel, entries in content.items()
-    }
+    try:
+        content = json.loads(path.read_text())
+        unknown = set(content) - set(TABLE_KERNELS)
+        entries = {
+            kernel: {int(rows): Tile(**entry) for rows, entry in sorted(by_rows.items(), key=lambda item: int(item[0]))}
+            for kernel, by_rows in content.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of tiles ({error}); run `d2moe tune` again or delete it") from None
+    if unknown or not all(entries.values()):
+        empty = ", ".join(sorted(unknown)) or "a kernel without entries"
+        raise ValueError(f"{path} is no table of tiles (it has {empty}); run `d2moe tune` again or delete it")
+    return entries
+
+
+_forced: Mapping[str, Mapping[int, Tile]] = {}
+
+
+@contextmanager
+def using(entries: Mapping[str, Mapping[int, Tile]]) -> Iterator[None]:
+    """Puts these entries in the place of a device's while it is entered: for tuning."""
+    global _forced
+    before, _forced = _forced, entries
+    tile.cache_clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        tile.cache_clear()
 
 
 @lru_cache(maxsize=4096)
@@ -62,7 +96,7 @@ def tile(kernel: str, rows: int, dtype: torch.dtype, device_name: str) -> Tile:
     float32 takes twice the shared memory and is multiplied without tensor cores: half the inputs at a time, and blocks
     of at most 64 x 64.
     """
-    entries = table(device_name)
+    entries = {**table(device_name), **_forced}
     bucket = 1 << max(rows - 1, 0).bit_length()
     found = _at(entries[kernel], bucket)
     if kernel in GROUPED:
@@ -79,9 +113,9 @@ def for_dtype(kernel: str, found: Tile, dtype: torch.dtype) -> Tile:
     )
 
 
-def _at(entries: dict[int, Tile], bucket: int) -> Tile:
+def _at(entries: Mapping[int, Tile], bucket: int) -> Tile:
     fitting = [rows for rows in entries if rows <= bucket]
-    return entries[fitting[-1] if fitting else min(entries)]
+    return entries[max(fitting) if fitting else min(entries)]
 
 
 @lru_cache
