@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from d2moe_vllm.ops import cpu, reference
+from d2moe_vllm.ops import cpu, reference, triton
 
 INPUTS = ("x", "topk_weights", "topk_ids")
 PARAMETERS = tuple(f"{half}_{field}" for half in ("w13", "w2") for field in reference.Weights._fields)
@@ -49,6 +49,8 @@ class Backend(NamedTuple):
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing),
+    # ROCm's devices are "cuda" to torch, too.
+    "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing),
     "reference": Backend(reference.fused_experts),
 }
 """By preference."""

@@ -50,19 +50,15 @@ def split_of(depth, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
 
 @triton.jit
 def load_parts(pointers, part, mask, PARTS: tl.constexpr):
-    """Values that a split sum left as PARTS partial sums, `part` elements apart; always added in one order."""
-    value = tl.load(pointers, mask=mask, other=0.0)
-    if PARTS > 1:
-        value = value.to(tl.float32)
-        for place in tl.static_range(1, PARTS):
-            value += tl.load(pointers + place * part, mask=mask, other=0.0)
+    """float32 values that a split sum left as PARTS partial sums, `part` elements apart; always added in one order."""
+    value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    for place in tl.static_range(1, PARTS):
+        value += tl.load(pointers + place * part, mask=mask, other=0.0)
     return value
 
 
 @triton.jit
-def add_product(
-    acc, a, a_part, a_mask, b, b_mask, columns, start, stop, depth, PARTS: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def add_product(acc, a, a_mask, b, b_mask, columns, start, stop, depth, BLOCK_K: tl.constexpr):
     """acc [M, N] + A B^T over inputs start..stop of `depth`, both with their inputs side by side.
 
     a, a_mask: [M, 1], where A's rows begin and which there are; b, b_mask: [1, N], likewise. columns: which of A's
@@ -72,10 +68,7 @@ def add_product(
         inputs = first + tl.arange(0, BLOCK_K)
         there = inputs < depth
         b_tile = tl.load(b + inputs[:, None], mask=there[:, None] & b_mask, other=0.0)
-        if columns is None:
-            places = inputs
-        else:
-            places = tl.load(columns + inputs, mask=there, other=0)
-        a_tile = load_parts(a + places[None, :], a_part, a_mask & there[None, :], PARTS)
-        acc = tl.dot(a_tile.to(b_tile.dtype), b_tile, acc, input_precision="ieee")
+        places = inputs if columns is None else tl.load(columns + inputs, mask=there, other=0)
+        a_tile = tl.load(a + places[None, :], mask=a_mask & there[None, :], other=0.0)
+        acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
     return acc

@@ -15,6 +15,8 @@ DIRECT_ROWS = 16
 programs as there are blocks do."""
 SQUARES_ROWS = 64
 """Rows that one program of column_squares sums."""
+ADD_BLOCK = 1024
+"""Elements that one program of add_parts makes."""
 
 
 def power_of_two(value: int) -> int:
@@ -117,13 +119,13 @@ class Batch:
         exact: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
-        """[parts, rows, width]: B a, for all rows of a [parts, rows, depth], or for the pairs, each by its expert's B.
+        """[parts, rows, width]: B a, for all rows of a [rows, depth], or for the pairs, each by its expert's B.
 
         b: [width, depth], or where it is grouped [D, width, depth] by `places`, with a's rows tokens or pairs. columns:
         [D', depth], those of a that are multiplied. exact: as in base_product. out: where to, one part.
         """
         tile, (width, depth) = self.tile(kernel), b.shape[-2:]
-        rows = self.tokens * self.top_k if grouped else a.shape[1]
+        rows = self.tokens * self.top_k if grouped else len(a)
         blocks_m = len(self.block_experts) if grouped else ceil_div(rows, tile.block_m)
         programs = blocks_m * ceil_div(width, tile.block_n)
         if out is None:
@@ -139,18 +141,26 @@ class Batch:
             places,
             columns,
             column_places,
-            a.shape[1],
             rows,
             depth,
             width,
-            a.stride(1),
+            a.stride(0),
             b.stride(-2),
             out.stride(1),
             0 if columns is None else columns.stride(0),
-            self.top_k if grouped and a.shape[1] == self.tokens else 1,
-            PARTS=len(a),
+            self.top_k if grouped and len(a) == self.tokens else 1,
             SPLITS=len(out),
             **_matrix(tile),
+        )
+        return out
+
+    def added(self, parts: Tensor) -> Tensor:
+        """[rows, width]: the sum of parts [parts, rows, width], in the weights' type."""
+        if len(parts) == 1:
+            return parts[0]
+        out = self.empty(*parts.shape[1:], dtype=self.dtype)
+        sums.add_parts[(ceil_div(out.numel(), ADD_BLOCK),)](
+            parts, out, out.numel(), PARTS=len(parts), BLOCK_N=ADD_BLOCK
         )
         return out
 
@@ -167,7 +177,7 @@ class Batch:
         column_places: Tensor | None,
         activation: str,
     ) -> Tensor:
-        """h [pairs, width] from s [parts, tokens or pairs, k], u [D, width, k] and z [parts, tokens, 2 width]."""
+        """h [pairs, width] from s [tokens or pairs, k], u [D, width, k] and z [parts, tokens, 2 width]."""
         tile, pairs = self.tile("expand_gate_up"), self.tokens * self.top_k
         h = self.empty(pairs, width, dtype=self.dtype)
         products.expand_and_activate[(len(self.block_experts) * ceil_div(width, tile.block_n),)](
@@ -180,17 +190,15 @@ class Batch:
             places,
             columns,
             column_places,
-            0 if s is None else s.shape[1],
             self.tokens,
             *ranks,
             width,
-            0 if s is None else s.stride(1),
+            0 if s is None else s.stride(0),
             0 if u is None else u.stride(1),
             0 if columns is None else columns.stride(0),
-            1 if s is None or s.shape[1] == pairs else self.top_k,
+            1 if s is None or len(s) == pairs else self.top_k,
             self.top_k,
             ACTIVATION=activation,
-            S_PARTS=1 if s is None else len(s),
             Z_PARTS=1 if z is None else len(z),
             **_matrix(tile),
         )

@@ -83,16 +83,17 @@ def _has_deltas(weights: Weights) -> bool:
 
 
 def _shrink(batch: Batch, x: Tensor, weights: Weights) -> Tensor:
-    """s [parts, rows, k] = V x, rows being pairs, or x's own rows for a V that all experts share.
+    """s [rows, k] = V x, rows being pairs, or x's own rows for a V that all experts share.
 
     Where V only names columns it is x itself, and the expanding kernel looks them up.
     """
     if weights.delta_columns is not None:
-        return x.unsqueeze(0)
+        return x
     if weights.shared_v is not None:
         # Once per token, however many experts it goes to.
-        return batch.factor_product("shrink", x.unsqueeze(0), weights.shared_v, grouped=False)
-    return batch.factor_product("shrink", x.unsqueeze(0), weights.delta_v, grouped=True, places=weights.v_index)
+        return batch.added(batch.factor_product("shrink", x, weights.shared_v, grouped=False))
+    parts = batch.factor_product("shrink", x, weights.delta_v, grouped=True, places=weights.v_index)
+    return batch.added(parts)
 
 
 def _base_gate_up(
@@ -108,7 +109,7 @@ def _base_gate_up(
 ) -> Tensor | None:
     """z [parts, tokens, 2 I], None without a base."""
     if weights.base_u is not None and weights.base_v is not None:
-        shrunk = batch.factor_product("shrink", x.unsqueeze(0), weights.base_v, grouped=False)
+        shrunk = batch.added(batch.factor_product("shrink", x, weights.base_v, grouped=False))
         width = weights.base_u.shape[0]
         z = batch.empty(1, batch.tokens, 2 * width, dtype=x.dtype)
         for ranks, outputs in (
@@ -116,15 +117,13 @@ def _base_gate_up(
             (slice(gate_rank, None), slice(width, None)),
         ):
             b = weights.base_u[:, ranks]
-            batch.factor_product("expand_down", shrunk[..., ranks], b, grouped=False, out=z[..., outputs])
+            batch.factor_product("expand_down", shrunk[:, ranks], b, grouped=False, out=z[..., outputs])
         return z
     if weights.base is None or weights.base_columns is None or weights.base_norms is None:
         return None
     # As many ascending columns as there are inputs are all of them.
     inputs = None if len(weights.base_columns) == x.shape[1] else weights.base_columns
-    packed, chosen = batch.used_inputs(
-        x, inputs, weights.base_norms, padding, scope=scope, groups=groups, used=used
-    )
+    packed, chosen = batch.used_inputs(x, inputs, weights.base_norms, padding, scope=scope, groups=groups, used=used)
     return batch.base_product(packed, weights.base, chosen)
 
 
@@ -134,7 +133,7 @@ def _base_down(
     """float32 [parts, tokens, H], None without a base."""
     if weights.base_u is not None and weights.base_v is not None:
         mix = batch.mix(h, None, h.dtype)
-        shrunk = batch.factor_product("shrink", mix.unsqueeze(0), weights.base_v, grouped=False)
+        shrunk = batch.added(batch.factor_product("shrink", mix, weights.base_v, grouped=False))
         return batch.factor_product("expand_down", shrunk, weights.base_u, grouped=False, exact=True)
     if weights.base is None or weights.base_columns is None or weights.base_norms is None:
         return None
@@ -142,7 +141,5 @@ def _base_down(
     # A selection sees the mix unrounded, as the reference's does: it must not depend on the type.
     selects = scope != "off" and used < len(weights.base_norms)
     mix = batch.mix(h, inputs, torch.float32 if selects else h.dtype)
-    packed, chosen = batch.used_inputs(
-        mix, None, weights.base_norms, padding, scope=scope, groups=groups, used=used
-    )
+    packed, chosen = batch.used_inputs(mix, None, weights.base_norms, padding, scope=scope, groups=groups, used=used)
     return batch.base_product(packed, weights.base, chosen, exact=True)

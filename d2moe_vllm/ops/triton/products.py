@@ -32,13 +32,18 @@ def base_product(
     x_rows = x + own.to(tl.int64)[:, None] * depth
     start, stop = split_of(depth, BLOCK_K, SPLITS)
     acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+    steps = tl.arange(0, BLOCK_K)
+    next_places = start + steps
+    if chosen is not None:
+        next_places = tl.load(chosen + start + steps, mask=start + steps < depth, other=0)
     for first in range(start, stop, BLOCK_K):
-        inputs = first + tl.arange(0, BLOCK_K)
+        inputs = first + steps
         in_depth = inputs < depth
-        if chosen is None:
-            places = inputs
-        else:
-            places = tl.load(chosen + inputs, mask=in_depth, other=0)
+        places = inputs
+        if chosen is not None:
+            # Read one step early: loads whose addresses are loaded in the same step would halve the pipeline's depth.
+            places = next_places
+            next_places = tl.load(chosen + inputs + BLOCK_K, mask=inputs + BLOCK_K < depth, other=0)
         b_tile = tl.load(
             base + places.to(tl.int64)[:, None] * width + columns[None, :], mask=in_depth[:, None] & in_width, other=0.0
         )
@@ -48,7 +53,7 @@ def base_product(
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=there & in_width)
 
 
-@triton.jit(do_not_specialize=["a_rows", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def factor_product(
     a,
     b,
@@ -58,7 +63,6 @@ def factor_product(
     places,
     columns,
     column_places,
-    a_rows,
     rows,
     depth,
     width,
@@ -67,7 +71,6 @@ def factor_product(
     out_stride,
     columns_stride,
     a_divisor,
-    PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -75,7 +78,7 @@ def factor_product(
 ):
     """out[:, row] = B a[row // a_divisor], partial sums over the inputs; a and B have their inputs side by side.
 
-    a: [PARTS, a_rows, a_stride], of which the first `depth` columns are used, or those that `columns` names.
+    a: [a's rows, a_stride], of which the first `depth` columns are used, or those that `columns` names.
     b: [width, b_stride], or one such matrix per place of an expert. out: [SPLITS, rows, out_stride].
     pairs, block_experts: see routing.align: each block of rows is one expert's; None: row i of all rows is row i, and
     B one matrix. places: int32 [experts], where an expert's B is, -1 for none, which gives zeros; None: expert e's
@@ -103,13 +106,10 @@ def factor_product(
                 column_place = tl.maximum(tl.load(column_places + expert), 0)
             columns += column_place.to(tl.int64) * columns_stride
     in_width = (outputs < width)[None, :]
-    a_part = tl.cast(a_rows, tl.int64) * a_stride
     a_start = a + (own // a_divisor).to(tl.int64)[:, None] * a_stride
     b_start = b + outputs.to(tl.int64)[None, :] * b_stride
     acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-    acc = add_product(
-        acc, a_start, a_part, there[:, None], b_start, in_width, columns, start, stop, depth, PARTS, BLOCK_K
-    )
+    acc = add_product(acc, a_start, there[:, None], b_start, in_width, columns, start, stop, depth, BLOCK_K)
     out_rows = tl.program_id(1).to(tl.int64) * rows + own.to(tl.int64)
     pointers = out + out_rows[:, None] * out_stride + outputs[None, :]
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=there[:, None] & in_width)
@@ -128,7 +128,7 @@ def activate(value, ACTIVATION: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["s_rows", "z_rows"])
+@triton.jit(do_not_specialize=["z_rows"])
 def expand_and_activate(
     s,
     u,
@@ -139,7 +139,6 @@ def expand_and_activate(
     places,
     columns,
     column_places,
-    s_rows,
     z_rows,
     gate_rank,
     up_rank,
@@ -150,7 +149,6 @@ def expand_and_activate(
     s_divisor,
     top_k,
     ACTIVATION: tl.constexpr,
-    S_PARTS: tl.constexpr,
     Z_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -158,7 +156,7 @@ def expand_and_activate(
 ):
     """h[pair] = act(z^gate[token] + U^gate s^gate) * (z^up[token] + U^up s^up), gate and up in one program.
 
-    s: [S_PARTS, s_rows, s_stride], row pair // s_divisor, gate's columns first; where `columns` is given they name
+    s: [s's rows, s_stride], row pair // s_divisor, gate's columns first; where `columns` is given they name
     columns of s instead. u: [D, width, u_stride], gate's columns first; None: no expert has deltas. z: [Z_PARTS,
     z_rows, 2 width]; None: there is no base. h: [pairs, width]. The rest as in factor_product.
     """
@@ -182,7 +180,6 @@ def expand_and_activate(
             gate_rank_used = gate_rank
             up_rank_used = up_rank
         u_start = u + (place.to(tl.int64) * width + outputs.to(tl.int64)[None, :]) * u_stride
-        s_part = tl.cast(s_rows, tl.int64) * s_stride
         s_start = s + (own // s_divisor).to(tl.int64)[:, None] * s_stride
         if columns is None:
             gate_columns = None
@@ -195,34 +192,9 @@ def expand_and_activate(
             gate_columns = columns + column_place.to(tl.int64) * columns_stride
             up_columns = gate_columns + gate_rank
             s_up = s_start
-        gate = add_product(
-            gate,
-            s_start,
-            s_part,
-            there,
-            u_start,
-            in_width,
-            gate_columns,
-            0,
-            gate_rank_used,
-            gate_rank,
-            S_PARTS,
-            BLOCK_K,
-        )
-        up = add_product(
-            up,
-            s_up,
-            s_part,
-            there,
-            u_start + gate_rank,
-            in_width,
-            up_columns,
-            0,
-            up_rank_used,
-            up_rank,
-            S_PARTS,
-            BLOCK_K,
-        )
+        gate = add_product(gate, s_start, there, u_start, in_width, gate_columns, 0, gate_rank_used, gate_rank, BLOCK_K)
+        u_start += gate_rank
+        up = add_product(up, s_up, there, u_start, in_width, up_columns, 0, up_rank_used, up_rank, BLOCK_K)
     if z is not None:
         z_start = z + (own // top_k).to(tl.int64)[:, None] * (2 * width) + outputs[None, :]
         z_part = tl.cast(z_rows, tl.int64) * (2 * width)

@@ -6,7 +6,7 @@ import triton.language as tl
 from d2moe_vllm.ops.triton.common import running_total, total
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "max_blocks"])
 def align(
     ids,
     pairs,

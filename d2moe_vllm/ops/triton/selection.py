@@ -79,10 +79,7 @@ def select_for_batch(
     within = tl.arange(0, BLOCK_G)
     valid = within < group_size
     kept = group * group_size + within
-    if inputs is None:
-        columns = kept
-    else:
-        columns = tl.load(inputs + kept, mask=valid, other=0)
+    columns = kept if inputs is None else tl.load(inputs + kept, mask=valid, other=0)
     sums = tl.full([BLOCK_G], 0.0, tl.float32)
     for start in range(0, rows, BLOCK_M):
         own = start + tl.arange(0, BLOCK_M)
@@ -118,10 +115,7 @@ def select_for_token(x, inputs, norms, packed, width, group_size, group_used, BL
     within = tl.arange(0, BLOCK_G)
     valid = within < group_size
     kept = group * group_size + within
-    if inputs is None:
-        columns = kept
-    else:
-        columns = tl.load(inputs + kept, mask=valid, other=0)
+    columns = kept if inputs is None else tl.load(inputs + kept, mask=valid, other=0)
     value = tl.load(x + row * width + columns, mask=valid, other=0.0)
     scores = tl.abs(value.to(tl.float32)) * tl.load(norms + kept, mask=valid, other=0.0)
     taken = best(scores, valid, group_used)

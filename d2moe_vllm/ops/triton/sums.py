@@ -1,7 +1,9 @@
-"""Gate-weighted sums over a token's experts, always in the order of its choices: no atomics, the same bits each time."""
+"""Gate-weighted sums over a token's experts in the order of its choices: no atomics, the same bits each time."""
 
 import triton
 import triton.language as tl
+
+from d2moe_vllm.ops.triton.common import load_parts
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -27,10 +29,7 @@ def mix(
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     places = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there, in_count = own < rows, places < count
-    if inputs is None:
-        columns = places
-    else:
-        columns = tl.load(inputs + places, mask=in_count, other=0)
+    columns = places if inputs is None else tl.load(inputs + places, mask=in_count, other=0)
     acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
     for choice in tl.static_range(TOP_K):
         pair = own * TOP_K + choice
@@ -74,16 +73,22 @@ def combine(
             expert = tl.load(ids + pair, mask=there, other=-1)
             here = there & (expert >= 0) & (expert < num_experts)
             gate = tl.load(gates + pair, mask=here, other=0.0)
-            delta = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-            for part in tl.static_range(DELTA_PARTS):
-                place = part * TOP_K * long_rows + pair.to(tl.int64)
-                delta += tl.load(
-                    deltas + place[:, None] * width + columns[None, :], mask=here[:, None] & in_width, other=0.0
-                )
+            pointers = deltas + pair.to(tl.int64)[:, None] * width + columns[None, :]
+            delta = load_parts(pointers, TOP_K * long_rows * width, here[:, None] & in_width, DELTA_PARTS)
             acc += gate[:, None] * delta
     if base is not None:
-        for part in tl.static_range(BASE_PARTS):
-            place = part * long_rows + own.to(tl.int64)
-            acc += tl.load(base + place[:, None] * width + columns[None, :], mask=there[:, None] & in_width, other=0.0)
+        pointers = base + own.to(tl.int64)[:, None] * width + columns[None, :]
+        acc += load_parts(pointers, long_rows * width, there[:, None] & in_width, BASE_PARTS)
     pointers = y + own.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(pointers, acc.to(y.dtype.element_ty), mask=there[:, None] & in_width)
+
+
+@triton.jit(do_not_specialize=["count"])
+def add_parts(parts, out, count, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out [count] = the sum of parts: float32 [PARTS, count].
+
+    A launch of its own where the sum is an input of a product: that kernel would keep every part in shared memory.
+    """
+    places = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    value = load_parts(parts + places, tl.cast(count, tl.int64), places < count, PARTS)
+    tl.store(out + places, value.to(out.dtype.element_ty), mask=places < count)
