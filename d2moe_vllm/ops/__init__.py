@@ -50,7 +50,7 @@ class Backend(NamedTuple):
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing),
     # ROCm's devices are "cuda" to torch, too.
-    "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing),
+    "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing, check=True),
     "reference": Backend(reference.fused_experts),
 }
 """By preference."""

@@ -1,5 +1,6 @@
-"""Compiles the Triton kernels that layers launch for a GPU: `python aot_report.py TARGET DTYPES [all]`, in a process of
-its own, since kernels are interpreted in that of the tests. One line of JSON per kernel on stdout.
+"""Compiles the Triton kernels that layers launch for GPUs: `python aot_report.py TARGETS DTYPES [all | KERNEL]`, in a
+process of its own, since kernels are interpreted in that of the tests. One line of JSON per kernel on stdout; "odd": it
+is launched for sizes only that no real model has, whose rows do not begin at multiples of 16 bytes.
 
 Layers are on the meta device, in the sizes of real models and in odd ones, of every variant of the format.
 """
@@ -98,28 +99,39 @@ def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
         yield partial(call, SHAPES["Mixtral-8x7B"], dtype, "base", "off", 128, activation)
 
 
-def main() -> None:
-    name, dtypes = sys.argv[1], sys.argv[2].split(",")
-    target = aot.TARGETS[name]
+def launches(name: str, dtype: str, what: str) -> Iterator[tuple[dict[str, Any], aot.Launch]]:
+    """What is known of a launch without compiling it, and the launch."""
     tiles.processors = lambda device: PROCESSORS[name]
-    launches: dict[str, tuple[str, aot.Launch]] = {}
-    for dtype in dtypes:
-        for one in calls(getattr(torch, dtype), sys.argv[3:] == ["all"]):
-            launches.update((f"{launch} {launch.attributes}", (dtype, launch)) for launch in aot.record(one, target))
-    sys.stderr.write(f"{len(launches)} kernels\n")
+    found: dict[str, aot.Launch] = {}
+    real: set[str] = set()
+    for one in calls(getattr(torch, dtype), what == "all"):
+        for launch in aot.record(one, aot.TARGETS[name]):
+            found[key := f"{launch} {launch.attributes}"] = launch
+            real |= {key} if one.args[0] is not ODD else set()
+    for key, launch in found.items():
+        if what in ("all", "", launch.name):
+            about = {"target": name, "kernel": launch.name, "dtype": dtype, "launch": str(launch)}
+            yield {**about, "odd": key not in real}, launch
 
-    def described(item: tuple[str, aot.Launch]) -> str:
-        dtype, launch = item
-        about = {"kernel": launch.name, "dtype": dtype, "launch": str(launch)}
-        try:
-            compiled = aot.compile_launch(launch, target)
-        except Exception as error:  # a compiler's, of any kind: one kernel's failure is a line of the report
-            return json.dumps({**about, "refused": f"{type(error).__name__}: {error}"[:2000]})
-        figures = {**compiled._asdict(), "cubin": len(compiled.cubin), "elf": compiled.cubin[:4] == b"\x7fELF"}
-        return json.dumps({**about, "refused": compiled.refused_by(target), **figures})
 
+def described(item: tuple[dict[str, Any], aot.Launch]) -> str:
+    about, launch = item
+    target = aot.TARGETS[about["target"]]
+    try:
+        compiled = aot.compile_launch(launch, target)
+    except Exception as error:  # a compiler's, of any kind: one kernel's failure is a line of the report
+        return json.dumps({**about, "refused": f"{type(error).__name__}: {error}"[:2000]})
+    figures = {**compiled._asdict(), "cubin": len(compiled.cubin), "elf": compiled.cubin[:4] == b"\x7fELF"}
+    return json.dumps({**about, "refused": compiled.refused_by(target), **figures})
+
+
+def main() -> None:
+    names, dtypes, what = (*sys.argv[1:], "")[:3]
+    pairs = itertools.product(names.split(","), dtypes.split(","))
+    items = [item for name, dtype in pairs for item in launches(name, dtype, what)]
+    sys.stderr.write(f"{len(items)} kernels\n")
     with ThreadPoolExecutor(2) as pool:
-        for line in pool.map(described, launches.values()):
+        for line in pool.map(described, items):
             print(line, flush=True)
 
 

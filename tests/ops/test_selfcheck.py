@@ -170,3 +170,21 @@ def test_damaged_weights_are_not_the_backends_fault(install: Callable[[Backend],
     arguments[3].base[0, 0] = torch.nan
     with pytest.raises(SelfCheckError, match="not finite in the reference; look with `d2moe verify`"):
         load(arguments, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scope", ["off", "token", "batch"])
+@pytest.mark.parametrize("variant", CROWDED)
+def test_the_triton_backend_is_let_through_on_a_gpu(variant: str, scope: str, dtype: torch.dtype) -> None:
+    arguments, options = kernel_arguments(crowd(variant, scope), dtype)
+    parameters = [None if t is None else t.cuda() for t in ops.flat(*arguments[3:5])]
+    options = {"batch_invariant": False, **options, "backend": "triton"}
+    with against_reference(lambda: parameters, options, hidden_size=arguments[0].shape[1], top_k=2):
+        pass
+    assert selfcheck._DONE
+
+
+def test_what_has_never_run_on_its_hardware_is_checked() -> None:
+    assert {name for name, backend in ops.BACKENDS.items() if backend.check} == {"triton"}

@@ -18,8 +18,8 @@ pytest.importorskip("triton")
 
 REPORT = Path(__file__).with_name("aot_report.py")
 KERNELS = {
-    "align", "base_product", "column_squares", "combine", "expand_and_activate", "factor_product", "gather", "mix",
-    "select_for_batch", "select_for_token",
+    "add_parts", "align", "base_product", "column_squares", "combine", "expand_and_activate", "factor_product",
+    "gather", "mix", "select_for_batch", "select_for_token",
 }  # fmt: skip
 """All of them: one that is launched nowhere in the report is not compiled, and so not known to compile."""
 
@@ -42,14 +42,23 @@ def report(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 def check(rows: list[dict[str, Any]]) -> None:
-    refused = [f"{row['refused']}: {row['launch']}" for row in rows if row["refused"]]
-    assert not refused, "\n".join(refused)
-    assert {row["kernel"] for row in rows} == KERNELS
+    """Spilled registers are allowed in sizes that no real model has: elements are loaded one by one there."""
+    refused = [row for row in rows if row["refused"] and not (row["odd"] and "spilled" in row["refused"])]
+    assert not refused, "\n".join(f"{row['target']} {row['refused']}: {row['launch']}" for row in refused)
     assert all(row["elf"] and row["registers"] > 8 for row in rows)
 
 
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
-    check(report(tmp_path, "sm_90", "bfloat16"))
+    rows = report(tmp_path, "sm_90", "bfloat16")
+    check(rows)
+    assert {row["kernel"] for row in rows} == KERNELS
+
+
+def test_the_largest_kernel_compiles_for_the_others(tmp_path: Path) -> None:
+    """The rest of them does in the slow test below."""
+    rows = report(tmp_path, "sm_80,sm_100", "bfloat16", "expand_and_activate")
+    check(rows)
+    assert {row["target"] for row in rows} == {"sm_80", "sm_100"}
 
 
 @pytest.mark.slow
@@ -60,6 +69,7 @@ def test_every_kernel_in_all_it_is_launched_with(tmp_path: Path, target: str, dt
     """Every tile of the default table; real models' sizes and odd ones; every variant of the format and scope."""
     rows = report(tmp_path, target, dtype, "all")
     check(rows)
+    assert {row["kernel"] for row in rows} == KERNELS
     assert len(rows) > 200
 
 

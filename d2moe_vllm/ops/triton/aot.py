@@ -108,7 +108,7 @@ def record(call: Callable[[], Any], target: Target) -> list[Launch]:
         call()
     finally:
         knobs.runtime.jit_cache_hook = before
-        driver.set_active(None)  # type: ignore[arg-type] # the machine's own is found again when it is asked for
+        driver.set_active(None)  # the machine's own is found again when it is asked for
     return list(launches.values())
 
 

@@ -20,8 +20,8 @@ Timer = Callable[[Callable[[], object]], float]
 """Milliseconds that a call takes."""
 
 
-def uniform_config(shape: Shape, ratio: float, scope: Scope, dtype: str = "bfloat16") -> CheckpointConfig:
-    """A checkpoint of one layer with this shape, as `d2moe compress` plans it at this ratio."""
+def uniform_config(shape: Shape, ratio: float, scope: Scope) -> CheckpointConfig:
+    """A checkpoint of one layer with this shape, as `d2moe compress` plans it at this ratio, in bfloat16."""
     found = sizes(shape, ratio, scope)
     gate, down = (
         Projection(rank=found.rank, kept_columns=kept, used_columns=used)
@@ -35,7 +35,7 @@ def uniform_config(shape: Shape, ratio: float, scope: Scope, dtype: str = "bfloa
         num_experts=shape.experts,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
-        dtype=dtype,
+        dtype="bfloat16",
         pruning=Pruning(scope=scope, groups=GROUPS),
         layers={0: Layer(gate=gate, up=gate, down=down)},
         source=Source(name="a shape", parameters=parameters, bytes=2 * parameters),
