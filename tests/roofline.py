@@ -1,8 +1,8 @@
 """A prediction for GPUs, not a measurement: the time that reading and arithmetic take at a device's published figures.
 
 Per kernel the larger of bytes / bandwidth and operations / peak, added up over a layer, for our Triton kernels and for
-vLLM's dense fused MoE. Left out, for both alike: starting a kernel, padding to tiles, what the caches save beyond one
-pass. `make roofline` writes all rows to build/bench/roofline.md.
+vLLM's dense fused MoE. Left out, for both alike: starting kernels, padding to tiles, partial sums where one is split, a
+second reading of anything. `make roofline` writes all rows to build/bench/roofline.md.
 """
 
 from __future__ import annotations
@@ -56,23 +56,22 @@ def ours(layer: Sizes, tokens: int, active: float) -> list[Work]:
     """The kernels of one call, in order, where `active` different experts are routed to."""
     hidden, inner, _, top_k = layer.shape
     pairs, rank, (in_base, mixed) = tokens * top_k, layer.rank, layer.columns
-    ids = pairs * FLOAT
-
-    def select(name: str, inputs: int, kept: int, used: int) -> Work:
-        norms = kept * (FLOAT + FLOAT) if layer.scope != "off" else kept * FLOAT
-        return Work(f"select columns {name}", norms, norms + tokens * (inputs + used) * BYTES, 0)
-
+    ids, selects, kept = pairs * FLOAT, layer.scope != "off", layer.kept[1]
+    # A column's number, and where columns are selected its norm.
+    columns = [count * FLOAT * (1 + selects) for count in layer.kept]
+    mix = pairs * kept * BYTES + tokens * kept * (FLOAT if selects else BYTES) + 2 * ids
+    select = [Work("select columns 2", columns[1], columns[1] + tokens * (kept * FLOAT + mixed * BYTES), 0)]
     return [
         Work("sort pairs by expert", 0, 2 * ids, 0),
-        select("13", hidden, layer.kept[0], in_base),
+        Work("columns 13", columns[0], columns[0] + tokens * (hidden + in_base) * BYTES, 0),
         product("base 13", tokens, in_base, 2 * inner, 1, tokens * (in_base + 2 * inner) * BYTES),
         product("shrink 13", pairs, hidden, 2 * rank, active, (tokens * hidden + pairs * 2 * rank) * BYTES),
         product(
             "expand 13, activate", pairs, 2 * rank, inner, active,
             (pairs * 2 * rank + tokens * 2 * inner + pairs * inner) * BYTES,
         ),
-        Work("mix", 0, (pairs * inner + tokens * inner) * BYTES + 2 * ids, 2 * pairs * inner),
-        select("2", inner, layer.kept[1], mixed),
+        Work("mix", 0, mix, 2 * pairs * kept),
+        *select * selects,
         product("base 2", tokens, mixed, hidden, 1, tokens * (mixed * BYTES + hidden * FLOAT)),
         product("shrink 2", pairs, inner, rank, active, pairs * (inner + rank) * BYTES),
         product("expand 2", pairs, rank, hidden, active, pairs * (rank * BYTES + hidden * FLOAT)),
