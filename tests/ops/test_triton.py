@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from moe_cases import CROWDED, cases, crowd, random_case
 from moe_oracle import Case, forward, kernel_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_kernels import DEVICES, Backend
+from triton_kernels import DEVICES, Backend, products_by_rows
 
 from d2moe_vllm.ops import BACKENDS, choose_backend
 from d2moe_vllm.ops.reference import Weights, fused_experts, select_columns
@@ -36,7 +36,7 @@ def in_float32(case: Case) -> Case:
     return case
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases())
 def test_float32_equals_the_oracle(backend: Backend, case: Case) -> None:
     """Any variant of weights, scope, routing, padding: no base, no deltas, trimmed experts, no token at all."""
@@ -120,23 +120,26 @@ def test_batch_invariant_rows_are_the_same_bits_alone_and_in_a_crowd(
     def some(rows: torch.Tensor) -> torch.Tensor:
         return backend.run([*(t[rows] for t in arguments[:3]), *arguments[3:]], options)
 
-    together = some(torch.arange(20))
-    for size in (1, 7):
-        rows = torch.randperm(20, generator=torch.Generator().manual_seed(size))[:size]
-        assert torch.equal(some(rows), together[rows]), size
-    assert not torch.equal(some(torch.arange(2)), together[2:4])
+    with products_by_rows():
+        together = some(torch.arange(20))
+        for size in (1, 7):
+            rows = torch.randperm(20, generator=torch.Generator().manual_seed(size))[:size]
+            assert torch.equal(some(rows), together[rows]), size
+    assert not torch.equal(together[:2], together[2:4])
 
 
 def test_the_same_bits_on_every_call(backend: Backend) -> None:
     arguments, options = kernel_arguments(crowd("pruned base", "batch"), backend.dtypes[-1])
-    arguments[:3] = [t[:9] for t in arguments[:3]]
+    arguments[:3] = [t[:5] for t in arguments[:3]]
     first = backend.run(arguments, options)
-    for _ in range(2 if backend.device == "cpu" else 20):
+    for _ in range(1 if backend.device == "cpu" else 20):
         assert torch.equal(backend.run(arguments, options), first)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize(("tokens", "garbage"), [(9, np.nan), (9, np.inf), (9, 1e30), (21, np.nan)])
+@pytest.mark.parametrize(
+    ("scope", "tokens", "garbage"),
+    [("off", 6, np.nan), ("token", 6, np.inf), ("batch", 9, np.nan), ("batch", 9, 1e30), ("batch", 21, np.inf)],
+)
 def test_padding_rows_influence_nobody(backend: Backend, scope: str, tokens: int, garbage: float) -> None:
     """Neither what is in them, nor where they are routed to, nor how they are weighted."""
     case = random_case(1, tokens=tokens, padding=4, scope=scope)
@@ -177,7 +180,7 @@ def batch_of(backend: Backend, tokens: int, dtype: torch.dtype = torch.float32) 
 
 
 @pytest.mark.parametrize("scope", ["batch", "token"])
-@pytest.mark.parametrize(("rows", "size", "some"), [(1, 5, 2), (3, 37, 36), (16, 64, 1), (17, 37, 12), (70, 5, 0)])
+@pytest.mark.parametrize(("rows", "size", "some"), [(1, 5, 2), (3, 37, 36), (16, 64, 1), (17, 37, 12), (70, 5, 2)])
 def test_selection_is_the_references(backend: Backend, scope: str, rows: int, size: int, some: int) -> None:
     """Small integers, whose sums are exact: full of ties, and with zeros, infinities and NaN among them."""
     groups, width = 3, size * 3 + 4
@@ -206,7 +209,7 @@ def test_selection_is_the_references(backend: Backend, scope: str, rows: int, si
         torch.testing.assert_close(packed.cpu(), kept[:, mask[0]], rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 3), st.lists(st.integers(-2, 41), min_size=1, max_size=70), st.booleans())
 def test_routing(backend: Backend, num_experts: int, top_k: int, chosen: list[int], invariant: bool) -> None:
     """Each pair whose expert is here stands in exactly one of that expert's blocks, ascending; blocks never run out."""
@@ -246,8 +249,10 @@ class Shapes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("variant", ["pruned base", "low-rank base", "column deltas"])
+@pytest.mark.parametrize(
+    ("variant", "scope"),
+    [("pruned base", "batch"), ("pruned base", "token"), ("low-rank base", "off"), ("column deltas", "off")],
+)
 def test_no_shape_depends_on_data_and_nothing_is_waited_for(backend: Backend, variant: str, scope: str) -> None:
     arguments, options = kernel_arguments(crowd(variant, scope), torch.float32)
     arguments = backend.to([*(t[:3] for t in arguments[:3]), *arguments[3:]])
@@ -299,7 +304,7 @@ def test_what_it_does_not_do_is_said_in_one_line(backend: Backend) -> None:
 def test_a_gpu_gets_it_and_others_do_not_import_triton() -> None:
     assert choose_backend("cuda") == ("triton", None)
     assert "triton" not in {choose_backend(device)[0] for device in ("cpu", "mps", "xpu")}
-    code = "import sys, torch; known = set(sys.modules); import d2moe_vllm.ops; print('triton' in set(sys.modules) - known)"
+    code = "import sys, torch; known = {*sys.modules}; import d2moe_vllm.ops; print('triton' in {*sys.modules} - known)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import triton  # noqa: F401  before its mode is changed: its own functions stay compiled ones
+
+# Before the mode is changed: what triton itself has of functions stays compiled.
+from triton.runtime import interpreter
 
 from d2moe_vllm.ops import triton as package
 from d2moe_vllm.ops.reference import Weights
@@ -49,6 +54,24 @@ def modules(device: str) -> SimpleNamespace:
         sys.modules.update(compiled)
         vars(package).update(attributes)
     return found
+
+
+@contextmanager
+def products_by_rows() -> Iterator[None]:
+    """The interpreter's dot product with the same bits for a row wherever in its block it stands, as in a GPU's; the
+    matrix product of numpy that it is otherwise depends on that."""
+    builder = interpreter.InterpreterBuilder
+    before = builder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        rows = [row @ b.data.astype(np.float32) for row in a.data.astype(np.float32)]
+        return interpreter.TensorHandle(np.stack(rows) + d.data, d.dtype.scalar)
+
+    builder.create_dot = create_dot
+    try:
+        yield
+    finally:
+        builder.create_dot = before
 
 
 class Backend:
