@@ -78,7 +78,7 @@ _forced: Mapping[str, Mapping[int, Tile]] = {}
 
 @contextmanager
 def using(entries: Mapping[str, Mapping[int, Tile]]) -> Iterator[None]:
-    """Puts these entries in the place of a device's while it is entered: for tuning."""
+    """Puts the entries of these kernels in the place of a device's while it is entered: for tuning."""
     global _forced
     before, _forced = _forced, entries
     tile.cache_clear()
@@ -96,11 +96,10 @@ def tile(kernel: str, rows: int, dtype: torch.dtype, device_name: str) -> Tile:
     float32 takes twice the shared memory and is multiplied without tensor cores: half the inputs at a time, and blocks
     of at most 64 x 64.
     """
-    entries = {**table(device_name), **_forced}
     bucket = 1 << max(rows - 1, 0).bit_length()
-    found = _at(entries[kernel], bucket)
+    found = _at(_entries(kernel, device_name), bucket)
     if kernel in GROUPED:
-        found = replace(found, block_m=_at(entries[GROUPED[0]], bucket).block_m)
+        found = replace(found, block_m=_at(_entries(GROUPED[0], device_name), bucket).block_m)
     return for_dtype(kernel, found, dtype)
 
 
@@ -111,6 +110,10 @@ def for_dtype(kernel: str, found: Tile, dtype: torch.dtype) -> Tile:
     return replace(
         found, block_m=min(found.block_m, 64), block_n=min(found.block_n, 64), block_k=max(found.block_k // 2, 16)
     )
+
+
+def _entries(kernel: str, device_name: str) -> Mapping[int, Tile]:
+    return _forced[kernel] if kernel in _forced else table(device_name)[kernel]
 
 
 def _at(entries: Mapping[int, Tile], bucket: int) -> Tile:

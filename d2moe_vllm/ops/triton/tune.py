@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -77,6 +77,7 @@ def candidates(kernel: str, rows: int, block_m: int | None, shared_limit: int) -
 
 def search(
     measure: Callable[[int, Table], float],
+    kernels: Callable[[int], Collection[str]],
     tokens: Sequence[int],
     *,
     top_k: int,
@@ -87,16 +88,18 @@ def search(
 ) -> tuple[Table, list[Timing]]:
     """The fastest table for these numbers of tokens, and what it gains.
 
-    measure(tokens, table): milliseconds of a layer; infinite where it cannot run so. start(kernel, rows): what to begin
-    with. A candidate has to be faster than what it replaces. Raises RuntimeError where not even that runs.
+    measure(tokens, table): milliseconds of a layer; infinite where it cannot run so. kernels(tokens): those that it
+    launches, the only ones to be in the table. start(kernel, rows): what to begin with. A candidate has to be faster
+    than what it replaces. Raises RuntimeError where not even that runs.
     """
-    table: Table = {kernel: {} for kernel in tiles.TABLE_KERNELS}
+    table: Table = {}
     timings = []
     for count in sorted(tokens):
         rows = tunable(count, top_k, num_experts)
-        fresh = [kernel for kernel in tiles.TABLE_KERNELS if rows[kernel] not in table[kernel]]
+        launched = kernels(count)
+        fresh = [k for k in tiles.TABLE_KERNELS if k in launched and rows[k] not in table.get(k, {})]
         for kernel in fresh:
-            table[kernel][rows[kernel]] = start(kernel, rows[kernel])
+            table[kernel] = {**table.get(kernel, {}), rows[kernel]: start(kernel, rows[kernel])}
         best = before = measure(count, table)
         if not math.isfinite(best):
             raise RuntimeError(f"the layer does not run with {count} tokens and the tiles to begin with")
@@ -153,6 +156,7 @@ def tune(
     with steps(len(TOKENS)) as progress:
         table, timings = search(
             workload,
+            workload.kernels,
             TOKENS,
             top_k=top_k,
             num_experts=config.num_experts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -86,6 +86,12 @@ class Workload:
     def run(self, tokens: int) -> Tensor:
         return ops.fused_experts(*self.batch(tokens), *self.parameters, backend="triton", **self.options)
 
+    def kernels(self, tokens: int) -> set[str]:
+        """Those whose tiles such a batch asks for."""
+        with tiles.using(asked := _Asked()):
+            self.run(tokens)
+        return asked.names
+
     def __call__(self, tokens: int, table: Mapping[str, Mapping[int, tiles.Tile]]) -> float:
         from triton.errors import TritonError
 
@@ -94,6 +100,26 @@ class Workload:
                 return self.timer(lambda: self.run(tokens))
             except TritonError:  # too much shared memory, or code that the assembler refuses
                 return math.inf
+
+
+class _Asked(Mapping[str, Mapping[int, tiles.Tile]]):
+    """Holds no tile, and remembers of which kernels it was asked for one."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def __contains__(self, kernel: object) -> bool:
+        self.names.add(str(kernel))
+        return False
+
+    def __getitem__(self, kernel: str) -> Mapping[int, tiles.Tile]:
+        raise KeyError(kernel)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
 
 
 class GraphTimer:
