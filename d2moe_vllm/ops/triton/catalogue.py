@@ -153,13 +153,16 @@ UNALIGNED = ("group_size", "group_used", "num_experts", "top_k", "s_divisor", "a
 """Integers that are no multiples of 16, even in models whose sizes and ranks are."""
 
 
-def variants(*, num_experts: int = 8, top_k: int = 2, group_size: int = 512) -> Iterator[Variant]:
-    """The ways in which served models launch the kernels, for a model with these sizes.
+def variants(
+    device_name: str = "default", *, num_experts: int = 8, top_k: int = 2, group_size: int = 512
+) -> Iterator[Variant]:
+    """The ways in which served models launch the kernels, for a model with these sizes and a device's table.
 
-    group_size: of the columns of a base, kept / groups.
+    group_size: of the columns of a base, kept / groups. Masks and indices are given everywhere: a launch without one
+    is the same with instructions left out.
     """
     block_e, block_p = align_blocks(num_experts)
-    for block_m in sorted({t.block_m for t in tiles.table("default")["shrink"].values()}):
+    for block_m in sorted({t.block_m for t in tiles.table(device_name)[tiles.GROUPED[0]].values()}):
         constants = {"BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_P": block_p, "num_warps": 4}
         yield Variant("align", f"{block_m}", (), {}, constants)
     yield from _selections(group_size)
@@ -211,7 +214,9 @@ def _factor_products() -> Iterator[Variant]:
         words, table, constants = f"expand, {splits} parts", ("expand_down",), {"SPLITS": splits}
         yield Variant("factor_product", words, table, {**grouped, **exact}, constants)
         yield Variant("factor_product", f"low rank, {words}", table, {**alone, **exact}, constants)
-    yield Variant("factor_product", "columns", ("expand_down",), exact, {"SPLITS": 1})
+    for splits in (1, tiles.MAX_SPLITS):
+        words, table, constants = f"columns, {splits} parts", ("expand_columns",), {"SPLITS": splits}
+        yield Variant("factor_product", words, table, exact, constants)
     yield from _activations()
 
 
@@ -242,14 +247,13 @@ def compilations(
     them. sizes: see `variants`.
     """
     table = tiles.table(device_name)
-    for variant in variants(**sizes):
+    for variant in variants(device_name, **sizes):
         kernel = KERNELS[variant.kernel]
-        grouped = [k for k in variant.tables if k in tiles.GROUPED]
         choices: list[dict[str, Any]] = [{}]
         if variant.tables:
-            buckets = sorted(
-                {rows for name in (*variant.tables, *tiles.GROUPED[: len(grouped)]) for rows in table[name]}
-            )
+            # A grouped kernel's block_m changes where that of the first of them does.
+            bounds = {*variant.tables, *(tiles.GROUPED[:1] if {*variant.tables} & {*tiles.GROUPED} else ())}
+            buckets = sorted({rows for name in bounds for rows in table[name]})
             found = {tiles.tile(name, rows, dtype, device_name) for name in variant.tables for rows in buckets}
             choices = [_tile_constants(tile) for tile in sorted(found, key=str)]
         for choice in choices:

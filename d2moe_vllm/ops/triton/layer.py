@@ -64,7 +64,7 @@ def fused_experts(
     deltas = None
     if _has_deltas(w2):
         deltas = batch.factor_product(
-            "expand_down",
+            "expand_down" if w2.delta_columns is None else "expand_columns",
             _shrink(batch, h, w2),
             w2.delta_u,
             grouped=True,
