@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all quality bench-offline bench-layer lint format clean
+.PHONY: help setup lock demo test test-all test-gpu quality bench-offline bench-layer roofline lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: setup ## Fast test tier (ARGS="-k name" for some of it)
 test-all: setup ## Every test that needs no GPU; continues where it was interrupted
 	@.venv/bin/python tests/run_all.py $(ARGS)
 
+test-gpu: setup ## The tests that need an NVIDIA GPU, and the layer benchmark on it
+	@.venv/bin/python tests/run_gpu.py $(ARGS)
+
 quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 30 minutes)
 	@.venv/bin/python tests/quality.py
 
@@ -31,6 +34,9 @@ bench-layer: setup ## Time a layer on this CPU beside vLLM's dense one (ARGS="--
 
 bench-offline: setup ## Time merge, prune and factor at Mixtral's shapes beside the paper's recipe (ARGS="--experts 2")
 	@.venv/bin/python tests/bench_offline.py $(ARGS)
+
+roofline: setup ## Predict a layer's time on GPUs from bytes and operations: no measurement
+	@.venv/bin/python tests/roofline.py
 
 lint: setup ## Check style, formatting and types
 	@.venv/bin/ruff check

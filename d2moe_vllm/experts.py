@@ -27,6 +27,7 @@ from d2moe_vllm.compat import (
 from d2moe_vllm.loading import LayerLoader, options
 from d2moe_vllm.observability import recorder
 from d2moe_vllm.observability.metrics import columns_used_ratio
+from d2moe_vllm.ops import selfcheck
 from d2moe_vllm.ops.reference import ACTIVATIONS
 
 logger = init_logger(__name__)
@@ -110,10 +111,15 @@ class D2MoEMethod(FusedMoEMethodBase):
                 f"layer {self.layer}: {len(missing)} tensors were not loaded: {', '.join(missing[:3])}{more}; "
                 "copy the checkpoint again"
             )
+        sizes = {"hidden_size": self.config.hidden_size, "top_k": self.moe.experts_per_token}
+        with selfcheck.against_reference(lambda: _parameters(layer), self.options, **sizes):
+            self._pack(layer)
+
+    def _pack(self, layer: nn.Module) -> None:
         if (pack := ops.BACKENDS[self.backend].pack) is not None:
-            parameters = [getattr(layer, name, None) for name in ops.PARAMETERS]
-            sizes = {name: self.options[name] for name in ("ranks", "base_ranks", "used", "scope")}
-            for name, tensor in zip(ops.PARAMETERS, ops.flat(*pack(*ops.halves(parameters), **sizes)), strict=True):
+            options = {name: self.options[name] for name in ops.PACK_OPTIONS}
+            packed = ops.flat(*pack(*ops.halves(_parameters(layer)), **options))
+            for name, tensor in zip(ops.PARAMETERS, packed, strict=True):
                 if tensor is not None and tensor is not getattr(layer, name):
                     setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
 
@@ -140,8 +146,11 @@ class D2MoEMethod(FusedMoEMethodBase):
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if (expert_map := layer.expert_map) is not None:
             topk_ids = torch.where(topk_ids >= 0, expert_map[topk_ids.clamp(min=0).long()], -1)
-        parameters = [getattr(layer, name, None) for name in ops.PARAMETERS]
-        return torch.ops.d2moe.fused_experts(x, topk_weights, topk_ids, *parameters, **self.options)
+        return torch.ops.d2moe.fused_experts(x, topk_weights, topk_ids, *_parameters(layer), **self.options)
+
+
+def _parameters(layer: nn.Module) -> list[Tensor | None]:
+    return [getattr(layer, name, None) for name in ops.PARAMETERS]
 
 
 def _refuse_unsupported(

@@ -251,6 +251,28 @@ def evaluate(
         eval_table(Console(), result.to_json())
 
 
+@app.command()
+def tune(
+    checkpoint: Annotated[Path | None, typer.Argument(metavar="CKPT", help="Tune for this checkpoint.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Instead of CKPT: a model by name, as Mixtral-8x7B.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="With --shape: share of the bytes removed (default 0.4).")] = None,
+    scope: ScopeOption = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the table (default: where serving looks).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest tiles of the Triton kernels on this machine's GPU, and write them where serving finds them."""
+    from offline.progress import Steps
+    from offline.tuning import tune as run
+
+    result = run(checkpoint, shape, ratio, scope, output, Steps)
+    if as_json:
+        _print_json(result)
+    else:
+        from offline.tables import tune_table
+
+        tune_table(Console(), result)
+
+
 def peak_memory() -> int:
     """Bytes this process held resident at its worst moment."""
     status = Path("/proc/self/status")

@@ -139,6 +139,16 @@ def eval_table(console: Console, result: dict[str, Any]) -> None:
     )
 
 
+def tune_table(console: Console, result: dict[str, Any]) -> None:
+    table = Table("tokens", "before, ms", "now, ms", "faster", box=None, pad_edge=False)
+    for row in result["layer"]:
+        gain = row["before_ms"] / row["after_ms"]
+        table.add_row(str(row["tokens"]), f"{row['before_ms']:.3f}", f"{row['after_ms']:.3f}", f"{gain:.2f}")
+    console.print(table)
+    use = "servers use it from their next start" if result["in_force"] else "no server looks there by itself"
+    console.print(f"{result['device']}: {result['path']}; {use}", highlight=False, soft_wrap=True)
+
+
 def verify_table(console: Console, result: dict[str, Any]) -> None:
     for kind in ("problems", "notes"):
         for line in result[kind][:PROBLEMS_SHOWN]:

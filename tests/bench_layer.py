@@ -1,4 +1,5 @@
-"""One MoE layer on this CPU: our operator beside vLLM's fused MoE on the dense layer, interleaved in one run.
+"""One MoE layer on this CPU, or on a CUDA device where there is one: our operator beside vLLM's fused MoE on the dense
+layer, interleaved in one run.
 
 Random bfloat16 weights and routing. A table on stdout, all rows in build/bench/layer.json. byte_ratio is what the dense
 layer's experts in use weigh over what ours read for the same routing: the limit of the speed-up where reading weights
@@ -13,32 +14,19 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import layer_gpu
 import torch
+from layer_shapes import GROUPS, SCOPES, SHAPES, Shape, dense_expert_bytes, sizes
 from torch import Tensor
 
-from d2moe_vllm.ops import cpu
+from d2moe_vllm.ops import BACKENDS
 from d2moe_vllm.ops.reference import Weights
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OURS = BACKENDS["triton" if DEVICE == "cuda" else "cpu"]
 OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "layer.json"
-GROUPS, BYTES = 8, 2
-
-
-class Shape(NamedTuple):
-    hidden: int
-    intermediate: int
-    experts: int
-    top_k: int
-
-
-SHAPES = {
-    "Mixtral-8x7B": Shape(4096, 14336, 8, 2),
-    "DeepSeekMoE-16B": Shape(2048, 1408, 64, 6),
-    "Qwen3-30B-A3B": Shape(2048, 768, 128, 8),
-}
-SPARSITY = {"off": 0.1, "batch": 0.6}
-"""Share of the base's columns that are unused: METHODS' default, and its throughput setting; half of it statically."""
 
 
 def spread(inputs: int, kept: int) -> Tensor:
@@ -47,22 +35,15 @@ def spread(inputs: int, kept: int) -> Tensor:
     return (own + torch.arange(GROUPS).unsqueeze(1) * (inputs // GROUPS)).flatten().int()
 
 
-def multiple(value: float, of: int) -> int:
-    return max(of, int(value) // of * of)
-
-
 class Ours:
     """A layer of a uniform checkpoint at this ratio, packed."""
 
     def __init__(self, shape: Shape, ratio: float, scope: str) -> None:
+        found = sizes(shape, ratio, scope)
         hidden, inner, experts, _ = shape
-        dense = 3 * hidden * inner
-        sparsity = SPARSITY[scope]
-        kept = [multiple(size * (1 - sparsity / 2), GROUPS * 16) for size in (hidden, inner)]
-        self.used = [multiple(size * (1 - sparsity), GROUPS * 16) for size in (hidden, inner)]
-        base = 2 * kept[0] * inner + kept[1] * hidden
-        rank = multiple(((1 - ratio) * experts * dense - base) / (experts * 3 * (hidden + inner)), 16)
+        rank, kept, self.used = found.rank, found.kept, list(found.used)
         self.ranks, self.shape, self.scope = [rank] * 3, shape, scope
+        self.base_bytes, self.expert_bytes = found.base_bytes, found.expert_bytes
 
         def random(*size: int) -> Tensor:
             return (torch.randn(size, dtype=torch.bfloat16) * size[-1] ** -0.5).contiguous()
@@ -78,13 +59,11 @@ class Ours:
                     base_norms=torch.rand(columns) + 0.5,
                 )
             )
-        self.halves = cpu.pack(*halves, ranks=self.ranks, base_ranks=[0, 0, 0], used=self.used, scope=scope)
-        columns = self.used if scope != "off" else kept
-        self.base_bytes = (2 * columns[0] * inner + columns[1] * hidden) * BYTES
-        self.expert_bytes = 3 * rank * (hidden + inner) * BYTES
+        sizes = {"ranks": self.ranks, "base_ranks": [0, 0, 0], "used": self.used, "scope": scope}
+        self.halves = halves if OURS.pack is None else OURS.pack(*halves, **sizes)
 
     def __call__(self, x: Tensor, gates: Tensor, ids: Tensor) -> Tensor:
-        return cpu.fused_experts(
+        return OURS.fused_experts(
             x, gates, ids, *self.halves, None, num_experts=self.shape.experts,
             intermediate_size=self.shape.intermediate, ranks=self.ranks, base_ranks=[0, 0, 0],
             groups=[GROUPS, GROUPS], used=self.used, activation="silu", scope=self.scope,
@@ -114,6 +93,8 @@ class Dense:
 
 def interleaved(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
     """Milliseconds of each, turn by turn, after one turn to warm up."""
+    if DEVICE == "cuda":
+        return layer_gpu.interleaved(calls, seconds)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -131,16 +112,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 1024])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.4, 0.6, 0.8])
-    parser.add_argument("--scopes", nargs="+", default=["off", "batch"], choices=list(SPARSITY))
+    parser.add_argument("--scopes", nargs="+", default=list(SCOPES), choices=SCOPES)
     parser.add_argument("--seconds", type=float, default=1.5, help="per row")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
     rows = []
     titles = ("dense ms", "ours ms", "speed-up", "bytes", "of limit", "GB/s")
     print(f"{'shape':16} {'ratio':>5} {'scope':>5} {'tokens':>6}", *(f"{title:>8}" for title in titles))
     for name in arguments.shapes:
         shape = SHAPES[name]
-        dense = Dense(shape)
+        dense = layer_gpu.Dense(shape) if DEVICE == "cuda" else Dense(shape)
         for ratio in arguments.ratios:
             for scope in arguments.scopes:
                 ours = Ours(shape, ratio, scope)
@@ -151,14 +133,21 @@ def main() -> None:
 
 
 def measure(
-    name: str, shape: Shape, dense: Dense, ours: Ours, ratio: float, scope: str, tokens: int, seconds: float
+    name: str,
+    shape: Shape,
+    dense: Callable[..., Tensor],
+    ours: Ours,
+    ratio: float,
+    scope: str,
+    tokens: int,
+    seconds: float,
 ) -> dict[str, Any]:
     x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16)
     ids = torch.stack([torch.randperm(shape.experts)[: shape.top_k] for _ in range(tokens)]).int()
     gates = torch.rand(tokens, shape.top_k)
     times = interleaved({"dense": lambda: dense(x, gates, ids), "ours": lambda: ours(x, gates, ids)}, seconds)
     active = ids.unique().numel()
-    dense_bytes = active * 3 * shape.hidden * shape.intermediate * BYTES
+    dense_bytes = active * dense_expert_bytes(shape)
     our_bytes = ours.base_bytes + active * ours.expert_bytes
     median = {key: statistics.median(values) for key, values in times.items()}
     row = {

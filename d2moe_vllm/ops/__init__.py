@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from d2moe_vllm.ops import cpu, reference
+from d2moe_vllm.ops import cpu, reference, triton
 
 INPUTS = ("x", "topk_weights", "topk_ids")
 PARAMETERS = tuple(f"{half}_{field}" for half in ("w13", "w2") for field in reference.Weights._fields)
@@ -31,22 +31,29 @@ OPTIONS = {
 }
 """Keyword arguments that are constants of a layer, with their schema types; static_shapes follows x's device."""
 
+PACK_OPTIONS = ("ranks", "base_ranks", "used", "scope")
+"""Those that a backend's `pack` is told."""
+
 
 class Backend(NamedTuple):
     """fused_experts: see `reference.fused_experts`. devices: torch's device types it runs on, None for all.
 
     pack: (w13, w2, *, ranks, base_ranks, used, scope) -> the halves in the backend's own layout, called once after loading; None
     where it takes them as they are. missing: why it cannot be used on this machine, in one line; None if it can.
+    check: hold it against the reference when a model is loaded (selfcheck.py), as it has never run on such devices.
     """
 
     fused_experts: Callable[..., Tensor]
     devices: tuple[str, ...] | None = None
     pack: Callable[..., tuple[reference.Weights, reference.Weights]] | None = None
     missing: Callable[[], str | None] = lambda: None
+    check: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing),
+    # ROCm's devices are "cuda" to torch, too.
+    "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing, check=True),
     "reference": Backend(reference.fused_experts),
 }
 """By preference."""

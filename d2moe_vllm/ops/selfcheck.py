@@ -1,0 +1,138 @@
+"""A layer of a backend that has never run on such hardware, held against the reference before anything is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2moe_vllm import ops
+
+ROWS = (1, 17, 300)
+"""Batches to compare: backends treat one token, a few and many differently."""
+
+TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 0.002}
+"""Root mean square of a row's differences, relative to the row's own: several roundings; float32 may be TF32 inside."""
+ELEMENT = 8.0
+"""How much larger one element's may be, relative to it or to its row: of some thousands of random ones it is 4."""
+SELECTING = 0.2
+"""In place of TOLERANCE where columns are selected: between two nearly equal ones rounding decides."""
+
+SWITCH = """--additional-config '{"d2moe": {"backend": "reference"}}'"""
+
+
+class SelfCheckError(RuntimeError):
+    """A backend does not compute what the reference does; the message is one line and names the switch."""
+
+
+class Example(NamedTuple):
+    """x [T, H], gates float32 [T, K], ids int32 [T, K]; padding bool [T]; expected: the reference's rows of them
+    that are no padding, float32 [n, H]."""
+
+    scope: str
+    x: Tensor
+    gates: Tensor
+    ids: Tensor
+    padding: Tensor | None
+    expected: Tensor = torch.empty(0)
+
+
+_DONE: set[tuple[object, ...]] = set()
+"""Kinds of layers that this process has checked: backend, dtype and which tensors they have."""
+
+
+@contextmanager
+def against_reference(
+    read: Callable[[], Sequence[Tensor | None]], options: Mapping[str, Any], *, hidden_size: int, top_k: int
+) -> Iterator[None]:
+    """Around the packing of a layer's weights: computes with them before and after, and compares.
+
+    Does nothing for backends that need no check (`Backend.check`) and for a kind of layer checked before.
+    read: the layer's parameters as they are now, in the order of ops.PARAMETERS. options: with the keys
+    of ops.OPTIONS and maybe others. Leaves torch's random state alone. Raises SelfCheckError.
+    """
+    options = {name: options[name] for name in ops.OPTIONS}
+    backend = options.pop("backend")
+    parameters = read()
+    kind = (backend, *(None if t is None else t.dtype for t in parameters))
+    if not ops.BACKENDS[backend].check or kind in _DONE:
+        yield
+        return
+    # Before packing, which may take the storage of the original.
+    examples = list(_examples(parameters, hidden_size, top_k, options))
+    yield
+    for example in examples:
+        if (wrong := _difference(backend, example, read(), options)) is not None:
+            raise SelfCheckError(
+                f"backend {backend!r} does not compute what the reference does on {_device(example.x)} ({wrong}): "
+                f"not serving; start with {SWITCH} and report it"
+            )
+    _DONE.add(kind)
+
+
+def _examples(
+    parameters: Sequence[Tensor | None], hidden_size: int, top_k: int, options: dict[str, Any]
+) -> Iterator[Example]:
+    weights = next(t for t in parameters if t is not None and t.is_floating_point())
+    # Weights that --load-format dummy invented may have norms below zero, by which nothing is selected.
+    sane = all(half.base_norms is None or bool((half.base_norms >= 0).all()) for half in ops.halves(parameters))
+    experts = options["num_experts"]
+    # Explicitly: while a model is loaded, torch's defaults are the model's.
+    random: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
+    for scope in dict.fromkeys(("off", options["scope"] if sane else "off")):
+        for rows in ROWS:
+            # Experts that this rank does not have, where there are too few here or by chance, of one row all.
+            ids = torch.rand(rows, max(experts, top_k), **random).argsort(dim=1)[:, :top_k].int()
+            absent = (ids >= experts) | (torch.rand(rows, top_k, **random) < 0.2)
+            absent[rows // 2 + 1 : rows // 2 + 2] = True
+            example = Example(
+                scope,
+                torch.randn(rows, hidden_size, **random).to(weights.device, weights.dtype),
+                torch.rand(rows, top_k, **random).to(weights.device),
+                ids.masked_fill(absent, -1).to(weights.device),
+                (torch.arange(rows, device="cpu") >= max(1, rows - 2)).to(weights.device) if scope == "batch" else None,
+            )
+            expected = _compute("reference", example, parameters, options)
+            if not bool(expected.isfinite().all()):
+                raise SelfCheckError("a layer's outputs are not finite in the reference; look with `d2moe verify`")
+            yield example._replace(expected=expected)
+
+
+def _compute(backend: str, example: Example, parameters: Sequence[Tensor | None], options: dict[str, Any]) -> Tensor:
+    settings = {**options, "scope": example.scope, "backend": backend}
+    inputs = (example.x, example.gates, example.ids)
+    output = ops.fused_experts(*inputs, *parameters, padding_mask=example.padding, **settings)
+    return (output if example.padding is None else output[~example.padding]).float()
+
+
+def _difference(
+    backend: str, example: Example, parameters: Sequence[Tensor | None], options: dict[str, Any]
+) -> str | None:
+    """What is wrong, in a few words; None if nothing is."""
+    rows, where = len(example.x), f"{len(example.x)} rows, scope {example.scope!r}"
+    try:
+        output = _compute(backend, example, parameters, options)
+    except Exception as failure:  # whatever a compiler, a driver or a kernel raises
+        return f"{where}: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    if output.shape != example.expected.shape:
+        return f"{where}: shape {list(output.shape)} for {list(example.expected.shape)}"
+    bound = TOLERANCE[example.x.dtype] if example.scope == "off" else SELECTING
+    size = example.expected.square().mean(dim=1).sqrt()
+    error = output - example.expected
+    of_rows = error.square().mean(dim=1).sqrt()
+    largest = torch.maximum(example.expected.abs(), size.unsqueeze(1))
+    # What is that small has few digits in float16 (weights that --load-format dummy invented make it so).
+    floor = torch.finfo(example.x.dtype).tiny
+    # Not the other way round: a comparison with NaN is false.
+    fine = (of_rows <= bound * size + floor) & (error.abs() <= ELEMENT * bound * largest + floor).all(dim=1)
+    if bool(fine.all()):
+        return None
+    worst = float((of_rows / size.clamp(min=torch.finfo(torch.float32).tiny))[~fine].max())
+    return f"{where}: {int((~fine).sum())} of {rows} differ, by up to {worst:.3g} of a row where {bound} is rounding"
+
+
+def _device(x: Tensor) -> str:
+    return torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else f"this {x.device.type}"

@@ -1,0 +1,145 @@
+"""The layer as a sequence of launches (see docs/adr/0012-triton-backend.md); importing it imports triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.triton.launch import Batch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+SCOPES = ("off", "token", "batch")
+
+
+def fused_experts(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w13: Weights,
+    w2: Weights,
+    padding_mask: Tensor | None,
+    *,
+    num_experts: int,
+    intermediate_size: int,
+    ranks: Sequence[int],
+    base_ranks: Sequence[int],
+    groups: Sequence[int],
+    used: Sequence[int],
+    activation: str,
+    scope: str,
+    batch_invariant: bool,
+) -> Tensor:
+    """See d2moe_vllm.ops.triton.fused_experts."""
+    for name, value, known in (("x's dtype", x.dtype, DTYPES), ("activation", activation, ACTIVATIONS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}, not one of {', '.join(map(str, known))}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope is {scope!r}, not batch, token or off")
+    if not len(x):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    x = x.contiguous()
+    padding = None if padding_mask is None else padding_mask.contiguous().view(torch.uint8)
+    batch = Batch(topk_weights.float().contiguous(), topk_ids.int().contiguous(), num_experts, x.dtype, batch_invariant)
+
+    z = _base_gate_up(batch, x, w13, padding, base_ranks[0], scope=scope, groups=groups[0], used=used[0])
+    shrunk = u = None
+    if _has_deltas(w13):
+        u, shrunk = w13.delta_u, _shrink(batch, x, w13)
+    h = batch.expand_and_activate(
+        shrunk,
+        u,
+        z,
+        width=intermediate_size,
+        ranks=(ranks[0], ranks[1]),
+        places=w13.u_index,
+        columns=w13.delta_columns,
+        column_places=w13.v_index,
+        activation=activation,
+    )
+    base = _base_down(batch, h, w2, padding, scope=scope, groups=groups[1], used=used[1])
+    deltas = None
+    if _has_deltas(w2):
+        deltas = batch.factor_product(
+            "expand_down" if w2.delta_columns is None else "expand_columns",
+            _shrink(batch, h, w2),
+            w2.delta_u,
+            grouped=True,
+            places=w2.u_index,
+            columns=w2.delta_columns,
+            column_places=w2.v_index,
+            exact=True,
+        )
+    return batch.combine(base, deltas, x.shape[1])
+
+
+def _has_deltas(weights: Weights) -> bool:
+    """Whether any expert that is here has a delta: a rank may have trimmed experts only, and so nothing stored."""
+    vs = (weights.delta_v, weights.delta_columns, weights.shared_v)
+    return weights.delta_u is not None and len(weights.delta_u) > 0 and any(v is not None and len(v) for v in vs)
+
+
+def _shrink(batch: Batch, x: Tensor, weights: Weights) -> Tensor:
+    """s [rows, k] = V x, rows being pairs, or x's own rows for a V that all experts share.
+
+    Where V only names columns it is x itself, and the expanding kernel looks them up.
+    """
+    if weights.delta_columns is not None:
+        return x
+    if weights.shared_v is not None:
+        # Once per token, however many experts it goes to.
+        return batch.added(batch.factor_product("shrink", x, weights.shared_v, grouped=False))
+    parts = batch.factor_product("shrink", x, weights.delta_v, grouped=True, places=weights.v_index)
+    return batch.added(parts)
+
+
+def _base_gate_up(
+    batch: Batch,
+    x: Tensor,
+    weights: Weights,
+    padding: Tensor | None,
+    gate_rank: int,
+    *,
+    scope: str,
+    groups: int,
+    used: int,
+) -> Tensor | None:
+    """z [parts, tokens, 2 I], None without a base."""
+    if weights.base_u is not None and weights.base_v is not None:
+        shrunk = batch.added(batch.factor_product("shrink", x, weights.base_v, grouped=False))
+        width = weights.base_u.shape[0]
+        z = batch.empty(1, batch.tokens, 2 * width, dtype=x.dtype)
+        for ranks, outputs in (
+            (slice(gate_rank), slice(width)),
+            (slice(gate_rank, None), slice(width, None)),
+        ):
+            b = weights.base_u[:, ranks]
+            batch.factor_product("expand_down", shrunk[:, ranks], b, grouped=False, out=z[..., outputs])
+        return z
+    if weights.base is None or weights.base_columns is None or weights.base_norms is None:
+        return None
+    # As many ascending columns as there are inputs are all of them.
+    inputs = None if len(weights.base_columns) == x.shape[1] else weights.base_columns
+    packed, chosen = batch.used_inputs(x, inputs, weights.base_norms, padding, scope=scope, groups=groups, used=used)
+    return batch.base_product(packed, weights.base, chosen)
+
+
+def _base_down(
+    batch: Batch, h: Tensor, weights: Weights, padding: Tensor | None, *, scope: str, groups: int, used: int
+) -> Tensor | None:
+    """float32 [parts, tokens, H], None without a base."""
+    if weights.base_u is not None and weights.base_v is not None:
+        mix = batch.mix(h, None, h.dtype)
+        shrunk = batch.added(batch.factor_product("shrink", mix, weights.base_v, grouped=False))
+        return batch.factor_product("expand_down", shrunk, weights.base_u, grouped=False, exact=True)
+    if weights.base is None or weights.base_columns is None or weights.base_norms is None:
+        return None
+    inputs = None if len(weights.base_columns) == h.shape[1] else weights.base_columns
+    # A selection sees the mix unrounded, as the reference's does: it must not depend on the type.
+    selects = scope != "off" and used < len(weights.base_norms)
+    mix = batch.mix(h, inputs, torch.float32 if selects else h.dtype)
+    packed, chosen = batch.used_inputs(mix, None, weights.base_norms, padding, scope=scope, groups=groups, used=used)
+    return batch.base_product(packed, weights.base, chosen, exact=True)

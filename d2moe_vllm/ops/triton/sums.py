@@ -1,0 +1,94 @@
+"""Gate-weighted sums over a token's experts in the order of its choices: no atomics, the same bits each time."""
+
+import triton
+import triton.language as tl
+
+from d2moe_vllm.ops.triton.common import load_parts
+
+
+@triton.jit(do_not_specialize=["rows"])
+def mix(
+    h,
+    gates,
+    ids,
+    inputs,
+    out,
+    rows,
+    width,
+    count,
+    num_experts,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out [rows, count] = sum_k gates[:, k] h[row * TOP_K + k], in float32, at the columns the base has kept.
+
+    h: [rows * TOP_K, width]. gates: float32, ids: int32 [rows, TOP_K]; what is not one of num_experts adds nothing.
+    inputs: int32 [count], or None where count is width.
+    """
+    own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    places = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there, in_count = own < rows, places < count
+    columns = places if inputs is None else tl.load(inputs + places, mask=in_count, other=0)
+    acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+    for choice in tl.static_range(TOP_K):
+        pair = own * TOP_K + choice
+        expert = tl.load(ids + pair, mask=there, other=-1)
+        here = there & (expert >= 0) & (expert < num_experts)
+        gate = tl.load(gates + pair, mask=here, other=0.0)
+        pointers = h + pair.to(tl.int64)[:, None] * width + columns[None, :]
+        acc += gate[:, None] * tl.load(pointers, mask=here[:, None] & in_count[None, :], other=0.0).to(tl.float32)
+    pointers = out + own.to(tl.int64)[:, None] * count + places[None, :]
+    tl.store(pointers, acc.to(out.dtype.element_ty), mask=there[:, None] & in_count[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def combine(
+    base,
+    deltas,
+    gates,
+    ids,
+    y,
+    rows,
+    width,
+    num_experts,
+    TOP_K: tl.constexpr,
+    BASE_PARTS: tl.constexpr,
+    DELTA_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y [rows, width] = sum of base's parts + sum_k gates[:, k] times the sum of deltas' parts, rounded once.
+
+    base: [BASE_PARTS, rows, width] and deltas: [DELTA_PARTS, rows * TOP_K, width], either None where there is none.
+    """
+    own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there, in_width = own < rows, (columns < width)[None, :]
+    long_rows = tl.cast(rows, tl.int64)
+    acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+    if deltas is not None:
+        for choice in tl.static_range(TOP_K):
+            pair = own * TOP_K + choice
+            expert = tl.load(ids + pair, mask=there, other=-1)
+            here = there & (expert >= 0) & (expert < num_experts)
+            gate = tl.load(gates + pair, mask=here, other=0.0)
+            pointers = deltas + pair.to(tl.int64)[:, None] * width + columns[None, :]
+            delta = load_parts(pointers, TOP_K * long_rows * width, here[:, None] & in_width, DELTA_PARTS)
+            acc += gate[:, None] * delta
+    if base is not None:
+        pointers = base + own.to(tl.int64)[:, None] * width + columns[None, :]
+        acc += load_parts(pointers, long_rows * width, there[:, None] & in_width, BASE_PARTS)
+    pointers = y + own.to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(pointers, acc.to(y.dtype.element_ty), mask=there[:, None] & in_width)
+
+
+@triton.jit(do_not_specialize=["count"])
+def add_parts(parts, out, count, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out [count] = the sum of parts: float32 [PARTS, count].
+
+    A launch of its own where the sum is an input of a product: that kernel would keep every part in shared memory.
+    """
+    places = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    value = load_parts(parts + places, tl.cast(count, tl.int64), places < count, PARTS)
+    tl.store(out + places, value.to(out.dtype.element_ty), mask=places < count)

@@ -1,0 +1,139 @@
+"""Compiles the Triton kernels that layers launch for GPUs: `python aot_report.py TARGETS DTYPES [all | KERNEL]`, in a
+process of its own, since kernels are interpreted in that of the tests. One line of JSON per kernel on stdout; "odd": it
+is launched for sizes only that no real model has, whose rows do not begin at multiples of 16 bytes.
+
+Layers are on the meta device, in the sizes of real models and in odd ones, of every variant of the format.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from layer_shapes import SHAPES, Shape
+
+from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.triton import aot, layer, tiles
+
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+"""Of A100, H100, B200: how sums are split depends on them."""
+ODD = Shape(200, 328, 6, 2)
+"""Multiples of 8 and of no 16."""
+VARIANTS = ("base", "low-rank base", "no base", "shared V", "columns", "trimmed", "no deltas")
+
+
+def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Weights, list[int], int]:
+    """The weights of "w13" or "w2", the ranks of their deltas, and that of their base."""
+    inputs, out, parts = (
+        (shape.hidden, shape.intermediate, 2) if name == "w13" else (shape.intermediate, shape.hidden, 1)
+    )
+    odd = shape is ODD
+    rank, stored = 33 if odd else 512, shape.experts - (variant == "trimmed")
+    new = partial(torch.empty, dtype=dtype, device="meta")
+    integers = partial(torch.empty, dtype=torch.int32, device="meta")
+    fields: dict[str, Tensor] = {}
+    base_rank = 0
+    if variant != "no deltas":
+        fields["delta_u"] = new(stored, out, parts * rank)
+        if variant == "columns":
+            fields["delta_columns"] = integers(stored, parts * rank)
+        elif variant == "shared V":
+            fields |= {"shared_v": new(parts * rank, inputs), "u_index": integers(shape.experts)}
+        else:
+            fields["delta_v"] = new(stored, parts * rank, inputs)
+        if variant == "trimmed":
+            fields |= {"u_index": integers(shape.experts), "v_index": integers(shape.experts)}
+    if variant == "low-rank base":
+        base_rank = 40 if odd else 512
+        fields |= {"base_u": new(out, parts * base_rank), "base_v": new(parts * base_rank, inputs)}
+    elif variant != "no base":
+        kept = inputs // 8 * 7 if variant == "base" else inputs
+        fields |= {"base": new(kept, parts * out), "base_columns": integers(kept)}
+        fields["base_norms"] = torch.empty(kept, dtype=torch.float32, device="meta")
+    return Weights(**fields), [0 if variant == "no deltas" else rank] * parts, base_rank
+
+
+def call(
+    shape: Shape, dtype: torch.dtype, variant: str, scope: str, rows: int, activation: str, invariant: bool = False
+) -> None:
+    w13, ranks13, base13 = half(shape, dtype, variant, "w13")
+    w2, ranks2, base2 = half(shape, dtype, variant, "w2")
+    new = partial(torch.empty, device="meta")
+    layer.fused_experts(
+        new(rows, shape.hidden, dtype=dtype), new(rows, shape.top_k), new(rows, shape.top_k, dtype=torch.int32),
+        w13, w2,
+        new(rows, dtype=torch.bool) if scope == "batch" else None,
+        num_experts=shape.experts, intermediate_size=shape.intermediate, ranks=ranks13 + ranks2,
+        base_ranks=[base13, base13, base2], groups=[8, 8],
+        used=[shape.hidden // 16 * 8, shape.intermediate // 16 * 8], activation=activation, scope=scope,
+        batch_invariant=invariant,
+    )  # fmt: skip
+
+
+def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
+    """Layers whose launches are compiled. Not everything: Mixtral's at one number of rows, each kernel a few times."""
+    if not everything:
+        for scope, rows in (("off", 16), ("batch", 16), ("batch", 128), ("token", 1)):
+            yield partial(call, SHAPES["Mixtral-8x7B"], dtype, "base", scope, rows, "silu")
+        return
+    # Every bucket of rows, twice the tables' last one for kernels whose rows are those of one expert of many.
+    every = sorted(
+        {rows for entries in tiles.table("default").values() for rows in entries} | {1, 2, 8, 300, 1024, 4096}
+    )
+    for shape, scope, rows in itertools.product((*SHAPES.values(), ODD), ("off", "token", "batch"), every):
+        yield partial(call, shape, dtype, "base", scope, rows, "silu")
+        yield partial(call, shape, dtype, "base", scope, rows, "silu", True)
+    for shape, variant, rows in itertools.product((SHAPES["Mixtral-8x7B"], ODD), VARIANTS, every):
+        yield partial(call, shape, dtype, variant, "off", rows, "silu")
+    for activation in ("gelu", "gelu_tanh"):
+        yield partial(call, SHAPES["Mixtral-8x7B"], dtype, "base", "off", 128, activation)
+
+
+def launches(name: str, dtype: str, what: str) -> Iterator[tuple[dict[str, Any], aot.Launch]]:
+    """What is known of a launch without compiling it, and the launch."""
+    tiles.processors = lambda device: PROCESSORS[name]
+    found: dict[str, aot.Launch] = {}
+    real: set[str] = set()
+    for one in calls(getattr(torch, dtype), what == "all"):
+        for launch in aot.record(one, aot.TARGETS[name]):
+            found[key := f"{launch} {launch.attributes}"] = launch
+            real |= {key} if one.args[0] is not ODD else set()
+    for key, launch in found.items():
+        if what in ("all", "", launch.name):
+            about = {"target": name, "kernel": launch.name, "dtype": dtype, "launch": str(launch)}
+            yield {**about, "odd": key not in real}, launch
+
+
+def described(item: tuple[dict[str, Any], aot.Launch]) -> str:
+    about, launch = item
+    target = aot.TARGETS[about["target"]]
+    try:
+        compiled = aot.compile_launch(launch, target)
+    except Exception as error:  # a compiler's, of any kind: one kernel's failure is a line of the report
+        return json.dumps({**about, "refused": f"{type(error).__name__}: {error}"[:2000]})
+    figures = {**compiled._asdict(), "cubin": len(compiled.cubin), "elf": compiled.cubin[:4] == b"\x7fELF"}
+    return json.dumps({**about, "refused": compiled.refused_by(target), **figures})
+
+
+def main() -> None:
+    names, dtypes, what = (*sys.argv[1:], "")[:3]
+    pairs = itertools.product(names.split(","), dtypes.split(","))
+    items = [item for name, dtype in pairs for item in launches(name, dtype, what)]
+    sys.stderr.write(f"{len(items)} kernels\n")
+    with ThreadPoolExecutor(2) as pool:
+        for line in pool.map(described, items):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""What is checked when a model is loaded: a backend that computes something else than the reference is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from moe_cases import CROWDED, crowd, random_case
+from moe_oracle import kernel_arguments
+from torch import Tensor
+
+from d2moe_vllm import ops
+from d2moe_vllm.ops import Backend, cpu, reference, selfcheck
+from d2moe_vllm.ops.selfcheck import SelfCheckError, against_reference
+
+Change = Callable[..., Tensor]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_checked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "_DONE", set())
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Backend], None]:
+    return lambda backend: monkeypatch.setitem(ops.BACKENDS, "new", backend._replace(check=True))
+
+
+def load(arguments: list[Any], options: dict[str, Any], **changes: Any) -> list[Tensor | None]:
+    """Packs as a layer that is loaded does, within the check."""
+    parameters = [None if t is None else t.clone() for t in ops.flat(*arguments[3:5])]
+    options = {"batch_invariant": False, "layer": 3, **options, "backend": "new", **changes}
+    hidden, top_k = arguments[0].shape[1], arguments[2].shape[1]
+    with against_reference(lambda: parameters, options, hidden_size=hidden, top_k=top_k):
+        if (pack := ops.BACKENDS["new"].pack) is not None:
+            ranks = {name: options[name] for name in ("ranks", "base_ranks")}
+            parameters = ops.flat(*pack(*ops.halves(parameters), **ranks))
+    return parameters
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scope", ["off", "token", "batch"])
+@pytest.mark.parametrize("variant", CROWDED)
+def test_a_right_backend_is_let_through(
+    install: Callable[[Backend], None], variant: str, scope: str, dtype: torch.dtype
+) -> None:
+    """The C++ backend, whose packing takes the storage of what it packs; the random state stays as it was."""
+    install(ops.BACKENDS["cpu"])
+    state = torch.get_rng_state()
+    load(*kernel_arguments(crowd(variant, scope), dtype))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def wrong_column(output: Tensor) -> Tensor:
+    """Of the last column, as a kernel that is off by one at an odd size would."""
+    return torch.cat([output[:, :-1], output[:, -2:-1]], dim=1)
+
+
+def without_gates(*inputs: Any, **options: Any) -> Tensor:
+    return reference.fused_experts(inputs[0], torch.ones_like(inputs[1]), *inputs[2:], **options)
+
+
+def without_deltas(*inputs: Any, **options: Any) -> Tensor:
+    halves = (half._replace(delta_u=None) for half in inputs[3:5])
+    return reference.fused_experts(*inputs[:3], *halves, inputs[5], **options)
+
+
+def absent_are_expert_0(*inputs: Any, **options: Any) -> Tensor:
+    return reference.fused_experts(*inputs[:2], inputs[2].clamp(min=0), *inputs[3:], **options)
+
+
+def nothing_selected(*inputs: Any, **options: Any) -> Tensor:
+    used = [part // 4 for part in options.pop("used")]
+    return reference.fused_experts(*inputs, used=used, **options)
+
+
+def many_rows_wrong(*inputs: Any, **options: Any) -> Tensor:
+    output = reference.fused_experts(*inputs, **options)
+    output[256:] = 0
+    return output
+
+
+def fails(*inputs: Any, **options: Any) -> Tensor:
+    raise RuntimeError("out of resource: shared memory,\nRequired: 300000")
+
+
+WRONG = {
+    "a column": (lambda *i, **o: wrong_column(reference.fused_experts(*i, **o)), "17 rows|1 rows"),
+    "three per cent": (lambda *i, **o: reference.fused_experts(*i, **o) * 1.03, "by up to 0.0[23]"),
+    "NaN": (lambda *i, **o: reference.fused_experts(*i, **o).index_fill(1, torch.tensor([5]), torch.nan), "differ"),
+    "gates": (without_gates, "differ"),
+    "deltas": (without_deltas, "differ"),
+    "absent experts": (absent_are_expert_0, "differ"),
+    "selection": (nothing_selected, "scope 'batch'"),
+    "many rows": (many_rows_wrong, "of 300 differ"),
+    "shape": (lambda *i, **o: reference.fused_experts(*i, **o)[:, :-1], "shape"),
+    "an error": (fails, "RuntimeError: out of resource: shared memory, Required: 300000"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_backend_is_refused(install: Callable[[Backend], None], kind: str, dtype: torch.dtype) -> None:
+    """In one line that names the switch; also the second time, since nothing has passed."""
+    compute, words = WRONG[kind]
+    install(Backend(compute))
+    for _ in range(2):
+        with pytest.raises(SelfCheckError, match=words) as error:
+            load(*kernel_arguments(crowd("pruned base", "batch"), dtype))
+        assert """--additional-config '{"d2moe": {"backend": "reference"}}'""" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_only_what_is_new_is_checked(install: Callable[[Backend], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of a kind, and layers of every kind; never the backends that have run on their hardware."""
+    calls = []
+
+    def count(*inputs: Any, **options: Any) -> Tensor:
+        calls.append(len(inputs[0]))
+        return reference.fused_experts(*inputs, **options)
+
+    install(Backend(count))
+    for _ in range(3):
+        load(*kernel_arguments(crowd("pruned base", "off"), torch.float32))
+    assert tuple(calls) == selfcheck.ROWS
+    load(*kernel_arguments(crowd("shared V", "off"), torch.float32))
+    assert tuple(calls) == 2 * selfcheck.ROWS
+    monkeypatch.setitem(ops.BACKENDS, "new", Backend(fails))
+    load(*kernel_arguments(crowd("trimmed", "off"), torch.float32))
+
+
+def test_fewer_experts_here_than_a_token_is_routed_to(install: Callable[[Backend], None]) -> None:
+    """As under expert parallelism; and with a model's defaults for dtype, as while it is loaded."""
+    install(Backend(cpu.fused_experts, ("cpu",), cpu.pack))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        load(*kernel_arguments(random_case(3, num_experts=2, top_k=2), torch.float32), num_experts=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def invented(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+    """A layer as --load-format dummy fills it: floats, norms too, between -0.001 and 0.001."""
+    arguments, options = kernel_arguments(crowd("pruned base", "batch"), dtype)
+    for half in arguments[3:5]:
+        for tensor in half:
+            if tensor is not None and tensor.is_floating_point():
+                tensor.uniform_(-1e-3, 1e-3)
+    return arguments, options
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_invented_weights_can_be_checked(install: Callable[[Backend], None], dtype: torch.dtype) -> None:
+    install(ops.BACKENDS["cpu"])
+    load(*invented(dtype))
+
+
+def test_invented_weights_are_checked(install: Callable[[Backend], None]) -> None:
+    install(Backend(without_gates))
+    with pytest.raises(SelfCheckError, match="differ"):
+        load(*invented(torch.bfloat16))
+
+
+def test_damaged_weights_are_not_the_backends_fault(install: Callable[[Backend], None]) -> None:
+    install(ops.BACKENDS["cpu"])
+    arguments, options = kernel_arguments(crowd("pruned base", "off"), torch.float32)
+    arguments[3].base[0, 0] = torch.nan
+    with pytest.raises(SelfCheckError, match="not finite in the reference; look with `d2moe verify`"):
+        load(arguments, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scope", ["off", "token", "batch"])
+@pytest.mark.parametrize("variant", CROWDED)
+def test_the_triton_backend_is_let_through_on_a_gpu(variant: str, scope: str, dtype: torch.dtype) -> None:
+    arguments, options = kernel_arguments(crowd(variant, scope), dtype)
+    parameters = [None if t is None else t.cuda() for t in ops.flat(*arguments[3:5])]
+    options = {"batch_invariant": False, **options, "backend": "triton"}
+    with against_reference(lambda: parameters, options, hidden_size=arguments[0].shape[1], top_k=2):
+        pass
+    assert selfcheck._DONE
+
+
+def test_what_has_never_run_on_its_hardware_is_checked() -> None:
+    assert {name for name, backend in ops.BACKENDS.items() if backend.check} == {"triton"}

@@ -1,0 +1,95 @@
+"""The Triton backend in Triton's interpreter, on CPU tensors, whatever mode this process otherwise uses Triton in."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+# Before the mode is changed: what triton itself has of functions stays compiled.
+from triton.runtime import interpreter
+
+from d2moe_vllm.ops import triton as package
+from d2moe_vllm.ops.reference import Weights
+
+MODULES = ("layer", "launch", "catalogue", "tiles", "routing", "selection", "products", "sums")
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+    ),
+]
+
+
+def modules(device: str) -> SimpleNamespace:
+    """The package's modules by name: for "cpu" a second copy of them, whose kernels are interpreted.
+
+    triton.jit decides when it decorates, so these are imported anew, and the others put back in their place.
+    """
+    if device != "cpu":
+        return SimpleNamespace(**{name: importlib.import_module(f"{package.__name__}.{name}") for name in MODULES})
+    prefix = f"{package.__name__}."
+    compiled = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(prefix)}
+    attributes = {name: value for name, value in vars(package).items() if isinstance(value, ModuleType)}
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        found = SimpleNamespace(**{name: importlib.import_module(prefix + name) for name in MODULES})
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+        for name in [name for name in sys.modules if name.startswith(prefix)]:
+            del sys.modules[name]
+            vars(package).pop(name[len(prefix) :], None)
+        sys.modules.update(compiled)
+        vars(package).update(attributes)
+    return found
+
+
+@contextmanager
+def products_by_rows() -> Iterator[None]:
+    """The interpreter's dot product with the same bits for a row wherever in its block it stands, as in a GPU's; the
+    matrix product of numpy that it is otherwise depends on that."""
+    builder = interpreter.InterpreterBuilder
+    before = builder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        rows = [row @ b.data.astype(np.float32) for row in a.data.astype(np.float32)]
+        return interpreter.TensorHandle(np.stack(rows) + d.data, d.dtype.scalar)
+
+    builder.create_dot = create_dot
+    try:
+        yield
+    finally:
+        builder.create_dot = before
+
+
+class Backend:
+    """fused_experts on a device, with and for tensors on the CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.modules = device, modules(device)
+        self.dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * (device != "cpu")
+        """The interpreter's dot product is wrong in bfloat16."""
+
+    def to(self, arguments: list[Any]) -> list[Any]:
+        def move(value: Any) -> Any:
+            if isinstance(value, Weights):
+                return Weights(*map(move, value))
+            return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
+        return list(map(move, arguments))
+
+    def run(self, arguments: list[Any], options: dict[str, Any]) -> torch.Tensor:
+        options = {"batch_invariant": False, **options}
+        return self.modules.layer.fused_experts(*self.to(arguments), **options).cpu()

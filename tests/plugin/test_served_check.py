@@ -1,0 +1,117 @@
+"""The check of a backend against the reference, where vLLM loads a layer (tests/ops/test_selfcheck.py has the rest)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from one_layer import fill, layer_tensors, make_loader
+from torch import Tensor
+
+pytest.importorskip("vllm")
+
+from engine import ENVIRONMENT, RUNNER
+from test_quantization import create, moe, routed_experts, vllm_config  # noqa: F401 - a fixture
+from test_quantization import fill as fill_layer
+from vllm.config import VllmConfig
+
+from d2moe_vllm import ops
+from d2moe_vllm.checkfiles import read_config
+from d2moe_vllm.checkpoint import CheckpointConfig
+from d2moe_vllm.experts import D2MoEMethod
+from d2moe_vllm.loading import options
+from d2moe_vllm.ops import Backend, reference, selfcheck
+from d2moe_vllm.ops.selfcheck import SelfCheckError, against_reference
+
+
+@pytest.fixture(autouse=True)
+def _nothing_checked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "_DONE", set())
+
+
+def wrong(*inputs: Any, **settings: Any) -> Tensor:
+    return -reference.fused_experts(*inputs, **settings)
+
+
+def test_a_wrong_backend_stops_loading(
+    config: CheckpointConfig,
+    vllm_config: VllmConfig,  # noqa: F811 - the fixture
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vllm_config.load_config.load_format = "dummy"
+    for backend in (ops.BACKENDS["cpu"], Backend(wrong)):
+        monkeypatch.setitem(ops.BACKENDS, "new", backend._replace(check=True))
+        method, layer = D2MoEMethod(moe(), config, 1, "batch", "new"), routed_experts()
+        create(method, layer)
+        fill_layer(layer)
+        if backend.pack is not None:
+            method.process_weights_after_loading(layer)
+            selfcheck._DONE.clear()
+            continue
+        with pytest.raises(SelfCheckError, match="backend 'new' does not compute what the reference does on this cpu"):
+            method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("ranks", [{}, {"tp": (1, 2)}, {"ep": (0, 2)}, {"ep": (1, 4)}, {"ep": (0, 8)}])
+@pytest.mark.parametrize("layer", range(4))
+def test_every_variant_on_every_kind_of_rank(
+    variants: Path, monkeypatch: pytest.MonkeyPatch, layer: int, ranks: dict[str, tuple[int, int]]
+) -> None:
+    """The right backend passes, one that forgets the gates does not."""
+    config = read_config(variants)
+    loader = make_loader(config, layer=layer, **ranks)
+    found = fill(loader, layer_tensors(variants, layer))
+    settings = {
+        "num_experts": len(loader.experts),
+        "activation": "silu",
+        "batch_invariant": False,
+        "backend": "new",
+        **options(config, layer, loader.tp_size, "batch", prune_down="ep" not in ranks),
+    }
+
+    def load(backend: Backend) -> None:
+        monkeypatch.setitem(ops.BACKENDS, "new", backend._replace(check=True))
+        parameters = [None if name not in found else found[name].clone() for name in ops.PARAMETERS]
+        with against_reference(lambda: parameters, settings, hidden_size=config.hidden_size, top_k=2):
+            if backend.pack is not None:
+                packed = backend.pack(
+                    *ops.halves(parameters), ranks=settings["ranks"], base_ranks=settings["base_ranks"]
+                )
+                parameters = ops.flat(*packed)
+
+    with pytest.raises(SelfCheckError):
+        load(Backend(lambda x, gates, *rest, **o: reference.fused_experts(x, torch.ones_like(gates), *rest, **o)))
+    load(ops.BACKENDS["cpu"])
+
+
+@pytest.mark.slow
+def test_the_engine_does_not_start(checkpoint: Path, tmp_path: Path) -> None:
+    """With vLLM's own loading: exit code 1, and the log says what to do. The switch it names then serves."""
+    code = (
+        "import d2moe_vllm.ops as ops, llm_runner\n"
+        "from d2moe_vllm.ops import Backend, reference\n"
+        "ops.BACKENDS['cpu'] = Backend(lambda *i, **o: -reference.fused_experts(*i, **o), ('cpu',), check=True)\n"
+        "llm_runner.main()\n"
+    )
+    job = {"prompts": ["Lists are"], "max_tokens": 2, "one_by_one": False, "output": str(tmp_path / "results.json")}
+    for extra, served in (({}, False), ({"additional_config": {"d2moe": {"backend": "reference"}}}, True)):
+        llm = {"model": str(checkpoint), "enforce_eager": True, **extra}
+        (tmp_path / "job.json").write_text(json.dumps({**job, "llm": llm}))
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "job.json")],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(RUNNER.parent), *sys.path])},
+        )
+        log = done.stdout + done.stderr
+        assert (done.returncode == 0) == served, log[-3000:]
+        assert ("""start with --additional-config '{"d2moe": {"backend": "reference"}}'""" in log) != served
+        assert (tmp_path / "results.json").exists() == served
