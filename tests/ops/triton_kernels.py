@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,10 @@ def modules(device: str) -> SimpleNamespace:
         return SimpleNamespace(**{name: importlib.import_module(f"{package.__name__}.{name}") for name in MODULES})
     prefix = f"{package.__name__}."
     compiled = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(prefix)}
-    attributes = {name: value for name, value in vars(package).items() if isinstance(value, ModuleType)}
+    # `from package import module` takes the package's attribute, where there is one.
+    attributes = {name: value for name, value in vars(package).items() if f"{prefix}{name}" in compiled}
+    for name in attributes:
+        delattr(package, name)
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
