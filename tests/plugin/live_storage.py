@@ -22,7 +22,7 @@ def live_storage(model: nn.Module) -> dict[str, int]:
         kind = "experts" if ".experts" in name else "others"
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if kind == "experts":
-            tensors += [t for holder in (module, getattr(module, "quant_method", None)) for t in _tensors(vars(holder))]
+            tensors += [*_tensors(vars(module)), *_tensors(getattr(module, "quant_method", None))]
         for storage in (tensor.untyped_storage() for tensor in tensors):
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
