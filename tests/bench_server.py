@@ -126,17 +126,17 @@ class Bench:
             memory = compare_memory(*(Resident.of(model, server) for model, server in servers.items()))
             rows = []
             for concurrency in self.arguments.concurrency:
-                rounds: list[list[dict[str, float]]] = [
+                rounds = [
                     [self.serve(server, model, concurrency, number == 0) for model, server in servers.items()]
                     for number in range(self.arguments.rounds)
                 ]
-                rows.append({**pair.key, "concurrency": concurrency, **compare(rounds)})
+                rows.append({**pair.key, "concurrency": concurrency, "rounds": rounds})
         return {"serve": rows, "memory": [{**pair.key, **memory}]}
 
     def throughput_pair(self, dense: Path, pair: Pair) -> dict[str, list[dict[str, Any]]]:
         models = (dense, pair.folder)
         rounds = [[self.throughput(model) for model in models] for _ in range(self.arguments.throughput_rounds)]
-        return {"throughput": [{**pair.key, "requests": self.arguments.prompts, **compare(rounds)}]} if rounds else {}
+        return {"throughput": [{**pair.key, "requests": self.arguments.prompts, "rounds": rounds}]} if rounds else {}
 
 
 class Resident(NamedTuple):
@@ -170,9 +170,9 @@ def compare_memory(dense: Resident, ours: Resident) -> dict[str, Any]:
     }
 
 
-def compare(rounds: list[list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians and spread of rounds of (dense, ours); the speed-up is of output tokens per second."""
-    result: dict[str, Any] = {"rounds": len(rounds)}
+def compare(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with medians and spread of its rounds of (dense, ours); the speed-up is of output tokens per second."""
+    rounds, result = row["rounds"], dict(row)
     for number, name in enumerate(("dense", "ours")):
         values = {figure: [both[number][figure] for both in rounds] for figure in rounds[0][number]}
         result[name] = {figure: statistics.median(of) for figure, of in values.items()}
@@ -182,14 +182,26 @@ def compare(rounds: list[list[dict[str, float]]]) -> dict[str, Any]:
     return result
 
 
-def merged(old: dict[str, Any], workload: dict[str, Any], new: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The results with new rows in place of older ones of the same pair; of the same workload only."""
+def merged(
+    old: dict[str, Any], workload: dict[str, Any], new: dict[str, list[dict[str, Any]]], more: bool = False
+) -> dict[str, Any]:
+    """The results with new rows in place of older ones of the same pair, or with their rounds added to them.
+
+    Of the same workload only: rows of another are left out.
+    """
     result: dict[str, Any] = old if old.get("workload") == workload else {"workload": workload}
     for kind, rows in new.items():
-        key = ("ratio", "scope", "concurrency", "requests")
-        table = {tuple(row.get(k, 0) for k in key): row for row in [*result.get(kind, []), *rows]}
-        result[kind] = [table[k] for k in sorted(table)]
+        table = {_key(row): row for row in result.get(kind, [])}
+        for row in rows:
+            before = table.get(_key(row), {}).get("rounds", []) if more else []
+            measured = "rounds" in row
+            table[_key(row)] = compare({**row, "rounds": [*before, *row["rounds"]]}) if measured else row
+        result[kind] = [table[key] for key in sorted(table)]
     return result
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["ratio"], row["scope"], row.get("concurrency", row.get("requests", 0))
 
 
 def show(results: dict[str, Any]) -> Iterable[str]:
@@ -221,6 +233,7 @@ def main() -> None:
     parser.add_argument(
         "--throughput-rounds", type=int, default=2, help="of `vllm bench throughput`, 0 to leave it out"
     )
+    parser.add_argument("--more", action="store_true", help="add to the rounds of earlier runs, not replace them")
     parser.add_argument("--input-len", type=int, default=32, help="tokens")
     parser.add_argument("--output-len", type=int, default=128, help="tokens")
     parser.add_argument("--prompts", type=int, default=64, help="of `vllm bench throughput`, all at once")
@@ -240,7 +253,7 @@ def main() -> None:
         bench = Bench(arguments, Path(folder))
         for pair in pairs:
             for measure in (*[bench.serve_pair] * (arguments.rounds > 0), bench.throughput_pair):
-                results = merged(results, workload, measure(dense, pair))
+                results = merged(results, workload, measure(dense, pair), arguments.more)
                 out.write_text(json.dumps(results, indent=1))
     print(*show(results), sep="\n")
 
