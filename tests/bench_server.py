@@ -11,13 +11,14 @@ KV tokens: what fits into the memory that the dense server takes, its own KV cac
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from re import search
@@ -43,6 +44,10 @@ FIGURES = {
     "tpot_ms": "median_tpot_ms",
 }
 """Our names of what `vllm bench serve` reports."""
+
+
+Rows = dict[str, list[dict[str, Any]]]
+"""By kind: memory, serve, throughput."""
 
 
 class Pair(NamedTuple):
@@ -118,25 +123,23 @@ class Bench:
         )  # fmt: skip
         return {"output_tokens_per_s": a.prompts * a.output_len / found["elapsed_time"]}
 
-    def serve_pair(self, dense: Path, pair: Pair) -> dict[str, list[dict[str, Any]]]:
-        """Rows of memory and of every concurrency."""
+    def serve_pair(self, dense: Path, pair: Pair) -> Iterator[Rows]:
+        """Memory, then one round after another at every concurrency."""
         with ExitStack() as stack:
             # One after the other: a server that comes up takes both cores.
             servers = {model: stack.enter_context(self.server(model)) for model in (dense, pair.folder)}
             memory = compare_memory(*(Resident.of(model, server) for model, server in servers.items()))
-            rows = []
+            yield {"memory": [{**pair.key, **memory}]}
             for concurrency in self.arguments.concurrency:
-                rounds = [
-                    [self.serve(server, model, concurrency, number == 0) for model, server in servers.items()]
-                    for number in range(self.arguments.rounds)
-                ]
-                rows.append({**pair.key, "concurrency": concurrency, "rounds": rounds})
-        return {"serve": rows, "memory": [{**pair.key, **memory}]}
+                for number in range(self.arguments.rounds):
+                    both = [self.serve(server, model, concurrency, number == 0) for model, server in servers.items()]
+                    yield {"serve": [{**pair.key, "concurrency": concurrency, "rounds": [both]}]}
 
-    def throughput_pair(self, dense: Path, pair: Pair) -> dict[str, list[dict[str, Any]]]:
-        models = (dense, pair.folder)
-        rounds = [[self.throughput(model) for model in models] for _ in range(self.arguments.throughput_rounds)]
-        return {"throughput": [{**pair.key, "requests": self.arguments.prompts, "rounds": rounds}]} if rounds else {}
+    def throughput_pair(self, dense: Path, pair: Pair) -> Iterator[Rows]:
+        """One round after another."""
+        for _ in range(self.arguments.throughput_rounds):
+            both = [self.throughput(model) for model in (dense, pair.folder)]
+            yield {"throughput": [{**pair.key, "requests": self.arguments.prompts, "rounds": [both]}]}
 
 
 class Resident(NamedTuple):
@@ -182,10 +185,8 @@ def compare(row: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def merged(
-    old: dict[str, Any], workload: dict[str, Any], new: dict[str, list[dict[str, Any]]], more: bool = False
-) -> dict[str, Any]:
-    """The results with new rows in place of older ones of the same pair, or with their rounds added to them.
+def merged(old: dict[str, Any], workload: dict[str, Any], new: Rows) -> dict[str, Any]:
+    """The results with new rows, their rounds added to those that are there of the same pair.
 
     Of the same workload only: rows of another are left out.
     """
@@ -193,11 +194,19 @@ def merged(
     for kind, rows in new.items():
         table = {_key(row): row for row in result.get(kind, [])}
         for row in rows:
-            before = table.get(_key(row), {}).get("rounds", []) if more else []
+            before = table.get(_key(row), {}).get("rounds", [])
             measured = "rounds" in row
             table[_key(row)] = compare({**row, "rounds": [*before, *row["rounds"]]}) if measured else row
         result[kind] = [table[key] for key in sorted(table)]
     return result
+
+
+def without(results: dict[str, Any], pairs: Iterable[Pair]) -> dict[str, Any]:
+    """The results without these pairs' rows."""
+    gone = [(pair.ratio, pair.scope) for pair in pairs]
+    kinds = {kind: rows for kind, rows in results.items() if kind != "workload"}
+    kept = {kind: [row for row in rows if (row["ratio"], row["scope"]) not in gone] for kind, rows in kinds.items()}
+    return {**results, **kept}
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -249,11 +258,13 @@ def main() -> None:
     workload = {"model": arguments.size.name, "cores": CORES, **{name: getattr(arguments, name) for name in names}}
     out = arguments.folder / "server.json"
     results = json.loads(out.read_text()) if out.exists() else {}
+    results = results if arguments.more else without(results, pairs)
     with tempfile.TemporaryDirectory(prefix="bench-server-") as folder:
         bench = Bench(arguments, Path(folder))
         for pair in pairs:
-            for measure in (*[bench.serve_pair] * (arguments.rounds > 0), bench.throughput_pair):
-                results = merged(results, workload, measure(dense, pair), arguments.more)
+            serving = bench.serve_pair(dense, pair) if arguments.rounds else ()
+            for rows in itertools.chain(serving, bench.throughput_pair(dense, pair)):
+                results = merged(results, workload, rows)
                 out.write_text(json.dumps(results, indent=1))
     print(*show(results), sep="\n")
 

@@ -61,16 +61,17 @@ def row(ratio: float, *rounds: tuple[float, float]) -> dict[str, Any]:
     return {"ratio": ratio, "scope": "off", "concurrency": 16, "rounds": both}
 
 
-def test_pairs_are_merged_unless_the_workload_differs() -> None:
-    """A pair's newer rounds replace its older ones, or add to them where that is asked for; other pairs stay."""
+def test_rounds_of_a_pair_add_up_unless_the_workload_differs() -> None:
+    """Other pairs stay; a pair that is measured anew is taken out first."""
     first = bench_server.merged({}, {"output_len": 128}, {"serve": [row(0.6, (10, 15)), row(0.4, (10, 12))]})
     newer = {"serve": [row(0.6, (10, 20))]}
-    added = bench_server.merged(copy.deepcopy(first), {"output_len": 128}, newer, more=True)
+    added = bench_server.merged(copy.deepcopy(first), {"output_len": 128}, newer)
     assert [(r["ratio"], r["speedup"], len(r["rounds"])) for r in added["serve"]] == [(0.4, 1.2, 1), (0.6, 1.75, 2)]
-    replaced = bench_server.merged(copy.deepcopy(first), {"output_len": 128}, newer)
-    assert [(r["ratio"], r["speedup"]) for r in replaced["serve"]] == [(0.4, 1.2), (0.6, 2)]
-    other = bench_server.merged(copy.deepcopy(first), {"output_len": 64}, newer, more=True)
+    other = bench_server.merged(copy.deepcopy(first), {"output_len": 64}, newer)
     assert [(r["ratio"], r["speedup"]) for r in other["serve"]] == [(0.6, 2)]
+    left = bench_server.without(first, [bench_server.Pair(0.6, "off", Path())])
+    assert [r["ratio"] for r in left["serve"]] == [0.4]
+    assert left["workload"] == {"output_len": 128}
 
 
 def test_speed_ups_are_of_rounds() -> None:
