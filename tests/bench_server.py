@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from re import search
 from typing import Any, NamedTuple
@@ -123,21 +122,27 @@ class Bench:
         )  # fmt: skip
         return {"output_tokens_per_s": a.prompts * a.output_len / found["elapsed_time"]}
 
-    def serve_pair(self, dense: Path, pair: Pair) -> Iterator[Rows]:
-        """Memory, then one round after another at every concurrency."""
-        with ExitStack() as stack:
-            # One after the other: a server that comes up takes both cores.
-            servers = {model: stack.enter_context(self.server(model)) for model in (dense, pair.folder)}
-            memory = compare_memory(*(Resident.of(model, server) for model, server in servers.items()))
-            yield {"memory": [{**pair.key, **memory}]}
-            for concurrency in self.arguments.concurrency:
-                for number in range(self.arguments.rounds):
-                    both = [self.serve(server, model, concurrency, number == 0) for model, server in servers.items()]
-                    yield {"serve": [{**pair.key, "concurrency": concurrency, "rounds": [both]}]}
+    def serve_pairs(self, dense: Path, pairs: list[Pair]) -> Iterator[Rows]:
+        """Of each pair memory, then one round after another at every concurrency."""
+        if not self.arguments.rounds:
+            return
+        with self.server(dense) as reference:
+            fresh = Resident.of(dense, reference)
+            for pair in pairs:
+                with self.server(pair.folder) as server:
+                    memory = compare_memory(fresh, Resident.of(pair.folder, server))
+                    yield {"memory": [{**pair.key, **memory}]}
+                    yield from self._rounds(pair, {dense: reference, pair.folder: server})
 
-    def throughput_pair(self, dense: Path, pair: Pair) -> Iterator[Rows]:
-        """One round after another."""
-        for _ in range(self.arguments.throughput_rounds):
+    def _rounds(self, pair: Pair, servers: dict[Path, Server]) -> Iterator[Rows]:
+        for concurrency in self.arguments.concurrency:
+            for number in range(self.arguments.rounds):
+                both = [self.serve(server, model, concurrency, number == 0) for model, server in servers.items()]
+                yield {"serve": [{**pair.key, "concurrency": concurrency, "rounds": [both]}]}
+
+    def throughput_pairs(self, dense: Path, pairs: list[Pair]) -> Iterator[Rows]:
+        """One round of all pairs after another."""
+        for pair in self.arguments.throughput_rounds * pairs:
             both = [self.throughput(model) for model in (dense, pair.folder)]
             yield {"throughput": [{**pair.key, "requests": self.arguments.prompts, "rounds": [both]}]}
 
@@ -261,11 +266,9 @@ def main() -> None:
     results = results if arguments.more else without(results, pairs)
     with tempfile.TemporaryDirectory(prefix="bench-server-") as folder:
         bench = Bench(arguments, Path(folder))
-        for pair in pairs:
-            serving = bench.serve_pair(dense, pair) if arguments.rounds else ()
-            for rows in itertools.chain(serving, bench.throughput_pair(dense, pair)):
-                results = merged(results, workload, rows)
-                out.write_text(json.dumps(results, indent=1))
+        for rows in itertools.chain(bench.serve_pairs(dense, pairs), bench.throughput_pairs(dense, pairs)):
+            results = merged(results, workload, rows)
+            out.write_text(json.dumps(results, indent=1))
     print(*show(results), sep="\n")
 
 
