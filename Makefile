@@ -3,7 +3,8 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all test-gpu quality bench-offline bench-layer roofline lint format clean
+.PHONY: help setup lock demo test test-all test-gpu quality bench bench-layer bench-server bench-peers bench-offline roofline
+.PHONY: lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +32,17 @@ quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 3
 
 bench-layer: setup ## Time a layer on this CPU beside vLLM's dense one (ARGS="--shapes Mixtral-8x7B")
 	@.venv/bin/python tests/bench_layer.py $(ARGS)
+
+bench-server: setup ## Time whole vLLM servers, dense beside compressed, on this CPU (ARGS="--ratios 0.6")
+	@.venv/bin/python tests/bench_server.py $(ARGS)
+
+bench-peers: setup ## Time a layer computed in other ways: dense, as the paper's authors, decompressed (ARGS="--ratios 0.6")
+	@.venv/bin/python tests/bench_peers.py $(ARGS)
+
+bench: ## The benchmarks of serving, one after another: layer, server, peers (an hour)
+	@$(MAKE) bench-layer ARGS=
+	@$(MAKE) bench-server ARGS=
+	@$(MAKE) bench-peers ARGS=
 
 bench-offline: setup ## Time merge, prune and factor at Mixtral's shapes beside the paper's recipe (ARGS="--experts 2")
 	@.venv/bin/python tests/bench_offline.py $(ARGS)

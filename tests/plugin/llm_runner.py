@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from live_storage import live_storage
+
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
@@ -38,6 +40,8 @@ def main() -> None:
                 "logprobs": [p[t].logprob for p, t in zip(completion.logprobs, completion.token_ids, strict=True)],
             }
         )
+    if job.get("storage"):
+        results = llm.apply_model(live_storage)
     Path(job["output"]).write_text(json.dumps(results))
     # vLLM takes seconds to shut down in good order, and the caller ends the whole group anyway.
     sys.stdout.flush()
