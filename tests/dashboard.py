@@ -8,7 +8,6 @@ from typing import Any
 
 import promql_parser
 
-
 MONITORING = Path(__file__).resolve().parents[1] / "deploy" / "monitoring"
 ALERTS = MONITORING / "alerts.yml"
 DASHBOARD = MONITORING / "grafana" / "dashboards" / "d2moe.json"

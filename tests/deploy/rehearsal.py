@@ -32,7 +32,8 @@ def impossible() -> str | None:
         return "rehearsing the Dockerfile takes root on Linux (mount namespaces), as in CI"
     if missing := [tool for tool in ("unshare", "chroot", "ip") if not shutil.which(tool)]:
         return f"rehearsing the Dockerfile takes {', '.join(missing)} (util-linux, coreutils, iproute2)"
-    probe = subprocess.run(["unshare", "--mount", "--pid", "--net", "--fork", "true"], capture_output=True, text=True)
+    command = ["unshare", "--mount", "--pid", "--net", "--fork", "true"]
+    probe = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
 
 
@@ -61,7 +62,7 @@ class Image:
         wanted = [path for path in Path("/").iterdir() if path.name in OVERLAID | {p.parts[1] for p in PYTHONS}]
         self.tops = [path.name for path in wanted if not path.is_symlink()]
         if folder.parts[1] in self.tops:  # an overlay cannot hold its own layers
-            raise ValueError(f"{folder}: the folder to rehearse in must be outside of {', '.join(self.tops)}, as in /tmp")
+            raise ValueError(f"{folder}: rehearse in a folder outside of {', '.join(self.tops)}, such as /tmp")
         for name in [*self.tops, *SHARED, "proc", "tmp"]:
             for above in (self.root, self.layer, folder / "work"):
                 (above / name).mkdir(parents=True, exist_ok=True)

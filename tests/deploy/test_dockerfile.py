@@ -9,14 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 from dockerfile import DOCKERFILE, ROOT, stages
 from packaging.requirements import Requirement
 from rehearsal import context
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ARGUMENTS, STAGES = stages()
 SERVERS = ("gpu", "cpu")
@@ -61,7 +57,8 @@ def test_versions_are_the_locked_ones_and_in_the_window() -> None:
     lock_script = (ROOT / "deploy" / "lock.sh").read_text()
     assert f"\nvllm={vllm} " in lock_script
     assert f"\ntorch={torch}\n" in lock_script
-    assert next(Requirement(text) for text in pyproject()["dependencies"] if text.startswith("torch")).specifier.contains(torch)
+    wanted = next(Requirement(text) for text in pyproject()["dependencies"] if text.startswith("torch"))
+    assert wanted.specifier.contains(torch)
 
 
 def test_python_is_one_that_vllm_installs_on() -> None:

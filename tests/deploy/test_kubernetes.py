@@ -1,4 +1,4 @@
-"""The manifests as `kubectl kustomize` renders them: valid, and with what production asks for. No cluster is at hand."""
+"""The manifests as `kubectl kustomize` renders them: valid, and with what production asks for; without a cluster."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ CUSTOM = {"ServiceMonitor", "PrometheusRule", "LeaderWorkerSet"}
 WEIGHTS, SLOW_VOLUME, COMPILING = 100e9, 70e6, 300
 """Bytes, bytes per second and seconds that a start must have time for."""
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("kubectl"), reason="no kubectl: the manifests are not checked here (`kubectl kustomize` renders them)"
-)
+pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl: the manifests are not checked here")
 
 
 @functools.cache

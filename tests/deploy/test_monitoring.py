@@ -17,7 +17,7 @@ from dashboard import ALERTS, DASHBOARD, MONITORING, expressions, selectors
 from dockerfile import ROOT
 
 promtool = pytest.mark.skipif(
-    not shutil.which("promtool"), reason="no promtool (Debian: apt-get install prometheus): the alerts are not tested here"
+    not shutil.which("promtool"), reason="no promtool (Debian's package prometheus): the alerts are not tested here"
 )
 
 

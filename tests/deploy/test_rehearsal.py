@@ -20,7 +20,12 @@ from dockerfile import ROOT, stages
 from rehearsal import Builder, Image, impossible
 from serving import compose
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000), pytest.mark.skipif(bool(impossible()), reason=str(impossible()))]
+WHY_NOT = impossible()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3000),
+    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
+]
 
 USER = "2000:0"
 
