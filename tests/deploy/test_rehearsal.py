@@ -7,9 +7,11 @@ images themselves (this machine stands in for them, with its own Python), and an
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,10 +41,8 @@ def from_this_machine(line: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def builder() -> Iterator[Builder]:
-    folder = Path(f"/tmp/d2moe-rehearsal-{id(object())}")  # outside of the folders that are overlaid
-    folder.mkdir()
-    yield Builder(folder, from_this_machine)
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # outside of the folders that are overlaid
+        yield Builder(Path(folder), from_this_machine)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_cpu_server_runs_as_compose_starts_it(builder: Builder, models: Path
         binds={"/visitor": Path(__file__).parent, "/models": models},
         read_only=["/home/vllm"],
         network=False,
-        timeout=1500,
+        timeout=1600,
     )
     seen = json.loads(ran(done))
     print({name: value for name, value in seen.items() if name.startswith("seconds")})
@@ -139,12 +139,15 @@ def stand_in(folder: Path) -> Image:
     image = Image(folder)
     venv = Path(sys.prefix).resolve()
     site = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    packages = Path(f"{image.layer}{sys.base_prefix}") / site
+    packages.mkdir(parents=True)
+    os.setxattr(packages, "trusted.overlay.opaque", b"y")  # hides what is installed on this machine
+    (packages / "image.pth").write_text(f"{venv}/{site}\n")
     ran(
         image.run(
             f"cp {venv}/bin/uv /usr/local/bin/uv; "
             f"rm -rf {venv}/{site}/d2moe_vllm* {venv}/{site}/__editable__*d2moe*; "
-            f"rm -rf {sys.base_prefix}/{site}/*; rm -f {sys.base_prefix}/lib/python3*/EXTERNALLY-MANAGED; "
-            f"echo {venv}/{site} >{sys.base_prefix}/{site}/image.pth; "
+            f"rm -f {sys.base_prefix}/lib/python3*/EXTERNALLY-MANAGED; "
             "useradd --uid 2000 --gid 0 --create-home vllm"
         )
     )

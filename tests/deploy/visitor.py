@@ -40,7 +40,7 @@ def main(command: list[str]) -> dict:
     seen: dict = {"healthy_before": healthy()}
     try:
         while not healthy():
-            if server.poll() is not None or time.monotonic() > started + 400:
+            if server.poll() is not None or time.monotonic() > started + 1200:
                 return {**seen, "exit": server.poll(), "died": True}
             time.sleep(1)
         seen["seconds_to_start"] = round(time.monotonic() - started)
