@@ -1,0 +1,5 @@
+"""The helpers of this folder are imported by name, and need vLLM's argument parser."""
+
+import pytest
+
+pytest.importorskip("vllm")
