@@ -6,7 +6,7 @@ PARAMETERS and OPTIONS, and `fused_experts` puts the flat list together again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -26,6 +26,7 @@ OPTIONS = {
     "used": "int[]",
     "activation": "str",
     "scope": "str",
+    "function": "str",
     "batch_invariant": "bool",
     "backend": "str",
 }
@@ -37,30 +38,37 @@ class Backend(NamedTuple):
 
     pack: (w13, w2, *, ranks, base_ranks) -> the halves in the backend's own layout, called once after loading; None
     where it takes them as they are. missing: why it cannot be used on this machine, in one line; None if it can.
+    lacks: kinds of deltas (checkpoint.Delta) that it cannot compute with.
     """
 
     fused_experts: Callable[..., Tensor]
     devices: tuple[str, ...] | None = None
     pack: Callable[..., tuple[reference.Weights, reference.Weights]] | None = None
     missing: Callable[[], str | None] = lambda: None
+    lacks: frozenset[str] = frozenset()
 
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing),
+    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing, frozenset(("bases", "dense"))),
     "reference": Backend(reference.fused_experts),
 }
 """By preference."""
 
 
-def choose_backend(device: str, asked: str | None = None) -> tuple[str, str | None]:
+def choose_backend(
+    device: str, asked: str | None = None, deltas: Collection[str] = ("factors",)
+) -> tuple[str, str | None]:
     """The backend for a device type, and why it is not a better one. Raises ValueError, in one line, where the one
-    that is asked for cannot be used."""
+    that is asked for cannot be used. deltas: what kinds of them a layer has."""
     able = [name for name, backend in BACKENDS.items() if backend.devices is None or device in backend.devices]
     if asked is not None and asked not in able:
         raise ValueError(f"backend {asked!r} is none of those for this device: {', '.join(able)}")
     reasons: list[str] = []
     for name in able if asked is None else [asked]:
-        if (reason := BACKENDS[name].missing()) is None:
+        reason = None
+        if lacking := sorted(BACKENDS[name].lacks & set(deltas)):
+            reason = f"it has no kernel for deltas of kind {' and '.join(map(repr, lacking))} yet"
+        if (reason := reason or BACKENDS[name].missing()) is None:
             return name, "; ".join(reasons) or None
         reasons.append(f"backend {name!r} cannot be used: {reason}")
     raise ValueError(reasons[0])
