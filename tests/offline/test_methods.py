@@ -18,6 +18,7 @@ import yaml
 from compression import ROOT, TINY, d2moe_here
 from families import CONFIGS, write_family
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from d2moe_vllm.checkfiles import read_config
 from d2moe_vllm.checkpoint import ROLES
@@ -102,6 +103,20 @@ def test_every_command_knows_the_method(
     compressed, exported = (command("eval", folder, *measure) for folder in (ours, tmp_path / "dense"))
     assert compressed["negative_log_likelihood"] == pytest.approx(exported["negative_log_likelihood"], rel=2e-3)
     assert compressed["perplexity"] < 1000
+
+
+@pytest.mark.parametrize("method", ["moe-svd", "mobe"])
+@torch.no_grad()
+def test_plain_transformers_loads_it(method: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """By the code that travels in the checkpoint; beside the export, whose experts were rounded once more."""
+    ours: Path = request.getfixturevalue(method.removeprefix("moe-"))
+    command("export", ours, tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(ours, dtype=torch.float32, trust_remote_code=True).eval()
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    assert type(model).__name__ == "D2MixtralForCausalLM"
+    tokens = torch.arange(5, 45)[None]
+    first, second = (one(tokens).logits for one in (model, dense))
+    assert float((first - second).abs().max()) < 0.1 * float(second.std())
 
 
 def test_dense_layers_are_the_sources_to_the_bit_and_the_least_sensitive_are_decomposed(svd: Path) -> None:
