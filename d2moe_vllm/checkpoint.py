@@ -25,8 +25,15 @@ ROLES: tuple[Role, ...] = ("gate", "up", "down")
 Scope = Literal["batch", "token", "off"]
 """Who shares one dynamic selection of base columns: a forward pass, a token, or nobody (METHODS 1.5)."""
 
-Delta = Literal["factors", "columns"]
-"""How an expert's delta is stored: a product of two factors, or some of its columns as they are."""
+Method = Literal["d2", "moe-svd", "mobe"]
+"""What made a checkpoint. A reader needs it for nothing: the fields of the layers tell all."""
+
+Delta = Literal["factors", "columns", "bases", "dense"]
+"""How an expert's delta is stored: a product of two factors, some of its columns as they are, a product with a factor
+that is mixed from bases (MoBE, METHODS 3), or whole."""
+
+Function = Literal["silu", "tanh"]
+"""What is applied to each element of a mix of bases."""
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: dict[Dtype, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -73,7 +80,9 @@ class Projection(_Model):
     kept_columns: input columns of the base that survived static pruning; 0 means no such base.
     used_columns: how many of these a forward pass uses under dynamic selection.
     base_rank: rank of a low-rank base, which takes the place of kept columns; 0 means no such base.
-    delta: "factors" U V, or "columns": U is the delta itself on `rank` of its input columns, else it is zero.
+    delta: "factors" U V; "columns": U is the delta itself on `rank` of its input columns, else it is zero; "bases":
+    A f(sum_j alpha_j B_j) with `rank` columns of A, of `bases` matrices B_j and f the `function`; "dense": the matrix
+    itself, at rank 0.
     shared_v: one V for all experts (METHODS 1.7). distinct_u: how many U's are stored, shared by all experts; 0
     means that every expert has its own.
     """
@@ -85,6 +94,8 @@ class Projection(_Model):
     delta: Delta = "factors"
     shared_v: bool = False
     distinct_u: int = Field(default=0, ge=0)
+    bases: int = Field(default=0, ge=0, le=100_000)
+    function: Function | None = None
 
     @property
     def has_base(self) -> bool:
@@ -101,10 +112,19 @@ class Projection(_Model):
             raise ValueError(f"used_columns {self.used_columns} exceeds kept_columns {self.kept_columns}")
         if self.kept_columns and self.base_rank:
             raise ValueError("a base has kept_columns or a base_rank, not both; set one of them to 0")
-        if not self.rank and not self.has_base:
+        if not self.rank and not self.has_base and self.delta != "dense":
             raise ValueError("a projection needs a base or a delta, rank, kept_columns and base_rank are all 0")
-        if self.delta == "columns" and (self.shared_v or self.distinct_u):
-            raise ValueError("shared_v and distinct_u need delta 'factors'; delta 'columns' has no V and shares no U")
+        if self.delta != "factors" and (self.shared_v or self.distinct_u):
+            raise ValueError(f"shared_v and distinct_u need delta 'factors'; delta {self.delta!r} shares neither")
+        if self.delta in ("bases", "dense") and self.has_base:
+            raise ValueError(f"delta {self.delta!r} is a whole matrix and stands on no base; set kept_columns to 0")
+        if self.delta == "dense" and self.rank:
+            raise ValueError(f"delta 'dense' is stored whole; its rank must be 0, not {self.rank}")
+        if self.delta == "bases":
+            if not (self.rank and self.bases and self.function):
+                raise ValueError("delta 'bases' needs a rank, a number of bases and a function")
+        elif self.bases or self.function:
+            raise ValueError(f"bases and function need delta 'bases', not {self.delta!r}")
         return self
 
 
@@ -121,9 +141,11 @@ class Layer(_Model):
         gate, up = self.gate, self.up
         if (gate.kept_columns, gate.used_columns) != (up.kept_columns, up.used_columns):
             raise ValueError("gate and up share one selection of base columns, their column counts must agree")
-        for field in ("delta", "shared_v", "distinct_u"):
+        for field in ("delta", "shared_v", "distinct_u", "bases", "function"):
             if getattr(gate, field) != getattr(up, field):
                 raise ValueError(f"gate and up have different {field}; they must agree")
+        if "dense" in (gate.delta, up.delta) or self.down.delta == "bases":
+            raise ValueError("delta 'dense' is for down alone, delta 'bases' for gate and up alone")
         if any(left >= right for left, right in itertools.pairwise(self.trimmed)):
             raise ValueError("trimmed must list experts in ascending order, each once")
         if self.trimmed and (lacking := [role for role in ROLES if not self[role].has_base]):
@@ -156,7 +178,7 @@ class CheckpointConfig(_Model):
 
     quant_method: Literal["d2moe"] = "d2moe"
     format_version: int = FORMAT_VERSION
-    method: Literal["d2"] = "d2"
+    method: Method = "d2"
     family: str
     experts: str = Field(description="prefix of a layer's experts, with {layer}")
     projections: dict[Role, str]
@@ -200,6 +222,8 @@ class CheckpointConfig(_Model):
         for columns in (projection.kept_columns, projection.used_columns, delta_columns):
             if columns > in_features or columns % groups:
                 return f"{columns} columns do not fit the groups"
+        if projection.bases > self.num_experts:
+            return f"{projection.bases} bases exceed the {self.num_experts} experts"
         if projection.distinct_u > (untrimmed := self.num_experts - len(layer.trimmed)):
             return f"distinct_u {projection.distinct_u} exceeds the {untrimmed} experts that have deltas"
         return None
@@ -236,9 +260,11 @@ class CheckpointConfig(_Model):
         if projection.shares_u:
             shared["u_index"] = TensorSpec("I32", (self.num_experts,))
         tensors = {self.tensor_name(layer, 0, role, kind): spec for kind, spec in shared.items()}
+        own = self.untrimmed(layer)
+        if projection.delta in ("bases", "dense"):
+            return self._whole_matrices(layer, role, own)
         if not rank:
             return tensors
-        own = self.untrimmed(layer)
         for j in range(projection.distinct_u) if projection.distinct_u else own:
             tensors[self.tensor_name(layer, j, role, "delta_u")] = TensorSpec(dtype, (out_features, rank))
         for expert in () if projection.shared_v else own:
@@ -246,6 +272,19 @@ class CheckpointConfig(_Model):
                 tensors[self.tensor_name(layer, expert, role, "delta_columns")] = TensorSpec("I32", (rank,))
             else:
                 tensors[self.tensor_name(layer, expert, role, "delta_v")] = TensorSpec(dtype, (rank, in_features))
+        return tensors
+
+    def _whole_matrices(self, layer: int, role: Role, own: list[int]) -> dict[str, TensorSpec]:
+        """What is stored of matrices that stand on no base: mixed from bases, or whole."""
+        (out_features, in_features), dtype = self.shape(role), DTYPES[self.dtype]
+        rank, bases = self.layers[layer][role].rank, self.layers[layer][role].bases
+        if not bases:
+            spec = TensorSpec(dtype, (out_features, in_features))
+            return {self.tensor_name(layer, expert, role, "dense"): spec for expert in own}
+        tensors = {self.tensor_name(layer, 0, role, "bases"): TensorSpec(dtype, (bases, rank, in_features))}
+        for expert in own:
+            tensors[self.tensor_name(layer, expert, role, "a")] = TensorSpec(dtype, (out_features, rank))
+            tensors[self.tensor_name(layer, expert, role, "alpha")] = TensorSpec(dtype, (bases,))
         return tensors
 
     def untrimmed(self, layer: int) -> list[int]:

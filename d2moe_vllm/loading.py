@@ -5,6 +5,7 @@ Knows neither vLLM nor any backend: a rank is (tensor-parallel rank and size, wh
 Tensor-parallel slices need no collective of their own (the layer's all-reduce adds up): gate and up
 replicate V and shard U and base by output rows; down shards V and base by input columns and replicates U.
 Columns of a base or delta are spread evenly over `groups` slices of the input, so a rank's are one contiguous run.
+Bases that experts mix their V from are replicated as V is, A is sharded as U; whole matrices of down by input columns.
 Under expert parallelism a rank has its own experts' U's and V's; what experts share is on every rank.
 """
 
@@ -22,8 +23,11 @@ from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, CheckpointError, Proj
 SHARD_ROLES: dict[str, Role] = {"w1": "gate", "w3": "up", "w2": "down"}
 """vLLM's shard ids."""
 
-SHARED_KINDS = ("base", "base_columns", "base_norms", "base_u", "base_v", "shared_v", "u_index")
+SHARED_KINDS = ("base", "base_columns", "base_norms", "base_u", "base_v", "shared_v", "u_index", "bases")
 """What rides with expert 0 and belongs to every rank, wherever expert 0 lives."""
+
+OWN_KINDS = ("delta_u", "delta_v", "delta_columns", "a", "alpha", "dense")
+"""What each expert has of its own; but delta_u where experts share their U's."""
 
 JOINT_KINDS = ("base_columns", "base_norms", "u_index")
 """What gate and up both store and share at run time."""
@@ -102,9 +106,17 @@ class LayerLoader:
         """By kind. share: how many ranks divide a delta's columns among them."""
         by_columns, distinct = roles[0].delta == "columns", roles[0].distinct_u
         ranks = [projection.rank // share if by_columns else projection.rank for projection in roles]
+        stored = len(self.places)
+        if roles[0].delta == "dense":
+            return {"dense": torch.empty(stored, outputs, inputs, dtype=dtype)}
         if not (rank := sum(ranks)):
             return {}
-        stored = len(self.places)
+        if bases := roles[0].bases:
+            return {
+                "bases": torch.empty(bases, rank, inputs, dtype=dtype),
+                "a": torch.empty(stored, outputs, rank, dtype=dtype),
+                "alpha": torch.empty(stored, len(roles) * bases, dtype=dtype),
+            }
         found = {"delta_u": torch.empty(distinct or stored, outputs, rank, dtype=dtype)}
         if by_columns:
             columns = torch.cat([self._spread(inputs, columns, groups) for columns in ranks])
@@ -170,7 +182,7 @@ class LayerLoader:
             for role in ROLES
             for expert in range(self.config.num_experts)
             if expert not in self.places
-            for kind in ("delta_u", "delta_v", "delta_columns")
+            for kind in OWN_KINDS
             if not (kind == "delta_u" and self.config.layers[self.layer][role].distinct_u)
         }
         expected = [name for role in self.config.projections for name in self.specs[role]]
@@ -194,18 +206,22 @@ class LayerLoader:
             param[:, start : start + self.intermediate_size].copy_(self._outputs(tensor).t())
 
     def _load_factor(self, param: Tensor, tensor: Tensor, kind: str, role: Role) -> None:
-        """param: [outputs, k] for a U, [k, inputs] for a V, int [k] for a delta's columns."""
+        """param: [outputs, k] for a U, [k, inputs] for a V, int [k] for a delta's columns, [m, k, inputs] for bases,
+        [2 m] for alphas, [outputs, inputs] for a whole matrix."""
         layer = self.config.layers[self.layer]
-        is_u = kind in ("delta_u", "base_u")
+        is_u = kind in ("delta_u", "base_u", "a")
         if role == "down":
             # A U belongs to every rank, unless its columns are inputs themselves.
             sliced = not is_u or (kind == "delta_u" and layer.down.delta == "columns")
             own = self._inputs(tensor) if sliced else tensor
             param.copy_(own - self.tp_rank * self.intermediate_size if kind == "delta_columns" else own)
             return
-        rank = layer.gate.base_rank if kind.startswith("base") else layer.gate.rank
+        rank = layer.gate.base_rank if kind in ("base_u", "base_v") else layer.gate.rank
+        rank = layer.gate.bases if kind == "alpha" else rank
         part = slice(0, rank) if role == "gate" else slice(rank, None)
-        if is_u:
+        if kind == "bases":
+            param[:, part].copy_(tensor)
+        elif is_u:
             param[:, part].copy_(self._outputs(tensor))
         else:
             param[part].copy_(tensor)
@@ -267,4 +283,5 @@ def options(config: CheckpointConfig, layer: int, tp_size: int, scope: str, *, p
         "groups": [groups, groups // tp_size],
         "used": [projections.gate.used_columns, down_used // tp_size],
         "scope": scope,
+        "function": projections.gate.function or "",
     }

@@ -13,6 +13,7 @@ from d2moe_vllm.checkfiles import check_checkpoint
 from d2moe_vllm.checkpoint import (
     QUANT_METHOD,
     RECIPE_FILE,
+    ROLES,
     CheckpointConfig,
     CheckpointError,
     Scope,
@@ -105,7 +106,7 @@ class D2MoEConfig(QuantizationConfig):
             number = compat.extract_layer_index(prefix)
             if number in self.config.layers:
                 recorder.start(self.metrics_folder, self.config)
-                return D2MoEMethod(layer.moe_config, self.config, number, scope, self._settle_backend())
+                return D2MoEMethod(layer.moe_config, self.config, number, scope, self._settle_backend(number))
             return None
         return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
 
@@ -127,11 +128,11 @@ class D2MoEConfig(QuantizationConfig):
             )
         return scope
 
-    def _settle_backend(self) -> str:
-        """The backend to serve with, said where it is not the fastest. Raises ValueError, in one line."""
+    def _settle_backend(self, number: int) -> str:
+        """The backend to serve a layer with, said where it is not the fastest. Raises ValueError, in one line."""
         from d2moe_vllm import compat
 
-        name, why_not_better = backend_in_force(compat.additional_config(), compat.device_type())
+        name, why_not_better = backend_in_force(self.config, compat.additional_config(), compat.device_type(), number)
         if why_not_better:
             compat.init_logger(__name__).warning_once(f"d2moe: the slow backend {name!r} is used: {why_not_better}")
         return name
@@ -163,12 +164,17 @@ def overrides(additional_config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def backend_in_force(additional_config: dict[str, Any], device: str) -> tuple[str, str | None]:
-    """`ops.choose_backend` of what `--additional-config` says. Raises ValueError, in one line."""
+def backend_in_force(
+    config: CheckpointConfig, additional_config: dict[str, Any], device: str, layer: int | None = None
+) -> tuple[str, str | None]:
+    """`ops.choose_backend` of what `--additional-config` says, for a layer, None: for all. Raises ValueError, in one
+    line."""
     from d2moe_vllm import ops
 
     try:
-        return ops.choose_backend(device, overrides(additional_config).get("backend"))
+        numbers = config.layers if layer is None else (layer,)
+        deltas = {config.layers[number][role].delta for number in numbers for role in ROLES}
+        return ops.choose_backend(device, overrides(additional_config).get("backend"), deltas)
     except ValueError as error:
         raise ValueError(f"--additional-config: d2moe {error}") from None
 

@@ -16,7 +16,9 @@ from d2moe_vllm.checkpoint import ROLES, Role
 from offline.allocation import Curves, solve_adaptive
 from offline.budget import Budget, Option, solve_paper, solve_stored
 from offline.joint import SHARED_PART
+from offline.mobe import ENDED, fit_part
 from offline.plan import Plan
+from offline.selection import sensitivities, settle_layers
 from offline.statistics import SITES
 from offline.workdir import WorkDir
 
@@ -25,6 +27,8 @@ def settle(plan: Plan, work: WorkDir) -> Budget:
     """The final budget: of the plan, or solved again now that errors and trimmed experts are known."""
     if plan.settled:
         return plan.budget
+    if plan.selects:
+        return settle_layers(plan, work).budget
     problem = replace(plan.problem, trimmed={layer: trimmed_experts(work, layer) for layer in plan.model.shape.layers})
     if plan.recipe.allocation == "adaptive":
         return solve_adaptive(problem, plan.recipe.ratio, error_curves(plan, work))
@@ -89,6 +93,12 @@ class Assembly:
         """One tensor of the checkpoint. Raises KeyError for a name that is no expert tensor."""
         layer, expert, role, kind = self._origins[name]
         option = self.budget.choices[layer, SITES[role]]
+        if kind == "dense":
+            return self.plan.model.weight(layer, expert, role)
+        if kind == "bases":
+            return self._load(layer, fit_part(role), kind)
+        if kind in ("a", "alpha"):
+            return self._load(layer, f"{expert:05d}", f"{option}.{role}.{'u' if kind == 'a' else kind}")
         if kind.startswith("base"):
             return self._load(layer, f"base-{option}", f"{role}.{kind}")
         rank = self.budget.config.layers[layer][role].rank
@@ -137,10 +147,32 @@ class Assembly:
             "relative_error": errors,
             "base": {role: self.budget.choices[layer, SITES[role]] for role in ROLES},
         }
+        fits = {role: self._fit(layer, role) for role in ROLES if work.has_part(layer, fit_part(role))}
+        if fits:
+            report["fit"] = fits
         if work.has_part(layer, "sensitivity"):
             values = work.load_part(layer, "sensitivity")["sensitivity"].tolist()
             report["sensitivity"] = dict(zip(ROLES, values, strict=True))
         return report
+
+    def _fit(self, layer: int, role: Role) -> dict[str, Any]:
+        """How MoBE's fit went; errors are relative, before rounding, over all experts together."""
+        start, end, steps, halvings, ended = self._load(layer, fit_part(role), "log").tolist()
+        return {
+            "start_error": start**0.5,
+            "error": end**0.5,
+            "steps": int(steps),
+            "learning_rate_halved": int(halvings),
+            "ended": ENDED[int(ended)],
+        }
+
+    def selection(self) -> dict[str, Any] | None:
+        """MoE-SVD's: every layer's sensitivity, by which the layers that stay dense were chosen."""
+        if not self.plan.selects:
+            return None
+        found = sensitivities(self.work, self.plan.model.shape.layers)
+        dense = [layer for layer in found if layer not in self.budget.config.layers]
+        return {"sensitivity": {str(layer): value for layer, value in found.items()}, "dense": dense}
 
 
 def _cut(factor: Tensor, kind: str, rank: int) -> Tensor:

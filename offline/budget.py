@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Layer, Projection, Role, TensorSpec
+from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Layer, Method, Projection, Role, TensorSpec
 from offline.errors import InputError
 from offline.families import MoEShape
 from offline.recipe import Recipe
@@ -149,9 +149,15 @@ class Problem:
         return min(max(rank // self.rank_multiple, 1) * self.rank_multiple, self.limit(role))
 
     def limit(self, role: Role) -> int:
+        if self.keeps(role):
+            return 0
         out_features, in_features = self.shape.projection(role)
         full = in_features if self.recipe.delta.method == "prune" else min(out_features, in_features)
         return full // self.rank_multiple * self.rank_multiple or full
+
+    def keeps(self, role: Role) -> bool:
+        """Whether a projection is stored as it is."""
+        return self.projection(role, self.options[0], self.rank_multiple).delta == "dense"
 
     def uniform(self, kept_share: float) -> Ranks:
         return {(layer, role): self.rank(role, kept_share) for layer in self.shape.layers for role in ROLES}
@@ -174,6 +180,10 @@ class Problem:
 
     def projection(self, role: Role, option: Option, rank: int) -> Projection:
         """What would be stored of one projection."""
+        return PROJECTIONS[self.recipe.method](self, role, option, rank)
+
+    def factored(self, role: Role, option: Option, rank: int) -> Projection:
+        """A base and deltas, or whole experts as deltas from nothing."""
         columns, delta = self.columns(role, option), self.recipe.delta
         base_rank = 0
         if option == "svd":  # as many parameters as a statically pruned base has
@@ -191,6 +201,20 @@ class Problem:
             distinct_u=delta.distinct_u,
         )
 
+    def mixed(self, role: Role, option: Option, rank: int) -> Projection:
+        """MoBE's: gate and up mixed from bases, down as it is."""
+        mobe = self.recipe.mobe
+        if role == "down":
+            return Projection(rank=0, kept_columns=0, used_columns=0, delta="dense")
+        return Projection(
+            rank=rank,
+            kept_columns=0,
+            used_columns=0,
+            delta="bases",
+            bases=int(mobe.bases),
+            function=mobe.function,
+        )
+
     def layers(self, choices: Choices, ranks: Ranks) -> dict[int, Layer]:
         return {
             layer: Layer(
@@ -206,10 +230,20 @@ class Problem:
         shards = plan_shards({**self.other_tensors, **config.expert_tensors()}, self.shard_bytes)
         share = {}
         for role in ROLES:
-            out_features, in_features = self.shape.projection(role)
             mean = sum(ranks[layer, role] for layer in self.shape.layers) / len(self.shape.layers)
-            share[role] = mean * (out_features + in_features) / (out_features * in_features)
+            share[role] = self.kept_share(role, mean)
         return Budget(config, shards, share, choices)
+
+    def kept_share(self, role: Role, rank: float) -> float:
+        """Of the deltas' parameters, at a mean rank; with bases METHODS 3's gamma, they included."""
+        out_features, in_features = self.shape.projection(role)
+        experts = self.shape.num_experts
+        if self.keeps(role):
+            return 1.0
+        if bases := self.projection(role, self.options[0], self.rank_multiple).bases:
+            stored = experts * out_features * rank + bases * (rank * in_features + experts)
+            return stored / (experts * out_features * in_features)
+        return rank * (out_features + in_features) / (out_features * in_features)
 
     def step_bytes(self, role: Role) -> int:
         """Payload that one more rank costs a projection of one layer."""
@@ -240,6 +274,20 @@ class Problem:
         return sum(rank * each[role] for (_, role), rank in ranks.items())
 
 
+PROJECTIONS: Mapping[Method, Callable[[Problem, Role, Option, int], Projection]] = {
+    "d2": Problem.factored,
+    "moe-svd": Problem.factored,
+    "mobe": Problem.mixed,
+}
+"""Method -> what it stores of one projection at a rank."""
+HINTS: Mapping[Method, str] = {
+    "d2": " or a higher base.sparsity",
+    "moe-svd": "",
+    "mobe": ", fewer mobe.bases or another method: MoBE leaves `down` as it is",
+}
+"""Method -> what else helps where a ratio cannot be reached."""
+
+
 def solve_paper(problem: Problem, ratio: float) -> Budget:
     """Ranks by the paper's nominal accounting."""
     base = problem.recipe.base
@@ -261,7 +309,7 @@ def solve_stored(problem: Problem, ratio: float, option: Option | None = None) -
     if smallest.nbytes > target:
         raise InputError(
             f"ratio {ratio:g} cannot be reached: even at rank {problem.rank_multiple} the ratio is "
-            f"{smallest.stored_ratio:.3f}; choose a lower ratio or a higher base.sparsity"
+            f"{smallest.stored_ratio:.3f}; choose a lower ratio{HINTS[problem.recipe.method]}"
         )
     # Names and offsets take the most room at full rank, so this bound on everything but deltas is safe.
     fixed = largest.nbytes - problem.delta_bytes(problem.uniform(FULL))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
+from d2moe_vllm.checkpoint import Method
 from offline.budget import Budget
 from offline.plan import Plan
 
 TEMPLATE = """---
 {metadata}---
 
-# {name}, compressed by D2-MoE to {kept:.1f} % of its size
+# {name}, compressed by {method} to {kept:.1f} % of its size
 
 > **Plain transformers:** load it with `trust_remote_code=True`, or after `import d2moe_vllm.hf`. With neither,
 > transformers prints one warning ("Unknown quantization type") and gives you **randomly initialised experts**.
@@ -23,8 +25,8 @@ TEMPLATE = """---
 | parameters | {source_parameters:,} | {parameters:,} |
 | bytes on disk | {source_bytes:,} | {bytes:,} |
 
-Made by d2moe-vllm: per MoE layer one shared, column-pruned base, per expert a low-rank delta (D2-MoE, arXiv
-2502.17298). Everything but the experts is unchanged.
+Made by d2moe-vllm: {made}
+Everything but the experts is unchanged.
 
 To serve it, install d2moe-vllm from a checkout of its repository:
 
@@ -46,6 +48,25 @@ Ranks, sizes and errors at a glance: `d2moe inspect <this folder>`.
 """
 
 
+METHODS: Mapping[Method, tuple[str, str]] = {
+    "d2": (
+        "D2-MoE",
+        "per MoE layer one shared, column-pruned base, per expert a low-rank delta (D2-MoE, arXiv 2502.17298).",
+    ),
+    "moe-svd": (
+        "MoE-SVD",
+        "every expert of a decomposed layer is a product of two factors, one of which all experts of the layer share "
+        "(MoE-SVD); {dense} of its {layers} MoE layers are unchanged.",
+    ),
+    "mobe": (
+        "MoBE",
+        "every expert's gate and up are a product of a factor of its own and one that is mixed from bases which all "
+        "experts of the layer share (MoBE, arXiv 2508.05257); down is unchanged.",
+    ),
+}
+"""Method -> its name, and what it makes of a model."""
+
+
 def model_card(plan: Plan, budget: Budget) -> str:
     """README.md of the checkpoint; the licence is carried over from the source's card."""
     source = plan.config.source
@@ -57,7 +78,11 @@ def model_card(plan: Plan, budget: Budget) -> str:
         "tags": ["d2moe", "moe", "compressed", "vllm"],
     }
     metadata |= {key: value for key, value in source_metadata(plan.model.folder).items() if key.startswith("licen")}
+    method, made = METHODS[plan.recipe.method]
+    layers = len(plan.model.shape.layers)
     return TEMPLATE.format(
+        method=method,
+        made=made.format(dense=layers - len(budget.config.layers), layers=layers),
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=source.name,
         kept=100 * budget.nbytes / source.bytes,

@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from d2moe_vllm.checkpoint import ROLES, Role
+from d2moe_vllm.checkpoint import ROLES, Method, Role
 from offline.budget import Option
 from offline.errors import InputError
 from offline.factorization import DELTAS, column_factors, error_curve, svd_base, whitened_energy
-from offline.joint import JointFactors
+from offline.joint import JointFactors, Together
 from offline.layerjob import LayerJob
 from offline.merging import MERGES, Merge, MergeOptions
+from offline.mobe import MixedFactors
+from offline.moesvd import SharedVFactors
 from offline.pruning import column_scores, select_columns
 from offline.statistics import SELECTIONS, Site, gradients
 
@@ -136,27 +138,40 @@ def _base(job: LayerJob, option: Option, site: Site) -> dict[str, Tensor]:
 
 def factor_experts(job: LayerJob, advance: Advance) -> None:
     """Writes a part per expert: factors at the largest rank they may get, and their error at every rank."""
-    joint = JointFactors(job) if job.plan.recipe.delta.joint else None
+    joint = TOGETHER[job.plan.recipe.method](job) if job.plan.recipe.joint else None
+    share = joint.share if joint else 0.0
     if joint:
-        joint.write()
+        joint.write(lambda done: advance(share * done))
     for expert in job.own:
         if not job.work.has_part(job.number, f"{expert:05d}"):
             job.save(f"{expert:05d}", _factor_expert(job, expert, joint))
-        advance(1 / len(job.own))
+        advance((1 - share) / len(job.own))
     job.work.group.barrier()
 
 
-def _factor_expert(job: LayerJob, expert: int, joint: JointFactors | None) -> dict[str, Tensor]:
+TOGETHER: Mapping[Method, Callable[[LayerJob], Together]] = {
+    "d2": JointFactors,
+    "moe-svd": SharedVFactors,
+    "mobe": MixedFactors,
+}
+"""Method -> how it factors a layer's experts together."""
+
+
+def _factor_expert(job: LayerJob, expert: int, joint: Together | None) -> dict[str, Tensor]:
     weights = job.weights(expert)
     tensors: dict[str, Tensor] = {}
     for site, roles in SELECTIONS.items():
+        if job.plan.problem.keeps(roles[0]):
+            zero = torch.zeros(1, dtype=torch.float64)
+            tensors |= {f"none.{role}.{kind}": zero.clone() for role in roles for kind in ("curve", "energy")}
+            continue
         gram = job.shrunk_gram(expert, weights, site)
         for role in roles:
             energy = whitened_energy(weights[role].float(), gram)
             for option in job.plan.problem.options:
                 delta = job.delta(option, role, weights[role])
                 if joint and expert not in job.trimmed:
-                    factors = joint.factors(option, role, expert, delta)
+                    factors = joint.factors(option, role, expert, delta, gram)
                     found = {kind: factors[kind] for kind in joint.kept}
                 else:
                     factors = found = _deltas(job, delta, gram, role, expert)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2moe_vllm.checkfiles import check_checkpoint, read_manifest
 from d2moe_vllm.checkpoint import DTYPES, ROLES, CheckpointConfig, CheckpointError, Role, TensorSpec
-from offline.card import source_metadata
+from offline.card import METHODS, source_metadata
 from offline.families import Layout, find_family, read_shape
 from offline.folders import check_new_folder, check_space, new_folder
 from offline.inspection import read_statistics
@@ -32,8 +32,8 @@ CARD = """---
 
 # {name}, exported from a d2moe checkpoint
 
-This is **not** a compressed model: it is as large as the original. `d2moe export` rebuilt every expert's dense weight
-(base + delta, rounded to {dtype}) from a checkpoint that D2-MoE (arXiv 2502.17298) had compressed to {bytes:,} bytes.
+This is **not** a compressed model: it is as large as the original. `d2moe export` rebuilt every expert's dense weight,
+rounded to {dtype}, from a checkpoint that {method} had compressed to {bytes:,} bytes.
 It loads in transformers and vLLM without any plugin and computes what the compressed checkpoint computes, so it has the
 compressed model's quality and the original's size. All but the experts is the original's.
 
@@ -109,7 +109,7 @@ def _assemble(rebuilt: Reconstruction, layout: Layout, parts: list[Part], spec: 
     for layer, expert, role in sorted(parts, key=lambda part: (ROLES.index(part[2]), part[1])):
         weight = rebuilt.weight(layer, expert, role).to(tensor.dtype)
         if not torch.isfinite(weight).all():
-            raise CheckpointError(f"layer {layer}, expert {expert}, {role}: base + delta is beyond {spec.dtype}")
+            raise CheckpointError(f"layer {layer}, expert {expert}, {role}: the rebuilt weight is beyond {spec.dtype}")
         if expert == 0 and role == "up" and layout.fused:
             row = len(weight)  # gate is in place
         (tensor[expert] if layout.stacked else tensor)[row : row + len(weight)] = weight
@@ -137,6 +137,7 @@ def _card(folder: Path, config: CheckpointConfig, reader: Reader, parameters: in
     return CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=config.source.name,
+        method=METHODS[config.method][0],
         source=config.source,
         dtype=config.dtype,
         bytes=reader.nbytes,

@@ -24,6 +24,8 @@ BLOCK = 1024
 """Columns per block of a large product."""
 ASVD_ALPHA = 0.5
 """The exponent of ASVD's scaling (arXiv 2312.05821, section 4.1)."""
+TINY = 1e-12
+"""Matrices below this are scaled before their elements are squared: float32 ends at 1e-38."""
 SAFE_EXCESS = 1e-6
 """Share of the squared error by which float32 products may exceed the optimum, before float64 is taken."""
 
@@ -93,6 +95,8 @@ def whitened_energy(matrix: Tensor, gram: Tensor) -> float:
     float64: in float32 right to 1e-6, because rounding errors of so many products average out.
     """
     _wide(matrix)
+    if 0 < (largest := float(matrix.abs().max())) < TINY:
+        return whitened_energy(matrix / largest, gram) * largest**2
     total = 0.0
     for block in column_blocks(matrix.shape[1]):
         product = _lower_product(matrix, gram, block).mul_(matrix[:, block])

@@ -66,7 +66,8 @@ def read_statistics(folder: Path) -> dict[str, Any]:
         for report in content["layers"].values():
             figures = [report["relative_error"], *([report["sensitivity"]] if "sensitivity" in report else [])]
             per_expert = (report["tokens"], *(figure[role] for figure in figures for role in ROLES))
-            if not all(map(_numbers, per_expert)):
+            fits = [(fit["start_error"], fit["error"]) for fit in report.get("fit", {}).values()]
+            if not all(map(_numbers, (*per_expert, *fits))):
                 raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError):
         raise CheckpointError(f"{path}: not the statistics of every layer; copy it again") from None

@@ -8,8 +8,9 @@ will be stored. An expert's own part holds what it does not share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,27 @@ from offline.sharing import least, mean_u, merged_u, seed_experts, shared_v, une
 from offline.statistics import SELECTIONS, SITES, Site
 
 SHARED_PART = "shared"
+
+Common = Mapping[str, Tensor]
+"""What all experts of a projection share, by the names in the part."""
+
+
+class Together(Protocol):
+    """How a method factors a layer's experts together."""
+
+    @property
+    def share(self) -> float:
+        """Of the work, how much `write` does."""
+
+    @property
+    def kept(self) -> Sequence[str]:
+        """Which of the factors are an expert's own, and go into its part."""
+
+    def write(self, advance: Callable[[float], None]) -> None:
+        """Writes what the experts share, before any expert's own factors are asked for; tells what share is done."""
+
+    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> dict[str, Tensor]:
+        """An expert's u and v, and what else is kept, as stored, on the device; delta: [out, in]; gram: [in, in]."""
 
 
 @dataclass(frozen=True)
@@ -40,33 +62,36 @@ class JointFactors:
     """The shared factors of one layer. Every process sums over its own experts."""
 
     job: LayerJob
+    share: ClassVar[float] = 0.5
+    common_kinds: ClassVar[tuple[str, ...]] = ("shared_v", "projector")
 
-    def write(self) -> None:
+    def write(self, advance: Callable[[float], None]) -> None:
         """Writes the part `shared`."""
         job, delta = self.job, self.job.plan.recipe.delta
+        advance(1)
         if job.work.has_part(job.number, SHARED_PART):
             return
         tensors: dict[str, Tensor] = {}
         for site, roles in SELECTIONS.items():
             for option in job.plan.problem.options:
                 common = {role: self._share_v(option, role) for role in roles} if delta.share_v else {}
-                for role, (v, projector) in common.items():
-                    tensors[f"{option}.{role}.shared_v"] = v
-                    if not delta.distinct_u:
-                        tensors[f"{option}.{role}.projector"] = projector
+                kinds = self.common_kinds[:1] if delta.distinct_u else self.common_kinds
+                for role, found in common.items():
+                    tensors |= {f"{option}.{role}.{kind}": found[kind] for kind in kinds}
                 if delta.distinct_u:
                     tensors |= self._merge_u(option, site, common)
         if job.work.group.first:
             job.save(SHARED_PART, {name: tensor.cpu() for name, tensor in tensors.items()})
         job.work.group.barrier()
 
-    def factors(self, option: Option, role: Role, expert: int, delta: Tensor) -> dict[str, Tensor]:
-        """An expert's u and v as they will be stored, on the device; delta: [out, in]."""
+    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> dict[str, Tensor]:
+        """An expert's u and v as they will be stored, on the device; delta: [out, in]; gram: [in, in]."""
         recipe, dtype = self.job.plan.recipe.delta, self.job.plan.torch_dtype
         if recipe.share_v:
             v = self._load(option, role, "shared_v")
             if not recipe.distinct_u:
-                return {"u": (delta.double() @ self._load(option, role, "projector")).to(dtype), "v": v}
+                common = {kind: self._load(option, role, kind) for kind in self.common_kinds}
+                return {"u": self._own_u(common, delta, gram).to(dtype), "v": v}
         place = int(self._load(option, role, "u_index")[expert])
         u = self._load(option, role, f"delta_u.{place}")
         if recipe.share_v:
@@ -104,8 +129,12 @@ class JointFactors:
         own = set(self.job.own)
         return [expert for expert in experts if expert in own]
 
-    def _share_v(self, option: Option, role: Role) -> tuple[Tensor, Tensor]:
-        """(v in the stored dtype [rank, in], projector float64 [in, rank])."""
+    def _own_u(self, common: Common, delta: Tensor, gram: Tensor) -> Tensor:
+        """An expert's own U beside a shared V, float64 [out, rank]."""
+        return delta.double() @ common["projector"]
+
+    def _share_v(self, option: Option, role: Role) -> Common:
+        """shared_v in the stored dtype [rank, in], projector float64 [in, rank]."""
         job = self.job
         size = job.plan.model.shape.projection(role)[1]
         gram, moment = (torch.zeros(size, size, dtype=torch.float64, device=job.routing.device) for _ in range(2))
@@ -114,9 +143,9 @@ class JointFactors:
             moment += input_moment(delta, torch.float64)
         job.work.group.sum([gram, moment])
         v, projector = shared_v(gram, moment, job.plan.cap(job.number, role), len(self._members))
-        return v.to(job.plan.torch_dtype), projector
+        return {"shared_v": v.to(job.plan.torch_dtype), "projector": projector}
 
-    def _merge_u(self, option: Option, site: Site, common: Mapping[Role, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def _merge_u(self, option: Option, site: Site, common: Mapping[Role, Common]) -> dict[str, Tensor]:
         clusters = self._join(option, SELECTIONS[site], common)
         tensors: dict[str, Tensor] = {}
         for role in SELECTIONS[site]:
@@ -129,7 +158,7 @@ class JointFactors:
                     tensors[f"{option}.{role}.scale.{number}"] = scale
         return tensors
 
-    def _join(self, option: Option, roles: tuple[Role, ...], common: Mapping[Role, tuple[Tensor, Tensor]]) -> _Clusters:
+    def _join(self, option: Option, roles: tuple[Role, ...], common: Mapping[Role, Common]) -> _Clusters:
         """The most routed experts found clusters, each other one joins where it loses least, in all `roles`
         together: gate and up share one map."""
         job = self.job
@@ -141,7 +170,7 @@ class JointFactors:
             others = [expert for expert in self._members if expert not in seeds]
             for expert, delta, gram in self._each(option, role, self._own(others)):
                 for number, u in enumerate(founders):
-                    v = common[role][0] if common else u.T @ delta.double()
+                    v = common[role]["shared_v"] if common else u.T @ delta.double()
                     errors[expert, number] += unexplained(delta, gram, u, v)
         job.work.group.sum([errors])
         joined = torch.full((job.experts,), -1, dtype=torch.int32)
@@ -149,22 +178,20 @@ class JointFactors:
             joined[expert] = seeds.index(expert) if expert in seeds else least(errors[expert].tolist())
         return _Clusters(seeds, joined)
 
-    def _founder(self, option: Option, role: Role, seed: int, common: Mapping[Role, tuple[Tensor, Tensor]]) -> Tensor:
+    def _founder(self, option: Option, role: Role, seed: int, common: Mapping[Role, Common]) -> Tensor:
         """The U that a cluster starts with, float64 [out, rank]."""
         _, delta, gram = next(self._each(option, role, [seed]))
         if common:
-            return delta.double() @ common[role][1]
+            return self._own_u(common[role], delta, gram)
         return merged_u(output_moment(delta, gram, torch.float64), self.job.plan.cap(self.job.number, role))
 
     def _common_u(
-        self, option: Option, role: Role, members: list[int], common: Mapping[Role, tuple[Tensor, Tensor]]
+        self, option: Option, role: Role, members: list[int], common: Mapping[Role, Common]
     ) -> tuple[Tensor, Tensor | None]:
         """A cluster's U in the stored dtype, and the scale that it carries for its V's (None with a shared V)."""
         job, dtype = self.job, self.job.plan.torch_dtype
         if common:
-            # A layer's members are few and their U's small: every process takes the mean of all.
-            each = self._each(option, role, members)
-            return mean_u((d.double() @ common[role][1], int(job.tokens[e])) for e, d, _ in each).to(dtype), None
+            return self._shared_u(option, role, members, common[role]).to(dtype), None
         rows = job.plan.model.shape.projection(role)[0]
         moment = torch.zeros(rows, rows, dtype=torch.float64, device=job.routing.device)
         for expert, delta, gram in self._each(option, role, self._own(members)):
@@ -179,3 +206,9 @@ class JointFactors:
         scale = (squares / len(members)).sqrt().sqrt()
         scale = torch.where(scale > 0, scale, 1.0)
         return (u * scale).to(dtype), scale
+
+    def _shared_u(self, option: Option, role: Role, members: list[int], common: Common) -> Tensor:
+        """A cluster's U beside a shared V, float64 [out, rank]; members: the experts in it, ascending."""
+        # A layer's members are few and their U's small: every process takes the mean of all.
+        each = self._each(option, role, members)
+        return mean_u((self._own_u(common, delta, gram), int(self.job.tokens[e])) for e, delta, gram in each)

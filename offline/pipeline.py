@@ -4,7 +4,8 @@ Where gradients are needed (Fisher information, adaptive ranks) two sweeps: forw
 then backwards, where each layer is run once more with its experts watched, merged and factored, and its input's
 gradient handed down. A layer's statistics and result exist only while it is the current one.
 Without gradients one sweep forwards does it. Where calibration follows the compression, factors are left to a
-last sweep forwards, in which every layer sees what the compressed layers before it give.
+last sweep forwards, in which every layer sees what the compressed layers before it give. Where calibration chooses
+the layers, a sweep forwards looks at them all, and the chosen ones are then watched once more.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
 from offline.plan import Plan
 from offline.progress import Steps
 from offline.resources import BATCH_TOKENS, layer_work
+from offline.selection import PART, look_at, settle_layers
 from offline.statistics import DenseExperts, Recorder, Routing, Site
 from offline.workdir import WorkDir
 
@@ -78,7 +80,9 @@ class Run:
     def compress_layers(self) -> None:
         """Run or resume: every MoE layer ends as parts in the working folder."""
         self.streamed.prepare((batch.stop - batch.start, self.plan.windows[1]) for batch in self.batches)
-        if self.plan.needs_gradient:
+        if self.plan.selects:
+            self._selected()
+        elif self.plan.needs_gradient:
             self._backwards()
             if self.plan.follows:
                 self._forwards(_following)
@@ -136,6 +140,33 @@ class Run:
                 self._compressed_forward(layer, name)
             self.work.discard(name(layer))
         self.work.discard(name(pending[-1] + 1))
+
+    def _selected(self) -> None:
+        """Every layer is looked at, forwards; then those that matter least are watched once more, and factored."""
+        if self.work.has_part(max(self.moe), f"{PART}-done"):
+            self.steps.skip(self.layers * self.costs.record, "resuming: layers are chosen")
+        else:
+            self._embed(_hidden)
+            for layer in range(max(self.moe) + 1):
+                self._look(layer)
+        self.plan = settle_layers(self.plan, self.work)
+        for layer in self.plan.problem.shape.layers:
+            if not self._done(layer, "factored"):
+                self._record(layer, _hidden, gradient=False)
+                self._factor(self._job(layer))
+                self._finish(layer, "factored")
+
+    def _look(self, layer: int) -> None:
+        """One layer forwards; of one with experts, how much it matters."""
+        if layer in self.moe and not self._done(layer, PART):
+            self._record(layer, _hidden, gradient=False, forward=True)
+            look_at(self._job(layer))
+            self._discard_part(layer, "facts")  # chosen layers are recorded anew
+            self._finish(layer, PART)
+        elif layer not in self.moe and not self.work.has(_hidden(layer + 1)):
+            self._plain_forward(layer, _hidden)
+        else:
+            self.steps.skip(self.costs.record)
 
     def _top(self, last: int) -> int:
         """The layer from which gradients have to come down to layer `last`."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from d2moe_vllm.checkpoint import DTYPES, ROLES, CheckpointConfig, Pruning, Role, Source
+from d2moe_vllm.checkpoint import DTYPE_BYTES, DTYPES, ROLES, CheckpointConfig, Pruning, Role, Source
 from offline.budget import Budget, Option, Problem, solve_paper, solve_stored
 from offline.errors import InputError
 from offline.merging import MERGES
@@ -48,7 +49,12 @@ class Plan:
     @property
     def settled(self) -> bool:
         """Whether the budget is final before calibration."""
-        return self.recipe.allocation == "uniform" and not self.recipe.delta.trim
+        return self.recipe.allocation == "uniform" and not self.recipe.delta.trim and not self.selects
+
+    @property
+    def selects(self) -> bool:
+        """Whether calibration chooses the layers that are compressed (METHODS 2)."""
+        return self.recipe.method == "moe-svd"
 
     def cap(self, layer: int, role: Role) -> int:
         """The largest rank that a projection may get: factors are computed up to it, then cut."""
@@ -84,13 +90,15 @@ def make_plan(
     machine; allow_larger: a result no smaller than the source is what the user wants (an fp8 original, under the
     paper's accounting). Raises InputError where the ratio cannot be reached or the memory does not suffice.
     """
-    recipe = recipe.resolve(model.shape.hidden_size, model.max_positions)
+    recipe = recipe.resolve(model.shape.hidden_size, model.max_positions, model.shape.num_experts)
     base, shape = recipe.base, model.shape
     for role in ROLES:
         if shape.projection(role)[1] % base.groups:
             raise InputError(f"base.groups {base.groups} does not divide {role}'s {shape.projection(role)[1]} inputs")
     _check_counts(recipe, shape.num_experts)
     problem = _problem(model, recipe, shard_bytes)
+    if recipe.method == "moe-svd":
+        problem = first_selection(problem, model)
     budget = solve_paper(problem, recipe.ratio) if recipe.accounting == "paper" else _uniform(problem, recipe.ratio)
     if budget.nbytes >= model.reader.nbytes and not allow_larger:
         raise InputError(
@@ -110,11 +118,19 @@ def _check_counts(recipe: Recipe, experts: int) -> None:
         raise InputError(
             f"delta.distinct_u {delta.distinct_u} exceeds the {experts - delta.trim} experts that have deltas"
         )
+    if recipe.method != "mobe":
+        return
+    bases, groups = int(recipe.mobe.bases), recipe.mobe.groups
+    if bases > experts:
+        raise InputError(f"mobe.bases {bases} exceeds the {experts} experts that mix from them; choose fewer")
+    if bases % groups:
+        raise InputError(f"mobe.groups {groups} does not divide mobe.bases {bases}; choose a divisor")
 
 
 def _problem(model: DenseModel, recipe: Recipe, shard_bytes: int) -> Problem:
     shape = model.shape
     draft = CheckpointConfig.model_construct(
+        method=recipe.method,
         family=model.family.model_type,
         experts=model.family.experts,
         projections=dict(model.family.projections),
@@ -130,6 +146,29 @@ def _problem(model: DenseModel, recipe: Recipe, shard_bytes: int) -> Problem:
     )
     trimmed = dict.fromkeys(shape.layers, tuple(range(recipe.delta.trim)))
     return Problem(draft, shape, model.other_tensors, recipe, trimmed, shard_bytes)
+
+
+def restrict(problem: Problem, model: DenseModel, layers: tuple[int, ...]) -> Problem:
+    """The same problem with only these layers to compress: the experts of the others are kept as they are."""
+    others = dict(model.other_tensors)
+    for layer in model.shape.layers:
+        if layer not in layers:
+            others |= model.kept_experts(layer)
+    return replace(problem, shape=replace(model.shape, layers=layers), other_tensors=others)
+
+
+def first_selection(problem: Problem, model: DenseModel) -> Problem:
+    """As few layers as reach the ratio when each gives up moe_svd.layer_ratio of its bytes (METHODS 2); the last
+    ones, as long as it is not known which. Raises InputError where not even all of them do."""
+    ratio, layers = problem.recipe.ratio, model.shape.layers
+    each = model.shape.num_experts * model.shape.expert_parameters * DTYPE_BYTES[DTYPES[model.dtype]]
+    least = ratio * model.reader.nbytes / (problem.recipe.moe_svd.layer_ratio * each)
+    for count in range(min(math.ceil(least), len(layers)), len(layers)):
+        found = restrict(problem, model, layers[-count:])
+        with contextlib.suppress(InputError):
+            solve_stored(found, ratio)
+            return found
+    return problem
 
 
 def _uniform(problem: Problem, ratio: float) -> Budget:
@@ -148,7 +187,7 @@ def _caps(problem: Problem, budget: Budget) -> dict[tuple[int, Role], int]:
     recipe, multiple = problem.recipe, problem.rank_multiple
     if recipe.allocation == "uniform":
         # Which experts are trimmed changes the length of names, and that may be worth one more rank.
-        more = multiple if recipe.delta.trim else 0
+        more = multiple if recipe.delta.trim or recipe.method == "moe-svd" else 0
         return {key: min(rank + more, problem.limit(key[1])) for key, rank in ranks.items()}
     smallest: Option = "none" if "none" in problem.options else problem.options[0]
     richest = solve_stored(problem, recipe.ratio, smallest)
@@ -163,9 +202,9 @@ def _caps(problem: Problem, budget: Budget) -> dict[tuple[int, Role], int]:
 def summary(plan: Plan, seconds: float) -> dict[str, Any]:
     """What `plan --json` prints; seconds: `resources.estimate_seconds`, which takes a measurement."""
     source, shape, config = plan.config.source, plan.model.shape, plan.config
-    experts = shape.num_experts * shape.expert_parameters * len(shape.layers)
+    experts = shape.num_experts * shape.expert_parameters * len(config.layers)
     kept = sum(spec.numel for spec in config.expert_tensors().values())
-    first = config.layers[shape.layers[0]]
+    first = config.layers[min(config.layers)]
     return {
         "source": {"name": source.name, "parameters": source.parameters, "bytes": source.bytes},
         "result": {
@@ -174,6 +213,8 @@ def summary(plan: Plan, seconds: float) -> dict[str, Any]:
             "stored_ratio": plan.budget.stored_ratio,
             "expert_ratio": 1 - kept / experts,
             "files": len(plan.budget.shards),
+            "layers": len(config.layers),
+            "dense_layers": len(shape.layers) - len(config.layers),
             "final": plan.settled,
         },
         "kept_share_of_deltas": {role: plan.budget.kept_share[role] for role in ROLES},
@@ -184,5 +225,5 @@ def summary(plan: Plan, seconds: float) -> dict[str, Any]:
         "rows_at_once": plan.resources.rows,
         "disk_bytes": {"work": work_bytes(plan), "result": plan.budget.nbytes},
         "estimated_seconds": seconds,
-        "recipe": plan.recipe.model_dump(),
+        "recipe": plan.recipe.to_json(),
     }

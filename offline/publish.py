@@ -62,12 +62,13 @@ def publish(plan: Plan, budget: Budget, windows: Windows, work: WorkDir, out: Pa
 
     with new_folder(out) as folder:
         files = write_shards(folder, budget.shards, produce)
-        others = {name: (spec.dtype, spec.shape) for name, spec in model.other_tensors.items()}
+        written = {name: spec for shard in budget.shards for name, spec in shard.tensors.items()}
+        others = {name: (spec.dtype, spec.shape) for name, spec in written.items() if name not in assembly}
         manifest = Manifest(other_tensors=others, files=files)
         write_file(folder / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
         write_file(folder / "config.json", _json(_model_config(plan, budget)))
         write_file(folder / RECIPE_FILE, plan.recipe.dump())
-        write_file(folder / STATS_FILE, _json(_stats(plan, windows, assembly.reports())))
+        write_file(folder / STATS_FILE, _json(_stats(plan, windows, assembly)))
         write_file(folder / MODELING_FILE, checkpoint_modeling_source())
         write_file(folder / "README.md", model_card(plan, budget))
         for path in companion_files(model.folder):
@@ -85,8 +86,9 @@ def _model_config(plan: Plan, budget: Budget) -> dict[str, Any]:
     }
 
 
-def _stats(plan: Plan, windows: Windows, reports: dict[str, Any]) -> dict[str, Any]:
+def _stats(plan: Plan, windows: Windows, assembly: Assembly) -> dict[str, Any]:
     calibration = plan.recipe.calibration
+    selection = assembly.selection()
     return {
         "format_version": FORMAT_VERSION,
         "written_by": f"d2moe-vllm {d2moe_vllm.__version__}",
@@ -99,7 +101,8 @@ def _stats(plan: Plan, windows: Windows, reports: dict[str, Any]) -> dict[str, A
         },
         # What `d2moe export` puts back.
         "source_auto_map": plan.model.config.get("auto_map"),
-        "layers": reports,
+        **({"selection": selection} if selection else {}),
+        "layers": assembly.reports(),
     }
 
 

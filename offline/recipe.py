@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from d2moe_vllm.checkpoint import Scope, first_error
+from d2moe_vllm.checkpoint import Function, Method, Scope, first_error
 from offline.errors import InputError
 
 REAL_MODEL_WIDTH = 1024
@@ -83,14 +83,49 @@ class Delta(_Section):
         return self
 
 
+class MoESVD(_Section):
+    """MoE-SVD (METHODS 2). Its U's are trimmed by `delta.distinct_u`.
+
+    share_v: where the V that all experts share comes from and what U's go with it: that of the most routed expert with
+    every expert's own U (`most_routed`, the paper's) or with U's fitted to it (`refit`), or the best for all experts
+    together, also with fitted U's (`joint`). layer_ratio: share of its bytes that a decomposed layer gives up at
+    least: so few layers are decomposed, the others stay dense. rank_threshold, outlier_threshold: a singular value
+    counts from this share of the largest on, an activation from this many times the mean magnitude on.
+    """
+
+    share_v: Literal["most_routed", "refit", "joint"] = "joint"
+    layer_ratio: float = Field(default=0.5, gt=0, lt=1)
+    rank_threshold: float = Field(default=0.2, gt=0, lt=1)
+    outlier_threshold: float = Field(default=3.0, gt=0)
+
+
+class MoBE(_Section):
+    """MoBE (METHODS 3). bases: matrices per layer and projection that experts mix from; `auto` is a quarter of the
+    experts, at least two. groups: experts mix from the bases of their own group only, of so many. weighting: what the
+    error is measured by: each expert's `own` second moment of inputs, one `pooled` over all experts, or `none`.
+
+    learning_rate: Adam's, relative to the size of what it changes. A fit ends after max_steps, or where `window` steps
+    lowered the squared error by less than this `tolerance`, relative.
+    """
+
+    bases: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    function: Function = "silu"
+    groups: int = Field(default=1, ge=1)
+    weighting: Literal["own", "pooled", "none"] = "own"
+    learning_rate: float = Field(default=0.07, gt=0)
+    max_steps: int = Field(default=400, ge=0)
+    window: int = Field(default=25, ge=1)
+    tolerance: float = Field(default=1e-3, ge=0)
+
+
 class Recipe(_Section):
     """accounting: `stored` (share of the source's bytes gone from disk) or `paper` (Table 12's nominal share).
     allocation: `uniform` (one kept share for all) or `adaptive` (ranks where they save most error, METHODS 1.4);
     adaptive unless the paper's accounting is asked for. base.kind is auto where the allocation is adaptive, else
     semi-dynamic. scope: the dynamic column selection that the checkpoint asks to be served
-    with."""
+    with. moe_svd, mobe: for these methods, which have no base and uniform ranks."""
 
-    method: Literal["d2"] = "d2"
+    method: Method = "d2"
     ratio: float = Field(gt=0, lt=1)
     accounting: Literal["stored", "paper"] = "stored"
     allocation: Literal["uniform", "adaptive"] = "adaptive"
@@ -98,6 +133,8 @@ class Recipe(_Section):
     calibration: Calibration = Calibration()
     base: Base = Base()
     delta: Delta = Delta()
+    moe_svd: MoESVD = MoESVD()
+    mobe: MoBE = MoBE()
 
     @model_validator(mode="before")
     @classmethod
@@ -105,14 +142,20 @@ class Recipe(_Section):
         """Defaults that depend on what else is asked for."""
         if not isinstance(content, dict):
             return content
-        allocation = "uniform" if content.get("accounting") == "paper" else "adaptive"
+        sister = content.get("method") in ("moe-svd", "mobe")
+        allocation = "uniform" if sister or content.get("accounting") == "paper" else "adaptive"
         content = {"allocation": allocation, **content}
         if isinstance(base := content.get("base", {}), dict):
-            content["base"] = {"kind": "auto" if content["allocation"] == "adaptive" else "semi-dynamic", **base}
+            kind = "none" if sister else "auto" if content["allocation"] == "adaptive" else "semi-dynamic"
+            content["base"] = {"kind": kind, **base}
+        if content.get("method") == "moe-svd" and isinstance(delta := content.get("delta", {}), dict):
+            content["delta"] = {"share_v": True, **delta}
         return content
 
     @model_validator(mode="after")
     def _compatible(self) -> Recipe:
+        if self.method != "d2":
+            self._check_sister()
         if self.allocation == "adaptive" and self.accounting == "paper":
             raise ValueError("allocation adaptive needs accounting stored")
         if self.accounting == "paper" and (self.delta.trim or self.delta.joint):
@@ -126,7 +169,28 @@ class Recipe(_Section):
             raise ValueError("delta.trim needs a base: trimmed experts run on it alone")
         return self
 
-    def resolve(self, hidden_size: int, max_positions: int | None) -> Recipe:
+    def _check_sister(self) -> None:
+        """What MoE-SVD and MoBE do not have."""
+        needed: dict[str, tuple[Any, Any]] = {
+            "base.kind": (self.base.kind, "none"),
+            "allocation": (self.allocation, "uniform"),
+            "accounting": (self.accounting, "stored"),
+            "calibration.inputs": (self.calibration.inputs, "dense"),
+            "delta.method": (self.delta.method, "whitened"),
+            "delta.share_v": (self.delta.share_v, self.method == "moe-svd"),
+        }
+        if self.method == "mobe":
+            needed["delta.distinct_u"] = (self.delta.distinct_u, 0)
+        for field, (found, value) in needed.items():
+            if found != value:
+                raise ValueError(f"method {self.method} needs {field} {value}, not {found}; leave it out")
+
+    @property
+    def joint(self) -> bool:
+        """Whether experts are factored together."""
+        return self.delta.joint or self.method == "mobe"
+
+    def resolve(self, hidden_size: int, max_positions: int | None, experts: int) -> Recipe:
         """This recipe with every `auto` decided for one model."""
         multiple = 16 if hidden_size >= REAL_MODEL_WIDTH else 1
         seq_len = self.calibration.seq_len
@@ -134,17 +198,25 @@ class Recipe(_Section):
             seq_len = min(2048, max_positions or 2048)
         elif max_positions and seq_len > max_positions:
             raise InputError(f"calibration.seq_len {seq_len} exceeds the model's {max_positions} positions")
+        mobe = self.mobe
+        if self.method == "mobe":
+            mobe = mobe.model_copy(update={"bases": _decide(mobe.bases, max(experts // 4, 2))})
         return self.model_copy(
             update={
                 "calibration": self.calibration.model_copy(update={"seq_len": seq_len}),
                 "base": self.base.model_copy(update={"column_multiple": _decide(self.base.column_multiple, multiple)}),
                 "delta": self.delta.model_copy(update={"rank_multiple": _decide(self.delta.rank_multiple, multiple)}),
+                "mobe": mobe,
             }
         )
 
     def dump(self) -> str:
         """As YAML, in the order of the fields."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return yaml.safe_dump(self.to_json(), sort_keys=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, but for the sections of other methods."""
+        return self.model_dump(exclude={"moe_svd", "mobe"} - {self.method.replace("-", "_")})
 
 
 def _decide(value: int | str, automatic: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm.checkpoint import CheckpointConfig, Role
+from offline.mixing import mix
 from offline.shards import Reader
 
 
@@ -39,18 +40,24 @@ class Reconstruction:
 
     def delta(self, layer: int, expert: int, role: Role) -> Tensor | None:
         """What is added to the base for one expert, [out, in]; None where nothing is (rank 0, or trimmed)."""
-        if not self._config.layers[layer][role].rank or expert in self._config.layers[layer].trimmed:
+        projection = self._config.layers[layer][role]
+        if projection.delta == "dense":
+            return self._tensor(layer, expert, role, "dense")
+        if not projection.rank or expert in self._config.layers[layer].trimmed:
             return None
         shared = self._load_shared(layer, role)
+        if projection.function:
+            a, alpha = (self._tensor(layer, expert, role, kind) for kind in ("a", "alpha"))
+            return a @ mix(shared["bases"], alpha, projection.function)
         left = self._tensor(layer, int(shared["u_index"][expert]) if "u_index" in shared else expert, role, "delta_u")
-        if self._config.layers[layer][role].delta == "columns":
+        if projection.delta == "columns":
             columns = self._tensor(layer, expert, role, "delta_columns")
             return self._scatter(left, columns, role)
         right = shared["shared_v"] if "shared_v" in shared else self._tensor(layer, expert, role, "delta_v")
         return left @ right
 
     def _load_shared(self, layer: int, role: Role) -> dict[str, Tensor]:
-        """What all experts of one projection share: full_base, shared_v, u_index, each where there is one.
+        """What all experts of one projection share: full_base, shared_v, bases, u_index, each where there is one.
 
         In float32 that is one expert's weights for the layer's bases, as much again at most for shared V's.
         """
@@ -67,6 +74,8 @@ class Reconstruction:
                 shared["full_base"] = left @ right
             if projection.rank and projection.shared_v:
                 shared["shared_v"] = self._tensor(layer, 0, role, "shared_v")
+            if projection.bases:
+                shared["bases"] = self._tensor(layer, 0, role, "bases")
             if projection.shares_u:
                 shared["u_index"] = self._tensor(layer, 0, role, "u_index")
             self._shared[role] = shared

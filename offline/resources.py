@@ -117,6 +117,8 @@ def phases(plan: Plan) -> dict[str, int]:
     if recipe.base.kind != "none" or backwards:
         result["merge"] = _merge_bytes(plan)
     result["factor"] = _factor_bytes(plan)
+    if recipe.method == "mobe":
+        result["fit"] = _fit_bytes(plan)
     return {name: PROCESS_BYTES + size for name, size in result.items()}
 
 
@@ -163,8 +165,21 @@ def _factor_bytes(plan: Plan) -> int:
     cap = max(plan.caps.values())
     factors = (FLOAT64 + FLOAT32 + width) * cap * (hidden + middle) + FLOAT64 * cap * middle
     products = FLOAT64 * (2 * matrix + large * 1024)
-    joint = FLOAT64 * 5 * large**2 if plan.recipe.delta.joint else 0
+    joint = FLOAT64 * 5 * large**2 if plan.recipe.joint else 0
     return 3 * matrix * (width + FLOAT32) + grams + eigen + factors + products + joint + _rows(plan)
+
+
+def _fit_bytes(plan: Plan) -> int:
+    """Bases with gradients and Adam's moments, the best so far, second moments of inputs, one expert at work."""
+    shape, settings = plan.model.shape, plan.recipe.mobe
+    hidden, matrix, rank = shape.hidden_size, shape.hidden_size * shape.intermediate_size, max(plan.caps.values())
+    own = -(-shape.num_experts // plan.resources.processes)
+    bases = FLOAT32 * (8 * int(settings.bases) + 8) * rank * hidden
+    starting = FLOAT64 * (3 * int(settings.bases) * rank * hidden + 6 * hidden**2)
+    grams = FLOAT32 * hidden**2 * {"own": own, "pooled": 1, "none": 0}[settings.weighting]
+    held = 2 * own * matrix * plan.torch_dtype.itemsize if plan.resources.hold_layer else 0
+    working = FLOAT32 * 5 * matrix + FLOAT64 * (5 * rank**2 + 2 * rank * shape.intermediate_size)
+    return max(bases, starting) + grams + held + working + _rows(plan)
 
 
 def _rows(plan: Plan) -> int:
@@ -182,14 +197,17 @@ def work_bytes(plan: Plan) -> int:
     """Bytes on disk while running, besides the result: activations, gradients, factors at their largest ranks."""
     shape, width = plan.model.shape, plan.torch_dtype.itemsize
     # Every layer's input where the run goes backwards, else two; two gradients; what reaches one layer's experts.
-    arrays = (plan.model.num_layers + 1 + 3 + 2 if plan.needs_gradient else 4) + (3 if plan.follows else 0)
+    kept = plan.needs_gradient or plan.selects
+    arrays = (plan.model.num_layers + 1 + 3 + 2 if kept else 4) + (3 if plan.follows else 0)
     activations = FLOAT32 * plan.tokens * (arrays * shape.hidden_size + 2 * shape.experts_per_token)
     options = len(plan.problem.options)
     factors = sum(
         rank * sum(shape.projection(role)) * shape.num_experts * width * options
         for (_, role), rank in plan.caps.items()
     )
-    bases = len(shape.layers) * shape.expert_parameters * (options * width + (FLOAT32 if plan.follows else 0))
+    bases = (
+        len(plan.problem.shape.layers) * shape.expert_parameters * (options * width + (FLOAT32 if plan.follows else 0))
+    )
     return activations + factors + bases + FLOAT32 * shape.expert_parameters
 
 
@@ -220,13 +238,28 @@ def layer_work(plan: Plan) -> Work:
     small = min(hidden, middle)
     # Per projection an eigenproblem of about 15 n^3 and the products around it, in float64.
     eigen = 2 * shape.num_experts * 3 * (15 * small**3 + 4 * matrix * (hidden + middle)) * len(plan.problem.options)
-    return Work(forward, record, merge, grams + eigen)
+    return Work(forward, record, merge, grams + eigen + _fit_work(plan))
+
+
+def _fit_work(plan: Plan) -> float:
+    """MoBE's steps over gate and up of one layer, where none ends early."""
+    if plan.recipe.method != "mobe":
+        return 0.0
+    shape, settings, rank = plan.model.shape, plan.recipe.mobe, max(plan.caps.values())
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    grams = 0 if settings.weighting == "none" else 2 * rank * hidden**2 + middle * hidden**2
+    small = rank**2 * (3 * hidden + 2 * middle + rank)
+    each = 2 * (2 * rank * hidden * middle + grams + small + 4 * int(settings.bases) * rank * hidden)
+    return 2.0 * settings.max_steps * shape.num_experts * each
 
 
 def total_work(plan: Plan) -> float:
     work, layers = layer_work(plan), plan.model.num_layers
     moe = len(plan.model.shape.layers)
-    sweeps = layers * work.record + moe * (work.merge + work.factor)
+    chosen = len(plan.problem.shape.layers)
+    sweeps = layers * work.record + moe * work.merge + chosen * work.factor
+    if plan.selects:
+        sweeps += chosen * work.record
     if plan.needs_gradient:
         sweeps += layers * work.forward
     if plan.follows:

@@ -31,6 +31,9 @@ from offline.factorization import gram_root, whitened_energy
 NEGLIGIBLE = 1e-13
 """Eigenvalues below this share of the largest are rounding; their components are left out."""
 
+RIDGE = 1e-12
+"""Added to V G Vᵀ, relative to its mean diagonal: rows of V beyond the rank of the data are zero."""
+
 
 def shared_v(gram: Tensor, moment: Tensor, rank: int, experts: int) -> tuple[Tensor, Tensor]:
     """V of all experts, and the projector that gives each its U: minimises sum_i ||(D_i - U_i V) G^(1/2)||_F^2.
@@ -55,6 +58,18 @@ def shared_v(gram: Tensor, moment: Tensor, rank: int, experts: int) -> tuple[Ten
     scale = (v.norm(dim=1) * experts**0.5).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     return v / scale[:, None], projector * scale
+
+
+def fitted_u(weight: Tensor, gram: Tensor, v: Tensor) -> Tensor:
+    """The best U for a given V: minimises ||(W - U V) G^(1/2)||_F, U = W G Vᵀ (V G Vᵀ)^-1.
+
+    weight: [out, in]; gram: symmetric [in, in]; v: [k, in]. Returns float64 [out, k].
+    """
+    v = v.double()
+    seen = v @ gram.double()
+    inner = seen @ v.T
+    inner.diagonal().add_(RIDGE * inner.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny))
+    return torch.linalg.solve(inner, seen @ weight.double().T).T
 
 
 def merged_u(moment: Tensor, rank: int) -> Tensor:

@@ -200,11 +200,38 @@ def mean_gram(
     total = torch.zeros(size, size, device=routing.device)
     count = 0
     for token, x, gates in routing.batches(expert):
-        rows = x
-        if site == "middle":
-            rows = activation(linear(x, weights["gate"].float())) * linear(x, weights["up"].float())
+        rows = x if site == "input" else _middle(weights, x, activation)
         if gate_weighted:
             rows = rows * gates
         total.addmm_(rows.T, rows)
         count += len(token)
     return total.div_(max(count, 1))
+
+
+def _middle(weights: Weights, x: Tensor, activation: Activation) -> Tensor:
+    """What down reads where gate and up read the rows x [n, hidden]."""
+    return activation(linear(x, weights["gate"].float())) * linear(x, weights["up"].float())
+
+
+@torch.no_grad()
+def outlier_shares(
+    weights: Weights, routing: Routing, expert: int, activation: Activation, threshold: float
+) -> dict[Site, float]:
+    """Share of the elements of what one expert reads whose magnitude exceeds `threshold` times their mean one.
+
+    Two passes over its rows: the mean first. 0 where no token was routed to it.
+    """
+    counts: dict[Site, int] = dict.fromkeys(SELECTIONS, 0)
+    sums: dict[Site, float] = dict.fromkeys(SELECTIONS, 0.0)
+    beyond: dict[Site, int] = dict.fromkeys(SELECTIONS, 0)
+    for number in range(2):
+        for _, x, _ in routing.batches(expert):
+            rows: dict[Site, Tensor] = {"input": x, "middle": _middle(weights, x, activation)}
+            for site, values in rows.items():
+                magnitudes = values.abs()
+                if number == 0:
+                    counts[site] += magnitudes.numel()
+                    sums[site] += float(magnitudes.sum(dtype=torch.float64))
+                else:
+                    beyond[site] += int((magnitudes > threshold * sums[site] / counts[site]).sum())
+    return {site: beyond[site] / max(counts[site], 1) for site in counts}

@@ -60,22 +60,30 @@ def _specialties(layer: dict[str, Any]) -> str:
     found = []
     for role in ROLES:
         one = layer[role]
-        kinds = ["columns as they are"] * (one["delta"] == "columns") + ["one V"] * one["shared_v"]
+        kinds = ["as it is"] * (one["delta"] == "dense") + [f"{one['bases']} bases, {one['function']}"] * bool(
+            one["bases"]
+        )
+        kinds += ["columns as they are"] * (one["delta"] == "columns") + ["one V"] * one["shared_v"]
         kinds += [f"{one['distinct_u']} different U"] * bool(one["distinct_u"])
         found += [f"{role} {', '.join(kinds)}"] if kinds else []
     found += [f"no deltas for experts {', '.join(map(str, layer['trimmed']))}"] if layer["trimmed"] else []
     return "; ".join(found)
 
 
+NOT_FINAL = {
+    "d2": "These are uniform ranks and one kind of base; calibration decides them layer by layer, in no more bytes.",
+    "moe-svd": "Which layers are decomposed calibration decides.",
+}
+
+
 def plan_table(console: Console, summary: dict[str, Any]) -> None:
     _sizes(console, summary["source"], summary["result"])
     console.print()
     _projections(console, "", {"first layer": summary["first_layer"]})
+    if dense := summary["result"]["dense_layers"]:
+        console.print(f"{summary['result']['layers']} layers like this, {dense} stay dense", highlight=False)
     if not summary["result"]["final"]:
-        console.print(
-            "These are uniform ranks and one kind of base; calibration decides them layer by layer, in no more bytes.",
-            style="dim",
-        )
+        console.print(NOT_FINAL[summary["recipe"]["method"]], style="dim")
     console.print()
     shares = ", ".join(f"{role} {100 * share:.2f} %" for role, share in summary["kept_share_of_deltas"].items())
     console.print(f"kept share of the deltas: {shares}", highlight=False)
@@ -128,6 +136,13 @@ def inspect_table(console: Console, content: dict[str, Any]) -> None:
         table.add_row(number, *errors, f"{min(tokens)} to {max(tokens)}")
     console.print(table)
     console.print("errors: relative, weighted by the calibration inputs, mean over experts", style="dim")
+    for number, report in content["statistics"]["layers"].items():
+        for role, fit in report.get("fit", {}).items():
+            if fit["error"] >= fit["start_error"]:
+                console.print(
+                    f"layer {number} {role}: the fit gained nothing over its start ({fit.get('ended')})",
+                    highlight=False,
+                )
 
 
 def eval_table(console: Console, result: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def fingerprint(model: DenseModel, recipe: Recipe, calibration_sha256: str, mach
     return {
         "tool": d2moe_vllm.__version__,
         "source": {"config": hashlib.sha256(json.dumps(model.config).encode()).hexdigest(), "files": files},
-        "recipe": recipe.model_dump(),
+        "recipe": recipe.to_json(),
         "calibration": calibration_sha256,
         "machine": {
             "torch": torch.__version__,

@@ -131,7 +131,8 @@ def ours(layer: Layer) -> Call:
         w._replace(base=w.base.clone(), delta_u=w.delta_u.clone(), delta_v=w.delta_v.clone())  # type: ignore[union-attr]
         for w in (layer.w13, layer.w2)
     ]
-    halves = cpu.pack(*copies, ranks=ranks, base_ranks=none)
+    used = options(layer)["used"]
+    halves = cpu.pack(*copies, ranks=ranks, base_ranks=none, used=used, scope="off")
     return lambda x, gates, ids: cpu.fused_experts(x, gates, ids, *halves, None, **options(layer))
 
 

@@ -38,6 +38,8 @@ class Synthetic:
     delta: dict[str, str] = field(default_factory=dict)
     shared_v: tuple[str, ...] = ()
     distinct_u: dict[str, int] = field(default_factory=dict)
+    bases: dict[str, int] = field(default_factory=dict)
+    function: str = "silu"
     trimmed: tuple[int, ...] = ()
     scope: str = "off"
     groups: int = 8
@@ -76,6 +78,22 @@ def every_variant(**changes: Any) -> Synthetic:
         },
     }
     return Synthetic(special=special, **changes)
+
+
+def mixed(function: str = "silu", **changes: Any) -> Synthetic:
+    """MoBE's tensors in layers 0 and 1, a base and deltas in layer 2; layer 3 stays dense."""
+    special = {
+        number: {
+            "rank": {"gate": 40, "up": 24, "down": 0},
+            "kept": NO_BASE,
+            "used": NO_BASE,
+            "delta": {"gate": "bases", "up": "bases", "down": "dense"},
+            "bases": {"gate": 3, "up": 3},
+            "function": function,
+        }
+        for number in (0, 1)
+    }
+    return Synthetic(special=special, dense=(3,), **changes)
 
 
 def write_checkpoint(folder: Path, what: Synthetic | None = None) -> dict[str, Tensor]:
@@ -121,8 +139,9 @@ def write_dense(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     _copy_tokenizer(folder)
 
 
-def dense_expert(tensors: dict[str, Tensor], layer: int, expert: int, role: str) -> Tensor:
-    """`W_b + U V` of one expert in float64, columns that are pruned or not in the delta being zero."""
+def dense_expert(tensors: dict[str, Tensor], layer: int, expert: int, role: str, function: str = "silu") -> Tensor:
+    """`W_b + U V` of one expert in float64, columns that are pruned or not in the delta being zero; or what it is
+    mixed to from bases, or as it is stored."""
     prefix = PREFIX.format(layer=layer)
     own, shared = f"{prefix}.{expert}.{NAMES[role]}", f"{prefix}.0.{NAMES[role]}"
 
@@ -134,6 +153,12 @@ def dense_expert(tensors: dict[str, Tensor], layer: int, expert: int, role: str)
         weight[:, tensors[f"{shared}.base_columns"].long()] = base
     if (base_u := get(f"{shared}.base_u")) is not None:
         weight += base_u @ tensors[f"{shared}.base_v"].double()
+    if (dense := get(f"{own}.dense")) is not None:
+        return dense
+    if (bases := get(f"{shared}.bases")) is not None:
+        v = sum(factor * basis for factor, basis in zip(get(f"{own}.alpha"), bases, strict=True))
+        v = torch.tanh(v) if function == "tanh" else v / (1 + torch.exp(-v))
+        return get(f"{own}.a") @ v
     index = tensors.get(f"{shared}.u_index")
     # Expert -1 has no tensors.
     u = get(f"{prefix}.{expert if index is None else int(index[expert])}.{NAMES[role]}.delta_u")
@@ -171,6 +196,8 @@ def _factor(source: dict[str, Tensor], num_experts: int, layer: int, role: str, 
         base = u.double() @ v.double()
         tensors |= {f"{shared}.base_u": u, f"{shared}.base_v": v}
     deltas = {expert: weights[expert] - base for expert in range(num_experts) if expert not in what.trimmed}
+    if what.delta.get(role) == "dense":
+        return {f"{prefix}.{e}.{NAMES[role]}.dense": delta.to(what.dtype) for e, delta in deltas.items()}
     for kind, expert, tensor in _deltas(deltas, num_experts, role, what) if what.rank[role] else ():
         stored = tensor if tensor.dtype == torch.int32 else tensor.to(what.dtype)
         tensors[f"{prefix}.{expert}.{NAMES[role]}.{kind}"] = stored.contiguous()
@@ -194,6 +221,9 @@ def _deltas(
 ) -> Iterator[tuple[str, int, Tensor]]:
     """(kind, expert it rides with, tensor)."""
     rank, distinct, shared_v = what.rank[role], what.distinct_u.get(role, 0), role in what.shared_v
+    if what.delta.get(role) == "bases":
+        yield from _mixed(deltas, rank, what.bases[role], what.function)
+        return
     if what.delta.get(role) == "columns":
         for expert, delta in deltas.items():
             columns = _best_columns(delta.norm(dim=0), rank, what.groups)
@@ -218,6 +248,19 @@ def _deltas(
             yield "delta_v", e, torch.linalg.lstsq(u, deltas[e]).solution
 
 
+def _mixed(deltas: dict[int, Tensor], rank: int, count: int, function: str) -> Iterator[tuple[str, int, Tensor]]:
+    """Bases that are some experts' right singular vectors, large enough for the function to bend them."""
+    bases = torch.stack([torch.linalg.svd(deltas[e], full_matrices=False)[2][:rank] for e in range(count)])
+    bases *= 0.8 / bases.abs().max()
+    yield "bases", 0, bases
+    for e, delta in deltas.items():
+        alpha = torch.full((count,), 0.2, dtype=torch.float64).index_fill(0, torch.tensor([e % count]), 0.6)
+        v = torch.tensordot(alpha, bases, dims=1)
+        v = torch.tanh(v) if function == "tanh" else torch.nn.functional.silu(v)
+        yield "alpha", e, alpha
+        yield "a", e, delta @ torch.linalg.pinv(v)
+
+
 def _quantization_config(config: dict, what: Synthetic) -> dict:
     def layer(own: Synthetic) -> dict:
         roles = {
@@ -229,6 +272,8 @@ def _quantization_config(config: dict, what: Synthetic) -> dict:
                 "delta": own.delta.get(role, "factors"),
                 "shared_v": role in own.shared_v,
                 "distinct_u": own.distinct_u.get(role, 0),
+                "bases": own.bases.get(role, 0),
+                "function": own.function if role in own.bases else None,
             }
             for role in NAMES
         }

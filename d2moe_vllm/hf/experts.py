@@ -5,6 +5,7 @@ Used by modeling_d2moe.py, into which it is copied for checkpoints, and layer by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,9 +32,18 @@ def projection_shapes(
     if base_rank := projection.get("base_rank", 0):
         yield 0, "base_u", (out_features, base_rank)
         yield 0, "base_v", (base_rank, in_features)
+    own = [expert for expert in range(num_experts) if expert not in trimmed]
+    if projection.get("delta") == "dense":
+        for expert in own:
+            yield expert, "dense", (out_features, in_features)
     if not (rank := projection["rank"]):
         return
-    own = [expert for expert in range(num_experts) if expert not in trimmed]
+    if bases := projection.get("bases", 0):
+        yield 0, "bases", (bases, rank, in_features)
+        for expert in own:
+            yield expert, "a", (out_features, rank)
+            yield expert, "alpha", (bases,)
+        return
     shared_v, distinct_u = projection.get("shared_v", False), projection.get("distinct_u", 0)
     if shared_v:
         yield 0, "shared_v", (rank, in_features)
@@ -180,6 +190,7 @@ class D2Experts(nn.Module):
             used=[gate["used_columns"], down["used_columns"]],
             activation=self.activation,
             scope=self.scope,
+            function=gate.get("function") or "",
             batch_invariant=self.scope == "token",
             static_shapes=self.static_shapes,
         )
@@ -191,6 +202,8 @@ class D2Experts(nn.Module):
         tensors: dict[str, Any] = {}
         if ranked := [role for role in roles if self.layer[role]["rank"]]:
             tensors |= self._deltas(device, ranked)
+        if first.get("delta") == "dense":
+            tensors["dense"] = self._per_expert(range(self.num_experts), list(roles), "dense", 1)
         based = [self.projection(0, role) for role in roles]
         if first["kept_columns"]:
             norms = [projection("base_norms") for projection in based]
@@ -206,6 +219,12 @@ class D2Experts(nn.Module):
         """Weights' delta fields; without static shapes an expert's matrices are put together when it is visited."""
         first = self.layer[roles[0]]
         own = [expert for expert in range(self.num_experts) if expert not in self.trimmed]
+        if first.get("bases", 0):
+            return {
+                "bases": self._join(0, roles, "bases", 1),
+                "alpha": self._per_expert(own, roles, "alpha", 0),
+                "a": self._per_expert(own, roles, "a", 1),
+            }
         places = self._places(device, own) if self.trimmed else None
         distinct = first.get("distinct_u", 0)
         fields: dict[str, Any] = {
@@ -240,10 +259,11 @@ class D2Experts(nn.Module):
 
 
 def _side_by_side(parts: list[Tensor], axis: int) -> Tensor:
-    """Matrices joined along an axis; they become views of the result, so that joining them again costs nothing."""
+    """Tensors joined along an axis; they become views of the result, so that joining them again costs nothing."""
     first, shape = parts[0], list(parts[0].shape)
     shape[axis] = sum(part.shape[axis] for part in parts)
-    stride, place = (shape[1], 1), first.storage_offset()
+    stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    place = first.storage_offset()
     for part in parts:
         apart = part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
         if apart or part.stride() != stride or part.storage_offset() != place:

@@ -25,6 +25,7 @@ from d2moe_vllm.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     Delta,
+    Function,
     Manifest,
     Scope,
     Source,
@@ -64,6 +65,8 @@ class ProjectionInfo(BaseModel):
     delta: Delta
     shared_v: bool
     distinct_u: int
+    bases: int
+    function: Function | None
 
 
 class LayerInfo(BaseModel):

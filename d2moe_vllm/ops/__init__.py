@@ -6,7 +6,7 @@ PARAMETERS and OPTIONS, and `fused_experts` puts the flat list together again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -26,6 +26,7 @@ OPTIONS = {
     "used": "int[]",
     "activation": "str",
     "scope": "str",
+    "function": "str",
     "batch_invariant": "bool",
     "backend": "str",
 }
@@ -38,9 +39,10 @@ PACK_OPTIONS = ("ranks", "base_ranks", "used", "scope")
 class Backend(NamedTuple):
     """fused_experts: see `reference.fused_experts`. devices: torch's device types it runs on, None for all.
 
-    pack: (w13, w2, *, ranks, base_ranks, used, scope) -> the halves in the backend's own layout, called once after loading; None
-    where it takes them as they are. missing: why it cannot be used on this machine, in one line; None if it can.
+    pack: (w13, w2, **PACK_OPTIONS) -> the halves in the backend's own layout, called once after loading; None where it
+    takes them as they are. missing: why it cannot be used on this machine, in one line; None if it can.
     check: hold it against the reference when a model is loaded (selfcheck.py), as it has never run on such devices.
+    lacks: kinds of deltas (checkpoint.Delta) that it cannot compute with.
     """
 
     fused_experts: Callable[..., Tensor]
@@ -48,26 +50,33 @@ class Backend(NamedTuple):
     pack: Callable[..., tuple[reference.Weights, reference.Weights]] | None = None
     missing: Callable[[], str | None] = lambda: None
     check: bool = False
+    lacks: frozenset[str] = frozenset()
 
 
+MOBE = frozenset(("bases", "dense"))
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing),
+    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing, lacks=MOBE),
     # ROCm's devices are "cuda" to torch, too.
-    "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing, check=True),
+    "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing, check=True, lacks=MOBE),
     "reference": Backend(reference.fused_experts),
 }
 """By preference."""
 
 
-def choose_backend(device: str, asked: str | None = None) -> tuple[str, str | None]:
+def choose_backend(
+    device: str, asked: str | None = None, deltas: Collection[str] = ("factors",)
+) -> tuple[str, str | None]:
     """The backend for a device type, and why it is not a better one. Raises ValueError, in one line, where the one
-    that is asked for cannot be used."""
+    that is asked for cannot be used. deltas: what kinds of them a layer has."""
     able = [name for name, backend in BACKENDS.items() if backend.devices is None or device in backend.devices]
     if asked is not None and asked not in able:
         raise ValueError(f"backend {asked!r} is none of those for this device: {', '.join(able)}")
     reasons: list[str] = []
     for name in able if asked is None else [asked]:
-        if (reason := BACKENDS[name].missing()) is None:
+        reason = None
+        if lacking := sorted(BACKENDS[name].lacks & set(deltas)):
+            reason = f"it has no kernel for deltas of kind {' and '.join(map(repr, lacking))} yet"
+        if (reason := reason or BACKENDS[name].missing()) is None:
             return name, "; ".join(reasons) or None
         reasons.append(f"backend {name!r} cannot be used: {reason}")
     raise ValueError(reasons[0])

@@ -29,6 +29,11 @@ ACTIVATIONS: dict[str, Activation] = {
 """Gate activations by vLLM's names."""
 
 
+FUNCTIONS: dict[str, Activation] = {"silu": F.silu, "tanh": torch.tanh}
+"""What may be applied to a mix of bases (METHODS 3)."""
+
+MIXED_ROWS = 128
+"""Rows of a V that are mixed from bases at once."""
 TILE_ROWS = 16
 """Rows of tiled_product's products: as many as cost little more than one where reading the weights is the limit."""
 VECTORS, SERIAL = 32, 16384
@@ -56,6 +61,10 @@ class Weights(NamedTuple):
     u_index, v_index: int [E], each expert's place in delta_u, and in delta_v or delta_columns; where u_index
     is -1 the expert has no delta (METHODS 1.7). None: expert e is at place e.
 
+    In place of delta_u and what goes with it, for w13: bases: [m, k, H], gate's rows before up's; alpha: [D, 2 m],
+    gate's before up's: an expert's V is f(sum_j alpha_j bases_j), part by part (METHODS 3); a: [D, I, k], its U. For
+    w2: dense: [D, H, I], the expert's whole matrix.
+
     base: [kept, out], input-major. base_columns: int [kept], ascending, the inputs these rows belong to, evenly
     spread over the groups. base_norms: float32 [kept], ||W_b[:, j]||_2; for w13 joint, sqrt(gate^2 + up^2).
     base_u, base_v: a low-rank base instead, [I, r] or [H, r], and [r, in].
@@ -72,6 +81,10 @@ class Weights(NamedTuple):
     base_norms: Tensor | None = None
     base_u: Tensor | None = None
     base_v: Tensor | None = None
+    bases: Tensor | None = None
+    alpha: Tensor | Sequence[Tensor] | None = None
+    a: Tensor | Sequence[Tensor] | None = None
+    dense: Tensor | Sequence[Tensor] | None = None
 
 
 def fused_experts(
@@ -90,6 +103,7 @@ def fused_experts(
     used: Sequence[int],
     activation: str | Activation,
     scope: str,
+    function: str = "",
     batch_invariant: bool = False,
     static_shapes: bool = False,
 ) -> Tensor:
@@ -101,10 +115,11 @@ def fused_experts(
 
     intermediate_size: I, as it is here. ranks, base_ranks: of gate, up and down, likewise. groups, used: of w13 and
     w2, groups of kept columns, and how many columns are used in all; a low-rank base has none to choose from. scope:
-    "batch", "token" or "off", see select_columns. batch_invariant: with scope "off" or "token", every bit of a row
-    of the result depends on that row alone; on a GPU only where torch.matmul is so itself (vLLM makes it so under
-    VLLM_BATCH_INVARIANT=1). static_shapes: visit every expert with all rows instead of its own rows: more work, but
-    no shape and no control flow depends on data (CUDA graphs, tracing).
+    "batch", "token" or "off", see select_columns. function: of FUNCTIONS, where there are bases. batch_invariant:
+    with scope "off" or "token", every bit of a row of the result depends on that row alone; on a GPU only where
+    torch.matmul is so itself (vLLM makes it so under VLLM_BATCH_INVARIANT=1). static_shapes: visit every expert with
+    all rows instead of its own rows: more work, but no shape and no control flow depends on data (CUDA graphs,
+    tracing).
 
     Returns [T, H] in x's dtype. Sums over experts are float32 (float64 for float64 inputs), rounded once.
     """
@@ -117,7 +132,7 @@ def fused_experts(
     z = base(x, w13, groups=groups[0], used=used[0], base_gate_rank=base_ranks[0])
     # A V that all experts share needs each token once, however many experts it goes to.
     shrunk = None if w13.shared_v is None else product(x, w13.shared_v.t())
-    factors13 = _factors(w13, num_experts, static_shapes)
+    factors13 = _factors(w13, num_experts, static_shapes, function, ranks[0])
     factors2 = _factors(w2, num_experts, static_shapes)
     has_base = w2.base is not None or w2.base_u is not None
     mix = x.new_zeros((x.shape[0], intermediate_size), dtype=accumulate) if has_base else None
@@ -202,22 +217,50 @@ def select_columns(
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True).flatten(1)
 
 
+class _Mixed(NamedTuple):
+    """One expert's V of gate and up, mixed from bases: never whole, but in tiles of rows.
+
+    bases: [m, k, in], gate's `gate_rank` rows before up's; alpha: [2 m], gate's before up's.
+    """
+
+    bases: Tensor
+    alpha: Tensor
+    function: Activation
+    gate_rank: int
+
+    def shrink(self, x: Tensor, product: Product) -> Tensor:
+        """`V x` [n, k] for rows x [n, in]."""
+        parts = (slice(self.gate_rank), slice(self.gate_rank, None))
+        return torch.cat(
+            [
+                product(x, self.function(torch.tensordot(alpha, tile, dims=1)).t())
+                for part, alpha in zip(parts, self.alpha.chunk(2), strict=True)
+                for tile in self.bases[:, part].split(MIXED_ROWS, dim=1)
+            ],
+            dim=1,
+        )
+
+
 class _Factors(NamedTuple):
-    """One expert's delta: u [I or H, k]; v [k, in], or int [k] naming columns.
+    """One expert's delta: u [I or H, k]; v [k, in], or int [k] naming columns, or what mixes it, or None: u is it all.
 
     present: bool [1], False for an expert that has none, where only the device knows; None: it has.
     """
 
     u: Tensor
-    v: Tensor
+    v: Tensor | _Mixed | None
     present: Tensor | None = None
 
     def where_present(self, delta: Tensor) -> Tensor:
         return delta if self.present is None else torch.where(self.present, delta, 0)
 
 
-def _factors(weights: Weights, num_experts: int, static_shapes: bool) -> Callable[[int], _Factors | None]:
+def _factors(
+    weights: Weights, num_experts: int, static_shapes: bool, function: str = "", gate_rank: int = 0
+) -> Callable[[int], _Factors | None]:
     """A function that finds an expert's factors when they are needed; None where it is known to have none."""
+    if weights.dense is not None or weights.bases is not None:
+        return _whole(weights, function, gate_rank)
     us, shared_v, u_index = weights.delta_u, weights.shared_v, weights.u_index
     vs = weights.delta_v if weights.delta_columns is None else weights.delta_columns
     # A rank may have a layer's trimmed experts only, and so nothing stored.
@@ -237,6 +280,20 @@ def _factors(weights: Weights, num_experts: int, static_shapes: bool) -> Callabl
     return find
 
 
+def _whole(weights: Weights, function: str, gate_rank: int) -> Callable[[int], _Factors]:
+    """`_factors` of experts that are mixed from bases, or stored whole; they stand at their own number's place."""
+    if (dense := weights.dense) is not None:
+        return lambda expert: _Factors(_at(dense, expert), None)
+    bases, a, alpha = weights.bases, weights.a, weights.alpha
+    if bases is None or a is None or alpha is None:
+        raise ValueError("bases need a and alpha, and the other way round")
+
+    def find(expert: int) -> _Factors:
+        return _Factors(_at(a, expert), _Mixed(bases, _at(alpha, expert), FUNCTIONS[function], gate_rank))
+
+    return find
+
+
 def _places(index: Tensor | None, num_experts: int, static_shapes: bool) -> Sequence[int | Tensor]:
     """Per expert its index; with static shapes one that stays on the device, int [1], and is never negative."""
     if index is None:
@@ -249,8 +306,12 @@ def _at(matrices: Tensor | Sequence[Tensor], place: int | Tensor) -> Tensor:
     return matrices[place] if isinstance(place, int) else matrices.index_select(0, place)[0]  # type: ignore[union-attr]
 
 
-def _shrink(x: Tensor, v: Tensor, product: Product) -> Tensor:
-    """`V x` for rows x [n, in]: [n, k]; V [k, in], or int [k] where its rows are unit vectors."""
+def _shrink(x: Tensor, v: Tensor | _Mixed | None, product: Product) -> Tensor:
+    """`V x` for rows x [n, in]: [n, k]; V [k, in], or int [k] where its rows are unit vectors, or mixed, or none."""
+    if v is None:
+        return x
+    if isinstance(v, _Mixed):
+        return v.shrink(x, product)
     return x.index_select(1, v) if v.dim() == 1 else product(x, v.t())
 
 

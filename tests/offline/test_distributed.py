@@ -101,6 +101,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ties": {"base": {"merge": "ties"}},
     "regmean-shared-u-trim": {"base": {"merge": "regmean"}, "delta": {"distinct_u": 3, "trim": 1}},
     "adaptive-follows": {"allocation": "adaptive", "calibration": {"inputs": "compressed"}},
+    "moe-svd": {"method": "moe-svd", "delta": {"distinct_u": 5}},
+    # Few steps: Adam divides a gradient by its own size, and so amplifies what the order of sums leaves.
+    "mobe": {"method": "mobe", "mobe": {"max_steps": 3}},
+    "mobe-pooled": {"method": "mobe", "mobe": {"max_steps": 3, "weighting": "pooled", "bases": 4, "groups": 2}},
 }
 
 

@@ -112,6 +112,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "shared": {"delta": {"share_v": True, "distinct_u": 2, "trim": 2}, "calibration": {"inputs": "compressed"}},
     "merged": {"delta": {"distinct_u": 3, "shrinkage": 0}},
     "adaptive": {"allocation": "adaptive", "base": {"kind": "auto"}, "delta": {"shrinkage": 0}},
+    "moe-svd": {"method": "moe-svd", "delta": {"distinct_u": 5}, "moe_svd": {"share_v": "refit"}},
+    "mobe": {"method": "mobe", "mobe": {"max_steps": 30}},
+    "mobe, plain": {"method": "mobe", "mobe": {"max_steps": 30, "weighting": "none", "function": "tanh"}},
 }
 CASES = [
     pytest.param(oddity, recipe, id=f"{oddity}-{recipe}", marks=[] if recipe == "default" else pytest.mark.slow)

@@ -55,7 +55,7 @@ SIZES = {
 def test_rounding_prunes_about_what_was_asked_for_on_the_real_sizes(family: str) -> None:
     recipe = load_recipe(SHIPPED[f"{family}-40"], {})
     for sizes in SIZES[family]:
-        assert recipe.resolve(sizes[0], 2048).base.column_multiple == 16
+        assert recipe.resolve(sizes[0], 2048, 8).base.column_multiple == 16
         for columns in sizes:
             assert columns % recipe.base.groups == 0
             kept = int(columns / recipe.base.groups * (1 - recipe.base.sparsity / 2)) // 16 * 16

@@ -36,8 +36,8 @@ def load(arguments: list[Any], options: dict[str, Any], **changes: Any) -> list[
     hidden, top_k = arguments[0].shape[1], arguments[2].shape[1]
     with against_reference(lambda: parameters, options, hidden_size=hidden, top_k=top_k):
         if (pack := ops.BACKENDS["new"].pack) is not None:
-            ranks = {name: options[name] for name in ("ranks", "base_ranks")}
-            parameters = ops.flat(*pack(*ops.halves(parameters), **ranks))
+            sizes = {name: options[name] for name in ops.PACK_OPTIONS}
+            parameters = ops.flat(*pack(*ops.halves(parameters), **sizes))
     return parameters
 
 

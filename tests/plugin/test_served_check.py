@@ -80,10 +80,8 @@ def test_every_variant_on_every_kind_of_rank(
         parameters = [None if name not in found else found[name].clone() for name in ops.PARAMETERS]
         with against_reference(lambda: parameters, settings, hidden_size=config.hidden_size, top_k=2):
             if backend.pack is not None:
-                packed = backend.pack(
-                    *ops.halves(parameters), ranks=settings["ranks"], base_ranks=settings["base_ranks"]
-                )
-                parameters = ops.flat(*packed)
+                sizes = {name: settings[name] for name in ops.PACK_OPTIONS}
+                parameters = ops.flat(*backend.pack(*ops.halves(parameters), **sizes))
 
     with pytest.raises(SelfCheckError):
         load(Backend(lambda x, gates, *rest, **o: reference.fused_experts(x, torch.ones_like(gates), *rest, **o)))

@@ -115,12 +115,13 @@ def fused_experts(
     used: Sequence[int],
     activation: str,
     scope: str,
+    function: str = "",
     batch_invariant: bool = False,
     static_shapes: bool = False,
 ) -> Tensor:
     """`reference.fused_experts` for halves that `pack` returned, x on the CPU in float32, float16 or bfloat16.
 
-    batch_invariant: it always is. static_shapes: of no meaning here. Raises ValueError for an unknown scope.
+    batch_invariant: it always is. static_shapes, function: of no meaning here. Raises ValueError for an unknown scope.
     """
     x = x.contiguous()
     gates, ids = topk_weights.float().contiguous(), topk_ids.int().contiguous()

@@ -19,7 +19,7 @@ constexpr i64 INPUTS = 128;
 // much of that as pieces of 128 bytes, which for a small layer make more tasks.
 constexpr i64 fold(i64 out) { return out >= 4096 ? 8 * SLICE : SLICE; }
 // Columns of such a base that are multiplied with all rows before the next are read.
-constexpr i64 columns_at_once(i64 fold) { return fold > SLICE ? 32 : 128; }
+constexpr i64 columns_at_once(i64 fold, i64 tiles) { return fold == SLICE ? 128 : tiles == 1 ? 16 : 32; }
 
 // Weights are asked for one run ahead, by every tile of rows that the present run is multiplied with, at an even pace:
 // memory would otherwise be idle while a run that is already here is multiplied with its second tile.
@@ -240,7 +240,7 @@ void multiply_factor(
 // Slices are `rows` rows of SLICE floats apart.
 template <class P>
 void add_base(const Rows<P>& x, const typename P::Element* w, i64 fold, const i32* selected, float* out, i64 rows) {
-  const i64 run = columns_at_once(fold), slices = fold / SLICE, passes = slices * x.tiles;
+  const i64 run = columns_at_once(fold, x.tiles), slices = fold / SLICE, passes = slices * x.tiles;
   const i64 lines = fold * i64(sizeof(*w)) / 64;
   for (i64 begin = 0; begin < x.k; begin += run) {
     const i64 end = std::min(x.k, begin + run), last = std::min(x.k, end + run), more = (last - end) * lines;

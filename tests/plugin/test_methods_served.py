@@ -1,0 +1,118 @@
+"""MoE-SVD and MoBE served by vLLM as what they stand for: stock vLLM on the dense export says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from compression import d2moe_here
+from engine import TWO_RANKS, Results, assert_same, generate
+from families import CONFIGS, write_family
+from test_families_served import PROMPTS, settings
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("vllm")
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # One dense layer at least, and fewer U's than experts.
+    "moe-svd": {"ratio": 0.08, "method": "moe-svd", "delta": {"distinct_u": 3}, "moe_svd": {"layer_ratio": 0.7}},
+    "mobe": {"ratio": 0.08, "method": "mobe", "mobe": {"max_steps": 5}},
+}
+CASES = [pytest.param(family, method, id=f"{family}-{method}") for family in CONFIGS for method in RECIPES]
+FAST = [("mixtral", method) for method in RECIPES]
+MAX_TOKENS = 16
+
+Made = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Made:
+    """Folder with a family's checkpoint `ours` by a method and its dense export, both float32, made once."""
+    root = tmp_path_factory.mktemp("methods")
+
+    def make(family: str, method: str) -> Path:
+        folder = root / f"{family}-{method}"
+        if not folder.exists():
+            source = write_family(folder / "source", family, dtype=torch.float32)
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPES[method]))
+            given = ("--recipe", folder / "recipe.yaml", "--windows", "4", "--seq-len", "32")
+            for arguments in (
+                ("compress", source, folder / "ours", *given, "--calibration", texts[0]),
+                ("export", folder / "ours", folder / "dense"),
+            ):
+                done = d2moe_here(*arguments)
+                assert done.returncode == 0, done.stderr
+        return folder
+
+    return make
+
+
+def run(folder: Path, model: Path, env: dict[str, str], family: str, **llm: Any) -> Results:
+    job = {"prompts": PROMPTS[:4], "max_tokens": MAX_TOKENS}
+    return generate(folder, model, env, job=job, **settings(family), **llm)
+
+
+@pytest.fixture(scope="module")
+def dense(made: Made) -> Callable[[str, str], Results]:
+    """What stock vLLM says of the export, asked once."""
+    known: dict[Path, Results] = {}
+
+    def ask(family: str, method: str) -> Results:
+        folder = made(family, method)
+        if folder not in known:
+            env = {} if family == "deepseek" else {"VLLM_PLUGINS": ""}
+            known[folder] = run(folder / "stock", folder / "dense", env, family)
+        return known[folder]
+
+    return ask
+
+
+@pytest.mark.parametrize(("family", "method"), FAST)
+@torch.no_grad()
+def test_served_as_transformers_computes_the_export(family: str, method: str, made: Made) -> None:
+    """Every token is transformers' choice, too, and as likely; what serves is said once."""
+    folder = made(family, method)
+    found = run(folder / "served", folder / "ours", {}, family)
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
+    for result in found:
+        tokens = torch.tensor([result["prompt_ids"] + result["ids"]])
+        logprobs = model(tokens).logits[0, :-1].log_softmax(-1)
+        likely = logprobs.gather(1, tokens[0, 1:, None])[:, 0]
+        torch.testing.assert_close(
+            torch.tensor(result["prompt_logprobs"] + result["logprobs"]), likely, rtol=0, atol=1e-3
+        )
+        assert logprobs.argmax(dim=-1)[-len(result["ids"]) :].tolist() == result["ids"]
+    slow = "it has no kernel for deltas of kind 'bases' and 'dense' yet"
+    assert (folder / "served" / "log").read_text().count(slow) == (1 if method == "mobe" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_served_as_the_dense_export(family: str, method: str, made: Made, dense: Callable[[str, str], Results]) -> None:
+    folder = made(family, method)
+    assert_same(run(folder / "tp1", folder / "ours", {}, family), dense(family, method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_on_two_tensor_parallel_ranks(
+    family: str, method: str, made: Made, dense: Callable[[str, str], Results]
+) -> None:
+    folder = made(family, method)
+    found = run(folder / "tp2", folder / "ours", TWO_RANKS, family, tensor_parallel_size=2)
+    assert_same(found, dense(family, method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_on_two_expert_parallel_ranks(
+    family: str, method: str, made: Made, dense: Callable[[str, str], Results]
+) -> None:
+    folder = made(family, method)
+    parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    assert_same(run(folder / "ep2", folder / "ours", TWO_RANKS, family, **parallel), dense(family, method))
