@@ -59,8 +59,8 @@ class Ours:
                     base_norms=torch.rand(columns) + 0.5,
                 )
             )
-        sizes = {"ranks": self.ranks, "base_ranks": [0, 0, 0], "used": self.used, "scope": scope}
-        self.halves = halves if OURS.pack is None else OURS.pack(*halves, **sizes)
+        options = {"ranks": self.ranks, "base_ranks": [0, 0, 0], "used": self.used, "scope": scope}
+        self.halves = halves if OURS.pack is None else OURS.pack(*halves, **options)
 
     def __call__(self, x: Tensor, gates: Tensor, ids: Tensor) -> Tensor:
         return OURS.fused_experts(

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_layer import GROUPS, SHAPES, SPARSITY, Shape, interleaved, multiple, spread
+from bench_layer import interleaved, spread
+from layer_shapes import GROUPS, SHAPES, SPARSITY, Shape, multiple
 from torch import Tensor
 
 from d2moe_vllm.ops import cpu, reference

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from moe_cases import CROWDED, cases, crowd, random_case
 from moe_oracle import Case, forward, kernel_arguments
 
-from d2moe_vllm.ops import choose_backend, cpu
+from d2moe_vllm.ops import PACK_OPTIONS, choose_backend, cpu
 from d2moe_vllm.ops.reference import Weights, fused_experts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def run(arguments: list[Any], options: dict[str, Any]) -> torch.Tensor:
     """Packs copies: packing takes the storage it is given."""
     copies = [Weights(*(None if t is None else t.clone() for t in half)) for half in arguments[3:5]]
-    packed = cpu.pack(*copies, **{name: options[name] for name in ops.PACK_OPTIONS})
+    packed = cpu.pack(*copies, **{name: options[name] for name in PACK_OPTIONS})
     return cpu.fused_experts(*arguments[:3], *packed, arguments[5], **options)
 
 
@@ -101,7 +101,7 @@ def test_packing_takes_no_more_memory_where_sizes_are_multiples() -> None:
     arguments, options = kernel_arguments(
         random_case(2, hidden=64, intermediate=128, rank=(16, 32, 16), kept=(32, 48), used=(32, 48)), torch.bfloat16
     )
-    packed = cpu.pack(*arguments[3:5], **{name: options[name] for name in ops.PACK_OPTIONS})
+    packed = cpu.pack(*arguments[3:5], **{name: options[name] for name in PACK_OPTIONS})
     for before, after in zip(arguments[3:5], packed, strict=True):
         for old, new in zip(before, after, strict=True):
             assert old is None or (new.data_ptr() == old.data_ptr() and new.numel() == old.numel())

@@ -33,7 +33,7 @@ request fails. Measured: 1.5 MiB."""
 PRIMITIVES = "64"
 """Of oneDNN's cache. It makes and keeps a primitive of some 300 KB for every number of rows that any linear layer has
 seen, 1024 of them by default: a stock server's memory grows for minutes by that alone, and then by the holes that the
-ones thrown out leave in the heap. What is in use stays flat meanwhile. A small cache is full before the warm-up ends."""
+ones thrown out leave in the heap. What is in use stays flat meanwhile. A small cache is full when the warm-up ends."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * SECONDS + 1500)]
 

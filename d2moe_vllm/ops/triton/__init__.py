@@ -42,6 +42,7 @@ def fused_experts(
     used: Sequence[int],
     activation: str,
     scope: str,
+    function: str = "",
     batch_invariant: bool = False,
     static_shapes: bool = False,
 ) -> Tensor:
