@@ -51,9 +51,9 @@ def d2moe_twice(*arguments: object) -> subprocess.CompletedProcess[str]:
     return run(script("d2moe"), *arguments)
 
 
-def same(first: Path, second: Path) -> None:
-    """Equal structure, kept columns, and reconstructions to 1e-4 (of float32 checkpoints: in bfloat16 the last bit
-    of a factor is 4e-3, and sums made in another order tip some of them)."""
+def same(first: Path, second: Path, tolerance: float = 1e-4) -> None:
+    """Equal structure, kept columns, and reconstructions to `tolerance` (of float32 checkpoints: in bfloat16 the
+    last bit of a factor is 4e-3, and sums made in another order tip some of them)."""
     config = read_config(first)
     assert read_config(second) == config
     readers = [Reader(folder) for folder in (first, second)]
@@ -65,7 +65,7 @@ def same(first: Path, second: Path) -> None:
         for role in ROLES:
             for expert in range(config.num_experts):
                 expected, found = (rebuilt.weight(layer, expert, role) for rebuilt in (one, two))
-                assert (found - expected).norm() <= 1e-4 * expected.norm(), (layer, expert, role)
+                assert (found - expected).norm() <= tolerance * expected.norm(), (layer, expert, role)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "regmean-shared-u-trim": {"base": {"merge": "regmean"}, "delta": {"distinct_u": 3, "trim": 1}},
     "adaptive-follows": {"allocation": "adaptive", "calibration": {"inputs": "compressed"}},
     "moe-svd": {"method": "moe-svd", "delta": {"distinct_u": 5}},
-    # Few steps: Adam divides a gradient by its own size, and so amplifies what the order of sums leaves.
     "mobe": {"method": "mobe", "mobe": {"max_steps": 3}},
     "mobe-pooled": {"method": "mobe", "mobe": {"max_steps": 3, "weighting": "pooled", "bases": 4, "groups": 2}},
 }
@@ -118,7 +117,8 @@ def test_two_processes_give_what_one_gives(name: str, wide: Path, texts: tuple[P
     assert done.returncode == 0, done.stderr
     done = d2moe_twice("compress", wide, tmp_path / "two", *arguments)
     assert done.returncode == 0, done.stderr
-    same(tmp_path / "one", tmp_path / "two")
+    # Adam divides a gradient by its own size, and so amplifies what the order of sums leaves.
+    same(tmp_path / "one", tmp_path / "two", 1e-3 if name.startswith("mobe") else 1e-4)
 
 
 def said(done: subprocess.CompletedProcess[str]) -> list[str]:
