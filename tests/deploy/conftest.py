@@ -1,4 +1,4 @@
-"""The helpers of this folder are imported by name, and need vLLM's argument parser."""
+"""The modules of this folder are imported by name, and need vLLM's argument parser."""
 
 import pytest
 
