@@ -49,6 +49,22 @@ def test_rounding_is_no_worse_than_the_reference(dtype: torch.dtype, scope: str,
     assert error[0] <= 1.3 * error[1] + 1e-7
 
 
+@pytest.mark.parametrize("scope", ["off", "token", "batch"])
+@pytest.mark.parametrize("sizes", [(4352, 40), (40, 4160)], ids=["wide down", "wide gate and up"])
+def test_a_base_that_is_folded_at_512_outputs_with_a_part_of_a_fold_left(sizes: tuple[int, int], scope: str) -> None:
+    """On any number of threads: they change how the last fold is cut."""
+    case = random_case(3, tokens=11, hidden=sizes[0], intermediate=sizes[1], kept=(16, 16), used=(8, 12), scope=scope)
+    arguments, options = kernel_arguments(case, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            result = run(arguments, options).double().numpy()
+            np.testing.assert_allclose(result, forward(case), rtol=1e-3, atol=1e-3)
+    finally:
+        torch.set_num_threads(before)
+
+
 def in_float64(arguments: list[Any]) -> list[Any]:
     def widen(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor

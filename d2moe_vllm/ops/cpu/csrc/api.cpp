@@ -99,7 +99,7 @@ void d2moe_fused_experts(const CallC* call) {
                          call->tokens, call->top_k, static_cast<E*>(call->y)};
     const Parallel parallel = in_threads;
     thread_local Buffers<P> buffers;
-    Run<P>(layer, batch, parallel, buffers)();
+    Run<P>(layer, batch, parallel, omp_get_max_threads(), buffers)();
   });
 }
 

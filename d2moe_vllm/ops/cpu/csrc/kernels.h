@@ -18,8 +18,8 @@ constexpr i64 INPUTS = 128;
 // Where a base packed by columns is folded. Memory reads on past the end of what is asked for: pieces of 1 KB leave half as
 // much of that as pieces of 128 bytes, which for a small layer make more tasks.
 constexpr i64 fold(i64 out) { return out >= 4096 ? 8 * SLICE : SLICE; }
-// Columns of such a base that are multiplied with all rows before the next are read.
-constexpr i64 columns_at_once(i64 fold, i64 tiles) { return fold == SLICE ? 128 : tiles == 1 ? 16 : 32; }
+// Columns of such a base that are multiplied with all rows before the next are read, of so many slices of outputs.
+constexpr i64 columns_at_once(i64 slices, i64 tiles) { return slices == 1 ? 128 : tiles == 1 ? 16 : 32; }
 
 // Weights are asked for one run ahead, by every tile of rows that the present run is multiplied with, at an even pace:
 // memory would otherwise be idle while a run that is already here is multiplied with its second tile.
@@ -29,11 +29,11 @@ template <class P>
 struct Ahead {
   const typename P::Element* w;
   const i32* selected;
-  i64 fold;
+  i64 fold, column;        // elements from one column to the next; lines of one that are wanted
   i64 next, end, at_once;  // lines
 
   void step() {
-    const i64 column = fold * i64(sizeof(*w)) / 64, until = std::min(end, next + at_once);
+    const i64 until = std::min(end, next + at_once);
     for (; next < until; ++next)
       __builtin_prefetch(reinterpret_cast<const char*>(w + selected[next / column] * fold) + next % column * 64, 0, 0);
   }
@@ -236,19 +236,20 @@ void multiply_factor(
   for (; b < blocks; ++b) factor_blocks<P, 1>(x, w + b * stride, stride, after, out + b * LANES, ld);
 }
 
-// out[s][r][0 .. SLICE) += x[r] B for the slices s of one fold of a base; x[r][i] belongs to the base's row selected[i].
-// Slices are `rows` rows of SLICE floats apart.
+// out[s][r][0 .. SLICE) += x[r] B for some slices s within a fold of a base, w: the first of them; x[r][i] belongs to the
+// base's row selected[i]. Slices are `rows` rows of SLICE floats apart.
 template <class P>
-void add_base(const Rows<P>& x, const typename P::Element* w, i64 fold, const i32* selected, float* out, i64 rows) {
-  const i64 run = columns_at_once(fold, x.tiles), slices = fold / SLICE, passes = slices * x.tiles;
-  const i64 lines = fold * i64(sizeof(*w)) / 64;
+void add_base(
+    const Rows<P>& x, const typename P::Element* w, i64 fold, i64 slices, const i32* selected, float* out, i64 rows) {
+  const i64 run = columns_at_once(slices, x.tiles), passes = slices * x.tiles;
+  const i64 lines = slices * SLICE * i64(sizeof(*w)) / 64;
   for (i64 begin = 0; begin < x.k; begin += run) {
     const i64 end = std::min(x.k, begin + run), last = std::min(x.k, end + run), more = (last - end) * lines;
     for (i64 pass = 0; pass < passes; ++pass) {
       const i64 slice = pass / x.tiles, t = pass % x.tiles, from = end * lines;
       const i64 share = more * (pass + 1) / passes - more * pass / passes, steps = ceil_div(end - begin, P::PAIR);
       const Ahead<P> ahead{
-          w, selected, fold, from + more * pass / passes, from + more * (pass + 1) / passes, ceil_div(share, steps)};
+          w, selected, fold, lines, from + more * pass / passes, from + more * (pass + 1) / passes, ceil_div(share, steps)};
       with_rows<BASE_ROWS>(x.size(t), [&](auto m) {
         constexpr int M = decltype(m)::value;
         float* to = out + (slice * rows + x.first(t)) * SLICE;

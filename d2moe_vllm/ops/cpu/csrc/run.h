@@ -46,9 +46,9 @@ class Run {
   using Input = typename P::Input;
 
  public:
-  // buffers: for one run at a time.
-  Run(const Layer<P>& layer, const Batch<P>& batch, const Parallel& parallel, Buffers<P>& buffers)
-      : layer_(layer), batch_(batch), parallel_(parallel), b_(buffers) {}
+  // buffers: for one run at a time. threads: that `parallel` runs on; they change how work is cut, and no result.
+  Run(const Layer<P>& layer, const Batch<P>& batch, const Parallel& parallel, i64 threads, Buffers<P>& buffers)
+      : layer_(layer), batch_(batch), parallel_(parallel), threads_(threads), b_(buffers) {}
 
   void operator()() {
     const i64 hidden = layer_.hidden, intermediate = layer_.intermediate;
@@ -236,10 +236,12 @@ class Run {
     });
   }
 
-  // f(first, end) for all outputs: slices, or folds of a base that is packed by columns.
+  // f(first, end) for all outputs: slices, or as much of a fold of a base that is packed by columns as leaves each thread
+  // some tasks.
   template <class F>
   void in_slices(const Weights<P>& w, i64 out, F f) const {
-    const i64 size = w.base[0] && w.by_columns ? fold(out) : SLICE;
+    i64 size = w.base[0] && w.by_columns ? fold(out) : SLICE;
+    while (size > SLICE && ceil_div(out, size) < 4 * threads_) size /= 2;
     parallel_(ceil_div(out, size), [&](i64 task) { f(task * size, std::min(out, (task + 1) * size)); });
   }
 
@@ -265,10 +267,11 @@ class Run {
     if (w.base[j] && w.by_columns) {
       const Gathered<P>& g = half.base;
       const Rows<P> rows = half.base.rows(tokens, true);
-      const Element* block = w.base[j] + first * w.kept;
+      const i64 in_fold = first % fold(out), slices = ceil_div(end - first, SLICE);
+      const Element* block = w.base[j] + (first - in_fold) * w.kept + in_fold;
       for (i64 t = 0; t < (g.per_token ? tokens : 1); ++t) {
         const Rows<P> some = g.per_token ? Rows<P>{rows.tile(t), 1, g.n, 1} : rows;
-        add_base<P>(some, block, fold(out), g.selected.data() + t * g.n, z + t * SLICE, tokens);
+        add_base<P>(some, block, fold(out), slices, g.selected.data() + t * g.n, z + t * SLICE, tokens);
       }
     } else if (w.base[j] || w.base_rank[j]) {
       const Rows<P> rows = w.base[j] ? half.base.rows(tokens, false) : factor_rows<P>(half.low[j].data(), tokens, w.base_rank[j]);
@@ -369,6 +372,7 @@ class Run {
   const Layer<P>& layer_;
   const Batch<P>& batch_;
   const Parallel& parallel_;
+  const i64 threads_;
   Buffers<P>& b_;
   i64 mix_step_ = 0;  // floats from one token's mix to the next's; 0: no base needs it
 };
