@@ -1,5 +1,5 @@
 """Compiles the Triton kernels that layers launch for GPUs: `python aot_report.py TARGETS DTYPES [all | KERNEL]`, in a
-process of its own, since kernels are interpreted in that of the tests. One line of JSON per kernel on stdout; "odd": it
+process of its own, where nothing is interpreted or found in a cache. One line of JSON per kernel on stdout; "odd": it
 is launched for sizes only that no real model has, whose rows do not begin at multiples of 16 bytes.
 
 Layers are on the meta device, in the sizes of real models and in odd ones, of every variant of the format.

@@ -1,49 +1,40 @@
-"""What the Triton backend launches: tiles from tables, and the catalogue that others compile and measure by."""
+"""What the Triton backend launches, on the meta device: how many kernels, with which tiles, all of them compiled."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aot_report
 import pytest
 import torch
 from moe_cases import CROWDED, crowd
 from moe_oracle import kernel_arguments
+from triton.runtime.jit import JITFunction
 
 from d2moe_vllm.ops.reference import Weights
-from d2moe_vllm.ops.triton import catalogue, layer, products, routing, selection, sums, tiles
+from d2moe_vllm.ops.triton import aot, layer, tiles
 
-OPTIONAL = ("padding", "inputs", "places", "column_places")
+OPTIONAL = ("padding", "inputs")
 """Leaving one of these out leaves instructions out, and makes no kernel of its own."""
-
-
-class Launches:
-    """In place of a kernel: notes how it is launched and runs nothing."""
-
-    def __init__(self, name: str, function: Any, seen: list[tuple[str, tuple[int, ...], dict[str, Any]]]) -> None:
-        self.name, self.function, self.seen = name, function, seen
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **constants: Any) -> None:
-            names = self.function.arg_names
-            self.seen.append((self.name, grid, {**dict(zip(names, args, strict=False)), **constants}))
-
-        return launch
+TARGET = aot.TARGETS["sm_90"]
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[int, ...], dict[str, Any]]]]:
-    launches: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
-    for name, kernel in catalogue.KERNELS.items():
-        module = next(m for m in (products, routing, selection, sums) if hasattr(m, name))
-        monkeypatch.setattr(module, name, Launches(name, kernel.function, launches))
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Every launch, noted and not run: the kernel's name, its arguments by name."""
+    launches: list[tuple[str, dict[str, Any]]] = []
+
+    def note(kernel: Any, *args: Any, grid: object, warmup: bool, **constants: Any) -> None:
+        launches.append((kernel.__name__, {**dict(zip(kernel.arg_names, args, strict=False)), **constants}))
+
+    monkeypatch.setattr(JITFunction, "run", note)
     return launches
 
 
 def run_on_meta(arguments: list[Any], options: dict[str, Any]) -> None:
-    """Shapes and launches only; tensors without memory."""
+    """Shapes and launches only; tensors without memory, so that whoever waits for a value of theirs fails."""
 
     def move(value: Any) -> Any:
         if isinstance(value, Weights):
@@ -53,56 +44,36 @@ def run_on_meta(arguments: list[Any], options: dict[str, Any]) -> None:
     layer.fused_experts(*map(move, arguments), **{"batch_invariant": False, **options})
 
 
-def test_the_catalogue_names_every_argument() -> None:
-    blocks = {"BLOCK_M", "BLOCK_N", "BLOCK_K"}
-    for name, kernel in catalogue.KERNELS.items():
-        arguments = set(kernel.function.arg_names)
-        named = {*kernel.pointers, *kernel.integers, *kernel.constants}
-        assert named <= arguments <= named | blocks, name
-        assert set(kernel.varying) <= set(kernel.integers)
-        varying = {p.name for p in kernel.function.params if p.do_not_specialize}
-        assert varying == set(kernel.varying), name
-
-
-@pytest.mark.parametrize("dtype", list(catalogue.TYPES))
-def test_every_compilation_is_complete(dtype: torch.dtype) -> None:
-    names = set()
-    for compilation in catalogue.compilations(dtype):
-        assert list(compilation.signature) == compilation.function.arg_names
-        assert {name for name, kind in compilation.signature.items() if kind == "constexpr"} == set(
-            compilation.constexprs
-        )
-        names.add(compilation.name)
-    assert {name.split(" ")[0] for name in names} == set(catalogue.KERNELS)
-    assert len(names) == len(list(catalogue.compilations(dtype)))
+def recorded(variant: str, scope: str, dtype: torch.dtype, tokens: int) -> list[aot.Launch]:
+    arguments, options = kernel_arguments(crowd(variant, scope), dtype)
+    arguments = [*(tensor[:tokens] for tensor in arguments[:3]), *arguments[3:]]
+    return aot.record(lambda: run_on_meta(arguments, options), TARGET)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scope", ["off", "token", "batch"])
+@pytest.mark.parametrize("scope", layer.SCOPES)
 @pytest.mark.parametrize("variant", CROWDED)
-def test_the_catalogue_has_every_launch(seen: list[Any], variant: str, scope: str, dtype: torch.dtype) -> None:
-    """By which pointers there are, of which types, and which blocks."""
-    known = list(catalogue.variants())
-    for tokens in (1, 16, 67):
-        arguments, options = kernel_arguments(crowd(variant, scope), dtype)
-        run_on_meta([*(t[:tokens] for t in arguments[:3]), *arguments[3:]], options)
-    assert len(seen) > 12
-    for name, _, arguments in seen:
-        kernel = catalogue.KERNELS[name]
-        used = {pointer: arguments[pointer] for pointer in kernel.pointers}
-        assert any(fits(kernel, v, used, dtype) for v in known if v.kernel == name), (name, used)
-        assert {*kernel.constants, "BLOCK_M", "num_warps"} - {*arguments} <= {"BLOCK_M", "num_warps"}
+def test_numbers_of_rows_make_no_kernel_of_their_own(variant: str, scope: str, dtype: torch.dtype) -> None:
+    """Where they ask for the same tiles: a multiple of 16, of which triton would know, is like any other number."""
+    for few, many in ((15, 16), (17, 32)):
+        assert recorded(variant, scope, dtype, few) == recorded(variant, scope, dtype, many)
 
 
-def fits(kernel: catalogue.Kernel, variant: catalogue.Variant, used: dict[str, Any], dtype: torch.dtype) -> bool:
-    types = {**kernel.pointers, **variant.types}
-    names = {torch.int32: "i32", torch.uint8: "u8", **catalogue.TYPES}
-    for pointer, tensor in used.items():
-        wanted = catalogue.TYPES[dtype] if types[pointer] == catalogue.WEIGHT else types[pointer]
-        given = None if tensor is None else names[tensor.dtype]
-        if given != wanted and not (given is None and pointer in OPTIONAL):
-            return False
-    return True
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kernel_that_is_launched_is_compiled(dtype: torch.dtype) -> None:
+    """By which pointers there are, of which types: what test_triton_aot compiles has them all."""
+
+    def pointers(launch: aot.Launch) -> tuple[str, frozenset[tuple[str, str]]]:
+        kinds = launch.signature.items()
+        return launch.name, frozenset((n, kind) for n, kind in kinds if kind[0] == "*" and n not in OPTIONAL)
+
+    compiled = {pointers(launch) for call in aot_report.calls(dtype, True) for launch in aot.record(call, TARGET)}
+    for variant in CROWDED:
+        for scope in layer.SCOPES:
+            for tokens in (1, 16, 67):
+                found = recorded(variant, scope, dtype, tokens)
+                assert len(found) >= 5
+                assert {*map(pointers, found)} <= compiled, (variant, scope, tokens)
 
 
 def mixtral(tokens: int, experts: int = 8) -> list[Any]:
@@ -143,16 +114,18 @@ def test_few_launches(seen: list[Any], scope: str, tokens: int, launches: int) -
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 64, 1024])
 def test_every_row_is_computed_by_the_same_tiles_where_bits_must_not_depend_on_others(
-    seen: list[Any], tokens: int
+    seen: list[Any], tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The number of rows changes nothing but the grid and the numbers of rows."""
+    # So many that sums of few rows would be split.
+    monkeypatch.setattr(tiles, "processors", lambda device: aot_report.PROCESSORS["sm_90"])
 
     def constants(count: int) -> list[Any]:
         seen.clear()
         run_on_meta(mixtral(count), {**MIXTRAL, "scope": "token", "batch_invariant": True})
         return [
             (name, {key: value for key, value in arguments.items() if key.isupper() or key.startswith("num_w")})
-            for name, _, arguments in seen
+            for name, arguments in seen
         ]
 
     assert constants(tokens) == constants(300)
@@ -176,7 +149,7 @@ def test_the_default_table_has_every_kernel() -> None:
             assert kernel not in ("base", *tiles.GROUPED) or min(sizes[:3]) >= 16, "a dot product takes 16 at least"
 
 
-@pytest.mark.parametrize("dtype", list(catalogue.TYPES))
+@pytest.mark.parametrize("dtype", layer.DTYPES)
 def test_grouped_kernels_share_their_rows(dtype: torch.dtype) -> None:
     for rows in (1, 5, 20, 50, 300, 5000):
         assert len({tiles.tile(kernel, rows, dtype, "default").block_m for kernel in tiles.GROUPED}) == 1

@@ -20,7 +20,7 @@ from triton.runtime import interpreter
 from d2moe_vllm.ops import triton as package
 from d2moe_vllm.ops.reference import Weights
 
-MODULES = ("layer", "launch", "catalogue", "tiles", "routing", "selection", "products", "sums")
+MODULES = ("layer", "launch", "tiles", "routing", "selection", "products", "sums")
 DEVICES = [
     "cpu",
     pytest.param(
