@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import urllib.request
 
 import pytest
@@ -17,8 +18,12 @@ from offline.server import Server
 def scraped(server: Server, client: OpenAI) -> dict[str, set[str]]:
     """Sample name -> names of its labels, after a request; `up` is Prometheus' own."""
     client.completions.create(model="tiny", prompt="The for statement", max_tokens=2)
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
-        text = answer.read().decode()
+    deadline, text = time.monotonic() + 60, ""
+    while "d2moe_expert_tokens_total{" not in text:  # workers write every 2 seconds
+        assert time.monotonic() < deadline, "the server has no d2moe metrics"
+        time.sleep(1)
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
+            text = answer.read().decode()
     found: dict[str, set[str]] = {"up": set()}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
