@@ -29,6 +29,7 @@ SHARED_KINDS = ("base", "base_columns", "base_norms", "base_u", "base_v", "share
 OWN_KINDS = ("delta_u", "delta_v", "delta_columns", "a", "alpha", "dense")
 """What each expert has of its own; but delta_u where experts share their U's."""
 
+BASE_KINDS = ("base", "base_columns", "base_norms", "base_u", "base_v")
 JOINT_KINDS = ("base_columns", "base_norms", "u_index")
 """What gate and up both store and share at run time."""
 
@@ -189,6 +190,10 @@ class LayerLoader:
         return [name for name in expected if name not in self.loaded and name not in elsewhere]
 
     def _load_shared(self, param: Tensor, tensor: Tensor, kind: str, role: Role) -> None:
+        if kind == "base_norms" and not bool((tensor.isfinite() & (tensor >= 0)).all()):
+            raise CheckpointError(
+                f"layer {self.layer}: {role}.base_norms has values that are no norms; copy the checkpoint again"
+            )
         if kind in JOINT_KINDS and role != "down":
             self._load_joint(param, tensor, kind, role)
         elif kind == "u_index":

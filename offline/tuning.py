@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2moe_vllm.checkfiles import read_config
-from d2moe_vllm.checkpoint import CheckpointConfig, Scope
+from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Scope
 from offline.errors import InputError
 
 DEFAULT_RATIO = 0.4
@@ -40,6 +40,7 @@ def what(
     checkpoint: Path | None, shape: str | None, ratio: float | None, scope: Scope | None
 ) -> tuple[CheckpointConfig, int]:
     """The layers to tune for, and to how many experts a token goes. Raises InputError and CheckpointError."""
+    from d2moe_vllm.ops import BACKENDS
     from d2moe_vllm.ops.shapes import SHAPES
     from d2moe_vllm.ops.triton.workload import uniform_config
 
@@ -49,6 +50,9 @@ def what(
         if ratio is not None:
             raise InputError("a checkpoint has its ratio already; leave --ratio out")
         config = read_config(checkpoint)
+        kinds = {layer[role].delta for layer in config.layers.values() for role in ROLES}
+        if lacking := kinds & BACKENDS["triton"].lacks:
+            raise InputError(f"{checkpoint} has layers that Triton has no kernels for ({', '.join(sorted(lacking))})")
         pruning = config.pruning.model_copy(update={"scope": scope or config.pruning.scope})
         return config.model_copy(update={"pruning": pruning}), _experts_per_token(checkpoint)
     if shape not in SHAPES:

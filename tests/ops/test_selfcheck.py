@@ -32,7 +32,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Backend], None]:
 def load(arguments: list[Any], options: dict[str, Any], **changes: Any) -> list[Tensor | None]:
     """Packs as a layer that is loaded does, within the check."""
     parameters = [None if t is None else t.clone() for t in ops.flat(*arguments[3:5])]
-    options = {"batch_invariant": False, "layer": 3, **options, "backend": "new", **changes}
+    options = {"batch_invariant": False, "function": "", "layer": 3, **options, "backend": "new", **changes}
     hidden, top_k = arguments[0].shape[1], arguments[2].shape[1]
     with against_reference(lambda: parameters, options, hidden_size=hidden, top_k=top_k):
         if (pack := ops.BACKENDS["new"].pack) is not None:

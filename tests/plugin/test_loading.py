@@ -79,6 +79,18 @@ def test_wrong_shapes_are_refused_before_copying(checkpoint: Path, config: Check
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("role", ["w1", "w2"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_norms_that_are_none_are_refused(checkpoint: Path, config: CheckpointConfig, role: str, value: float) -> None:
+    """Columns are chosen by them."""
+    tensors = layer_tensors(checkpoint)
+    name = f"model.layers.{LAYER}.block_sparse_moe.experts.0.{role}.base_norms"
+    tensors[name] = tensors[name].clone()
+    tensors[name][3] = value
+    with pytest.raises(CheckpointError, match="base_norms has values that are no norms; copy the checkpoint again"):
+        fill(make_loader(config), tensors)
+
+
 def test_a_tensor_the_config_does_not_list(checkpoint: Path, config: CheckpointConfig) -> None:
     tensors = layer_tensors(checkpoint)
     loader = make_loader(config)

@@ -10,14 +10,16 @@ from d2moe_vllm.ops.triton.common import running_total, total
 def best(scores, valid, count):
     """The `count` highest of a vector of scores, of equal ones the first; NaN counts as highest, as in torch's sort.
 
-    Scores are not negative, so that their bits are in the order of their values: the lowest that is taken is found bit
-    by bit, in 31 counts and without sorting.
+    The bits of a float are in the order of its values once those of a negative one are turned over: the lowest that is
+    taken is found bit by bit, in 32 counts and without sorting. Exactly `count` are taken, whatever the scores are.
     """
-    keys = tl.where(scores != scores, 0x7FFFFFFF, scores.to(tl.int32, bitcast=True))
-    keys = tl.where(valid, keys, -1)
-    threshold = tl.full([], 0, tl.int32)
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
+    keys = tl.where(scores != scores, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    keys = tl.where(valid, keys, -0x80000000)
+    threshold = tl.full([], -0x80000000, tl.int32)
+    threshold = tl.where(total((keys >= 0).to(tl.int32), 0) >= count, 0, threshold)
     for bit in tl.static_range(31):
-        candidate = threshold | (1 << (30 - bit))
+        candidate = threshold + (1 << (30 - bit))
         threshold = tl.where(total((keys >= candidate).to(tl.int32), 0) >= count, candidate, threshold)
     above = keys > threshold
     equal = keys == threshold
