@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -202,6 +203,44 @@ def export_table(console: Console, result: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     console.print(f"serve it:  vllm serve {result['path']}", highlight=False, soft_wrap=True)
+
+
+def compare_table(console: Console, content: dict[str, Any]) -> None:
+    """One row per method and ratio, the source first."""
+    texts = [text["name"] for text in content["texts"]]
+    table = Table("", "removed", "bytes", "parameters", *texts, "time", "peak memory", box=None, pad_edge=False)
+    for row in content["rows"]:
+        table.add_row(*compare_cells(row, texts))
+    console.print(table)
+    calibration = content["calibration"]
+    console.print(
+        f"perplexity over windows of {content['seq_len']} tokens; calibrated on {calibration['windows']} windows of "
+        f"{calibration['seq_len']} (SHA-256 {calibration['tokens_sha256'][:12]}); time and memory are compression's",
+        style="dim",
+    )
+
+
+def compare_cells(row: dict[str, Any], texts: list[str]) -> list[str]:
+    """What a row of the comparison says; of one whose ratio cannot be reached only that."""
+    name = row["name"] if row["kind"] == "source" else f"{row['name']} {100 * row['ratio']:g} %"
+    if row["reachable"] is not None:
+        return [name, not_reachable(row), *[""] * (len(texts) + 4)]
+    cost = ["", ""]
+    if row["seconds"] is not None:
+        cost = [duration(row["seconds"]), size(row["peak_memory_bytes"])]
+    return [
+        name,
+        "" if row["kind"] == "source" else f"{100 * row['stored_ratio']:.2f} %",
+        f"{row['bytes']:,}",
+        f"{row['parameters']:,}",
+        *(f"{row['perplexity'][text]:.2f}" for text in texts),
+        *cost,
+    ]
+
+
+def not_reachable(row: dict[str, Any]) -> str:
+    # Rounded down: what is said has to be reachable.
+    return f"not reachable: at most {math.floor(1000 * row['reachable']) / 10:.1f} %"
 
 
 def analyses_table(console: Console, content: dict[str, Any]) -> None:
