@@ -8,7 +8,7 @@ from typing import Any
 
 from offline.errors import InputError
 from offline.shards import write_file
-from offline.tables import compare_cells, not_reachable
+from offline.tables import compare_cells
 
 GENERATOR = '<meta name="generator" content="d2moe compare">'
 """By this a page of ours is known, which may be replaced."""
@@ -66,7 +66,7 @@ def write_page(path: Path, content: dict[str, Any]) -> None:
 
 def page(content: dict[str, Any]) -> str:
     texts = [text["name"] for text in content["texts"]]
-    heads = ["", "removed", "bytes", "parameters", *texts, "time", "peak memory"]
+    heads = ["", "asked", "removed", "bytes", "parameters", *texts, "time", "peak memory"]
     ratios = list(dict.fromkeys(row["ratio"] for row in content["rows"]))
     bodies = (_body([row for row in content["rows"] if row["ratio"] == ratio], texts) for ratio in ratios)
     machine = content["machine"]
@@ -95,9 +95,10 @@ def _line(row: dict[str, Any], texts: list[str], best: dict[str, float]) -> str:
     name, *cells = compare_cells(row, texts)
     head = f'<th scope="row">{escape(name)}</th>'
     if row["reachable"] is not None:
-        return f'<tr>{head}<td class="not" colspan="{len(cells)}">{escape(not_reachable(row))}</td></tr>'
+        asked, words = escape(cells[0]), escape(" ".join(filter(None, cells[1:])))
+        return f'<tr>{head}<td>{asked}</td><td class="not" colspan="{len(cells) - 1}">{words}</td></tr>'
     marks = [""] * len(cells)
-    for place, text in enumerate(texts, start=3):
+    for place, text in enumerate(texts, start=4):
         if row["perplexity"][text] == best.get(text):
             marks[place] = ' class="best"'
     return f"<tr>{head}{''.join(f'<td{m}>{escape(c)}</td>' for m, c in zip(marks, cells, strict=True))}</tr>"
