@@ -6,15 +6,13 @@ again. What a method writes is measured and then removed, unless it is to be kep
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,21 +22,21 @@ from rich.console import Console
 
 import d2moe_vllm
 from offline import jobs
-from offline.baselines import BASELINES, FEWER_EXPERTS, RECIPES, count_usage, fewer_experts, write_fewer
+from offline.baselines import BASELINES, FEWER_EXPERTS, RECIPES, fewer_experts, write_fewer
 from offline.calibration import Windows, choose_windows, read_text, tokenize
 from offline.card import METHODS
+from offline.comparestate import RowState, own_folder
 from offline.errors import InputError, UnreachableError
 from offline.evaluation import evaluate
 from offline.memory import forget_peak, peak_memory
 from offline.plan import make_plan
 from offline.progress import Steps
 from offline.recipe import Recipe, load_recipe
-from offline.shards import Reader, write_file
+from offline.shards import Reader
 from offline.source import DenseModel, open_dense
+from offline.usage import count_usage
 from offline.workdir import fingerprint
 
-MARKER_FILE = ".d2moe-compare"
-"""Lock, and sign that a folder is ours."""
 ROWS = "rows"
 SOURCE = "source"
 """Name of the first row: the model as it is."""
@@ -109,7 +107,7 @@ class Comparison:
         wanted = [(name, ratio) for ratio in self.settings.ratios for name in names]
         # Every refusal comes before any work.
         most = {one: self._most(*one) for one in wanted}
-        with _own_folder(self.folder):
+        with own_folder(self.folder):
             for left in self.folder.glob("count-*"):  # activations of a run that was killed
                 shutil.rmtree(left)
             rows = [self._source_row()]
@@ -216,7 +214,7 @@ class Comparison:
         """Label of a text -> under which its perplexity is remembered."""
         return {name: f"{digest}-{self.seq_len}" for name, digest in self.hashes.items()}
 
-    def _with_perplexity(self, state: _State, folder: Path) -> dict[str, Any]:
+    def _with_perplexity(self, state: RowState, folder: Path) -> dict[str, Any]:
         def steps(total: float) -> Steps:
             return Steps(total, self.console)
 
@@ -228,33 +226,12 @@ class Comparison:
                 state.save()
         return {**state.row, "perplexity": {name: state.perplexities[key] for name, key in self._keys.items()}}
 
-    def _state(self, name: str, ratio: float) -> _State:
+    def _state(self, name: str, ratio: float) -> RowState:
         path = self.folder / ROWS / f"{name}-{ratio:g}.json"
-        return _State(path, self._fingerprint(name, ratio))
+        return RowState(path, self._fingerprint(name, ratio))
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-
-class _State:
-    """What is remembered of one row; nothing where something else made it."""
-
-    def __init__(self, path: Path, made_from: Mapping[str, Any]) -> None:
-        self.path, self._made_from = path, made_from
-        self.row: dict[str, Any] = {}
-        self.perplexities: dict[str, float] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["made_from"] == made_from:
-                self.row, self.perplexities = dict(found["row"]), dict(found["perplexity"])
-
-    def forget(self) -> None:
-        self.row, self.perplexities = {}, {}
-
-    def save(self) -> None:
-        content = {"made_from": self._made_from, "row": self.row, "perplexity": self.perplexities}
-        self.path.parent.mkdir(exist_ok=True)
-        write_file(self.path, json.dumps(content, indent=1) + "\n")
 
 
 def _row(name: str, kind: str, ratio: float) -> dict[str, Any]:
@@ -296,24 +273,6 @@ def _labels(texts: Sequence[Path]) -> dict[str, Path]:
     """Files by their names, by their paths where two have one name."""
     names = [path.name for path in texts]
     return {str(path) if names.count(path.name) > 1 else path.name: path for path in texts}
-
-
-@contextlib.contextmanager
-def _own_folder(path: Path) -> Iterator[None]:
-    """The working folder, made and locked. Raises InputError where it is not ours, or another run uses it."""
-    try:
-        if path.is_dir() and not (path / MARKER_FILE).exists() and any(path.iterdir()):
-            raise InputError(f"working folder {path} is not empty and not of d2moe compare; choose another --workdir")
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / MARKER_FILE).open("a")
-    except OSError as error:
-        raise InputError(f"working folder {path} cannot be used ({error.strerror}); choose another") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another run is using {path}; wait for it, or choose another --workdir") from None
-        yield
 
 
 def compare(settings: Settings, console: Console) -> dict[str, Any]:

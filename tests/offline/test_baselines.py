@@ -10,18 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from compression import TINY
-from families import CONFIGS, write_family
+from families import CONFIGS, quantize_fp8, write_family
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from d2moe_vllm.checkpoint import ROLES
 from offline.baselines import (
     RECORD_FILE,
-    Usage,
     by_frequency,
     by_output_norm,
     cluster,
-    count_usage,
     fewer_experts,
     stored_ratio,
     weight_distances,
@@ -31,6 +29,7 @@ from offline.errors import UnreachableError
 from offline.families import FAMILIES
 from offline.progress import Steps
 from offline.source import open_dense
+from offline.usage import Usage, count_usage
 
 TOKENS = torch.randint(0, 4096, (3, 24), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -176,6 +175,25 @@ def test_merged_experts_are_weighted_means(tmp_path: Path) -> None:
             row = share @ model.other_tensor(router)[members].double()
             assert torch.allclose(merged.other_tensor(router)[new].double(), row, atol=1e-4, rtol=1e-2)
     assert float(stock(tmp_path / "merged")(TOKENS).logits.detach().std()) > 0
+
+
+@pytest.mark.parametrize(("family", "stacked"), [("mixtral", True), ("granitemoe", True), ("deepseek_v3", False)])
+def test_other_forms_on_disk(family: str, stacked: bool, tmp_path: Path) -> None:
+    """Stacks as transformers writes them, and fp8: the smaller model lies in the released layout, dequantised, with
+    the kept experts bit by bit."""
+    source = write_family(tmp_path / "source", family, stacked=stacked)
+    if family == "deepseek_v3":
+        quantize_fp8(source, block=16)
+    model = open_dense(str(source))
+    made = prune(source, tmp_path / "fewer", "frequency", 4 if family == "deepseek_v3" else 2)
+    fewer = open_dense(str(tmp_path / "fewer"))
+    assert "quantization_config" not in fewer.config
+    assert fewer.experts.layout == FAMILIES[family].layouts[0]
+    for layer, kept in made.items():
+        for new, (old,) in enumerate(kept):
+            for role in ROLES:
+                assert torch.equal(fewer.weight(layer, new, role), model.weight(layer, old, role))
+    assert bool(torch.isfinite(stock(tmp_path / "fewer")(TOKENS).logits.detach()).all())
 
 
 def test_groups_keep_equal_sizes(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from engine import PROMPTS, generate
 from families import write_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from offline.baselines import Usage, write_fewer
+from offline.baselines import write_fewer
 from offline.progress import Steps
 from offline.source import open_dense
+from offline.usage import Usage
 
 pytestmark = pytest.mark.slow
 
