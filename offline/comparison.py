@@ -177,17 +177,26 @@ class Comparison:
             state.forget()
             if out.exists():  # of an earlier run with other settings
                 shutil.rmtree(out)
+            resumed = self._begun(out).exists()
             forget_peak()
             started = time.monotonic()
             self._write(name, ratio, out)
-            made = {"seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": peak_memory()}
+            made = {
+                "seconds": round(time.monotonic() - started, 1),
+                "peak_memory_bytes": peak_memory(),
+                "resumed": resumed,
+            }
             stored = _stored(Reader(out), self.model.reader.nbytes)
-            state.row = _row(name, self._kind(name), ratio) | made | stored
+            state.row = _row(name, self._kind(name), ratio) | made | stored | {"resumed": resumed}
             state.save()
         row = self._with_perplexity(state, out)
         if not self.settings.keep and out.exists():
             shutil.rmtree(out)
         return row | {"path": str(out) if out.exists() else None}
+
+    def _begun(self, out: Path) -> Path:
+        """The working folder of one compression; there before it starts where an earlier run was interrupted."""
+        return self.folder / f"{out.name}.work"
 
     def _write(self, name: str, ratio: float, out: Path) -> None:
         settings = self.settings
@@ -197,7 +206,7 @@ class Comparison:
                 out,
                 settings.recipe(name, ratio),
                 settings.calibration,
-                workdir=self.folder / f"{out.name}.work",
+                workdir=self._begun(out),
                 restart=True,
                 memory=settings.memory,
                 device=settings.device,
@@ -235,9 +244,10 @@ class Comparison:
 
 
 def _row(name: str, kind: str, ratio: float) -> dict[str, Any]:
-    """A row without figures. reachable: the highest ratio, where the one asked for cannot be reached."""
+    """A row without figures. reachable: the highest ratio, where the one asked for cannot be reached; resumed: seconds
+    and memory are those of the last of several runs, and the whole took more."""
     figures = ("stored_ratio", "bytes", "parameters", "perplexity", "seconds", "peak_memory_bytes", "path", "reachable")
-    return {"name": name, "kind": kind, "ratio": ratio, **dict.fromkeys(figures)}
+    return {"name": name, "kind": kind, "ratio": ratio, **dict.fromkeys(figures), "resumed": False}
 
 
 def _stored(reader: Reader, source_bytes: int) -> dict[str, Any]:

@@ -236,7 +236,8 @@ def compare_cells(row: dict[str, Any], texts: list[str]) -> list[str]:
         return [row["name"], asked, "not reachable:", f"at most {most:.1f} %", *[""] * (len(texts) + 3)]
     cost = ["", ""]
     if row["seconds"] is not None:
-        cost = [duration(row["seconds"]), size(row["peak_memory_bytes"])]
+        more = "≥ " if row["resumed"] else ""
+        cost = [more + duration(row["seconds"]), more + size(row["peak_memory_bytes"])]
     return [
         row["name"],
         asked,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from compression import TINY, d2moe_here
+from compression import TINY, d2moe_here, script
 
 from offline.calibration import choose_windows, read_text, tokenize
 from offline.comparecmd import spread
@@ -133,6 +135,28 @@ def test_finished_rows_are_not_computed_again(
     assert changed.returncode == 0, changed.stderr
     assert "calibration" in changed.stderr
     assert json.loads(changed.stdout)["calibration"]["tokens_sha256"] != table["calibration"]["tokens_sha256"]
+
+
+def test_a_killed_run_goes_on_and_says_so(table: dict[str, Any], command: list[object], tmp_path: Path) -> None:
+    """The compression continues where it was, ends in the same bytes, and its time is marked as not the whole."""
+    work = tmp_path / "work"
+    chosen = ["--ratio", 0.4, "--method", "d2", *command[command.index("--text") : command.index("--workdir")]]
+    arguments = ["compare", *map(str, (TINY, *chosen, "--workdir", work, "--html", tmp_path / "table.html"))]
+    done = work / "d2-0.4.work" / "layers" / "00003" / "factored-done.safetensors"
+    with subprocess.Popen([script("d2moe"), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while not done.exists():
+            assert run.poll() is None, "ended before its last layer was done"
+            time.sleep(0.005)
+        run.kill()
+    assert done.exists()
+    again = d2moe_here(*arguments, "--json")
+    assert again.returncode == 0, again.stderr
+    assert "resuming" in again.stderr
+    found, whole = row(json.loads(again.stdout), "d2", 0.4), row(table, "d2", 0.4)
+    assert found["resumed"]
+    assert not whole["resumed"]
+    assert {key: found[key] for key in ("bytes", "perplexity")} == {key: whole[key] for key in ("bytes", "perplexity")}
+    assert "≥" in (tmp_path / "table.html").read_text()
 
 
 def test_without_keep_only_the_rows_stay(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
