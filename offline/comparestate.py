@@ -29,6 +29,8 @@ class RowState:
                 self.row, self.perplexities = dict(found["row"]), dict(found["perplexity"])
 
     def forget(self) -> None:
+        """Before the checkpoint that the row is about is made anew: a kill must not leave one with another's row."""
+        self.path.unlink(missing_ok=True)
         self.row, self.perplexities = {}, {}
 
     def save(self) -> None:

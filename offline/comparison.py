@@ -181,11 +181,7 @@ class Comparison:
             forget_peak()
             started = time.monotonic()
             self._write(name, ratio, out)
-            made = {
-                "seconds": round(time.monotonic() - started, 1),
-                "peak_memory_bytes": peak_memory(),
-                "resumed": resumed,
-            }
+            made = {"seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": peak_memory()}
             stored = _stored(Reader(out), self.model.reader.nbytes)
             state.row = _row(name, self._kind(name), ratio) | made | stored | {"resumed": resumed}
             state.save()
