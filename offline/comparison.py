@@ -171,7 +171,7 @@ class Comparison:
 
     def _measured(self, name: str, ratio: float) -> dict[str, Any]:
         state = self._state(name, ratio)
-        out = self.folder / f"{name}-{ratio:g}"
+        out = self.folder / f"{name}-{ratio}"
         missing = [key for key in self._keys.values() if key not in state.perplexities]
         if not state.row or ((missing or self.settings.keep) and not out.is_dir()):
             state.forget()
@@ -232,7 +232,7 @@ class Comparison:
         return {**state.row, "perplexity": {name: state.perplexities[key] for name, key in self._keys.items()}}
 
     def _state(self, name: str, ratio: float) -> RowState:
-        path = self.folder / ROWS / f"{name}-{ratio:g}.json"
+        path = self.folder / ROWS / f"{name}-{ratio}.json"
         return RowState(path, self._fingerprint(name, ratio))
 
     def _say(self, text: str) -> None:
