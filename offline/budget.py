@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Layer, Method, Projection, Role, TensorSpec
-from offline.errors import InputError
+from offline.errors import InputError, UnreachableError
 from offline.families import MoEShape
 from offline.recipe import Recipe
 from offline.shards import SHARD_BYTES, Shard, plan_shards
@@ -307,9 +307,10 @@ def solve_stored(problem: Problem, ratio: float, option: Option | None = None) -
     smallest = problem.solve(choices, problem.uniform(0))
     largest = problem.solve(choices, problem.uniform(FULL))
     if smallest.nbytes > target:
-        raise InputError(
+        raise UnreachableError(
             f"ratio {ratio:g} cannot be reached: even at rank {problem.rank_multiple} the ratio is "
-            f"{smallest.stored_ratio:.3f}; choose a lower ratio{HINTS[problem.recipe.method]}"
+            f"{smallest.stored_ratio:.3f}; choose a lower ratio{HINTS[problem.recipe.method]}",
+            smallest.stored_ratio,
         )
     # Names and offsets take the most room at full rank, so this bound on everything but deltas is safe.
     fixed = largest.nbytes - problem.delta_bytes(problem.uniform(FULL))

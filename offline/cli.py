@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -16,8 +15,10 @@ from rich.console import Console
 
 import d2moe_vllm
 from d2moe_vllm.checkpoint import CheckpointError
+from offline.comparecmd import compare, spread
 from offline.distributed import is_first, speaks
 from offline.errors import InputError, PeerError
+from offline.memory import peak_memory
 from offline.options import (
     Accounting,
     AllowLarger,
@@ -251,6 +252,9 @@ def evaluate(
         eval_table(Console(), result.to_json())
 
 
+app.command()(compare)
+
+
 @app.command()
 def tune(
     checkpoint: Annotated[Path | None, typer.Argument(metavar="CKPT", help="Tune for this checkpoint.")] = None,
@@ -273,16 +277,6 @@ def tune(
         tune_table(Console(), result)
 
 
-def peak_memory() -> int:
-    """Bytes this process held resident at its worst moment."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: across fork and exec that carries over what the parent process held.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _fail(message: str, code: int) -> NoReturn:
     if speaks():
         sys.stderr.write(f"d2moe: {' '.join(message.split())}\n")
@@ -294,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     _prepare_environment()
     try:
         code = app(
-            args=(sys.argv[1:] if arguments is None else arguments) or ["--help"],
+            args=spread(sys.argv[1:] if arguments is None else arguments) or ["--help"],
             prog_name="d2moe",
             standalone_mode=False,
         )

@@ -27,7 +27,8 @@ FEW = ("--ratio", "0.4", "--windows", "8", "--seq-len", "64")
 MEMORY = 1_700_000_000
 MEASURED = """
 import json, os, sys
-from offline.cli import main, peak_memory
+from offline.cli import main
+from offline.memory import peak_memory
 try:
     main(sys.argv[2:])
 finally:

@@ -1,0 +1,98 @@
+"""`d2moe compare` on the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from offline.errors import InputError
+from offline.options import Json, Memory, Revision, Seed, SeqLen, Src, WindowsOption, parse_size
+
+MANY = ("--ratio", "--method", "--baseline", "--text")
+"""Options of `compare` that take several values."""
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """`compare ... --ratio 0.2 0.4` as `compare ... --ratio 0.2 --ratio 0.4`, which the parser understands; all other
+    commands as they are."""
+    if not arguments or arguments[0] != "compare":
+        return list(arguments)
+    result: list[str] = []
+    option, values = "", 0
+    for argument in arguments:
+        if argument.startswith("-"):
+            option, values = argument, 0
+        elif option in MANY:
+            values += 1
+            if values > 1:
+                result.append(option)
+        result.append(argument)
+    return result
+
+
+def compare(
+    source: Src,
+    ratio: Annotated[list[float], typer.Option(help="Shares of the source's bytes to remove: --ratio 0.2 0.4 0.6.")],
+    text: Annotated[list[Path], typer.Option(help="Texts to measure perplexity on: UTF-8, or JSONL with `text`.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help="d2, moe-svd, mobe; each by its default recipe (default: all three).")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Simpler ways to compare with: frequency, output-norm, svd, merge.")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Calibration text: UTF-8, or JSONL with `text`.")] = None,
+    windows: WindowsOption = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    revision: Revision = None,
+    workdir: Annotated[
+        Path | None, typer.Option(help="For results and finished rows (default NAME.d2moe-compare).")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave what was compressed in the working folder.")] = False,
+    memory: Memory = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    html: Annotated[Path | None, typer.Option(help="Also write the table as one HTML page.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compress SRC by several methods at several ratios, on one calibration, and compare what comes out."""
+    from offline.comparison import Settings
+    from offline.comparison import compare as run
+    from offline.htmltable import check_page, write_page
+
+    if calibration is None:
+        raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
+    if html is not None:
+        check_page(html)
+    # One that is asked for nothing but baselines gets nothing but baselines.
+    methods = list(method or ()) if method or baseline else ["d2", "moe-svd", "mobe"]
+    settings = Settings(
+        source=source,
+        methods=methods,
+        baselines=list(baseline or ()),
+        ratios=ratio,
+        texts=text,
+        calibration=calibration,
+        workdir=workdir or Path(f"{Path(source).name or 'model'}.d2moe-compare"),
+        windows=windows,
+        seq_len=seq_len,
+        seed=seed,
+        revision=revision,
+        memory=parse_size(memory),
+        device=device,
+        keep=keep,
+    )
+    result = run(settings, Console(stderr=True))
+    if html is not None:
+        write_page(html, result)
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    else:
+        from offline.tables import compare_table
+
+        compare_table(Console(), result)

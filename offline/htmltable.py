@@ -1,0 +1,104 @@
+"""The table of `d2moe compare` as one HTML page, which needs nothing else: no network, no script."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from offline.errors import InputError
+from offline.shards import write_file
+from offline.tables import compare_cells
+
+GENERATOR = '<meta name="generator" content="d2moe compare">'
+"""By this a page of ours is known, which may be replaced."""
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{generator}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}: compared</title>
+<style>
+:root {{ color-scheme: light dark; --line: light-dark(#ccc, #444); --best: light-dark(#e3f2e1, #1d3a22);
+  --dim: light-dark(#555, #aaa); }}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+caption {{ text-align: left; color: var(--dim); padding-bottom: .5rem; }}
+th, td {{ padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }}
+th[scope=row], td.not {{ text-align: left; }}
+thead th {{ border-bottom-width: 2px; }}
+tbody + tbody {{ border-top: 2px solid var(--line); }}
+td.best {{ background: var(--best); font-weight: 600; }}
+td.not, p {{ color: var(--dim); }}
+</style>
+</head>
+<body>
+<h1>{name}</h1>
+<div class="wide">
+<table>
+<caption>Compressed by several methods on one calibration; per ratio and text the lowest perplexity is marked.</caption>
+<thead><tr>{head}</tr></thead>
+{bodies}
+</table>
+</div>
+<p>Perplexity over windows of {seq_len} tokens. Calibration: {windows} windows of {seq_len} tokens, SHA-256 {digest}.
+Bytes are those of the weight files; time and peak memory are those of the compression, on {threads} CPU threads
+({device}). d2moe-vllm {tool}.</p>
+</body>
+</html>
+"""
+
+
+def check_page(path: Path) -> None:
+    """Raises InputError where a page cannot be written, or would replace a file that is none of ours."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"--html {path} is no file in an existing folder; choose another")
+    if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:500]:
+        raise InputError(f"--html {path} exists already and was not written by d2moe compare; choose another")
+
+
+def write_page(path: Path, content: dict[str, Any]) -> None:
+    """content: as `d2moe compare --json` prints it."""
+    write_file(path, page(content))
+
+
+def page(content: dict[str, Any]) -> str:
+    texts = [text["name"] for text in content["texts"]]
+    heads = ["", "asked", "removed", "bytes", "parameters", *texts, "time", "peak memory"]
+    ratios = list(dict.fromkeys(row["ratio"] for row in content["rows"]))
+    bodies = (_body([row for row in content["rows"] if row["ratio"] == ratio], texts) for ratio in ratios)
+    machine = content["machine"]
+    return PAGE.format(
+        generator=GENERATOR,
+        name=escape(content["source"]["name"]),
+        head="".join(f'<th scope="col">{escape(head)}</th>' for head in heads),
+        bodies="\n".join(bodies),
+        seq_len=content["seq_len"],
+        windows=content["calibration"]["windows"],
+        digest=content["calibration"]["tokens_sha256"],
+        threads=machine["threads"],
+        device=escape(machine["device"]),
+        tool=escape(content["tool"]),
+    )
+
+
+def _body(rows: list[dict[str, Any]], texts: list[str]) -> str:
+    """The rows of one ratio."""
+    figures = [row["perplexity"] for row in rows if row["perplexity"] and row["kind"] != "source"]
+    best = {text: min(found[text] for found in figures) for text in texts} if figures else {}
+    return "<tbody>\n" + "\n".join(_line(row, texts, best) for row in rows) + "\n</tbody>"
+
+
+def _line(row: dict[str, Any], texts: list[str], best: dict[str, float]) -> str:
+    name, *cells = compare_cells(row, texts)
+    head = f'<th scope="row">{escape(name)}</th>'
+    if row["reachable"] is not None:
+        asked, words = escape(cells[0]), escape(" ".join(filter(None, cells[1:])))
+        return f'<tr>{head}<td>{asked}</td><td class="not" colspan="{len(cells) - 1}">{words}</td></tr>'
+    marks = [""] * len(cells)
+    for place, text in enumerate(texts, start=4):
+        if row["perplexity"][text] == best.get(text):
+            marks[place] = ' class="best"'
+    return f"<tr>{head}{''.join(f'<td{m}>{escape(c)}</td>' for m, c in zip(marks, cells, strict=True))}</tr>"

@@ -1,0 +1,266 @@
+"""`d2moe compare`: its rows against single runs of the other commands, what it remembers, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compression import TINY, d2moe_here, script
+
+from offline.calibration import choose_windows, read_text, tokenize
+from offline.comparecmd import spread
+
+FEW = ("--windows", "16", "--seq-len", "64")
+
+
+@pytest.fixture(scope="module")
+def short(texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("short") / "held-out.txt"
+    path.write_text(texts[1].read_text()[:8_000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def command(texts: tuple[Path, Path], short: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """One method and one baseline at two ratios, of which the baseline reaches one; what is written is kept."""
+    folder = tmp_path_factory.mktemp("compared")
+    return [
+        "compare", TINY, "--ratio", 0.4, 0.6, "--method", "d2", "--baseline", "frequency", "--text", short,
+        "--calibration", texts[0], *FEW, "--workdir", folder / "work", "--keep", "--html", folder / "table.html",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table(command: list[object]) -> dict[str, Any]:
+    done = d2moe_here(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    html = Path(str(command[-1]))
+    html.rename(html.with_name("first.html"))  # other tests run the command again
+    return json.loads(done.stdout)
+
+
+def row(table: dict[str, Any], name: str, ratio: float) -> dict[str, Any]:
+    (found,) = [one for one in table["rows"] if (one["name"], one["ratio"]) == (name, ratio)]
+    return found
+
+
+def evaluate(folder: object, text: Path) -> float:
+    done = d2moe_here("eval", folder, "--text", text, "--seq-len", "64", "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["perplexity"]
+
+
+def test_rows_are_what_single_runs_give(
+    table: dict[str, Any], texts: tuple[Path, Path], short: Path, tmp_path: Path
+) -> None:
+    """Bytes, parameters and perplexity, to the last digit; the calibration is the one all have in their records."""
+    done = d2moe_here("compress", TINY, tmp_path / "d2", "--ratio", 0.4, "--calibration", texts[0], *FEW, "--json")
+    assert done.returncode == 0, done.stderr
+    single, found = json.loads(done.stdout), row(table, "d2", 0.4)
+    assert found["bytes"] == single["result"]["bytes"]
+    assert found["parameters"] == single["result"]["parameters"]
+    assert found["stored_ratio"] == pytest.approx(single["result"]["stored_ratio"], abs=1e-12)
+    assert found["perplexity"] == {"held-out.txt": evaluate(tmp_path / "d2", short)}
+    assert table["rows"][0]["kind"] == "source"
+    assert table["rows"][0]["perplexity"] == {"held-out.txt": evaluate(TINY, short)}
+    tokens = choose_windows(tokenize(TINY, read_text(texts[0])), 16, 64, 0)
+    assert table["calibration"]["tokens_sha256"] == tokens.sha256
+    for folder in (Path(found["path"]), tmp_path / "d2"):
+        recorded = json.loads((folder / "d2moe_stats.json").read_text())["calibration"]["tokens_sha256"]
+        assert recorded == tokens.sha256
+    files = sorted((tmp_path / "d2").glob("*.safetensors"))
+    assert [file.read_bytes() for file in files] == [(Path(found["path"]) / file.name).read_bytes() for file in files]
+    assert found["seconds"] > 0
+    assert found["peak_memory_bytes"] > 1e7
+
+
+def test_a_ratio_that_cannot_be_reached_is_a_row(table: dict[str, Any], texts: tuple[Path, Path], short: Path) -> None:
+    """The others are measured all the same, and what the row says can be reached is: plan agrees for MoBE."""
+    found = row(table, "frequency", 0.6)
+    assert 0.5 < found["reachable"] < 0.6
+    assert found["bytes"] is found["perplexity"] is found["seconds"] is None
+    assert row(table, "frequency", 0.4)["reachable"] is None
+    assert row(table, "d2", 0.6)["stored_ratio"] >= 0.6
+    assert row(table, "frequency", 0.4)["stored_ratio"] >= 0.4
+
+
+def test_mobe_says_how_far_it_goes(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
+    arguments = ("--text", short, "--calibration", texts[0], *FEW, "--workdir", tmp_path / "work")
+    done = d2moe_here("compare", TINY, "--ratio", "0.5", "0.7", "--method", "mobe", *arguments)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("mobe")]
+    assert len(lines) == 2
+    (most,) = {re.fullmatch(r"mobe +\d+ % +not reachable: +at most ([0-9.]+) % *", line)[1] for line in lines}
+    plan = ("plan", TINY, "--method", "mobe", *FEW)
+    assert d2moe_here(*plan, "--ratio", float(most) / 100).returncode == 0
+    refused = d2moe_here(*plan, "--ratio", float(most) / 100 + 0.002)
+    assert refused.returncode == 2
+    assert "cannot be reached" in refused.stderr
+
+
+def test_finished_rows_are_not_computed_again(
+    command: list[object], table: dict[str, Any], tmp_path: Path, texts: tuple[Path, Path]
+) -> None:
+    """The second run writes no file of a row and says the same; a new text is measured on what was kept; another
+    calibration makes all rows anew."""
+    work = Path(table["workdir"])
+
+    def times() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+
+    before = times()
+    again = d2moe_here(*command, "--json")
+    assert json.loads(again.stdout) == table
+    assert times() == before
+    assert "layer" not in again.stderr
+
+    other = tmp_path / "other.txt"
+    other.write_text(texts[1].read_text()[-6_000:])
+    more = d2moe_here(*command, "--text", other, "--json")
+    assert more.returncode == 0, more.stderr
+    assert "compressing" not in more.stderr
+    content = json.loads(more.stdout)
+    assert row(content, "d2", 0.4)["perplexity"]["other.txt"] == evaluate(work / "d2-0.4", other)
+    assert row(content, "d2", 0.4)["seconds"] == row(table, "d2", 0.4)["seconds"]
+
+    few = [value for value in command if value not in ("d2", "--method", 0.6)]
+    changed = d2moe_here(*few, "--seed", "1", "--json")
+    assert changed.returncode == 0, changed.stderr
+    assert "calibration" in changed.stderr
+    assert json.loads(changed.stdout)["calibration"]["tokens_sha256"] != table["calibration"]["tokens_sha256"]
+
+
+def test_a_killed_run_goes_on_and_says_so(table: dict[str, Any], command: list[object], tmp_path: Path) -> None:
+    """The compression continues where it was, ends in the same bytes, and its time is marked as not the whole."""
+    work = tmp_path / "work"
+    chosen = ["--ratio", 0.4, "--method", "d2", *command[command.index("--text") : command.index("--workdir")]]
+    arguments = ["compare", *map(str, (TINY, *chosen, "--workdir", work, "--html", tmp_path / "table.html"))]
+    done = work / "d2-0.4.work" / "layers" / "00003" / "factored-done.safetensors"
+    with subprocess.Popen([script("d2moe"), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while not done.exists():
+            assert run.poll() is None, "ended before its last layer was done"
+            time.sleep(0.005)
+        run.kill()
+    assert done.exists()
+    again = d2moe_here(*arguments, "--json")
+    assert again.returncode == 0, again.stderr
+    assert "resuming" in again.stderr
+    found, whole = row(json.loads(again.stdout), "d2", 0.4), row(table, "d2", 0.4)
+    assert found["resumed"]
+    assert not whole["resumed"]
+    assert {key: found[key] for key in ("bytes", "perplexity")} == {key: whole[key] for key in ("bytes", "perplexity")}
+    assert "≥" in (tmp_path / "table.html").read_text()
+
+
+def test_without_keep_only_the_rows_stay(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
+    arguments = ("--text", short, "--calibration", texts[0], *FEW, "--workdir", tmp_path / "work", "--json")
+    done = d2moe_here("compare", TINY, "--ratio", "0.2", "--baseline", "output-norm", *arguments)
+    assert done.returncode == 0, done.stderr
+    found = row(json.loads(done.stdout), "output-norm", 0.2)
+    assert found["path"] is None
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {".d2moe-compare", "rows"}
+
+
+class _Table(HTMLParser):
+    """The cells of a page's one table, and every address in the page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def test_html_is_whole_and_says_the_same(table: dict[str, Any], command: list[object]) -> None:
+    """Every tag is closed, nothing is fetched, and the cells are the JSON's figures."""
+    page = Path(str(command[-1])).with_name("first.html").read_text()
+    parsed = _Table()
+    parsed.feed(page)
+    assert parsed.open == []
+    assert parsed.links == []
+    assert "http" not in page
+    assert "light dark" in page
+    assert len(parsed.rows) == 1 + len(table["rows"])
+    for cells, found in zip(parsed.rows[1:], table["rows"], strict=True):
+        assert cells[0] == found["name"]
+        if found["reachable"] is None:
+            assert f"{found['bytes']:,}" in cells
+            assert f"{found['perplexity']['held-out.txt']:.2f}" in cells
+        else:
+            assert cells[2].startswith("not reachable: at most ")
+
+
+def test_names_are_escaped(table: dict[str, Any]) -> None:
+    from offline.htmltable import page
+
+    content = json.loads(json.dumps(table).replace("held-out.txt", "<b>&.txt").replace("tiny-mixtral", "<i>"))
+    written = page(content)
+    assert "<b>" not in written
+    assert "<i>" not in written
+    assert "&lt;b&gt;&amp;.txt" in written
+
+
+def test_options_take_several_values() -> None:
+    given = "compare m --ratio 0.2 0.4 --json --method d2 mobe --text=a --text b c"
+    wanted = "compare m --ratio 0.2 --ratio 0.4 --json --method d2 --method mobe --text=a --text b --text c"
+    assert spread(given.split()) == wanted.split()
+    assert spread(["plan", "m", "--ratio", "0.2", "0.4"]) == ["plan", "m", "--ratio", "0.2", "0.4"]
+
+
+def test_bad_input_is_one_line(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
+    """Exit code 2, one line that names what is wrong, and nothing is left behind."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "mine.html").write_text("mine")
+    work = tmp_path / "work"
+    good: dict[str, list[object]] = {
+        "--ratio": ["0.4"], "--method": ["d2"], "--text": [short], "--calibration": [texts[0]], "--windows": ["16"],
+        "--seq-len": ["64"], "--workdir": [work],
+    }  # fmt: skip
+    for changes, fragment in [
+        ({"--ratio": []}, "--ratio"),
+        ({"--ratio": ["0.4", "0.4"]}, "twice"),
+        ({"--ratio": ["1.4"]}, "ratio"),
+        ({"--method": ["d3"]}, "d3"),
+        ({"--baseline": ["channels"]}, "frequency"),
+        ({"--text": [tmp_path / "none"]}, "cannot be read"),
+        ({"--text": [short, short]}, "twice"),
+        ({"--calibration": []}, "--calibration"),
+        ({"--windows": ["100000"]}, "too short"),
+        ({"--seq-len": ["5000"]}, "1024"),
+        ({"--workdir": [tmp_path / "full"]}, "not empty"),
+        ({"--workdir": [TINY]}, "source"),
+        ({"--html": [tmp_path / "mine.html"]}, "exists already"),
+        ({"--html": [tmp_path / "none" / "a.html"]}, "existing folder"),
+    ]:
+        options = {name: values for name, values in {**good, **changes}.items() if values}
+        done = d2moe_here("compare", TINY, *(part for name, values in options.items() for part in (name, *values)))
+        assert done.returncode == 2, (changes, done)
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert fragment in done.stderr
+        assert not work.exists()
+    assert os.listdir(tmp_path / "full") == ["mine.txt"]
+    assert (tmp_path / "mine.html").read_text() == "mine"
