@@ -19,7 +19,7 @@ def scraped(server: Server, client: OpenAI) -> dict[str, set[str]]:
     """Sample name -> names of its labels, after a request; `up` is Prometheus' own."""
     client.completions.create(model="tiny", prompt="The for statement", max_tokens=2)
     deadline, text = time.monotonic() + 60, ""
-    while "d2moe_expert_tokens_total{" not in text:  # workers write every 2 seconds
+    while "d2moe_experts_seconds_count{" not in text:  # written after the request, at most every 2 seconds
         assert time.monotonic() < deadline, "the server has no d2moe metrics"
         time.sleep(1)
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
