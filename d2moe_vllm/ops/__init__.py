@@ -104,9 +104,12 @@ def fused_experts(
 ) -> Tensor:
     """`reference.fused_experts` by the named backend, parameters in the order of PARAMETERS.
 
-    Shapes are static wherever a graph may be captured.
+    Shapes are static wherever a graph may be captured. Raises ValueError for weights it has no kernel for.
     """
     w13, w2 = halves(parameters)
+    for kind in BACKENDS[backend].lacks:
+        if getattr(w13, kind) is not None or getattr(w2, kind) is not None:
+            raise ValueError(f"backend {backend!r} has no kernel for {kind!r}; use 'reference'")
     return BACKENDS[backend].fused_experts(
         x, topk_weights, topk_ids, w13, w2, padding_mask, **options, static_shapes=x.device.type != "cpu"
     )

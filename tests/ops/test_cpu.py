@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from moe_cases import CROWDED, cases, crowd, random_case
 from moe_oracle import Case, forward, kernel_arguments
 
-from d2moe_vllm.ops import PACK_OPTIONS, choose_backend, cpu
+from d2moe_vllm.ops import PACK_OPTIONS, PARAMETERS, choose_backend, cpu
+from d2moe_vllm.ops import fused_experts as every_backend
 from d2moe_vllm.ops.reference import Weights, fused_experts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -161,6 +162,14 @@ def test_without_a_compiler_it_falls_back_and_says_why(environment: dict[str, st
     assert name == "reference"
     assert words in reason
     assert "\n" not in reason
+
+
+@pytest.mark.parametrize("kind", ["bases", "dense"])
+def test_weights_without_a_kernel_are_refused(kind: str) -> None:
+    """Not left out of the sum."""
+    parameters = [torch.ones(1) if name == f"w2_{kind}" else None for name in PARAMETERS]
+    with pytest.raises(ValueError, match=f"backend 'cpu' has no kernel for '{kind}'; use 'reference'"):
+        every_backend(torch.ones(1, 8), torch.ones(1, 1), torch.zeros(1, 1), *parameters, backend="cpu")
 
 
 def test_a_backend_that_is_asked_for_is_not_replaced() -> None:

@@ -31,9 +31,14 @@ def fused_experts(
     used: Sequence[int],
     activation: str,
     scope: str,
-    batch_invariant: bool,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    """See d2moe_vllm.ops.triton.fused_experts."""
+    """`reference.fused_experts` for x in float32, float16 or bfloat16; a half's weights are tensors, not sequences.
+
+    The same bits on every call. batch_invariant: with scope "off" or "token" each bit of a row depends on that row
+    alone; one tile for all numbers of rows, which costs speed. Shapes are static, so a CUDA graph may be captured.
+    Raises ValueError for an unknown dtype, activation or scope.
+    """
     for name, value, known in (("x's dtype", x.dtype, DTYPES), ("activation", activation, ACTIVATIONS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, not one of {', '.join(map(str, known))}")
