@@ -10,8 +10,14 @@ ARG VLLM_IMAGE=vllm/vllm-openai:v${VLLM_VERSION}
 ARG PYTHON_IMAGE=python:${PYTHON_VERSION}-slim
 
 FROM ${PYTHON_IMAGE} AS wheel
+# The CPU backend's library goes into the wheel, so that no first start compiles it. Empty: a wheel of Python only.
+ARG D2MOE_AHEAD=1
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY d2moe_vllm d2moe_vllm
 COPY offline offline
 RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
@@ -47,7 +53,7 @@ ENTRYPOINT ["d2moe"]
 
 FROM torch AS cpu
 ARG VLLM_VERSION
-# libnuma1: vLLM's operators are linked with it. g++: torch.compile and our own backend compile at the first start.
+# libnuma1: vLLM's operators are linked with it. g++: torch.compile compiles at the first start.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libnuma1 \

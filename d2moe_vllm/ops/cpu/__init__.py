@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2moe_vllm.ops.cpu.library import I64, Call, CompilerError, Half, load
+from d2moe_vllm.ops.cpu.compiler import CompilerError
+from d2moe_vllm.ops.cpu.library import I64, Call, Half, load
 from d2moe_vllm.ops.reference import Weights
 
 __all__ = ["CompilerError", "fused_experts", "load", "missing", "pack"]

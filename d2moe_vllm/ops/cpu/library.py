@@ -1,27 +1,20 @@
-"""The C++ library behind the CPU backend: compiled once per machine and source, and its C interface.
+"""The C++ library behind the CPU backend, and its C interface.
 
 The source includes neither torch nor Python and is linked to no OpenMP runtime: it runs on the threads of the one
-that torch has loaded. Compiling takes some ten seconds.
+that torch has loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 
-SOURCES = Path(__file__).with_name("csrc")
-FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -Wno-psabi"
+from d2moe_vllm.ops.cpu.compiler import NATIVE, CompilerError, compile_to, compiled_ahead, native_name
 
 I64, POINTER = ctypes.c_int64, ctypes.c_void_p
 
@@ -50,13 +43,9 @@ class Call(ctypes.Structure):
     ]
 
 
-class CompilerError(RuntimeError):
-    """The library cannot be compiled or loaded here; the message is one line and says what was tried."""
-
-
 @cache
 def load() -> ctypes.CDLL:
-    """The library, compiled first if this machine has not compiled this source yet. Raises CompilerError."""
+    """The library, compiled first if neither the wheel nor this machine's cache has it. Raises CompilerError."""
     # Into the global scope: our symbols of OpenMP are found in the runtime that torch uses.
     if (runtime := _openmp_runtime()) is not None:
         ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
@@ -85,15 +74,12 @@ def _openmp_runtime() -> Path | None:
 
 
 def _compiled() -> Path:
-    """The library's file, named after all that its content depends on."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
-    sources = sorted(SOURCES.iterdir())
-    content = hashlib.sha256("\0".join([*compiler, FLAGS, _machine()]).encode())
-    for source in sources:
-        content.update(source.read_bytes())
+    """The library's file: compiled ahead of time if the wheel has one for this processor, else by this machine."""
+    if (ahead := compiled_ahead()) is not None:
+        return ahead
     # Where there is no home (some containers), the name stays as it is: a folder here, or one that cannot be written.
     folder = Path(os.path.expanduser(os.environ.get("D2MOE_CACHE") or "~/.cache/d2moe"))
-    target = folder / f"libd2moe-{content.hexdigest()[:16]}.so"
+    target = folder / native_name()
     if target.exists():
         return target
     try:
@@ -106,35 +92,5 @@ def _compiled() -> Path:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # workers start together: one compiles
         if not target.exists():
-            _compile(compiler, target)
+            compile_to(target, NATIVE)
     return target
-
-
-def _compile(compiler: list[str], target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made, linked = Path(folder) / "api.o", Path(folder) / target.name
-        for arguments in (
-            [*FLAGS.split(), "-c", str(SOURCES / "api.cpp"), "-o", str(made)],
-            # Without -fopenmp, which would name a runtime to load.
-            ["-shared", str(made), "-o", str(linked)],
-        ):
-            try:
-                done = subprocess.run([*compiler, *arguments], check=False, capture_output=True, text=True)
-            except OSError as error:
-                raise CompilerError(
-                    f"{compiler[0]}: {error.strerror}; install a C++ compiler, or name one by CXX"
-                ) from None
-            if done.returncode:
-                lines = done.stderr.splitlines()
-                why = next((line for line in lines if "error" in line), lines[0] if lines else "it says nothing")
-                raise CompilerError(f"{shlex.join(compiler)} failed: {why}")
-        linked.rename(target)
-
-
-def _machine() -> str:
-    """What -march=native stands for."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
