@@ -98,7 +98,7 @@ def test_no_weights_and_no_caches_are_sent_to_the_builder(tmp_path: Path) -> Non
     """.dockerignore names what may pass, so a models folder beside the Dockerfile stays where it is."""
     sent = [path for path in context(tmp_path).rglob("*") if path.is_file()]
     assert {path.relative_to(tmp_path).parts[0] for path in sent} == {
-        "pyproject.toml", "README.md", "LICENSE", "d2moe_vllm", "offline", "deploy"
+        "pyproject.toml", "setup.py", "README.md", "LICENSE", "d2moe_vllm", "offline", "deploy"
     }  # fmt: skip
     assert not [path for path in sent if path.suffix in (".safetensors", ".bin", ".pt")]
     assert sum(path.stat().st_size for path in sent) < 3e6
