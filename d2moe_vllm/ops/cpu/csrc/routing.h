@@ -46,6 +46,7 @@ struct Half {
   using Input = typename P::Input;
   std::vector<Input> pairs, tokens;            // inputs, expert by expert and token by token
   std::vector<Input> s[2], common[2], low[2];  // V x by expert; of a V that is shared; of a base's V
+  std::vector<Input> alphas[2];                // of the experts in use
   Gathered<P> base;
 
   Rows<P> rows_of_tokens(i64 n, i64 in) { return factor_rows<P>(tokens.data(), n, in); }

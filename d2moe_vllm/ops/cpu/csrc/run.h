@@ -1,6 +1,6 @@
 // The steps of a layer (METHODS 1.5 and 1.6), each a set of tasks that write what no other task of the step writes:
 //   1  sort (token, expert) pairs by expert; select gate's and up's columns and gather the base's inputs
-//   2  shrink:        s = V x                                   per expert and 64 ranks
+//   2  shrink:        s = V x                                   per expert and 64 ranks; mixed V's of all experts at once
 //   3  gate and up:   z = B x; h = act(z + U s) * (z + U s);    per 64 channels, the mix sum_e g_e h_e on the way
 //   4  select down's columns of the mix, gather them
 //   5  shrink:        s = V h
@@ -9,6 +9,7 @@
 
 #include <atomic>
 
+#include "mixed.h"
 #include "shrink.h"
 
 namespace d2moe {
@@ -40,12 +41,13 @@ class Run {
     const Weights<P>&w13 = layer_.w13, &w2 = layer_.w2;
     r_.sort(batch_, layer_.experts);
     gather(w13, b_.half13, [&](i64 t, i64 i) { return P::value(batch_.x[t * hidden + i]); });
-    auto x = [&](i64 t, i64 i) { return input(batch_.x[t * hidden + i]); };
+    auto x = [&](i64 t, i64 i) { return P::as_input(batch_.x[t * hidden + i]); };
     if (w13.base_v || w13.shared_v) fill_tokens(b_.half13, hidden, x);
-    if (w13.v && !w13.shared_v) fill_pairs(w13, hidden, x);
+    if ((w13.v && !w13.shared_v) || w13.mixed) fill_pairs(w13, hidden, x);
     const Shrink<P> shrink13(w13, b_.half13, r_, parallel_, batch_.tokens, hidden);
     if (w13.shared_v) shrink13(b_.half13.rows_of_tokens(batch_.tokens, hidden), [&](i64 p) { return r_.pairs[p].token; });
     else shrink13({}, {});
+    if (w13.mixed) Mixing<P>(w13, b_.half13, r_, parallel_, threads_, hidden)();
     if (w13.columns) shrink13.pick([&](i64 p, i64 i) { return x(r_.pairs[p].token, i); });
 
     b_.half2.pairs.resize(r_.all() * packed_inputs<P>(intermediate));
@@ -64,11 +66,6 @@ class Run {
   }
 
  private:
-  static Input input(Element e) {
-    if constexpr (std::is_same_v<Input, Element>) return e;
-    else return P::value(e);
-  }
-
   // h_e: all in one, where all experts have one V, or expert by expert.
   Rows<P> hidden_rows() const { return factor_rows<P>(b_.half2.pairs.data(), r_.all(), layer_.intermediate); }
   Row<P> hidden_row(i64 p) const {
@@ -165,7 +162,7 @@ class Run {
     if (!w.rank[j] || !w.has_delta(e)) return false;
     const i64 stride = LANES * packed_inputs<P>(w.rank[j]);
     const Element* u = w.u[j] + w.u_place(e) * packed_size<P>(out, w.rank[j]) + first / LANES * stride;
-    multiply_factor<P>(r_.rows_of<P>(half.s[j], e, w.rank[j]), u, stride, blocks_from(first, out), after, d, SLICE);
+    multiply_factor<P>(r_.rows_of<P>(w.whole ? half.pairs : half.s[j], e, w.rank[j]), u, stride, blocks_from(first, out), after, d, SLICE);
     return true;
   }
 
