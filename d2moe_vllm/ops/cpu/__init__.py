@@ -21,6 +21,7 @@ __all__ = ["CompilerError", "fused_experts", "load", "missing", "pack"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCOPES = ("off", "token", "batch")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+FUNCTIONS = ("silu", "tanh")
 """By their numbers in api.cpp and layer.h."""
 
 
@@ -40,7 +41,12 @@ def pack(
 
     The arguments are those of `fused_experts`, and have to be the same there. What is packed takes the storage of the
     original where both have one size: packing then needs the room of one tensor more for a moment, and none afterwards.
+    Raises ValueError for weights that no checkpoint has.
     """
+    if w2.bases is not None or w13.dense is not None:
+        raise ValueError("bases are for gate and up alone, dense matrices for down alone")
+    if any((kind is None) != (w13.bases is None) for kind in (w13.alpha, w13.a)):
+        raise ValueError("bases need a and alpha, and the other way round")
     return (
         _pack(w13, 2, ranks[:2], base_ranks[:2], _by_columns(w13, scope, used[0])),
         _pack(w2, 1, ranks[2:], base_ranks[2:], _by_columns(w2, scope, used[1])),
@@ -56,6 +62,11 @@ def _pack(weights: Weights, parts: int, ranks: Sequence[int], base_ranks: Sequen
     packed = {}
     if weights.delta_u is not None and len(weights.delta_u):
         packed["delta_u"] = _pack_factors(weights.delta_u, ranks)
+    if weights.dense is not None:
+        packed["dense"] = _pack_factors(weights.dense)
+    if weights.bases is not None and weights.a is not None:
+        packed["a"] = _pack_factors(weights.a, ranks)
+        packed["bases"] = _pack_mixed(weights.bases, ranks)
     if isinstance(weights.delta_v, Tensor):
         packed["delta_v"] = _pack_factors(weights.delta_v)
     if weights.shared_v is not None:
@@ -81,6 +92,17 @@ def _pack_factors(w: Tensor, ranks: Sequence[int] | None = None) -> Tensor:
     for part, to in zip(parts, packed.split(sizes), strict=True):
         strides = (I64 * 3)(*part.stride())
         library.d2moe_pack_factors(dtype, part.data_ptr(), strides, *part.shape, to.data_ptr())
+    return _in_place(w, packed)
+
+
+def _pack_mixed(w: Tensor, ranks: Sequence[int]) -> Tensor:
+    """w [m, k, in], of which V's are mixed: flat, gate's rows before up's."""
+    library, dtype = load(), DTYPES.index(w.dtype)
+    parts = w.split(list(ranks), dim=1)
+    sizes = [len(p) * library.d2moe_packed_size(dtype, p.shape[1], p.shape[2]) for p in parts]
+    packed = torch.empty(sum(sizes), dtype=w.dtype)
+    for part, to in zip(parts, packed.split(sizes), strict=True):
+        library.d2moe_pack_mixed(dtype, part.data_ptr(), (I64 * 3)(*part.stride()), *part.shape, to.data_ptr())
     return _in_place(w, packed)
 
 
@@ -122,15 +144,15 @@ def fused_experts(
 ) -> Tensor:
     """`reference.fused_experts` for halves that `pack` returned, x on the CPU in float32, float16 or bfloat16.
 
-    batch_invariant: it always is. static_shapes, function: of no meaning here. Raises ValueError for an unknown scope.
+    batch_invariant: it always is. static_shapes: of no meaning here. Raises ValueError for an unknown scope.
     """
     x = x.contiguous()
     gates, ids = topk_weights.float().contiguous(), topk_ids.int().contiguous()
     mask = None if padding_mask is None else padding_mask.contiguous()
     y = torch.empty_like(x)
     call = Call(
-        w13=_half(w13, ranks[:2], base_ranks[:2], groups[0], used[0], scope),
-        w2=_half(w2, ranks[2:], base_ranks[2:], groups[1], used[1], scope),
+        w13=_half(w13, ranks[:2], base_ranks[:2], groups[0], used[0], scope, function),
+        w2=_half(w2, ranks[2:] if w2.dense is None else [intermediate_size], base_ranks[2:], groups[1], used[1], scope),
         x=x.data_ptr(),
         gates=gates.data_ptr(),
         ids=ids.data_ptr(),
@@ -155,16 +177,25 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _half(
-    weights: Weights, ranks: Sequence[int], base_ranks: Sequence[int], groups: int, used: int, scope: str
+    weights: Weights,
+    ranks: Sequence[int],
+    base_ranks: Sequence[int],
+    groups: int,
+    used: int,
+    scope: str,
+    function: str = "",
 ) -> Half:
     kept = 0 if weights.base_columns is None else weights.base_columns.numel()
-    u = weights.delta_u if isinstance(weights.delta_u, Tensor) and weights.delta_u.numel() else None
+    us = (weights.delta_u, weights.a, weights.dense)
+    u = next((u for u in us if isinstance(u, Tensor) and u.numel()), None)
     return Half(
         u=_pointer(u),
         v=_pointer(weights.delta_v if weights.shared_v is None else weights.shared_v),
         base=_pointer(weights.base),
         base_u=_pointer(weights.base_u),
         base_v=_pointer(weights.base_v),
+        bases=_pointer(weights.bases),
+        alpha=_pointer(weights.alpha),
         columns=_pointer(weights.delta_columns),
         u_index=_pointer(weights.u_index),
         v_index=_pointer(weights.v_index),
@@ -176,6 +207,9 @@ def _half(
         groups=groups,
         shared_v=weights.shared_v is not None,
         by_columns=scope != "off" and used < kept,
+        whole=weights.dense is not None,
+        mixed=0 if weights.alpha is None else weights.alpha.shape[1] // 2,
+        function=0 if weights.bases is None else FUNCTIONS.index(function),
         rank=(I64 * 2)(*ranks),
         base_rank=(I64 * 2)(*base_ranks),
     )

@@ -23,9 +23,10 @@ class Half(ctypes.Structure):
     """`HalfC` of api.cpp."""
 
     _fields_ = [
-        *((name, POINTER) for name in ("u", "v", "base", "base_u", "base_v")),
+        *((name, POINTER) for name in ("u", "v", "base", "base_u", "base_v", "bases", "alpha")),
         *((name, POINTER) for name in ("columns", "u_index", "v_index", "base_columns", "base_norms")),
         *((name, I64) for name in ("u_size", "kept", "used", "groups", "shared_v", "by_columns")),
+        *((name, I64) for name in ("whole", "mixed", "function")),
         ("rank", I64 * 2),
         ("base_rank", I64 * 2),
     ]
@@ -60,6 +61,8 @@ def load() -> ctypes.CDLL:
     library.d2moe_packed_size.restype = library.d2moe_packed_base_size.restype = I64
     library.d2moe_pack_factors.argtypes = [I64, POINTER, ctypes.POINTER(I64), I64, I64, I64, POINTER]
     library.d2moe_pack_factors.restype = None
+    library.d2moe_pack_mixed.argtypes = library.d2moe_pack_factors.argtypes
+    library.d2moe_pack_mixed.restype = None
     library.d2moe_pack_bases.argtypes = [I64, POINTER, I64, I64, I64, I64, POINTER]
     library.d2moe_pack_bases.restype = None
     library.d2moe_huge_pages.argtypes = [POINTER, I64]

@@ -14,10 +14,10 @@ using namespace d2moe;
 
 // One half's tensors and sizes; null and 0 where there is none. parts: gate and up, or down alone.
 struct HalfC {
-  const void *u, *v, *base, *base_u, *base_v;
+  const void *u, *v, *base, *base_u, *base_v, *bases, *alpha;
   const i32 *columns, *u_index, *v_index, *base_columns;
   const float* base_norms;
-  i64 u_size, kept, used, groups, shared_v, by_columns;  // u_size: elements of u
+  i64 u_size, kept, used, groups, shared_v, by_columns, whole, mixed, function;  // u_size: elements of u
   i64 rank[2], base_rank[2];
 };
 
@@ -48,7 +48,7 @@ void in_threads(i64 n, const std::function<void(i64)>& f) {
 }
 
 template <class P>
-Weights<P> weights(const HalfC& half, int parts, i64 out) {
+Weights<P> weights(const HalfC& half, int parts, i64 out, i64 in) {
   using E = typename P::Element;
   Weights<P> w;
   const i64 first = packed_size<P>(out, half.rank[0]), both = first + (parts > 1 ? packed_size<P>(out, half.rank[1]) : 0);
@@ -63,6 +63,8 @@ Weights<P> weights(const HalfC& half, int parts, i64 out) {
       w.base_rank[j] = half.base_rank[j];
       w.base_u[j] = static_cast<const E*>(half.base_u) + (j ? packed_size<P>(out, half.base_rank[0]) : 0);
     }
+    const i64 of_first = half.mixed * packed_size<P>(half.rank[0], in);
+    if (half.bases) w.bases[j] = static_cast<const E*>(half.bases) + (j ? of_first : 0);
   }
   w.v = static_cast<const E*>(half.v);
   w.columns = half.columns;
@@ -76,6 +78,10 @@ Weights<P> weights(const HalfC& half, int parts, i64 out) {
   w.used = half.used;
   w.groups = half.groups;
   w.base_v = static_cast<const E*>(half.base_v);
+  w.whole = half.whole != 0;
+  w.alpha = static_cast<const E*>(half.alpha);
+  w.mixed = half.mixed;
+  w.function = Function(half.function);
   return w;
 }
 
@@ -93,8 +99,8 @@ void d2moe_fused_experts(const CallC* call) {
     layer.intermediate = call->intermediate;
     layer.scope = Scope(call->scope);
     layer.activation = Activation(call->activation);
-    layer.w13 = weights<P>(call->w13, 2, call->intermediate);
-    layer.w2 = weights<P>(call->w2, 1, call->hidden);
+    layer.w13 = weights<P>(call->w13, 2, call->intermediate, call->hidden);
+    layer.w2 = weights<P>(call->w2, 1, call->hidden, call->intermediate);
     const Batch<P> batch{static_cast<const E*>(call->x), call->gates, call->ids, call->padding,
                          call->tokens, call->top_k, static_cast<E*>(call->y)};
     const Parallel parallel = in_threads;
@@ -123,6 +129,17 @@ void d2moe_pack_factors(i64 dtype, const void* w, const i64* strides, i64 places
     in_threads(places, [&](i64 d) {
       pack_factor<P>(static_cast<const E*>(w) + d * strides[0], strides[1], strides[2], out, k,
                      static_cast<E*>(to) + d * packed_size<P>(out, k));
+    });
+  });
+}
+
+// w: m bases [m, out, k] with these strides, in elements, of which some experts mix their V's. to: m * packed_size elements.
+void d2moe_pack_mixed(i64 dtype, const void* w, const i64* strides, i64 m, i64 out, i64 k, void* to) {
+  by_dtype(dtype, [&](auto p) {
+    using P = decltype(p);
+    using E = typename P::Element;
+    in_threads(ceil_div(out, LANES), [&](i64 block) {
+      pack_mixed<P>(static_cast<const E*>(w), strides, m, out, k, block, static_cast<E*>(to));
     });
   });
 }

@@ -60,6 +60,8 @@ template <class P>
 struct Kernel;
 
 // float32 and float16: widen the weights, multiply by each row's value.
+typedef _Float16 Halves __attribute__((vector_size(32), aligned(2), may_alias));
+
 template <class P>
 struct Widening {
   using Element = typename P::Element;
@@ -69,9 +71,13 @@ struct Widening {
     if constexpr (sizeof(Element) == 4) {
       return load(reinterpret_cast<const float*>(w));
     } else {
-      typedef _Float16 Halves __attribute__((vector_size(32), aligned(2), may_alias));
       return __builtin_convertvector(*reinterpret_cast<const Halves*>(w), Floats);
     }
+  }
+
+  static void narrow(Floats v, Element* to) {
+    if constexpr (sizeof(Element) == 4) store(reinterpret_cast<float*>(to), v);
+    else *reinterpret_cast<Halves*>(to) = __builtin_convertvector(v, Halves);
   }
 
   template <int M, int NB>
@@ -111,6 +117,21 @@ template <>
 struct Kernel<BFloat16> {
   using Element = std::uint16_t;
   using Input = std::uint16_t;
+
+  typedef std::uint16_t Elements __attribute__((vector_size(32), aligned(2), may_alias));
+
+  static Floats widen(const Element* w) {
+    return bits<Floats>(__builtin_convertvector(*reinterpret_cast<const Elements*>(w), Words) << 16);
+  }
+
+  static void narrow(Floats v, Element* to) {
+#ifdef D2MOE_DPBF16
+    *reinterpret_cast<Elements*>(to) = bits<Elements>(_mm512_cvtneps_pbh(bits<__m512>(v)));
+#else
+    const Words w = bits<Words>(v), rounded = (w + 0x7fffu + ((w >> 16) & 1)) >> 16;  // to the nearest, ties to even
+    *reinterpret_cast<Elements*>(to) = __builtin_convertvector(v != v ? (w >> 16) | 0x40 : rounded, Elements);
+#endif
+  }
 
   static std::uint32_t pair(const Input* x) {
     std::uint32_t both;

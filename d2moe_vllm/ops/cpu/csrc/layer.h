@@ -8,6 +8,8 @@
 
 namespace d2moe {
 
+enum class Function { silu, tanh };
+
 // Gate and up together, or down; null where a layer has none. Packed as in kernels.h.
 template <class P>
 struct Weights {
@@ -27,6 +29,11 @@ struct Weights {
   const Element* base_u[2] = {};
   const Element* base_v = nullptr;
   i64 base_rank[2] = {};
+  bool whole = false;           // u is the expert's matrix itself, rank its inputs
+  const Element* bases[2] = {}; // instead of v: [rank[j], in] times `mixed` together, packed as in mixed.h
+  const Element* alpha = nullptr; // [experts, 2 * mixed]
+  i64 mixed = 0;
+  Function function = Function::silu;
 
   i64 ranks() const { return rank[0] + rank[1]; }
   i64 base_ranks() const { return base_rank[0] + base_rank[1]; }
@@ -72,7 +79,7 @@ inline float activate(Activation kind, float x) {
 }
 
 inline Floats activate(Activation kind, Floats x) {
-  if (kind == Activation::silu) return x / (1.0f + exp(-x));
+  if (kind == Activation::silu) return silu(x);
   for (int i = 0; i < LANES; ++i) x[i] = activate(kind, x[i]);
   return x;
 }

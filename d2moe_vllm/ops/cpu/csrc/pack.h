@@ -15,6 +15,27 @@ void pack_factor(const typename P::Element* w, i64 row, i64 column, i64 out, i64
   }
 }
 
+// Block `block` of 16 outputs of m bases, of which V's are mixed. w: [m, out, k] with these strides. to: m * packed_size(out, k)
+// elements for all blocks (mixed.h).
+template <class P>
+void pack_mixed(const typename P::Element* w, const i64* strides, i64 m, i64 out, i64 k, i64 block, typename P::Element* to) {
+  const i64 size = LANES * packed_inputs<P>(k);
+  for (i64 at = 0; at < size; at += LANES) {
+    auto* group = to + (block * size + at) * m;
+    for (i64 lane = 0; lane < LANES; ++lane) {
+      // Where this element lies in a factor's block.
+      const i64 pair = (at + lane) / P::PAIR, output = block * LANES + pair % LANES;
+      const i64 input = pair / LANES * P::PAIR + (at + lane) % P::PAIR;
+      const bool there = output < out && input < k;
+      for (i64 j = 0; j < m; ++j) {
+        const i64 first = j / P::PAIR * P::PAIR, beside = std::min(P::PAIR, m - first);
+        group[first * LANES + lane * beside + j - first] =
+            there ? w[j * strides[0] + output * strides[1] + input * strides[2]] : typename P::Element{};
+      }
+    }
+  }
+}
+
 // w: [kept, out], rows `row` elements apart. to: packed_base_size(out, kept) elements.
 template <class P>
 void pack_base(const typename P::Element* w, i64 row, i64 out, i64 kept, typename P::Element* to) {
