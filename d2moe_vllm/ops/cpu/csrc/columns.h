@@ -61,7 +61,10 @@ struct Gathered {
       } else if (w.by_columns) {
         chosen = selected.data();
       }
-      to.row(t).fill(0, n, [&](i64 i) { return P::input(value(t, w.base_columns[chosen ? chosen[i] : i])); });
+      thread_local std::vector<float> inputs;
+      inputs.resize(n);
+      for (i64 i = 0; i < n; ++i) inputs[i] = value(t, w.base_columns[chosen ? chosen[i] : i]);
+      to.row(t).put(0, n, inputs.data());
     });
   }
 

@@ -202,6 +202,14 @@ struct Kernel<BFloat16> {
   }
 };
 
+// n numbers as they are stored.
+template <class P>
+void round_to(const float* from, i64 n, typename P::Element* to) {
+  i64 i = 0;
+  for (; i + LANES <= n; i += LANES) Kernel<P>::narrow(load(from + i), to + i);
+  for (; i < n; ++i) to[i] = P::element(from[i]);
+}
+
 // f(number of rows as a constant), each number compiled for itself.
 template <int MAX, class F>
 inline void with_rows(i64 rows, F&& f) {
@@ -253,7 +261,10 @@ template <class P>
 void multiply_factor(
     const Rows<P>& x, const typename P::Element* w, i64 stride, i64 blocks, Next<P> after, float* out, i64 ld) {
   i64 b = 0;
-  for (; b + 4 <= blocks; b += 4) factor_blocks<P, 4>(x, w + b * stride, stride, after, out + b * LANES, ld);
+  for (; b + 4 <= blocks; b += 4) {
+    const Next<P> more{w + (b + 4) * stride, stride, packed_inputs<P>(x.k) / P::PAIR};
+    factor_blocks<P, 4>(x, w + b * stride, stride, b + 8 <= blocks ? more : after, out + b * LANES, ld);
+  }
   for (; b < blocks; ++b) factor_blocks<P, 1>(x, w + b * stride, stride, after, out + b * LANES, ld);
 }
 

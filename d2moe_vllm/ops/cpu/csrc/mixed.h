@@ -139,7 +139,7 @@ class Mixing {
       const Rows<P> to = routing_.rows_of<P>(half_.s[j], e, w_.rank[j]);
       for (i64 r = 0; r < to.n; ++r) {
         const float* from = &tile.out[(routing_.starts[e] + r) * SLICE];
-        to.row(r).fill(first, last, [&](i64 i) { return P::input(from[i - first]); });
+        to.row(r).put(first, last, from);
       }
     }
   }

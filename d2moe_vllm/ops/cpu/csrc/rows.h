@@ -16,6 +16,9 @@ constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 template <class P>
 constexpr i64 packed_inputs(i64 k) { return ceil_div(k, P::PAIR) * P::PAIR; }
 
+template <class P>
+struct Kernel;
+
 // One row within its tile.
 template <class P>
 struct Row {
@@ -32,6 +35,20 @@ struct Row {
       to[0] = value(i);
       if (P::PAIR > 1) to[P::PAIR - 1] = i + 1 < end ? value(i + 1) : typename P::Input{};
     }
+  }
+
+  // The same from numbers that lie one behind the other: 16 are rounded at once.
+  void put(i64 begin, i64 end, const float* from) const {
+    i64 i = begin;
+    if constexpr (P::PAIR == 2) {
+      typename P::Input* to = data + begin / 2 * step;
+      typename P::Element some[LANES];
+      for (; i + LANES <= end; i += LANES) {
+        Kernel<P>::narrow(load(from + i - begin), some);
+        for (i64 l = 0; l < LANES; l += 2, to += step) std::memcpy(to, some + l, 4);
+      }
+    }
+    fill(i, end, [&](i64 k) { return P::input(from[k - begin]); });
   }
 };
 
@@ -51,11 +68,19 @@ struct Rows {
     return {tile(t) + (r - first(t)) * P::PAIR, size(t) * P::PAIR};
   }
 
-  // One input; the last one fills up its pair, so that nobody else writes to it.
-  void set(i64 r, i64 i, typename P::Input value) const {
+  // Inputs begin .. end of a row from numbers that lie one behind the other; either may be odd. Whoever writes the last
+  // input fills up its pair, so that nobody else writes to it.
+  void put(i64 r, i64 begin, i64 end, const float* from) const {
     const Row<P> to = row(r);
-    to.data[i / P::PAIR * to.step + i % P::PAIR] = value;
-    if (i + 1 == k && packed_inputs<P>(k) > k) to.data[i / P::PAIR * to.step + 1] = typename P::Input{};
+    auto one = [&](i64 i) { to.data[i / P::PAIR * to.step + i % P::PAIR] = P::input(from[i - begin]); };
+    i64 i = begin;
+    if (i < end && i % P::PAIR) one(i++);
+    const i64 even = end == k ? end : end / P::PAIR * P::PAIR;
+    if (i < even) {
+      to.put(i, even, from + i - begin);
+      i = even;
+    }
+    if (i < end) one(i);
   }
 };
 

@@ -44,7 +44,7 @@ class Run {
     auto x = [&](i64 t, i64 i) { return P::as_input(batch_.x[t * hidden + i]); };
     if (w13.base_v || w13.shared_v) fill_tokens(b_.half13, hidden, x);
     if ((w13.v && !w13.shared_v) || w13.mixed) fill_pairs(w13, hidden, x);
-    const Shrink<P> shrink13(w13, b_.half13, r_, parallel_, batch_.tokens, hidden);
+    const Shrink<P> shrink13(w13, b_.half13, r_, parallel_, threads_, batch_.tokens, hidden);
     if (w13.shared_v) shrink13(b_.half13.rows_of_tokens(batch_.tokens, hidden), [&](i64 p) { return r_.pairs[p].token; });
     else shrink13({}, {});
     if (w13.mixed) Mixing<P>(w13, b_.half13, r_, parallel_, threads_, hidden)();
@@ -58,7 +58,7 @@ class Run {
     auto mix = [&](i64 t, i64 i) { return b_.mix[t * mix_step_ + i]; };
     gather(w2, b_.half2, mix);
     if (w2.base_v) fill_tokens(b_.half2, intermediate, [&](i64 t, i64 i) { return P::input(mix(t, i)); });
-    const Shrink<P> shrink2(w2, b_.half2, r_, parallel_, batch_.tokens, intermediate);
+    const Shrink<P> shrink2(w2, b_.half2, r_, parallel_, threads_, batch_.tokens, intermediate);
     if (w2.shared_v) shrink2(hidden_rows(), [](i64 p) { return p; });
     else shrink2({}, {});
     if (w2.columns) shrink2.pick([&](i64 p, i64 i) { return hidden_row(p)[i]; });
@@ -210,7 +210,7 @@ class Run {
             store(sum, load(sum) + pair.gate * value);
           }
         }
-        hidden_row(p).fill(first, last, [&](i64 i) { return P::input(h[i - first]); });
+        hidden_row(p).put(first, last, h);
       }
     }
   }
@@ -242,7 +242,7 @@ class Run {
       }
     }
     for (i64 t = 0; t < batch_.tokens; ++t)
-      for (i64 i = first; i < last; ++i) batch_.y[t * out + i] = P::element(y[t * SLICE + i - first]);
+      round_to<P>(&y[t * SLICE], last - first, &batch_.y[t * out + first]);
   }
 
   const Layer<P>& layer_;

@@ -11,8 +11,8 @@ class Shrink {
 
  public:
   // Of one half, whose weights have `in` inputs; its pairs' and tokens' rows are filled where they are needed.
-  Shrink(const Weights<P>& w, Half<P>& half, const Routing& routing, const Parallel& parallel, i64 tokens, i64 in)
-      : w_(w), half_(half), routing_(routing), parallel_(parallel), tokens_(tokens), in_(in) {}
+  Shrink(const Weights<P>& w, Half<P>& half, const Routing& routing, const Parallel& parallel, i64 threads, i64 tokens, i64 in)
+      : w_(w), half_(half), routing_(routing), parallel_(parallel), threads_(threads), tokens_(tokens), in_(in) {}
 
   // common: the rows of a V that all experts share, and of_pair(p): which of them is pair p's.
   void operator()(Rows<P> common, const std::function<i64(i64)>& of_pair) const {
@@ -67,22 +67,26 @@ class Shrink {
   }
 
   void run(const std::vector<Job>& jobs) const {
+    // Two slices a task where that leaves enough of them: the second's weights are asked for during the first.
+    i64 slices = 0;
+    for (const Job& job : jobs) slices += ceil_div(job.out, SLICE);
+    const i64 at_once = slices >= 16 * threads_ ? 2 * SLICE_BLOCKS : SLICE_BLOCKS, width = at_once * LANES;
     std::vector<std::pair<const Job*, i64>> tasks;  // and the first block
     for (const Job& job : jobs)
-      for (i64 b = 0; b < ceil_div(job.out, LANES); b += SLICE_BLOCKS) tasks.push_back({&job, b});
+      for (i64 b = 0; b < ceil_div(job.out, LANES); b += at_once) tasks.push_back({&job, b});
     parallel_(i64(tasks.size()), [&](i64 number) {
       const auto [job, block] = tasks[number];
       const Rows<P>& rows = job->rows;
       const i64 stride = LANES * packed_inputs<P>(rows.k), first = block * LANES;
-      const i64 blocks = std::min(SLICE_BLOCKS, ceil_div(job->out, LANES) - block), last = std::min(job->out, first + SLICE);
+      const i64 blocks = std::min(at_once, ceil_div(job->out, LANES) - block), last = std::min(job->out, first + width);
       thread_local std::vector<float> tile;
-      tile.resize(rows.n * SLICE);
-      multiply_factor<P>(rows, job->v + block * stride, stride, blocks, {}, tile.data(), SLICE);
+      tile.resize(rows.n * width);
+      multiply_factor<P>(rows, job->v + block * stride, stride, blocks, {}, tile.data(), width);
       for (i64 r = 0; r < rows.n; ++r) {
-        const float* from = &tile[r * SLICE];
+        const float* from = &tile[r * width];
         const i64 gate = job->to[0].k, middle = std::clamp(gate, first, last);
-        for (i64 i = first; i < middle; ++i) job->to[0].set(r, i, P::input(from[i - first]));
-        for (i64 i = middle; i < last; ++i) job->to[1].set(r, i - gate, P::input(from[i - first]));
+        if (first < middle) job->to[0].put(r, first, middle, from);
+        if (middle < last) job->to[1].put(r, middle - gate, last - gate, from + middle - first);
       }
     });
   }
@@ -106,7 +110,7 @@ class Shrink {
   Half<P>& half_;
   const Routing& routing_;
   const Parallel& parallel_;
-  const i64 tokens_, in_;
+  const i64 threads_, tokens_, in_;
 };
 
 }  // namespace d2moe
