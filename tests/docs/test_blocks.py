@@ -156,7 +156,7 @@ def test_commands_in_the_text_exist(file: Path) -> None:
 
     known = typer.main.get_command(app).commands
     for code in inline_code(file):
-        if found := re.match(r"d2moe ([a-z]+)\b", code):
+        if found := re.fullmatch(r"d2moe ([a-z]+)( [^a-z].*)?", code):
             assert found[1] in known, code
         if found := re.match(r"make ([a-z-]+)\b", code):
             make([found[1]])

@@ -99,14 +99,19 @@ def test_the_code_inside_checkpoints_is_the_reviewed_one(compressed: Path) -> No
     assert json.loads((compressed / "d2moe_manifest.json").read_text())["modeling_sha256"] == promised
 
 
-def test_that_code_opens_no_connection_and_starts_nothing() -> None:
-    """By what it imports: torch, safetensors, transformers, and of Python what computes and reads JSON."""
+def test_that_code_starts_nothing_and_connects_to_the_hub_alone() -> None:
+    """By what it imports: torch, safetensors, transformers, of the Hub's client the download, and of Python what computes
+    and reads JSON. Of `os` it uses paths."""
     tree = ast.parse(checkpoint_modeling_source())
     imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imports |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imports |= {node.module or "" for node in froms}
+    assert [[a.name for a in node.names] for node in froms if node.module == "huggingface_hub"] == [
+        ["snapshot_download"]
+    ]
     assert {name.partition(".")[0] for name in imports} == {
-        "__future__", "collections", "copy", "functools", "json", "math", "os", "safetensors", "torch", "transformers",
-        "typing",
+        "__future__", "collections", "copy", "functools", "huggingface_hub", "json", "math", "os", "safetensors", "torch",
+        "transformers", "typing",
     }  # fmt: skip
     used = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert {name for name in used if name.startswith("os.") and not name.startswith("os.path")} == set()
