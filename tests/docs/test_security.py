@@ -100,8 +100,8 @@ def test_the_code_inside_checkpoints_is_the_reviewed_one(compressed: Path) -> No
 
 
 def test_that_code_starts_nothing_and_connects_to_the_hub_alone() -> None:
-    """By what it imports: torch, safetensors, transformers, of the Hub's client the download, and of Python what computes
-    and reads JSON. Of `os` it uses paths."""
+    """By what it imports: torch, safetensors, transformers, of the Hub's client the download, and of Python what
+    computes and reads JSON. Of `os` it uses paths."""
     tree = ast.parse(checkpoint_modeling_source())
     imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -110,8 +110,8 @@ def test_that_code_starts_nothing_and_connects_to_the_hub_alone() -> None:
         ["snapshot_download"]
     ]
     assert {name.partition(".")[0] for name in imports} == {
-        "__future__", "collections", "copy", "functools", "huggingface_hub", "json", "math", "os", "safetensors", "torch",
-        "transformers", "typing",
+        "__future__", "collections", "copy", "functools", "huggingface_hub", "json", "math", "os", "safetensors",
+        "torch", "transformers", "typing",
     }  # fmt: skip
     used = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert {name for name in used if name.startswith("os.") and not name.startswith("os.path")} == set()
