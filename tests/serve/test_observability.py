@@ -143,7 +143,7 @@ def test_both_routes_want_the_key(server: Server, path: str, key: str | None) ->
 
 @pytest.mark.parametrize("path", ["/metrics", "/health"])
 def test_what_the_key_does_not_guard(server: Server, path: str) -> None:
-    """As SECURITY.md says. Where vLLM comes to ask for the key here, this page and the deployment guide are to change."""
+    """As SECURITY.md and the deployment guide say: where vLLM comes to ask for the key here, they are to change."""
     get(server, path, None)
 
 
