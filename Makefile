@@ -4,7 +4,7 @@ export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup lock demo test test-all test-gpu quality bench bench-layer bench-server bench-peers bench-offline roofline
-.PHONY: lint format clean
+.PHONY: lint audit format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ lint: setup ## Check style, formatting and types
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 	@.venv/bin/mypy
+
+audit: setup ## Ask OSV about known vulnerabilities of every locked version (needs the internet)
+	@.venv/bin/python deploy/audit.py $(ARGS)
 
 format: setup ## Mend style and formatting
 	@.venv/bin/ruff check --fix

@@ -310,12 +310,14 @@ class FileEntry(_Model):
 class Manifest(_Model):
     """d2moe_manifest.json: what the configuration cannot tell about the checkpoint's files.
 
-    other_tensors: all that is not an expert's, as [dtype, shape]; files: every weight file.
+    other_tensors: all that is not an expert's, as [dtype, shape]; files: every weight file; modeling_sha256: of the
+    code that plain transformers runs, None where its writer did not say.
     """
 
     format_version: int = FORMAT_VERSION
     other_tensors: dict[str, tuple[str, tuple[int, ...]]]
     files: dict[str, FileEntry]
+    modeling_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
 
 def refuse_version(found: Any, where: str) -> None:

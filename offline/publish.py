@@ -28,6 +28,7 @@ from offline.calibration import Windows
 from offline.card import model_card
 from offline.folders import new_folder
 from offline.plan import Plan
+from offline.remotecode import modeling_sha256
 from offline.shards import sync_file, write_file, write_shards
 from offline.workdir import WorkDir
 
@@ -64,7 +65,7 @@ def publish(plan: Plan, budget: Budget, windows: Windows, work: WorkDir, out: Pa
         files = write_shards(folder, budget.shards, produce)
         written = {name: spec for shard in budget.shards for name, spec in shard.tensors.items()}
         others = {name: (spec.dtype, spec.shape) for name, spec in written.items() if name not in assembly}
-        manifest = Manifest(other_tensors=others, files=files)
+        manifest = Manifest(other_tensors=others, files=files, modeling_sha256=modeling_sha256())
         write_file(folder / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
         write_file(folder / "config.json", _json(_model_config(plan, budget)))
         write_file(folder / RECIPE_FILE, plan.recipe.dump())

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from d2moe_vllm.checkfiles import check_checkpoint, read_config, read_manifest
 from d2moe_vllm.checkpoint import MANIFEST_FILE, RECIPE_FILE, ROLES, CheckpointConfig, CheckpointError, Manifest, Role
-from d2moe_vllm.families import MODELING_FILE, checkpoint_modeling_source
 from offline.errors import InputError
 from offline.inspection import read_statistics
 from offline.original import open_original
 from offline.progress import Steps
 from offline.recipe import load_recipe
 from offline.reconstruction import Reconstruction
+from offline.remotecode import check_code
 from offline.shards import Reader
 from offline.source import DenseModel
 
@@ -77,6 +77,9 @@ def verify(folder: Path, source: str | None, steps: Callable[[float], Steps]) ->
         for file in files:
             _check_values(file, found, progress)
         _check_records(folder, config, found)
+        problems, notes = check_code(folder, config, manifest)
+        found.problems += problems
+        found.notes += notes
         if config and whole:
             reader = Reader(folder)
             _check_norms(config, reader, found)
@@ -155,21 +158,13 @@ def _check_norms(config: CheckpointConfig, reader: Reader, found: Findings) -> N
 
 
 def _check_records(folder: Path, config: CheckpointConfig | None, found: Findings) -> None:
-    """Recipe, statistics and the code for plain transformers, which no weight depends on."""
+    """Recipe and statistics, which no weight depends on."""
     with found.collect():
         load_recipe(folder / RECIPE_FILE, {})
     with found.collect():
         statistics = read_statistics(folder)
         if config and (lacking := {str(layer) for layer in config.layers} - set(statistics["layers"])):
             raise CheckpointError(f"{folder}: the statistics lack layer {min(lacking, key=int)}; copy them again")
-    modeling = folder / MODELING_FILE
-    if not modeling.is_file():
-        found.problems.append(f"{folder}: {MODELING_FILE} is missing, plain transformers needs it; copy it again")
-    elif modeling.read_bytes() != checkpoint_modeling_source().encode():
-        found.notes.append(
-            f"{modeling} is not this d2moe-vllm's: another release wrote it, or somebody changed it; "
-            "trust_remote_code would run it"
-        )
 
 
 def _comparison_work(model: DenseModel | None) -> int:

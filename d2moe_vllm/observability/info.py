@@ -201,9 +201,18 @@ def _manifest(folder: Path | None) -> Manifest | None:
         return None
 
 
+class _NoAliases(yaml.SafeLoader):
+    """A few lines of aliases of aliases are gigabytes once they are written as JSON; no recipe of ours has any."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read here")
+        return super().compose_node(parent, index)
+
+
 def _recipe(folder: Path | None) -> dict[str, Any] | None:
     try:
-        content = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) if folder else None
+        content = yaml.load((folder / RECIPE_FILE).read_text(encoding="utf-8"), _NoAliases) if folder else None
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return content if isinstance(content, dict) else None

@@ -171,6 +171,30 @@ def test_changed_code_is_a_note_and_missing_code_a_problem(checkpoint: Path) -> 
     assert verify(checkpoint)[0] == 2
 
 
+def test_code_that_was_changed_after_writing_is_a_problem(compressed: Path, tmp_path: Path) -> None:
+    """The manifest of a compression knows the SHA-256 of the modeling file."""
+    folder = Path(shutil.copytree(compressed, tmp_path / "checkpoint"))
+    (folder / "modeling_d2moe.py").write_text("import os\n")
+    code, found = verify(folder)
+    assert code == 2
+    (problem,) = found["problems"]
+    assert "modeling_d2moe.py: its SHA-256 is not that of d2moe_manifest.json" in problem
+
+
+def test_code_that_somebody_else_would_have_run_is_named(compressed: Path, tmp_path: Path) -> None:
+    """A configuration class of his own is a problem; a tokenizer's code may be the source's, so it is a note."""
+    folder = Path(shutil.copytree(compressed, tmp_path / "checkpoint"))
+    for file, content in (("config.json", {"AutoConfig": "forged.Config"}), ("tokenizer_config.json", {"a": "b.C"})):
+        path = folder / file
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps({**settings, "auto_map": {**settings.get("auto_map", {}), **content}}))
+    (folder / "forged.py").write_text("")
+    code, found = verify(folder)
+    assert code == 2
+    assert ["config.json: auto_map is not d2moe's" in problem for problem in found["problems"]] == [True]
+    assert ["tokenizer_config.json names code" in found["notes"][0], "forged.py" in found["notes"][1]] == [True, True]
+
+
 def test_files_too_few_and_too_many(checkpoint: Path) -> None:
     shutil.copyfile(checkpoint / "model-00001-of-00002.safetensors", checkpoint / "stray.safetensors")
     code, found = verify(checkpoint)

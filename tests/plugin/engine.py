@@ -62,7 +62,8 @@ def generate(
     job: dict[str, Any] | None = None,
     **llm: Any,
 ) -> Results:
-    """job: other prompts or another number of tokens than PROMPTS and MAX_TOKENS. llm: arguments of vllm.LLM."""
+    """job: other prompts or another number of tokens than PROMPTS and MAX_TOKENS, or `batches` of prompts that share
+    forward passes. llm: arguments of vllm.LLM."""
     folder.mkdir()
     code, log, output = run_engine(folder, model, env or {}, one_by_one=one_by_one, **(job or {}), llm=llm)
     assert code == 0, log[-5000:]

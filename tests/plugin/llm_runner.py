@@ -28,6 +28,7 @@ def main() -> None:
     sampling = SamplingParams(**{**greedy, **job.get("sampling", {})})
     lora = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
     batches = [[prompt] for prompt in job["prompts"]] if job["one_by_one"] else [job["prompts"]]
+    batches = job.get("batches", batches)
     results = []
     for output in (o for batch in batches for o in llm.generate(batch, sampling, use_tqdm=False, lora_request=lora)):
         completion = output.outputs[0]
