@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from d2moe_vllm.checkpoint import Method
 from offline.budget import Budget
+from offline.errors import InputError
 from offline.plan import Plan
+from offline.shards import write_file
+
+MEASURED = ("<!-- measured -->", "<!-- /measured -->")
+"""Between these lines of a card are perplexities that `d2moe report --card` measured."""
+_PLACE = f"{re.escape(MEASURED[0])}.*?{re.escape(MEASURED[1])}"
 
 TEMPLATE = """---
 {metadata}---
@@ -104,3 +111,31 @@ def source_metadata(folder: Path) -> dict[str, object]:
     except yaml.YAMLError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def check_card(folder: Path) -> str:
+    """The checkpoint's card. Raises InputError where it has no place for measured figures."""
+    path = folder / "README.md"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); leave --card out") from None
+    if text.count(MEASURED[0]) != 1 or text.count(MEASURED[1]) != 1 or not re.search(_PLACE, text, re.DOTALL):
+        raise InputError(f"{path} has no line {MEASURED[0]} followed by {MEASURED[1]}: add both, or leave --card out")
+    return text
+
+
+def record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put measured perplexities into the checkpoint's card, in place of those that were there.
+
+    rows: as `d2moe report` measures them. The card is not in the manifest, so the checkpoint stays sound.
+    """
+    lines = ["| text | tokens | original | this checkpoint |", "|---|---:|---:|---:|"]
+    for row in rows:
+        before = "not measured" if row["before"] is None else f"{row['before']:.2f}"
+        name = str(row["text"]).replace("|", "\\|")
+        lines.append(f"| {name} | {row['tokens']:,} | {before} | {row['after']:.2f} |")
+    lengths = ", ".join(sorted({str(row["seq_len"]) for row in rows}, key=int))
+    lines += ["", f"Perplexity over windows of {lengths} tokens, float32, measured by `d2moe report`."]
+    content = "\n".join([MEASURED[0], *lines, MEASURED[1]])
+    write_file(folder / "README.md", re.sub(_PLACE, lambda _: content, check_card(folder), flags=re.DOTALL))
