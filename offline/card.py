@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from d2moe_vllm.checkpoint import Method
+from d2moe_vllm.checkpoint import ROLES, Method
 from offline.budget import Budget
 from offline.errors import InputError
 from offline.plan import Plan
@@ -50,8 +50,20 @@ model = AutoModelForCausalLM.from_pretrained("<this folder or repository>", trus
 assert type(model).__name__.startswith("D2")
 ```
 
-Recipe: `d2moe_recipe.yaml`. Routing counts and reconstruction errors per layer: `d2moe_stats.json`.
-Ranks, sizes and errors at a glance: `d2moe inspect <this folder>`.
+## Recipe and results
+
+{recipe}, calibrated on {windows} windows of {seq_len} tokens (SHA-256 of the tokens {digest}).
+All settings: `d2moe_recipe.yaml`; routing counts and errors per layer and expert: `d2moe_stats.json`. At a glance:
+`d2moe inspect <this folder>`; as a page with figures: `d2moe report <this folder> report.html`.
+
+| relative error of the experts on the calibration text | gate | up | down |
+|---|---:|---:|---:|
+| mean | {means} |
+| worst expert | {worsts} |
+
+{start}
+Perplexity: not measured. `d2moe report <this folder> report.html --text FILE --source <original> --card` puts it here.
+{end}
 """
 
 
@@ -74,8 +86,11 @@ METHODS: Mapping[Method, tuple[str, str]] = {
 """Method -> its name, and what it makes of a model."""
 
 
-def model_card(plan: Plan, budget: Budget) -> str:
-    """README.md of the checkpoint; the licence is carried over from the source's card."""
+def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str:
+    """README.md of the checkpoint; licence and language are carried over from the source's card.
+
+    statistics: the content of d2moe_stats.json.
+    """
     source = plan.config.source
     metadata: dict[str, object] = {
         "base_model": source.name,
@@ -84,9 +99,12 @@ def model_card(plan: Plan, budget: Budget) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["d2moe", "moe", "compressed", "vllm"],
     }
-    metadata |= {key: value for key, value in source_metadata(plan.model.folder).items() if key.startswith("licen")}
+    carried = source_metadata(plan.model.folder).items()
+    metadata |= {key: value for key, value in carried if key.startswith("licen") or key == "language"}
     method, made = METHODS[plan.recipe.method]
     layers = len(plan.model.shape.layers)
+    reports = statistics["layers"].values()
+    errors = [[error for report in reports for error in report["relative_error"][role]] for role in ROLES]
     return TEMPLATE.format(
         method=method,
         made=made.format(dense=layers - len(budget.config.layers), layers=layers),
@@ -97,7 +115,21 @@ def model_card(plan: Plan, budget: Budget) -> str:
         source_bytes=source.bytes,
         parameters=budget.parameters,
         bytes=budget.nbytes,
+        recipe=_recipe_line(plan),
+        windows=statistics["calibration"]["windows"],
+        seq_len=statistics["calibration"]["seq_len"],
+        digest=statistics["calibration"]["tokens_sha256"],
+        means=" | ".join(f"{sum(values) / len(values):.4f}" for values in errors),
+        worsts=" | ".join(f"{max(values):.4f}" for values in errors),
+        start=MEASURED[0],
+        end=MEASURED[1],
     )
+
+
+def _recipe_line(plan: Plan) -> str:
+    recipe = plan.recipe
+    line = f"Ratio {recipe.ratio:g} ({recipe.accounting})"
+    return line + (f", {recipe.allocation} ranks, base {recipe.base.kind}" if recipe.method == "d2" else "")
 
 
 def source_metadata(folder: Path) -> dict[str, object]:
@@ -105,7 +137,7 @@ def source_metadata(folder: Path) -> dict[str, object]:
     card = folder / "README.md"
     if not card.is_file():
         return {}
-    match = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    match = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8-sig", errors="replace"), re.DOTALL)
     try:
         content = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:

@@ -50,9 +50,13 @@ def cka(content: dict[str, Any]) -> Figure | Missing:
     high = high if high > low else low + 0.01
     unrelated = next(iter(found.values()))["cka_of_unrelated"]
     panels = [
-        Panel("cka-scale", "Colours", Scale("linear CKA", low, high, [(unrelated, "unrelated")]),
-              f"From {short(low, 3)} (dark) to {short(high, 3)} (light); matrices that have nothing to do with each "
-              f"other have {short(unrelated, 3)}.")  # fmt: skip
+        Panel(
+            "cka-scale",
+            "Colours",
+            Scale("linear CKA", low, high, [(unrelated, "unrelated")]),
+            f"From {short(low, 3)} (dark) to {short(high, 3)} (light); matrices that have nothing to do with each "
+            f"other have {short(unrelated, 3)}.",
+        )  # fmt: skip
     ]
     for (number, role), one in found.items():
         pairs = others[number, role]
@@ -106,7 +110,9 @@ def energy(content: dict[str, Any]) -> Figure | Missing:
     panels, rows = [], []
     for role in ROLES:
         series = []
-        for kind in ("experts", "base", "deltas"):
+        # Without a base the delta is the whole expert: the same curve twice.
+        based = any(layer[role]["energy"]["base"] for layer in layers.values())
+        for kind in ("experts", "base", "deltas") if based else ("experts",):
             curves = [layer[role]["energy"][kind] for layer in layers.values()]
             curves = [curve for curve in curves if curve is not None]
             if not curves:
@@ -120,7 +126,9 @@ def energy(content: dict[str, Any]) -> Figure | Missing:
         panels.append(Panel(f"energy-{role}", role, picture, describe(shares, series, "%")))
     whose = "the originals" if analyses["experts_from"] == "source" else "as rebuilt from the checkpoint"
     deltas = "original minus base" if analyses["experts_from"] == "source" else "as stored"
-    notes = [f"Experts: {whose}; base: as stored; deltas: {deltas}. Line: mean of the layers, band: lowest to highest."]
+    notes = [
+        f"Experts: {whose}; base, where there is one: as stored; deltas: {deltas}. Line: mean of the layers, band: lowest to highest."
+    ]
     if analyses["experts_from"] != "source":
         notes.append("What had to be factored is only known with the originals: --source SRC.")
     return Figure(

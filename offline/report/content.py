@@ -25,7 +25,8 @@ from offline.source import read_model_config
 
 KINDS = {"base": "base", "base_columns": "base", "base_norms": "base", "base_u": "base", "base_v": "base",
          "bases": "bases", "dense": "kept"}  # fmt: skip
-"""Last part of an expert tensor's name -> part of the checkpoint; all others belong to the deltas."""
+"""Last part of an expert tensor's name -> part of the checkpoint; all others belong to the deltas, or where there is no
+base that they could differ from, to the factors."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,10 @@ def _parts(folder: Path, config: CheckpointConfig) -> dict[str, dict[str, dict[s
         "experts": {"parameters": experts, "bytes": nbytes},
         "rest": {"parameters": source.parameters - experts, "bytes": source.bytes - nbytes},
     }
-    after = {kind: {"parameters": 0, "bytes": 0} for kind in ("base", "deltas", "bases", "kept")}
+    after = {kind: {"parameters": 0, "bytes": 0} for kind in ("base", "deltas", "factors", "bases", "kept")}
+    others = "deltas" if config.method == "d2" else "factors"
     for name in config.expert_tensors():
-        part = after[KINDS.get(name.rpartition(".")[2], "deltas")]
+        part = after[KINDS.get(name.rpartition(".")[2], others)]
         part["parameters"] += reader.specs[name].numel
         part["bytes"] += reader.specs[name].nbytes
     # Layers that stay dense are stored as in the source, in the checkpoint's dtype.

@@ -24,7 +24,7 @@ from offline.report.pictures import (
 from offline.tables import size
 
 Content = dict[str, Any]
-PARTS = {"rest": "all but experts", "experts": "experts", "base": "bases", "deltas": "deltas",
+PARTS = {"rest": "all but experts", "experts": "experts", "base": "bases", "deltas": "deltas", "factors": "factors",
          "bases": "shared bases", "kept": "experts as they were"}  # fmt: skip
 
 
@@ -56,7 +56,9 @@ def sizes(content: Content) -> Figure:
     for kind in kinds:
         cells = (side.get(kind, {}).get(figure) for figure in ("parameters", "bytes") for side in (before, after))
         rows.append([PARTS[kind], *cells])
-    sums = [sum(part[figure] for part in side.values()) for figure in ("parameters", "bytes") for side in (before, after)]
+    sums = [
+        sum(part[figure] for part in side.values()) for figure in ("parameters", "bytes") for side in (before, after)
+    ]
     return Figure(
         name="sizes",
         title="Where the bytes went",
@@ -164,11 +166,11 @@ def ranks(content: Content) -> Figure:
     ]
     notes = []
     if dense := _dense_layers(content):
-        notes.append(f"Layers {', '.join(map(str, dense))} were left as they were.")
+        notes.append(f"Left as they were: {_layers(dense)}.")
     if "down" not in roles:
         notes.append("Down was left as it was.")
     if trimmed := [number for number, layer in layers.items() if layer["trimmed"]]:
-        notes.append(f"Layers {', '.join(trimmed)} have experts without deltas.")
+        notes.append(f"With experts that have no delta: {_layers(trimmed)}.")
     return Figure(
         "ranks",
         "Ranks per layer",
@@ -178,6 +180,10 @@ def ranks(content: Content) -> Figure:
         [Table("Ranks", columns, rows)],
         notes,
     )  # fmt: skip
+
+
+def _layers(numbers: Sequence[int | str]) -> str:
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _dense_layers(content: Content) -> list[int]:
@@ -222,7 +228,9 @@ def routing(content: Content) -> Figure:
     )
     rows = [[f"layer {number}", *counts] for number, counts in zip(layers, tokens, strict=True)]
     never = sum(count == 0 for counts in tokens for count in counts)
-    notes = [f"{never} experts saw no token at all: they were compressed without knowing their inputs."] if never else []
+    notes = (
+        [f"{never} experts saw no token at all: they were compressed without knowing their inputs."] if never else []
+    )
     heat = Heat(tokens, "expert", "layer", 0, highest or 1, list(layers), 0)
     scale = Scale("calibration tokens routed to an expert", 0, highest or 1, [(even, "spread evenly")])
     return Figure(
@@ -244,8 +252,8 @@ def trimming(content: Content) -> Figure | Missing | None:
     if content["checkpoint"]["method"] != "d2":
         return None
     if not found["points"]:
-        return Missing("trimming", title, "No layer has a base for all three projections, so no expert could do "
-                                          "without its delta.")  # fmt: skip
+        return Missing("trimming", title, "No layer has a base of its own for all three projections, so no expert "
+                                          "could do without its delta.")  # fmt: skip
     points = found["points"]
     measured = [point for point in points if point["perplexity"] is not None]
     share = Series("mean of layers", [100 * p["share"] for p in points], [100 * p["low"] for p in points],
@@ -265,7 +273,7 @@ def trimming(content: Content) -> Figure | Missing | None:
     else:
         notes.append("What it would cost in perplexity was not measured: --text FILE --trimming does.")
     if len(found["layers"]) < found["all_layers"]:
-        notes.append(f"Only layers {', '.join(map(str, found['layers']))} have a base to run on; the others stay whole.")
+        notes.append(f"Only {_layers(found['layers'])} can be trimmed: the others lack a base, or share their U's.")
     rows = [[p["experts"], 100 * p["share"], 100 * p["low"], 100 * p["high"], p["perplexity"]] for p in points]
     heads = ["experts trimmed", "tokens, %", "lowest layer, %", "highest layer, %", "perplexity"]
     return Figure(

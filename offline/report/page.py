@@ -34,6 +34,7 @@ def page(content: dict[str, Any], report: Report) -> str:
         recipe=yaml.safe_dump(content["recipe"], sort_keys=False),
         figures=report.figures,
         missing=report.missing,
+        widths=_widths(report),
         draw=_draw,
         cell=_cell,
     )
@@ -62,7 +63,9 @@ def tiles(content: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
     errors = [value for report in checkpoint["statistics"]["layers"].values()
               for values in report["relative_error"].values() for value in values]  # fmt: skip
-    found.append((f"{sum(errors) / len(errors):.3f}", "mean relative error", f"worst of all matrices {max(errors):.3f}"))
+    found.append(
+        (f"{sum(errors) / len(errors):.3f}", "mean relative error", f"worst of all matrices {max(errors):.3f}")
+    )
     if rows and rows[0]["before"] is not None:
         change = 100 * (rows[0]["after"] / rows[0]["before"] - 1)
         kept = rows[0]["recovery"]
@@ -96,6 +99,19 @@ def facts(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("Written by", f"{statistics['written_by']} ({versions})"),
         ("Checkpoint format", f"version {checkpoint['format_version']}"),
     ]  # fmt: skip
+
+
+def _widths(report: Report) -> dict[str, str]:
+    """Figure -> class of its section: those of one panel stand in pairs, where two follow each other."""
+    found: dict[str, str] = {}
+    waiting: str | None = None
+    for figure in report.figures:
+        single = len(figure.panels) == 1
+        found[figure.name] = "" if single and waiting else "wide alone" if single else "wide"
+        if single and waiting:
+            found[waiting] = ""
+        waiting = figure.name if single and not waiting else None
+    return found
 
 
 def _small(figure: Figure, name: str) -> bool:

@@ -91,7 +91,7 @@ def _lines(axes: Any, picture: Lines, width: int) -> None:
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(FuncFormatter(lambda value, _: f"{value:g}"))
     elif picture.zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * max(axes.get_ylim()[1], 1e-9))
     if picture.level:
         value, words = picture.level
         axes.axhline(value, color=COLOURS["dim"], linewidth=1, linestyle=(0, (2, 2)))
@@ -197,8 +197,7 @@ def _tidy(text: str, panel: Panel) -> str:
                 parent.remove(child)
         if parent.get("id") not in used:
             parent.attrib.pop("id", None)
-        if "style" in parent.attrib:
-            parent.set("style", _page_style(parent.attrib["style"]))
+        _take_page_style(parent.attrib)
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
     root.attrib |= {"class": "plot", "role": "img", "aria-labelledby": f"{panel.name}-title {panel.name}-words"}
@@ -209,7 +208,14 @@ def _tidy(text: str, panel: Panel) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _page_style(style: str) -> str:
-    for name, colour in COLOURS.items():
+def _take_page_style(attributes: dict[str, str]) -> None:
+    """Colours and fonts of one element become the page's; an attribute cannot hold a variable, so it becomes style."""
+    plain = [f"{name}: {attributes.pop(name)}" for name in ("fill", "stroke") if attributes.get(name) in _NAMES]
+    style = "; ".join([*plain, *filter(None, [attributes.get("style")])])
+    for colour, name in _NAMES.items():
         style = style.replace(colour, f"var(--{name})")
-    return re.sub(r"(font: [^;]*?px|font-family:)[^;]*", r"\1 system-ui, sans-serif", style)
+    if style:
+        attributes["style"] = re.sub(r"(font: [^;]*?px|font-family:)[^;]*", r"\1 system-ui, sans-serif", style)
+
+
+_NAMES = {colour: name for name, colour in COLOURS.items()}
