@@ -84,7 +84,8 @@ def analyse(
     """The paper's analyses of every compressed layer (METHODS 1.7), for `inspect --analyses` and `report`.
 
     source: the dense original, whose experts are then analysed in place of the rebuilt ones; gram_bytes: instead of
-    GRAM_BYTES. Nothing is sampled: every expert, every row. Raises InputError for a source that is another model, and CheckpointError.
+    GRAM_BYTES. Nothing is sampled: every expert, every row. Raises InputError for a source that is another model, and
+    CheckpointError.
     """
     config = check_checkpoint(folder)
     statistics = read_statistics(folder)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from d2moe_vllm.checkpoint import ROLES
+from d2moe_vllm.checkpoint import ROLES, Role
 from offline.report.pictures import Figure, Heat, Lines, Missing, Panel, Scale, Series, Table, describe, short
 
 TABLE_LIMIT = 5000
@@ -56,7 +57,7 @@ def cka(content: dict[str, Any]) -> Figure | Missing:
             Scale("linear CKA", low, high, [(unrelated, "unrelated")]),
             f"From {short(low, 3)} (dark) to {short(high, 3)} (light); matrices that have nothing to do with each "
             f"other have {short(unrelated, 3)}.",
-        )  # fmt: skip
+        )
     ]
     for (number, role), one in found.items():
         pairs = others[number, role]
@@ -68,7 +69,7 @@ def cka(content: dict[str, Any]) -> Figure | Missing:
         panels.append(Panel(f"cka-{number}-{role}", f"layer {number}, {role}", heat, words))
     whose = "the originals" if analyses["experts_from"] == "source" else "the experts as rebuilt from the checkpoint"
     notes = [f"Between {whose}, over the hidden dimensions that all experts share; the diagonal is left empty.",
-             f"Matrices of this shape that have nothing to do with each other have {short(unrelated, 3)}, not 0."]  # fmt: skip
+             f"Unrelated matrices of this shape have {short(unrelated, 3)}, not 0."]  # fmt: skip
     if analyses["experts_from"] != "source":
         notes.append("Experts that share a base look more alike than their originals: --source SRC compares those.")
     return Figure(
@@ -86,7 +87,7 @@ def _pairs(matrix: list[list[float]]) -> list[float]:
     return [value for a, row in enumerate(matrix) for b, value in enumerate(row) if a < b]
 
 
-def _cka_tables(found: dict[tuple[str, str], Any], others: dict[tuple[str, str], list[float]]) -> list[Table]:
+def _cka_tables(found: Mapping[tuple[str, Role], Any], others: Mapping[tuple[str, Role], list[float]]) -> list[Table]:
     """Every number, or of many experts the lowest, mean and highest of each matrix."""
     if sum(len(one["cka"]) ** 2 for one in found.values()) <= TABLE_LIMIT:
         return [
@@ -127,7 +128,8 @@ def energy(content: dict[str, Any]) -> Figure | Missing:
     whose = "the originals" if analyses["experts_from"] == "source" else "as rebuilt from the checkpoint"
     deltas = "original minus base" if analyses["experts_from"] == "source" else "as stored"
     notes = [
-        f"Experts: {whose}; base, where there is one: as stored; deltas: {deltas}. Line: mean of the layers, band: lowest to highest."
+        f"Experts: {whose}; base, where there is one: as stored; deltas: {deltas}. Line: mean of the layers, band: "
+        "lowest to highest."
     ]
     if analyses["experts_from"] != "source":
         notes.append("What had to be factored is only known with the originals: --source SRC.")

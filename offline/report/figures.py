@@ -24,6 +24,11 @@ from offline.report.pictures import (
 from offline.tables import size
 
 Content = dict[str, Any]
+RECOVERY = (
+    "Recovery = (ln V − loss after) / (ln V − loss before), losses in nats a token, V the size of the vocabulary: of the "
+    "way from guessing uniformly to the original, the share that is kept. It is a mild measure; the increase in "
+    "perplexity is the strict one."
+)
 PARTS = {"rest": "all but experts", "experts": "experts", "base": "bases", "deltas": "deltas", "factors": "factors",
          "bases": "shared bases", "kept": "experts as they were"}  # fmt: skip
 
@@ -115,9 +120,7 @@ def perplexity(content: Content) -> Figure | Missing:
     ]
     notes = [f"SHA-256 of {row['text']}: {row['sha256']}." for row in rows]
     if compared:
-        notes.insert(0, "Recovery = (ln V − loss after) / (ln V − loss before), losses in nats a token, V the size of the "
-                        "vocabulary: of the way from guessing uniformly to the original, the share that is kept. It is a "
-                        "mild measure; the increase in perplexity is the strict one.")  # fmt: skip
+        notes.insert(0, RECOVERY)
     else:
         notes.insert(0, "The original's perplexity and the recovery were not measured: --source SRC brings them.")
     return Figure(

@@ -17,7 +17,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from offline.report.pictures import Bars, Heat, Lines, Panel, Picture, Scale, Series
 
 WIDTH, SMALL, TITLE = 340, 168, 24
-"""Widths of a panel and height of its title, in points, about the pixels of a phone: scaled down, no label could be read there."""
+"""Widths of a panel and height of its title, in points. About as wide as a phone is in pixels: drawn wider and scaled
+down, no label could be read there."""
 COLOURS = {
     "ink": "#1f2430", "dim": "#5a6473", "line": "#d5dae2",
     "c1": "#00629e", "c2": "#b84a00", "c3": "#00785a", "c4": "#8a3d79",
@@ -64,7 +65,7 @@ def _canvas(picture: Picture, width: int, extra: int = 0) -> Canvas:
     """A drawing of so many points; extra: more of its height."""
     height = _height(picture, width) + extra
     canvas = Canvas(figsize=(width / 72, height / 72), layout="constrained")
-    canvas.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr]
+    canvas.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
     axes = canvas.subplots()
     DRAW[type(picture)](axes, picture, width)
     return canvas
