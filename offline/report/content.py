@@ -89,12 +89,21 @@ def _gram_bytes(request: Request, config: CheckpointConfig) -> int | None:
 
 def _check_statistics(folder: Path, config: CheckpointConfig) -> None:
     """Raises CheckpointError where the statistics are not those of these layers and experts."""
-    layers = read_statistics(folder)["layers"]
+    statistics = read_statistics(folder)
+    layers = statistics["layers"]
     for number in config.layers:
         report = layers.get(str(number), {"tokens": ()})
         figures = (report["tokens"], *report.get("relative_error", {}).values())
         if any(len(values) != config.num_experts for values in figures):
             raise CheckpointError(f"{folder / STATS_FILE}: not the statistics of layer {number}; copy it again")
+    if selection := statistics.get("selection"):
+        try:
+            figures = [*selection["sensitivity"].values(), *selection["dense"]]
+            sound = all(map(math.isfinite, figures))
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise CheckpointError(f"{folder / STATS_FILE}: its selection of layers is damaged; copy it again")
 
 
 def _analyses(
@@ -196,7 +205,10 @@ def _trimming(
     tokens, from the statistics; with `trimming` the perplexity too."""
     report = read_statistics(request.checkpoint)["layers"]
     order = {
-        layer: sorted(range(config.num_experts), key=lambda e: (report[str(layer)]["tokens"][e], e))
+        layer: sorted(
+            range(config.num_experts),
+            key=lambda e: (e not in config.layers[layer].trimmed, report[str(layer)]["tokens"][e], e),
+        )
         for layer in config.layers
         if _trimmable(config, layer)
     }
@@ -205,7 +217,8 @@ def _trimming(
         shares = []
         for layer, experts in order.items():
             tokens = report[str(layer)]["tokens"]
-            shares.append(sum(tokens[expert] for expert in experts[:count]) / max(sum(tokens), 1))
+            alone = {*experts[:count], *config.layers[layer].trimmed}
+            shares.append(sum(tokens[expert] for expert in alone) / max(sum(tokens), 1))
         points.append({"experts": count, "share": sum(shares) / len(shares), "low": min(shares), "high": max(shares),
                        "perplexity": None})  # fmt: skip
     if request.trimming:

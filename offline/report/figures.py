@@ -25,8 +25,8 @@ from offline.tables import size
 
 Content = dict[str, Any]
 RECOVERY = (
-    "Recovery = (ln V − loss after) / (ln V − loss before), losses in nats a token, V the size of the vocabulary: of the "
-    "way from guessing uniformly to the original, the share that is kept. It is a mild measure; the increase in "
+    "Recovery = (ln V − loss after) / (ln V − loss before), losses in nats a token, V the size of the vocabulary: of "
+    "the way from guessing uniformly to the original, the share that is kept. It is a mild measure; the increase in "
     "perplexity is the strict one."
 )
 PARTS = {"rest": "all but experts", "experts": "experts", "base": "bases", "deltas": "deltas", "factors": "factors",

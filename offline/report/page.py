@@ -16,6 +16,7 @@ from offline.report.plots import png, svg
 from offline.tables import size
 
 HERE = Path(__file__).parent
+UNKNOWN = "not recorded"
 
 
 def page(content: dict[str, Any], report: Report) -> str:
@@ -81,22 +82,23 @@ def facts(content: dict[str, Any]) -> list[tuple[str, str]]:
     """What was compressed and how."""
     checkpoint, recipe = content["checkpoint"], content["recipe"]
     source, statistics = checkpoint["source"], checkpoint["statistics"]
-    calibration = statistics["calibration"]
-    versions = ", ".join(f"{name} {version}" for name, version in statistics["versions"].items())
+    calibration = statistics.get("calibration", {})
+    versions = ", ".join(f"{name} {version}" for name, version in statistics.get("versions", {}).items())
+    windows = (f"{calibration.get('windows')} windows of {calibration.get('seq_len')} tokens, seed "
+               f"{calibration.get('seed')}") if calibration else UNKNOWN  # fmt: skip
     return [
         ("Original", source["name"]),
         ("Revision", source["revision"] or "none recorded: it was a local folder"),
         ("Family", checkpoint["family"]),
         ("Method", METHODS[checkpoint["method"]][0]),
-        ("Ratio", f"{recipe['ratio']:g} asked for ({recipe['accounting']}), "
+        ("Ratio", f"{recipe.get('ratio', UNKNOWN)} asked for ({recipe.get('accounting', 'stored')}), "
                   f"{checkpoint['stored_ratio']:.4f} of the bytes gone"),
         ("Parameters", f"{source['parameters']:,} → {checkpoint['parameters']:,}"),
         ("Bytes", f"{source['bytes']:,} → {checkpoint['bytes']:,}"),
-        ("Calibration", f"{calibration['windows']} windows of {calibration['seq_len']} tokens, seed "
-                        f"{calibration['seed']}"),
-        ("SHA-256 of the calibration tokens", calibration["tokens_sha256"]),
+        ("Calibration", windows),
+        ("SHA-256 of the calibration tokens", calibration.get("tokens_sha256", UNKNOWN)),
         ("Dynamic selection", f"scope {checkpoint['scope']}"),
-        ("Written by", f"{statistics['written_by']} ({versions})"),
+        ("Written by", f"{statistics.get('written_by', UNKNOWN)} ({versions or 'versions not recorded'})"),
         ("Checkpoint format", f"version {checkpoint['format_version']}"),
     ]  # fmt: skip
 

@@ -146,9 +146,11 @@ def short(value: Any, digits: int = 4) -> str:
         return value
     if isinstance(value, int):
         return f"{value:,}"
-    if value and not 1e-4 <= abs(value) < 1e7:
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e7:
         return f"{value:.{digits - 1}e}"
-    whole = len(str(int(abs(value))))
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
     return f"{value:,.{max(digits - whole, 0)}f}"
 
 

@@ -77,7 +77,7 @@ def fit(content: Content) -> Figure | None:
         ]
         panels.append(Panel(f"fit-{role}", role, Lines(x, series, "layer", "relative error", zero=True),
                             describe(x, series)))  # fmt: skip
-        rows += [[f"{number} {role}", *(fits[role][key] for key in ("start_error", "error", "steps", "ended"))]
+        rows += [[f"{number} {role}", *(fits[role].get(key) for key in ("start_error", "error", "steps", "ended"))]
                  for number, fits in layers.items() if role in fits]  # fmt: skip
     return Figure(
         "fit",
