@@ -314,3 +314,17 @@ def test_numbers_as_people_read_them() -> None:
     assert [short(value) for value in values] == [
         "–", "0", "1,234,567", "0.2423", "61.57", "0", "1,235", "1.000e-09", "-0.5000", "123,457",
     ]  # fmt: skip
+
+
+def test_the_readme_s_picture_has_the_numbers_of_the_docs() -> None:
+    """Of both screens; `make picture` draws them anew when docs/quality.md has changed."""
+    import picture
+
+    dense, found = picture.measured()
+    assert len(found) == 3
+    assert all([ratio for ratio, _ in row] == [20, 40, 60] and min(value for _, value in row) > dense
+               for row in found.values())  # fmt: skip
+    for screen in ("light", "dark"):
+        drawn = (ROOT / "docs" / f"picture-{screen}.svg").read_text()
+        assert picture.words() in unescape(drawn), "run `make picture`"
+        assert len(drawn) < 20_000
