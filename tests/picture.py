@@ -6,10 +6,9 @@ import io
 import re
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from offline.report.plots import DASHES, MARKERS, STYLE
+from offline.report.plots import DASHES, MARKERS, style
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY = ROOT / "docs" / "quality.md"
@@ -56,8 +55,7 @@ def words() -> str:
 def draw(screen: str) -> str:
     """An SVG file, the same bytes every time."""
     colours, (dense, found) = SCREENS[screen], measured()
-    style = {key: value for key, value in STYLE.items() if "color" not in key or value == "none"}
-    with mpl.rc_context({**style, "svg.hashsalt": "picture", "text.color": colours["ink"]}):
+    with style({"svg.hashsalt": "picture", "text.color": colours["ink"]}):
         canvas = Figure(figsize=(640 / 72, 330 / 72), layout="constrained")
         axes = canvas.subplots()
         for number, (name, row) in enumerate(found.items()):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -44,10 +46,19 @@ STYLE: dict[str, Any] = {
 SVG = "http://www.w3.org/2000/svg"
 
 
+@contextmanager
+def style(more: Mapping[str, Any]) -> Iterator[None]:
+    """Ours, whatever matplotlibrc the user has."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update({**STYLE, **more})
+        yield
+
+
 def svg(panel: Panel, *, small: bool = False) -> str:
     """The panel as an SVG element to stand in a page, the same bytes every time: colours are the page's variables, its
     words are the alternative text."""
-    with mpl.rc_context({**STYLE, "svg.hashsalt": panel.name}):
+    with style({"svg.hashsalt": panel.name}):
         buffer = io.StringIO()
         _canvas(panel.picture, SMALL if small else WIDTH).savefig(buffer, format="svg", metadata={"Date": None})
     return _tidy(buffer.getvalue(), panel)
@@ -55,7 +66,7 @@ def svg(panel: Panel, *, small: bool = False) -> str:
 
 def png(panel: Panel, path: Path, *, small: bool = False) -> None:
     """The panel with its title on white, the same bytes every time."""
-    with mpl.rc_context({**STYLE, "savefig.facecolor": "white"}):
+    with style({"savefig.facecolor": "white"}):
         canvas = _canvas(panel.picture, SMALL if small else WIDTH, TITLE)
         canvas.suptitle(panel.title, fontsize=11)
         canvas.savefig(path, format="png", dpi=288, metadata={"Software": None})
