@@ -17,6 +17,8 @@ from offline.tables import size
 
 HERE = Path(__file__).parent
 UNKNOWN = "not recorded"
+ENOUGH = 18
+"""Letters of a panel's title that says by itself what it shows."""
 
 
 def page(content: dict[str, Any], report: Report) -> str:
@@ -47,7 +49,10 @@ def write_figures(folder: Path, report: Report) -> list[str]:
     for figure in report.figures:
         for panel in figure.panels:
             path = folder / f"{panel.name}.png"
-            png(panel, path, small=_small(figure, panel.name))
+            small = _small(figure, panel.name)
+            # What stands above a panel on the page, as far as there is room for it.
+            title = panel.title if small or len(panel.title) > ENOUGH else f"{figure.title}: {panel.title}"
+            png(panel, title, path, small=small)
             names.append(path.name)
     return names
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from offline.report.pictures import Bars, Heat, Lines, Panel, Picture, Scale, Series
 
-WIDTH, SMALL, TITLE = 340, 168, 24
+WIDTH, SMALL, TITLE = 340, 168, 32
 """Widths of a panel and height of its title, in points. About as wide as a phone is in pixels: drawn wider and scaled
 down, no label could be read there."""
 COLOURS = {
@@ -64,11 +64,11 @@ def svg(panel: Panel, *, small: bool = False) -> str:
     return _tidy(buffer.getvalue(), panel)
 
 
-def png(panel: Panel, path: Path, *, small: bool = False) -> None:
-    """The panel with its title on white, the same bytes every time."""
+def png(panel: Panel, title: str, path: Path, *, small: bool = False) -> None:
+    """The panel with a title on white, the same bytes every time."""
     with style({"savefig.facecolor": "white"}):
         canvas = _canvas(panel.picture, SMALL if small else WIDTH, TITLE)
-        canvas.suptitle(panel.title, fontsize=11)
+        canvas.suptitle(title, fontsize=11)
         canvas.savefig(path, format="png", dpi=288, metadata={"Software": None})
 
 
@@ -76,7 +76,9 @@ def _canvas(picture: Picture, width: int, extra: int = 0) -> Canvas:
     """A drawing of so many points; extra: more of its height."""
     height = _height(picture, width) + extra
     canvas = Canvas(figsize=(width / 72, height / 72), layout="constrained")
-    canvas.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
+    # On a page the distance to what is around it is the page's.
+    pad = 0.1 if extra else 0.03
+    canvas.get_layout_engine().set(w_pad=pad, h_pad=pad)
     axes = canvas.subplots()
     DRAW[type(picture)](axes, picture, width)
     return canvas

@@ -228,7 +228,7 @@ def test_the_layers_that_moe_svd_chose(records: dict[str, Any], figure: str, row
 
 
 REFUSALS: list[tuple[list[object], str]] = [
-    ([TINY, "new.html"], "not a d2moe checkpoint"),
+    ([TINY, "new.html"], "this is a dense checkpoint"),
     (["compressed", "old.html"], "exists already"),
     (["compressed", "nowhere/new.html"], "is no folder"),
     (["compressed", "new.html", "--figures", "old"], "exists already"),
