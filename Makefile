@@ -3,8 +3,8 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all test-gpu quality bench bench-layer bench-server bench-peers bench-offline roofline
-.PHONY: lint audit format clean
+.PHONY: help setup lock demo test test-all test-gpu quality picture bench bench-layer bench-server bench-peers bench-offline
+.PHONY: roofline lint audit format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-gpu: setup ## The tests that need an NVIDIA GPU, and the layer benchmark on
 
 quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 30 minutes)
 	@.venv/bin/python tests/quality.py
+
+picture: setup ## Draw the README's picture anew from the tables of docs/quality.md
+	@.venv/bin/python tests/picture.py
 
 bench-layer: setup ## Time a layer on this CPU beside vLLM's dense one (ARGS="--shapes Mixtral-8x7B")
 	@.venv/bin/python tests/bench_layer.py $(ARGS)

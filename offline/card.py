@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from d2moe_vllm.checkpoint import Method
+from d2moe_vllm.checkpoint import ROLES, Method
 from offline.budget import Budget
+from offline.errors import InputError
 from offline.plan import Plan
+from offline.shards import write_file
+
+MEASURED = ("<!-- measured -->", "<!-- /measured -->")
+"""Between these lines of a card are perplexities that `d2moe report --card` measured."""
+_PLACE = f"{re.escape(MEASURED[0])}.*?{re.escape(MEASURED[1])}"
 
 TEMPLATE = """---
 {metadata}---
@@ -43,8 +50,20 @@ model = AutoModelForCausalLM.from_pretrained("<this folder or repository>", trus
 assert type(model).__name__.startswith("D2")
 ```
 
-Recipe: `d2moe_recipe.yaml`. Routing counts and reconstruction errors per layer: `d2moe_stats.json`.
-Ranks, sizes and errors at a glance: `d2moe inspect <this folder>`.
+## Recipe and results
+
+{recipe}, calibrated on {windows} windows of {seq_len} tokens (SHA-256 of the tokens {digest}).
+All settings: `d2moe_recipe.yaml`; routing counts and errors per layer and expert: `d2moe_stats.json`. At a glance:
+`d2moe inspect <this folder>`; as a page with figures: `d2moe report <this folder> report.html`.
+
+| relative error of the experts on the calibration text | gate | up | down |
+|---|---:|---:|---:|
+| mean | {means} |
+| worst expert | {worsts} |
+
+{start}
+Perplexity: not measured. `d2moe report <this folder> report.html --text FILE --source <original> --card` puts it here.
+{end}
 """
 
 
@@ -67,8 +86,11 @@ METHODS: Mapping[Method, tuple[str, str]] = {
 """Method -> its name, and what it makes of a model."""
 
 
-def model_card(plan: Plan, budget: Budget) -> str:
-    """README.md of the checkpoint; the licence is carried over from the source's card."""
+def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str:
+    """README.md of the checkpoint; licence and language are carried over from the source's card.
+
+    statistics: the content of d2moe_stats.json.
+    """
     source = plan.config.source
     metadata: dict[str, object] = {
         "base_model": source.name,
@@ -77,9 +99,12 @@ def model_card(plan: Plan, budget: Budget) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["d2moe", "moe", "compressed", "vllm"],
     }
-    metadata |= {key: value for key, value in source_metadata(plan.model.folder).items() if key.startswith("licen")}
+    carried = source_metadata(plan.model.folder).items()
+    metadata |= {key: value for key, value in carried if key.startswith("licen") or key == "language"}
     method, made = METHODS[plan.recipe.method]
     layers = len(plan.model.shape.layers)
+    reports = statistics["layers"].values()
+    errors = [[error for report in reports for error in report["relative_error"][role]] for role in ROLES]
     return TEMPLATE.format(
         method=method,
         made=made.format(dense=layers - len(budget.config.layers), layers=layers),
@@ -90,7 +115,21 @@ def model_card(plan: Plan, budget: Budget) -> str:
         source_bytes=source.bytes,
         parameters=budget.parameters,
         bytes=budget.nbytes,
+        recipe=_recipe_line(plan),
+        windows=statistics["calibration"]["windows"],
+        seq_len=statistics["calibration"]["seq_len"],
+        digest=statistics["calibration"]["tokens_sha256"],
+        means=" | ".join(f"{sum(values) / len(values):.4f}" for values in errors),
+        worsts=" | ".join(f"{max(values):.4f}" for values in errors),
+        start=MEASURED[0],
+        end=MEASURED[1],
     )
+
+
+def _recipe_line(plan: Plan) -> str:
+    recipe = plan.recipe
+    line = f"Ratio {recipe.ratio:g} ({recipe.accounting})"
+    return line + (f", {recipe.allocation} ranks, base {recipe.base.kind}" if recipe.method == "d2" else "")
 
 
 def source_metadata(folder: Path) -> dict[str, object]:
@@ -98,9 +137,37 @@ def source_metadata(folder: Path) -> dict[str, object]:
     card = folder / "README.md"
     if not card.is_file():
         return {}
-    match = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    match = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8-sig", errors="replace"), re.DOTALL)
     try:
         content = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def check_card(folder: Path) -> str:
+    """The checkpoint's card. Raises InputError where it has no place for measured figures."""
+    path = folder / "README.md"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); leave --card out") from None
+    if text.count(MEASURED[0]) != 1 or text.count(MEASURED[1]) != 1 or not re.search(_PLACE, text, re.DOTALL):
+        raise InputError(f"{path} has no line {MEASURED[0]} followed by {MEASURED[1]}: add both, or leave --card out")
+    return text
+
+
+def record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put measured perplexities into the checkpoint's card, in place of those that were there.
+
+    rows: as `d2moe report` measures them. The card is not in the manifest, so the checkpoint stays sound.
+    """
+    lines = ["| text | tokens | original | this checkpoint |", "|---|---:|---:|---:|"]
+    for row in rows:
+        before = "not measured" if row["before"] is None else f"{row['before']:.2f}"
+        name = str(row["text"]).replace("|", "\\|")
+        lines.append(f"| {name} | {row['tokens']:,} | {before} | {row['after']:.2f} |")
+    lengths = ", ".join(sorted({str(row["seq_len"]) for row in rows}, key=int))
+    lines += ["", f"Perplexity over windows of {lengths} tokens, float32, measured by `d2moe report`."]
+    content = "\n".join([MEASURED[0], *lines, MEASURED[1]])
+    write_file(folder / "README.md", re.sub(_PLACE, lambda _: content, check_card(folder), flags=re.DOTALL))

@@ -37,6 +37,7 @@ from offline.options import (
     WindowsOption,
     parse_size,
 )
+from offline.reportcmd import report
 
 app = typer.Typer(
     help="Compress Mixture-of-Experts models with D2-MoE; serve the result with `vllm serve`.",
@@ -253,6 +254,7 @@ def evaluate(
 
 
 app.command()(compare)
+app.command()(report)
 
 
 @app.command()

@@ -14,21 +14,21 @@ from rich.console import Console
 from offline.errors import InputError
 from offline.options import Json, Memory, Revision, Seed, SeqLen, Src, WindowsOption, parse_size
 
-MANY = ("--ratio", "--method", "--baseline", "--text")
-"""Options of `compare` that take several values."""
+MANY = {"compare": ("--ratio", "--method", "--baseline", "--text"), "report": ("--text",)}
+"""Command -> its options that take several values."""
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
-    """`compare ... --ratio 0.2 0.4` as `compare ... --ratio 0.2 --ratio 0.4`, which the parser understands; all other
-    commands as they are."""
-    if not arguments or arguments[0] != "compare":
+    """`compare ... --ratio 0.2 0.4` as `compare ... --ratio 0.2 --ratio 0.4`, which the parser understands; commands
+    without such options as they are."""
+    if not arguments or arguments[0] not in MANY:
         return list(arguments)
     result: list[str] = []
     option, values = "", 0
     for argument in arguments:
         if argument.startswith("-"):
             option, values = argument, 0
-        elif option in MANY:
+        elif option in MANY[arguments[0]]:
             values += 1
             if values > 1:
                 result.append(option)

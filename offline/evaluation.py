@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from d2moe_vllm.checkfiles import check_checkpoint
-from d2moe_vllm.checkpoint import CheckpointConfig, Scope
+from d2moe_vllm.checkpoint import CheckpointConfig, Layer, Scope
 from offline.activations import Rows
 from offline.calibration import all_windows, read_text, tokenize
 from offline.errors import InputError
@@ -61,20 +61,21 @@ class Evaluated:
 
 
 def evaluate(
-    source: str, text: Path, seq_len: int | None, scope: Scope | None, steps: Callable[[float], Steps]
+    source: str,
+    text: Path,
+    seq_len: int | None,
+    scope: Scope | None,
+    steps: Callable[[float], Steps],
+    trim: Mapping[int, Sequence[int]] | None = None,
 ) -> Perplexity:
     """Perplexity of the checkpoint on a text's non-overlapping windows, in float32, no special tokens.
 
-    seq_len: None means 2048, or the model's limit if that is less; scope: overrides the checkpoint's own.
-    Raises InputError or CheckpointError.
+    seq_len: None means 2048, or the model's limit if that is less; scope: overrides the checkpoint's own; trim: as for
+    `open_evaluated`. Raises InputError or CheckpointError.
     """
-    folder = resolve_folder(source)
-    limit = read_model_config(folder).get("max_position_embeddings")
-    if seq_len is not None and (seq_len < 2 or (limit and seq_len > limit)):
-        raise InputError(f"--seq-len {seq_len} is not between 2 and the model's {limit} positions")
-    length = seq_len or min(2048, limit or 2048)
-    evaluated = open_evaluated(source, scope)
-    tokens = all_windows(tokenize(folder, read_text(text)), length)
+    tokens = text_windows(source, text, seq_len)
+    length = tokens.shape[1]
+    evaluated = open_evaluated(source, scope, trim)
     with steps((evaluated.model.num_layers + 1) * len(tokens)) as progress:
         total = _loss(evaluated, tokens, progress)
     count = tokens.shape[0] * (tokens.shape[1] - 1)
@@ -86,14 +87,28 @@ def evaluate(
     return Perplexity(math.exp(mean), mean, count, len(tokens), length, evaluated.scope)
 
 
-def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
-    """A dense or compressed checkpoint, ready to run. Raises InputError or CheckpointError."""
+def text_windows(source: str, text: Path, seq_len: int | None) -> Tensor:
+    """The windows that `evaluate` measures on, int64 [windows, seq_len]. Raises InputError."""
+    folder = resolve_folder(source)
+    limit = read_model_config(folder).get("max_position_embeddings")
+    if seq_len is not None and (seq_len < 2 or (limit and seq_len > limit)):
+        raise InputError(f"--seq-len {seq_len} is not between 2 and the model's {limit} positions")
+    return all_windows(tokenize(folder, read_text(text)), seq_len or min(2048, limit or 2048))
+
+
+def open_evaluated(
+    source: str, scope: Scope | None = None, trim: Mapping[int, Sequence[int]] | None = None
+) -> Evaluated:
+    """A dense or compressed checkpoint, ready to run. Raises InputError or CheckpointError.
+
+    trim: layer -> experts of a compressed checkpoint that are to run on the base alone, as if they were stored so.
+    """
     folder = resolve_folder(source)
     quantization = read_model_config(folder).get("quantization_config") or {}
     hf_config = read_hf_config(folder)
     activation, cpu = ACT2FN[hf_config.hidden_act], torch.device("cpu")
     if quantization.get("quant_method") == "d2moe":
-        config = check_checkpoint(folder)
+        config = _trimmed(check_checkpoint(folder), trim or {})
         reader, family = SourceReader(folder), _family(config)
         scope = scope or config.pruning.scope
         layerwise = LayerwiseModel(reader, family, hf_config)
@@ -120,6 +135,15 @@ def open_evaluated(source: str, scope: Scope | None = None) -> Evaluated:
 
     layerwise = LayerwiseModel(model.reader, model.family, hf_config)
     return Evaluated(folder, layerwise, dense, model.shape.hidden_size, None)
+
+
+def _trimmed(config: CheckpointConfig, trim: Mapping[int, Sequence[int]]) -> CheckpointConfig:
+    """Raises pydantic's ValidationError for a layer without a base, or whose U's are shared by too few experts."""
+    layers = dict(config.layers)
+    for number, experts in trim.items():
+        trimmed = sorted({*layers[number].trimmed, *experts})
+        layers[number] = Layer.model_validate(layers[number].model_dump() | {"trimmed": trimmed})
+    return config.model_copy(update={"layers": layers})
 
 
 def _family(config: CheckpointConfig) -> Family:

@@ -1,4 +1,4 @@
-"""New folders that are there whole or not at all: put together next to their place, renamed at the end."""
+"""New folders and files that are there whole or not at all: put together next to their place, renamed at the end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from offline.errors import InputError
 
 
-def check_new_folder(out: Path) -> None:
-    """Raises InputError where `out` would replace something or cannot be made."""
+def check_new_folder(out: Path, what: str = "folder") -> None:
+    """Raises InputError where `out` would replace something or cannot be made. what: a folder, or a file."""
     if os.path.lexists(out):
-        raise InputError(f"{out} exists already; choose another folder or remove it")
+        raise InputError(f"{out} exists already; choose another {what} or remove it")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} is no folder; create it first")
     if not os.access(out.parent, os.W_OK):
@@ -59,6 +59,25 @@ def new_folder(out: Path) -> Iterator[Path]:
         sync_folder(out.parent)
     finally:
         os.close(descriptor)
+
+
+def new_file(out: Path, content: str) -> None:
+    """A text file that is whole under its name, on disk, and replaces nothing.
+
+    Raises InputError where `out` has come into being since it was checked.
+    """
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.lexists(out):
+            raise InputError(f"{out} has appeared meanwhile; choose another file or remove it")
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(out.parent)
 
 
 def _empty(folder: Path) -> None:

@@ -78,16 +78,19 @@ def _numbers(values: Any) -> bool:
     return bool(values) and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
 
 
-def analyse(folder: Path, source: str | None, steps: Callable[[float], Steps]) -> dict[str, Any]:
-    """The paper's analyses of every compressed layer (METHODS 1.7), for `inspect --analyses`.
+def analyse(
+    folder: Path, source: str | None, steps: Callable[[float], Steps], gram_bytes: int | None = None
+) -> dict[str, Any]:
+    """The paper's analyses of every compressed layer (METHODS 1.7), for `inspect --analyses` and `report`.
 
-    source: the dense original, whose experts are then analysed in place of the rebuilt ones. Nothing is sampled:
-    every expert, every row. Raises InputError for a source that is another model, and CheckpointError.
+    source: the dense original, whose experts are then analysed in place of the rebuilt ones; gram_bytes: instead of
+    GRAM_BYTES. Nothing is sampled: every expert, every row. Raises InputError for a source that is another model, and
+    CheckpointError.
     """
     config = check_checkpoint(folder)
     statistics = read_statistics(folder)
     model = open_original(source, config) if source else None
-    block = max(GRAM_BYTES // (4 * config.hidden_size**2), 1)
+    block = max((gram_bytes or GRAM_BYTES) // (4 * config.hidden_size**2), 1)
     per_projection = 2 * config.num_experts + 1 + gram_count(config.num_experts, block)
     layers: dict[str, Any] = {}
     with steps(len(config.layers) * len(ROLES) * per_projection) as progress:

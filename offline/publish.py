@@ -69,9 +69,10 @@ def publish(plan: Plan, budget: Budget, windows: Windows, work: WorkDir, out: Pa
         write_file(folder / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
         write_file(folder / "config.json", _json(_model_config(plan, budget)))
         write_file(folder / RECIPE_FILE, plan.recipe.dump())
-        write_file(folder / STATS_FILE, _json(_stats(plan, windows, assembly)))
+        statistics = _stats(plan, windows, assembly)
+        write_file(folder / STATS_FILE, _json(statistics))
         write_file(folder / MODELING_FILE, checkpoint_modeling_source())
-        write_file(folder / "README.md", model_card(plan, budget))
+        write_file(folder / "README.md", model_card(plan, budget, statistics))
         for path in companion_files(model.folder):
             shutil.copyfile(path, folder / path.name)
             sync_file(folder / path.name)

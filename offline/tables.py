@@ -278,3 +278,10 @@ def _rank_for(shares: list[int], curve: list[float] | None, energy: float = 0.9)
     if curve is None:
         return "none"
     return f"{next(share for share, kept in zip(shares, curve, strict=True) if kept >= energy or share == 100)} %"
+
+
+def report_table(console: Console, result: dict[str, Any]) -> None:
+    for one in result["left_out"]:
+        console.print(f"left out: {one['title']}. {one['why']}", highlight=False, markup=False, soft_wrap=True)
+    pictures = f", {len(result['pictures'])} pictures" if result["pictures"] else ""
+    console.print(f"{result['page']}: {len(result['figures'])} figures{pictures}", highlight=False, soft_wrap=True)

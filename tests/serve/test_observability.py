@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import chromium
 from compression import TINY, d2moe_here
 from openai import OpenAI
 from prometheus_client import Metric
@@ -23,8 +24,6 @@ from transformers import AutoModelForCausalLM
 
 from offline.server import Server
 
-CHROMIUM = Path("/usr/bin/chromium")
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 LAYERS, TOP_K, EXPERTS = 4, 2, 8
 
 
@@ -149,14 +148,8 @@ def test_what_the_key_does_not_guard(server: Server, path: str) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"no browser at {CHROMIUM}")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=str(CHROMIUM), args=list(QUIET))
+    with chromium() as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture
