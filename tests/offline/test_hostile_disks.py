@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from compression import COMPRESS, TINY
 from hostile import RECIPES, Disk, compress, cut, digests, refused
+from processes import Compression
 
 
 @contextlib.contextmanager
@@ -49,10 +53,8 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing(
     assert total > POINTS
     disk.fill(at=total * part // POINTS)
     done = compress(olmoe, out, texts[0])
-    if out.exists():  # full when all was there, and only the name was not safe yet
-        assert digests(out) == digests(tmp_path / "whole")
-        return
     refused(done, "No space left", "again")
+    assert not out.exists()
     assert not (tmp_path / ".out.partial").exists()
     disk.fill(at=0)
     done = compress(olmoe, out, texts[0])
@@ -86,9 +88,57 @@ def test_a_run_that_is_broken_off_again_and_again_ends_in_the_same_bytes(
     assert digests(out) == digests(tmp_path / "whole")
 
 
+SEED = 7
+FULL = 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_real_disk_that_fills_up_at_random_moments(texts: tuple[Path, Path], tmp_path: Path) -> None:
+    """A neighbour's file leaves a random part of the room that the run needs, as soon as it has found enough and begun:
+    less than it uses at most, so that some write must fail."""
+    chance, given = random.Random(SEED), ("--calibration", texts[0], *COMPRESS)
+    with mounted(tmp_path / "disk", "size=256m") as disk:
+        run, peak = Compression(TINY, disk / "whole", *given), [0]
+        assert not run.wait_for(lambda: peak.append(max(peak.pop(), shutil.disk_usage(disk).used)))
+        assert run.end().returncode == 0
+        whole, places = digests(disk / "whole"), set()
+        shutil.rmtree(disk / "whole")
+        for number in range(FULL):
+            run, room = Compression(TINY, disk / "out", *given), chance.randrange(peak[0])
+            assert run.wait_for_work()
+            with (disk / "neighbour").open("wb") as neighbour:
+                os.posix_fallocate(neighbour.fileno(), 0, shutil.disk_usage(disk).free - room)
+            refused(run.end(), "No space left", "again")
+            assert {path.name for path in disk.iterdir()} == {"neighbour", "out.d2moe-work"}
+            places.add(left := len(list(run.work.rglob("*"))))
+            print(f"{number}: {room:,} of {peak[0]:,} bytes, {left} files written", flush=True)
+            (disk / "neighbour").unlink()
+            done = Compression(TINY, disk / "out", *given).end()
+            assert done.returncode == 0, done.stderr
+            assert digests(disk / "out") == whole
+            assert [path.name for path in disk.iterdir()] == ["out"]
+            shutil.rmtree(disk / "out")
+        assert len(places) > FULL / 2
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+SPOIL: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: cut(path, path.stat().st_size // 2),
+    "one bit": lambda path: flip(path, -50),
+    "lengthened": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+}
+
+
+@pytest.mark.parametrize("damage", SPOIL)
 @pytest.mark.parametrize("pattern", ["layers/*/facts.safetensors", "layers/*/0000*.safetensors", "hidden-00000.rows"])
 def test_a_damaged_working_folder_is_recognised(
-    pattern: str, olmoe: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pattern: str, damage: str, olmoe: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No crash of ours leaves such files: each gets its name when it is whole and on disk. Others may."""
     disk, work = Disk(monkeypatch), tmp_path / "out.d2moe-work"
@@ -97,7 +147,7 @@ def test_a_damaged_working_folder_is_recognised(
     refused(compress(olmoe, tmp_path / "out", texts[0]))
     disk.fill(at=0)
     (victim, *_) = work.glob(pattern)
-    cut(victim, victim.stat().st_size // 2)
+    SPOIL[damage](victim)
     refused(compress(olmoe, tmp_path / "out", texts[0]), str(victim), "fingerprint.json")
     (work / "fingerprint.json").unlink()
     done = compress(olmoe, tmp_path / "out", texts[0])
