@@ -221,10 +221,15 @@ def check_checkpoint(folder: Path, config: CheckpointConfig | None = None) -> Ch
 
 
 def _expert_tensors(folder: Path, config: CheckpointConfig) -> dict[str, TensorSpec]:
-    """`config.expert_tensors()`; of a config that declares more of them than there are names in the index no more is
-    made than tells so. Raises CheckpointError."""
+    """`config.expert_tensors()`; of a config that declares more of them than the index has names no more are made than
+    tells so. Raises CheckpointError."""
     names, expected = read_weight_map(folder), dict[str, TensorSpec]()
     for layer, role in itertools.product(config.layers, ROLES):
+        if (least := config.tensors_at_least(layer, role)) > len(names):
+            raise CheckpointError(
+                f"{folder}: config.json declares {least:,} tensors of {role} in layer {layer}, but the index has "
+                f"{len(names):,} in all; copy both again"
+            )
         expected |= config.projection_tensors(layer, role)
         if len(expected) > len(names):
             missing = [name for name in expected if name not in names]

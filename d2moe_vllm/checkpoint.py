@@ -299,6 +299,14 @@ class CheckpointConfig(_Model):
             tensors[self.tensor_name(layer, expert, role, "alpha")] = TensorSpec(dtype, (bases,))
         return tensors
 
+    def tensors_at_least(self, layer: int, role: Role) -> int:
+        """A bound that is told without making any name: how many experts have a tensor of their own."""
+        projection = self.layers[layer][role]
+        own = projection.delta in ("bases", "dense") or (
+            projection.rank and not (projection.shared_v and projection.distinct_u)
+        )
+        return self.num_experts - len(self.layers[layer].trimmed) if own else 0
+
     def untrimmed(self, layer: int) -> list[int]:
         """The experts of a layer that have deltas, in ascending order."""
         trimmed = set(self.layers[layer].trimmed)
