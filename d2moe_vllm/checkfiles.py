@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,49 @@ INDEX_KINDS = (".base_columns", ".delta_columns", ".u_index")
 """How the names of the integer tensors end."""
 
 
+MAX_JSON = 1 << 28
+"""Bytes: ten times the index of the largest models there are."""
+MAX_HEADER = 100_000_000
+"""Bytes, of a safetensors file; the library's own limit."""
+
+
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        _refuse_special(path, MAX_JSON)
+        return _strict_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: {path.name} is missing; copy the whole checkpoint again") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); copy the checkpoint again") from None
+
+
+def _refuse_special(path: Path, most: int | None = None) -> None:
+    """Raises OSError for what is no regular file, or larger than `most` bytes: a pipe would be waited for, and a device
+    read, without end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("no regular file")
+    if most is not None and status.st_size > most:
+        raise OSError(f"{status.st_size:,} bytes, more than the {most:,} that it may have")
+
+
+def _strict_json(text: bytes) -> Any:
+    """Raises ValueError, also for a name that is there twice, of which readers differ in what they take, and for
+    numbers that JSON has not; RecursionError."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_each_once, parse_constant=refuse)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = value
+    return found
 
 
 def read_config(folder: Path) -> CheckpointConfig:
@@ -48,7 +85,10 @@ def read_config(folder: Path) -> CheckpointConfig:
     content = _read_json(folder / "config.json")
     config = content.get("quantization_config") if isinstance(content, dict) else None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder}: config.json has no quantization_config: this is a dense checkpoint")
+        raise CheckpointError(
+            f"{folder}: config.json has no quantization_config: this is a dense checkpoint; "
+            "copy config.json again if it should be a compressed one"
+        )
     return parse_config(config, str(folder / "config.json"))
 
 
@@ -60,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        raise CheckpointError(f"{where}: {first_error(error)}") from None
+        raise CheckpointError(f"{where}: {first_error(error)}; copy it again") from None
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
@@ -77,10 +117,14 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     elif (folder / "model.safetensors").exists():
         weight_map = dict.fromkeys(read_header(folder / "model.safetensors"), "model.safetensors")
     else:
-        raise CheckpointError(f"{folder}: neither {INDEX_FILE} nor model.safetensors: no safetensors weights here")
+        raise CheckpointError(
+            f"{folder}: neither {INDEX_FILE} nor model.safetensors: no safetensors weights here; copy it again"
+        )
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", file):
-            raise CheckpointError(f"{index}: {tensor} points at {file!r}, which is not a file name in this folder")
+            raise CheckpointError(
+                f"{index}: {tensor} points at {file!r}, which is not a file name in this folder; copy it again"
+            )
     return weight_map
 
 
@@ -92,13 +136,23 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        _refuse_special(path)
+        _refuse_names_twice(path)
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             return {name: TensorSpec(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: weight file {path.name} is missing; copy it again") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or truncated ({error}); copy it again") from None
+
+
+def _refuse_names_twice(path: Path) -> None:
+    """Of a tensor that a header has twice the library takes the last. Raises ValueError, RecursionError, OSError."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size <= min(MAX_HEADER, path.stat().st_size):  # else the library says what is wrong
+            _strict_json(file.read(size))
 
 
 def _names(names: Iterable[str], limit: int = 3) -> str:
@@ -117,7 +171,9 @@ def check_tensors(
     """
     weight_map = read_weight_map(folder)
     if files is not None and (unlisted := set(weight_map.values()) ^ set(files)):
-        raise CheckpointError(f"{folder}: {INDEX_FILE} and {MANIFEST_FILE} disagree about {_names(sorted(unlisted))}")
+        raise CheckpointError(
+            f"{folder}: {INDEX_FILE} and {MANIFEST_FILE} disagree about {_names(sorted(unlisted))}; copy both again"
+        )
     found: dict[str, TensorSpec] = {}
     for file in sorted(set(weight_map.values())):
         for name, spec in read_header(folder / file).items():
@@ -127,10 +183,12 @@ def check_tensors(
     if missing := [name for name in expected if name not in found]:
         raise CheckpointError(f"{folder}: {len(missing)} tensors missing: {_names(missing)}; copy it again")
     if unknown := [name for name in found if name not in expected]:
-        raise CheckpointError(f"{folder}: {len(unknown)} tensors do not belong here: {_names(unknown)}")
+        raise CheckpointError(f"{folder}: {len(unknown)} tensors do not belong here: {_names(unknown)}; copy it again")
     for name, spec in expected.items():
         if found[name] != spec:
-            raise CheckpointError(f"{folder / weight_map[name]}: {name} is {found[name]}, expected {spec}")
+            raise CheckpointError(
+                f"{folder / weight_map[name]}: {name} is {found[name]}, expected {spec}; copy it again"
+            )
     # Last: a tensor's own name tells more than its file's size.
     for name, entry in (files or {}).items():
         size = (folder / name).stat().st_size
@@ -146,17 +204,37 @@ def check_checkpoint(folder: Path, config: CheckpointConfig | None = None) -> Ch
 
     Raises CheckpointError. Payloads are not read, but for integers (which columns, which U): hashes are not compared.
     """
-    config = config or read_config(folder)
+    if config is None:
+        config = read_config(folder)
+    elif (folder / "config.json").exists():
+        _read_json(folder / "config.json")  # what gave us the config may be less strict
     manifest = read_manifest(folder)
     others = {name: TensorSpec(dtype, shape) for name, (dtype, shape) in manifest.other_tensors.items()}
-    experts = config.expert_tensors()
+    experts = _expert_tensors(folder, config)
     if both := [name for name in others if name in experts]:
-        raise CheckpointError(f"{folder}: {MANIFEST_FILE} lists expert tensors: {_names(both)}")
+        raise CheckpointError(f"{folder}: {MANIFEST_FILE} lists expert tensors: {_names(both)}; copy it again")
     weight_map = check_tensors(folder, others | experts, manifest.files)
     for layer in config.layers:
         names = [name for role in ROLES for name in config.projection_tensors(layer, role) if _is_index(name)]
         check_indices(config, layer, _read_integers(folder, weight_map, names))
     return config
+
+
+def _expert_tensors(folder: Path, config: CheckpointConfig) -> dict[str, TensorSpec]:
+    """`config.expert_tensors()`; of a config that declares more of them than the index has names no more are made than
+    tells so. Raises CheckpointError."""
+    names, expected = read_weight_map(folder), dict[str, TensorSpec]()
+    for layer, role in itertools.product(config.layers, ROLES):
+        if (least := config.tensors_at_least(layer, role)) > len(names):
+            raise CheckpointError(
+                f"{folder}: config.json declares {least:,} tensors of {role} in layer {layer}, but the index has "
+                f"{len(names):,} in all; copy both again"
+            )
+        expected |= config.projection_tensors(layer, role)
+        if len(expected) > len(names):
+            missing = [name for name in expected if name not in names]
+            raise CheckpointError(f"{folder}: {len(missing)} tensors or more missing: {_names(missing)}; copy it again")
+    return expected
 
 
 def _is_index(name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -45,7 +46,18 @@ DTYPE_BYTES = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line: what is wrong and how to mend it."""
+    """A checkpoint that cannot be used; the message is one line: what is wrong and how to mend it.
+
+    It stays one line, and a readable one, whatever a damaged file puts into a name.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}")
+
+
+_LONGEST = 2000
+"""Characters of a message."""
 
 
 class TensorSpec(NamedTuple):
@@ -287,6 +299,14 @@ class CheckpointConfig(_Model):
             tensors[self.tensor_name(layer, expert, role, "alpha")] = TensorSpec(dtype, (bases,))
         return tensors
 
+    def tensors_at_least(self, layer: int, role: Role) -> int:
+        """A bound that is told without making any name: how many experts have a tensor of their own."""
+        projection = self.layers[layer][role]
+        own = projection.delta in ("bases", "dense") or (
+            projection.rank and not (projection.shared_v and projection.distinct_u)
+        )
+        return self.num_experts - len(self.layers[layer].trimmed) if own else 0
+
     def untrimmed(self, layer: int) -> list[int]:
         """The experts of a layer that have deltas, in ascending order."""
         trimmed = set(self.layers[layer].trimmed)
@@ -346,8 +366,15 @@ def parse_config(quantization_config: Mapping[str, Any], where: str = "config.js
     if "format_version" not in quantization_config:
         raise CheckpointError(f"{where}: quantization_config has no format_version; restore the original config.json")
     refuse_version(quantization_config["format_version"], where)
+    layers = quantization_config.get("layers")
+    for number in layers if isinstance(layers, Mapping) else ():
+        # " 1" and "01" would be layer 1 too, and one of the two would be lost.
+        if not re.fullmatch("0|[1-9][0-9]*", str(number), re.ASCII):
+            raise CheckpointError(f"{where}: layers has {number!r}, which is no layer's number; restore the original")
     try:
         # As JSON, where strictness tells a number from a string but takes the layers' numbers as keys.
         return CheckpointConfig.model_validate_json(json.dumps(dict(quantization_config)), strict=True)
     except ValidationError as error:
-        raise CheckpointError(f"{where}: bad quantization_config: {first_error(error)}") from None
+        raise CheckpointError(f"{where}: bad quantization_config: {first_error(error)}; restore the original") from None
+    except (ValueError, RecursionError) as error:  # what JSON cannot say, from a caller that did not read JSON
+        raise CheckpointError(f"{where}: bad quantization_config: {error}; restore the original") from None

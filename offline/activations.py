@@ -6,6 +6,7 @@ calibration text, and the operating system keeps in its cache what it has room f
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from torch import Tensor
 from offline.shards import sync_file
 
 _NUMPY = {torch.float32: np.float32, torch.int32: np.int32}
+_DIGEST = 32
+"""Bytes behind the rows: SHA-256 of all of them, once the file is published."""
+_CHUNK = 1 << 22
+"""Bytes hashed at a time."""
 
 
 class Rows:
@@ -26,15 +31,16 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
+        """Of the rows alone."""
         return self.shape[0] * self.shape[1] * 4
 
     def allocate(self) -> None:
         """Creates the file with its blocks reserved: a full disk is an error here, not a SIGBUS in the work."""
         with self.path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, self.nbytes)
+                os.posix_fallocate(file.fileno(), 0, self.nbytes + _DIGEST)
             else:
-                file.truncate(self.nbytes)
+                file.truncate(self.nbytes + _DIGEST)
 
     def read(self, rows: slice | Tensor) -> Tensor:
         """A copy of some rows: a slice of them, or by ascending int64 numbers [n]. Raises FileNotFoundError."""
@@ -55,6 +61,26 @@ class Rows:
         return np.memmap(self.path, _NUMPY[self.dtype], mode, offset=offset, shape=shape)  # type: ignore[call-overload]
 
     def publish(self, path: Path) -> None:
-        """Gives the filled file its final name."""
+        """Gives the filled file its digest and its final name."""
+        digest = self._digest()
+        with self.path.open("r+b") as file:
+            file.seek(self.nbytes)
+            file.write(digest)
         sync_file(self.path)
         self.path.replace(path)
+
+    def whole(self) -> bool:
+        """Whether a published file is as it was published: of the same size, with the same bytes."""
+        if self.path.stat().st_size != self.nbytes + _DIGEST:
+            return False
+        with self.path.open("rb") as file:
+            file.seek(self.nbytes)
+            return file.read() == self._digest()
+
+    def _digest(self) -> bytes:
+        digest, left = hashlib.sha256(), self.nbytes
+        with self.path.open("rb") as file:
+            while left and (chunk := file.read(min(left, _CHUNK))):
+                digest.update(chunk)
+                left -= len(chunk)
+        return digest.digest()

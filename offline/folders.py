@@ -53,10 +53,16 @@ def new_folder(out: Path) -> Iterator[Path]:
             if os.path.lexists(out):
                 raise InputError(f"{out} has appeared meanwhile; choose another folder or remove it")
             partial.rename(out)
+            try:
+                sync_folder(out.parent)
+            except BaseException:
+                # A name that a power failure may take away again is no result, and the caller would delete what
+                # it was made from.
+                out.rename(partial)
+                raise
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        sync_folder(out.parent)
     finally:
         os.close(descriptor)
 

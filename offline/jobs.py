@@ -25,7 +25,7 @@ from offline.publish import publish
 from offline.recipe import Recipe
 from offline.resources import estimate_seconds, peak_memory, total_work, work_bytes
 from offline.source import open_dense
-from offline.workdir import MARKER_FILE, WorkDir, fingerprint
+from offline.workdir import MARKER_FILE, WorkDir, fingerprint, refuse_changed_source
 
 
 def compress(
@@ -90,11 +90,13 @@ def compress(
     try:
         with Steps(total_work(plan), console) as steps:
             Run(plan, windows.tokens, work, steps, chosen).compress_layers()
+            if group.first:
+                refuse_changed_source(plan.model, mark)
             steps.label("writing the checkpoint")
             disk = work.nbytes() if group.first else 0
             budget = settle(plan, work)
             if group.first:
-                publish(plan, budget, windows, work, out)
+                publish(plan, budget, windows, work, out, lambda: refuse_changed_source(plan.model, mark))
         group.barrier()
         work.remove()
     except OSError as error:

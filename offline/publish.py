@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,12 @@ def companion_files(folder: Path) -> list[Path]:
     )
 
 
-def publish(plan: Plan, budget: Budget, windows: Windows, work: WorkDir, out: Path) -> None:
+def publish(
+    plan: Plan, budget: Budget, windows: Windows, work: WorkDir, out: Path, last_check: Callable[[], None]
+) -> None:
     """Put the layers of `work` and all that stays as it was together under `out`, all or nothing.
 
+    last_check: called when all is written and has no name yet; what it raises leaves nothing behind.
     Raises InputError where `out` has come into being meanwhile.
     """
     model, assembly = plan.model, Assembly(plan, budget, work)
@@ -77,6 +81,7 @@ def publish(plan: Plan, budget: Budget, windows: Windows, work: WorkDir, out: Pa
             shutil.copyfile(path, folder / path.name)
             sync_file(folder / path.name)
         check_checkpoint(folder)
+        last_check()
 
 
 def _model_config(plan: Plan, budget: Budget) -> dict[str, Any]:

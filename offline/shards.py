@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -91,11 +91,12 @@ class Shard:
 
     file: str
     tensors: dict[str, TensorSpec]
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
 
     @property
     def header(self) -> bytes:
         """Length and JSON header, padded to 8 bytes, as the safetensors format fixes them."""
-        content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        content: dict[str, object] = {"__metadata__": dict(self.metadata)}
         offset = 0
         for name, spec in self.tensors.items():
             content[name] = {
@@ -143,11 +144,23 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int = SHARD_BYTES) -
     ]
 
 
+def checksum(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes, in hex."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(_bytes(tensor.contiguous()))
+    return digest.hexdigest()
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file of tensors that are in memory already. Raises OSError where it cannot be written."""
+    """One safetensors file of tensors that are in memory already, with the checksum of each in its header's metadata.
+
+    Raises OSError where it cannot be written.
+    """
     names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     specs = {name: TensorSpec(names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    _write_shard(path, plan_shards(specs, max_bytes=sum(s.nbytes for s in specs.values()) + 1)[0], tensors.__getitem__)
+    (shard,) = plan_shards(specs, max_bytes=sum(s.nbytes for s in specs.values()) + 1)
+    sums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    _write_shard(path, replace(shard, metadata=sums), tensors.__getitem__)
 
 
 def write_shards(folder: Path, shards: list[Shard], produce: Callable[[str], Tensor]) -> dict[str, FileEntry]:
@@ -185,8 +198,12 @@ def _chunks(shard: Shard, produce: Callable[[str], Tensor]) -> Iterator[bytes | 
         tensor = produce(name).detach().contiguous()
         if tuple(tensor.shape) != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
             raise ValueError(f"{name}: got {tensor.dtype} {list(tensor.shape)}, planned {spec}")
-        # A view of the bytes: torch has no numpy type for bfloat16, and a copy would double the memory.
-        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        yield _bytes(tensor)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A view: torch has no numpy type for bfloat16, and a copy would double the memory."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 def write_file(path: Path, content: str) -> None:

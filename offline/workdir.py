@@ -1,6 +1,7 @@
 """State of a run on disk: what survives a kill, and what an input's change makes worthless.
 
-Every file appears under its final name only when it is complete, so what exists can be trusted.
+Every file appears under its final name only when it is complete, and carries checksums that are compared when it is
+read again: what an earlier run left may have been changed by another hand or a failing disk.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from offline.activations import Rows
 from offline.distributed import Group
 from offline.errors import InputError
 from offline.recipe import Recipe
-from offline.shards import write_file, write_tensors
+from offline.shards import checksum, write_file, write_tensors
 from offline.source import DenseModel
 
 FINGERPRINT_FILE = "fingerprint.json"
@@ -37,14 +38,7 @@ def fingerprint(model: DenseModel, recipe: Recipe, calibration_sha256: str, mach
     """Everything the result's bytes depend on. Weight files count by size, time and header: hashing
     hundreds of gigabytes at every start would cost more than it protects. machine: what else decides the order of
     sums (token batches, processes, device)."""
-    files = {}
-    for file in model.reader.files:
-        path = model.folder / file
-        with path.open("rb") as opened:
-            header = opened.read(8)
-            header += opened.read(int.from_bytes(header, "little"))
-        stat = path.stat()
-        files[file] = [stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest()]
+    files = {file: _weight_file(model.folder / file) for file in model.reader.files}
     return {
         "tool": d2moe_vllm.__version__,
         "source": {"config": hashlib.sha256(json.dumps(model.config).encode()).hexdigest(), "files": files},
@@ -60,6 +54,24 @@ def fingerprint(model: DenseModel, recipe: Recipe, calibration_sha256: str, mach
     }
 
 
+def _weight_file(path: Path) -> list[int | str]:
+    with path.open("rb") as opened:
+        header = opened.read(8)
+        header += opened.read(int.from_bytes(header, "little"))
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest()]
+
+
+def refuse_changed_source(model: DenseModel, mark: dict[str, Any]) -> None:
+    """mark: the run's fingerprint. Raises InputError for a weight file that is not what it was when the run began."""
+    for file, before in mark["source"]["files"].items():
+        path = model.folder / file
+        if not path.exists() or _weight_file(path) != before:
+            raise InputError(
+                f"{path} was changed while it was being compressed; run the same command again to start over"
+            )
+
+
 class WorkDir:
     """The working folder of one run, locked against a second one.
 
@@ -73,6 +85,7 @@ class WorkDir:
     ) -> None:
         self.path, self.group = path, group or Group()
         self.invalidated: list[str] = []
+        self._checked: set[str] = set()
         if self.group.first:
             self._open(expected, restart)
         self.group.barrier()
@@ -159,11 +172,14 @@ class WorkDir:
         return self._array_path(name).exists()
 
     def rows(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Rows:
-        """An array that was published. Raises FileNotFoundError where it is not there, InputError where it is cut."""
-        path = self._array_path(name)
-        array = Rows(path, rows, width, dtype)
-        if path.stat().st_size != array.nbytes:
-            raise self._damaged(path)
+        """An array that was published. Raises FileNotFoundError where it is not there, InputError where it is damaged.
+
+        What an earlier run published is read once for its checksum.
+        """
+        array = Rows(self._array_path(name), rows, width, dtype)
+        if name not in self._checked and not array.whole():
+            raise self._damaged(array.path)
+        self._checked.add(name)
         return array
 
     def create(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Rows:
@@ -180,9 +196,11 @@ class WorkDir:
         self.group.barrier()
         if self.group.first:
             array.publish(self._array_path(name))
+        self._checked.add(name)
         self.group.barrier()
 
     def discard(self, *names: str) -> None:
+        self._checked.difference_update(names)
         if self.group.first:
             for name in names:
                 self._array_path(name).unlink(missing_ok=True)
@@ -207,9 +225,13 @@ class WorkDir:
         path = self.part_path(layer, part)
         try:
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in keys or file.keys()}
+                sums = file.metadata() or {}
+                found = {key: file.get_tensor(key) for key in keys or sums}
         except SafetensorError:
             raise self._damaged(path) from None
+        if any(sums.get(key) != checksum(tensor) for key, tensor in found.items()):
+            raise self._damaged(path)
+        return found
 
     def _damaged(self, path: Path) -> InputError:
         """A file that another hand or a failing disk has changed: ours get their names when they are whole."""

@@ -63,7 +63,7 @@ def compress(plan: Plan, windows: Windows, folder: Path) -> Path:
     """As `d2moe compress` does, from a plan that may be one that the command would not make."""
     folder.mkdir(parents=True)
     work = run(plan, windows, folder / "work")
-    publish(plan, settle(plan, work), windows, work, folder / "out")
+    publish(plan, settle(plan, work), windows, work, folder / "out", lambda: None)
     work.close()
     return folder / "out"
 
