@@ -179,9 +179,13 @@ class Comparison:
                 shutil.rmtree(out)
             resumed = self._begun(out).exists()
             forget_peak()
-            started = time.monotonic()
+            started, computing = time.monotonic(), time.process_time()
             self._write(name, ratio, out)
-            made = {"seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": peak_memory()}
+            made = {
+                "seconds": round(time.monotonic() - started, 1),
+                "cpu_seconds": round(time.process_time() - computing, 1),
+                "peak_memory_bytes": peak_memory(),
+            }
             stored = _stored(Reader(out), self.model.reader.nbytes)
             state.row = _row(name, self._kind(name), ratio) | made | stored | {"resumed": resumed}
             state.save()
