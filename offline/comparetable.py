@@ -59,8 +59,8 @@ def footnotes(content: dict[str, Any]) -> list[str]:
         found.append(
             f"tokens/s of output and ms per output token: median and (least-most) of {load['rounds']} rounds of "
             f"{load['requests']} requests of {load['input_tokens']} + {load['output_tokens']} tokens, "
-            f"{load['at_once']} at once, by `vllm bench serve` (vLLM {load['vllm']}); a server for each row, one after another: "
-            "differences within the spread say nothing."
+            f"{load['at_once']} at once, by `vllm bench serve` (vLLM {load['vllm']}); a server for each row, one after "
+            "another: differences within the spread say nothing."
         )
     return found
 
