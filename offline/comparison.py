@@ -224,6 +224,11 @@ class Comparison:
 
     def _write(self, name: str, ratio: float, out: Path) -> None:
         settings = self.settings
+        if name == CHANNELS:
+            plan = self._scoring_plan()
+            scores = score_channels(plan, self.windows, self._begun(out), self.device, self.console)
+            write_pruned(self.model, lowest(scores, channels_to_prune(self.model, ratio)), out)
+            return
         if name not in FEWER_EXPERTS:
             jobs.compress(
                 str(self.model.folder),
@@ -236,11 +241,6 @@ class Comparison:
                 device=settings.device,
                 console=self.console,
             )
-            return
-        if name == CHANNELS:
-            plan = self._scoring_plan()
-            scores = score_channels(plan, self.windows, self._begun(out), self.device, self.console)
-            write_pruned(self.model, lowest(scores, channels_to_prune(self.model, ratio)), out)
             return
         layers = self.model.shape.layers
         with Steps((max(layers) + 1) * len(self.windows.tokens) + len(layers), self.console) as steps:

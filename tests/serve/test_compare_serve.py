@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -73,10 +74,9 @@ def test_medians_and_spread_stand_in_the_tables() -> None:
         "serving": {"vllm": "0.32.0", "arguments": [], **WORKLOAD}, "tool": "0", "workdir": "w",
         "rows": [{**row, "served": served}, {**other, "failed": "not served: the server exited with 1"}],
     }  # fmt: skip
-    console = Console(width=300, record=True, quiet=False, file=None)
-    with console.capture():
-        compare_table(console, content)
-    text, html = console.export_text(), page(content)
+    console = Console(width=300, file=io.StringIO())
+    compare_table(console, content)
+    text, html = console.file.getvalue(), page(content)
     for shown in (text, html):
         assert "220 (100-300)" in shown
         assert "4.0 (3.0-9.0)" in shown
