@@ -77,7 +77,8 @@ def measure(model: str, texts: list[Path]) -> dict[str, Any]:
 def rows_table(content: dict[str, Any]) -> str:
     """The table of `compare`, the processor's seconds for the clock's; the lowest perplexity of each ratio in bold."""
     titles = heads(content)
-    lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
+    shown = ["CPU time" if title == "time" else title for title in titles]
+    lines = [f"| {' | '.join(shown)} |", "|---|" + "---:|" * (len(titles) - 1)]
     texts = [text["name"] for text in content["texts"]]
     for row in content["rows"]:
         found = dict(zip(titles, cells(row, content), strict=True))
