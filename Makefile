@@ -3,11 +3,11 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all test-gpu quality picture bench bench-layer bench-server bench-peers bench-offline
-.PHONY: roofline lint audit format clean
+.PHONY: help setup lock demo test test-all test-gpu quality picture compare-tables
+.PHONY: bench bench-layer bench-server bench-peers bench-offline roofline lint audit format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install everything into .venv (PYTHON=python3.12 picks the interpreter of a new one)
 	@deploy/install.sh
@@ -32,6 +32,9 @@ quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 3
 
 picture: setup ## Draw the README's picture anew from the tables of docs/quality.md
 	@.venv/bin/python tests/picture.py
+
+compare-tables: setup ## Measure the tables of docs/comparison.md anew (needs ../shared; an hour)
+	@.venv/bin/python tests/compare_models.py
 
 bench-layer: setup ## Time a layer on this CPU beside vLLM's dense one (ARGS="--shapes Mixtral-8x7B")
 	@.venv/bin/python tests/bench_layer.py $(ARGS)

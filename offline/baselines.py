@@ -2,35 +2,27 @@
 Baselines). Experts are counted over the calibration windows, then some are dropped, or several become one.
 
 The result is an ordinary dense checkpoint: every layer has the same, smaller number of experts, the router lost the
-others' rows, config.json says the new number. Stock transformers and vLLM load it.
+others' rows, config.json says the new number. `d2moe_baseline.json` says, per layer and new expert, which of the
+source's experts it was made from. For channels see channels.py.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2moe_vllm.checkpoint import DTYPES, ROLES, Role, TensorSpec
-from offline.errors import InputError, UnreachableError
-from offline.folders import check_new_folder, check_space, new_folder
+from d2moe_vllm.checkpoint import ROLES, Role
+from offline.errors import UnreachableError
+from offline.folders import check_new_folder
 from offline.progress import Steps
-from offline.publish import companion_files
-from offline.shards import TORCH_DTYPES, Shard, plan_shards, sync_file, write_file, write_shards
-from offline.source import DenseModel, open_dense
-from offline.stored import expert_tensors
+from offline.rewriting import Rewrite, dense_shards
+from offline.source import DenseModel
 from offline.usage import Usage
 
-RECORD_FILE = "d2moe_baseline.json"
-"""Says, per layer and new expert, which of the source's experts it was made from."""
-ROUTERS = ("gate.weight", "gate.e_score_correction_bias", "router.layer.weight")
-"""Tensors beside a layer's experts that have a row (or a number) per expert."""
 COLUMNS = 1 << 16
 """Weights of every expert that are widened at once where experts are compared."""
 
@@ -64,7 +56,7 @@ def fewer_experts(model: DenseModel, ratio: float) -> int:
 
 def stored_ratio(model: DenseModel, experts: int) -> float:
     """Share of the source's bytes that is gone with so many experts a layer."""
-    return 1 - sum(shard.nbytes for shard in _shards(model, experts)) / model.reader.nbytes
+    return 1 - sum(shard.nbytes for shard in dense_shards(model, experts)) / model.reader.nbytes
 
 
 def _group_step(model: DenseModel) -> int:
@@ -154,7 +146,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "svd": {"allocation": "uniform", "base.kind": "none"},
 }
 """Name -> settings of a recipe: what the project's own pipeline can do."""
-BASELINES = ("frequency", "output-norm", "svd", "merge")
+CHANNELS = "channels"
+"""Of channels.py: the experts keep their number and lose channels."""
+BASELINES = ("frequency", "output-norm", "svd", "merge", CHANNELS)
 
 
 # Writing
@@ -166,8 +160,6 @@ def write_fewer(
     """The model with so many experts a layer, chosen by the baseline `name`, as a dense checkpoint in the new folder
     `out`; one tensor in memory at a time. `steps` is told of every layer. Raises InputError where `out` exists."""
     check_new_folder(out)
-    shards = _shards(model, experts)
-    check_space(out.parent, sum(shard.nbytes for shard in shards))
     steps.label(f"{name}: choosing experts")
     made: dict[int, list[dict[int, float]]] = {}
     for layer in model.shape.layers:
@@ -175,18 +167,15 @@ def write_fewer(
         made[layer] = [_shares(usage[layer], one) for one in members]
         steps.advance(1)
     steps.label(f"{name}: writing the checkpoint")
-    written = _Written(model, experts, made)
-    with new_folder(out) as folder:
-        write_shards(folder, shards, written.tensor)
-        config = {key: value for key, value in model.config.items() if key != "quantization_config"}
-        config |= {key: experts for key in model.family.num_experts_keys if key in config}
-        write_file(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        record = {"baseline": name, "layers": {layer: [sorted(one) for one in found] for layer, found in made.items()}}
-        write_file(folder / RECORD_FILE, json.dumps(record) + "\n")
-        for path in companion_files(model.folder):
-            shutil.copyfile(path, folder / path.name)
-            sync_file(folder / path.name)
-        open_dense(str(folder))  # whole and loadable, or it is not published
+
+    def weight(layer: int, expert: int, role: Role) -> Tensor:
+        return _average(made[layer][expert], lambda old: model.weight(layer, old, role))
+
+    def router(layer: int, rows: Tensor) -> Tensor:
+        return torch.stack([_average(shares, rows.__getitem__) for shares in made[layer]])
+
+    record = {"baseline": name, "layers": {layer: [sorted(one) for one in found] for layer, found in made.items()}}
+    Rewrite(model, experts, weight, router).write(out, record)
 
 
 def _shares(usage: Usage, members: Sequence[int]) -> dict[int, float]:
@@ -194,61 +183,6 @@ def _shares(usage: Usage, members: Sequence[int]) -> dict[int, float]:
     tokens = usage.tokens[list(members)]
     shares = tokens / tokens.sum() if tokens.sum() else torch.full_like(tokens, 1 / len(members))
     return dict(zip(members, shares.tolist(), strict=True))
-
-
-def _routers(model: DenseModel) -> dict[str, int]:
-    """Name of every tensor that has a row per expert -> its layer. Raises InputError where one is of another size."""
-    found: dict[str, int] = {}
-    for layer in model.shape.layers:
-        parent = model.family.experts_prefix(layer).rpartition(".")[0]
-        names = [f"{parent}.{name}" for name in ROUTERS if f"{parent}.{name}" in model.other_tensors]
-        if not names or any(model.other_tensors[name].shape[0] != model.shape.num_experts for name in names):
-            raise InputError(f"layer {layer}: no router with a row per expert under {parent}; leave the baseline out")
-        found |= dict.fromkeys(names, layer)
-    return found
-
-
-def _shards(model: DenseModel, experts: int) -> list[Shard]:
-    specs = dict(model.other_tensors)
-    for name in _routers(model):
-        specs[name] = TensorSpec(specs[name].dtype, (experts, *specs[name].shape[1:]))
-    shape = replace(model.shape, num_experts=experts)
-    stored = DTYPES[model.dtype]
-    for name, size in expert_tensors(shape, model.family.layouts[0], model.shape.layers):
-        specs[name] = TensorSpec(stored, size)
-    return plan_shards(specs)
-
-
-class _Written:
-    """The tensors of the smaller model. made: per layer and new expert, the old ones and their shares in it."""
-
-    def __init__(self, model: DenseModel, experts: int, made: Mapping[int, list[dict[int, float]]]) -> None:
-        self._model, self._made, self._routers = model, made, _routers(model)
-        self._parts: dict[str, tuple[int, list[int], list[Role]]] = {}
-        layout = model.family.layouts[0]
-        for layer in model.shape.layers:
-            for expert in range(1 if layout.stacked else experts):
-                numbers = list(range(experts)) if layout.stacked else [expert]
-                for role in ROLES:
-                    name = layout.name(layer, expert, role)
-                    self._parts.setdefault(name, (layer, numbers, []))[2].append(role)
-
-    def tensor(self, name: str) -> Tensor:
-        """By the name and in the layout of released checkpoints."""
-        if layer := self._routers.get(name, -1) + 1:
-            rows = self._model.other_tensor(name)
-            return torch.stack([_average(made, rows.__getitem__) for made in self._made[layer - 1]])
-        if name not in self._parts:
-            return self._model.other_tensor(name)
-        layer, experts, roles = self._parts[name]
-        found = [torch.cat([self._weight(layer, expert, role) for role in roles]) for expert in experts]
-        return torch.stack(found) if self._model.family.layouts[0].stacked else found[0]
-
-    def _weight(self, layer: int, expert: int, role: Role) -> Tensor:
-        made = self._made[layer][expert]
-        return _average(made, lambda old: self._model.weight(layer, old, role)).to(
-            TORCH_DTYPES[DTYPES[self._model.dtype]]
-        )
 
 
 def _average(shares: Mapping[int, float], fetch: Callable[[int], Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,8 @@ def compare(
         list[str] | None, typer.Option(help="d2, moe-svd, mobe; each by its default recipe (default: all three).")
     ] = None,
     baseline: Annotated[
-        list[str] | None, typer.Option(help="Simpler ways to compare with: frequency, output-norm, svd, merge.")
+        list[str] | None,
+        typer.Option(help="Simpler ways to compare with: frequency, output-norm, svd, merge, channels."),
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="Calibration text: UTF-8, or JSONL with `text`.")] = None,
     windows: WindowsOption = None,
@@ -57,16 +59,29 @@ def compare(
     keep: Annotated[bool, typer.Option("--keep", help="Leave what was compressed in the working folder.")] = False,
     memory: Memory = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve",
+            help="Also measure the speed of each row: a `vllm serve` of its own, loaded by `vllm bench serve` with 16 "
+            "requests of 32 + 64 tokens, 8 at once, three rounds after a warm-up. A minute or two for each row.",
+        ),
+    ] = False,
+    vllm_args: Annotated[
+        str | None, typer.Option(help="With --serve: further arguments of `vllm serve`, as one word in quotes.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the table as one HTML page.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compress SRC by several methods at several ratios, on one calibration, and compare what comes out."""
-    from offline.comparison import Settings
+    from offline.comparesettings import Settings
     from offline.comparison import compare as run
     from offline.htmltable import check_page, write_page
 
     if calibration is None:
         raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
+    if vllm_args is not None and not serve:
+        raise InputError("--vllm-args says how to serve; add --serve, or leave it out")
     if html is not None:
         check_page(html)
     # One that is asked for nothing but baselines gets nothing but baselines.
@@ -86,6 +101,7 @@ def compare(
         memory=parse_size(memory),
         device=device,
         keep=keep,
+        serve=_arguments(vllm_args) if serve else None,
     )
     result = run(settings, Console(stderr=True))
     if html is not None:
@@ -93,6 +109,16 @@ def compare(
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     else:
-        from offline.tables import compare_table
+        from offline.comparetable import compare_table
 
         compare_table(Console(), result)
+    if failed := sum(1 for row in result["rows"] if row["failed"]):
+        sys.stderr.write(f"d2moe: {failed} of {len(result['rows'])} rows failed; the same command tries them again\n")
+        raise typer.Exit(1)
+
+
+def _arguments(text: str | None) -> list[str]:
+    try:
+        return shlex.split(text or "")
+    except ValueError as error:
+        raise InputError(f"--vllm-args {text}: {error}; close what is quoted") from None

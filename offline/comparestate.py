@@ -23,18 +23,22 @@ class RowState:
         self.path, self._made_from = path, made_from
         self.row: dict[str, Any] = {}
         self.perplexities: dict[str, float] = {}
+        self.served: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["made_from"] == made_from:
                 self.row, self.perplexities = dict(found["row"]), dict(found["perplexity"])
+                self.served = dict(found.get("served", {}))
 
     def forget(self) -> None:
         """Before the checkpoint that the row is about is made anew: a kill must not leave one with another's row."""
         self.path.unlink(missing_ok=True)
-        self.row, self.perplexities = {}, {}
+        self.row, self.perplexities, self.served = {}, {}, {}
 
     def save(self) -> None:
-        content = {"made_from": self._made_from, "row": self.row, "perplexity": self.perplexities}
+        content = {
+            "made_from": self._made_from, "row": self.row, "perplexity": self.perplexities, "served": self.served,
+        }  # fmt: skip
         self.path.parent.mkdir(exist_ok=True)
         write_file(self.path, json.dumps(content, indent=1) + "\n")
 

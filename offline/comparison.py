@@ -7,33 +7,36 @@ again. What a method writes is measured and then removed, unless it is to be kep
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
 import shutil
 import time
-from collections.abc import Sequence
+import traceback
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 import d2moe_vllm
+from d2moe_vllm.checkpoint import CheckpointError
 from offline import jobs
-from offline.baselines import BASELINES, FEWER_EXPERTS, RECIPES, fewer_experts, write_fewer
+from offline.baselines import CHANNELS, FEWER_EXPERTS, RECIPES, fewer_experts, write_fewer
 from offline.calibration import Windows, choose_windows, read_text, tokenize
-from offline.card import METHODS
+from offline.channels import channels_to_prune, lowest, score_channels, scoring_plan, write_pruned
+from offline.comparesettings import Settings
 from offline.comparestate import RowState, own_folder
-from offline.errors import InputError, UnreachableError
+from offline.errors import InputError, UnreachableError, reason
 from offline.evaluation import evaluate
 from offline.memory import forget_peak, peak_memory
-from offline.plan import make_plan
+from offline.plan import Plan, make_plan
 from offline.progress import Steps
-from offline.recipe import Recipe, load_recipe
+from offline.recipe import Recipe
+from offline.rewriting import RECORD_FILE
 from offline.shards import Reader
 from offline.source import DenseModel, open_dense
+from offline.throughput import WORKLOAD, ServingError, serve_speed, version
 from offline.usage import count_usage
 from offline.workdir import fingerprint
 
@@ -42,35 +45,8 @@ SOURCE = "source"
 """Name of the first row: the model as it is."""
 ANY_RATIO = 0.5
 """A recipe has to have one."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to compare. ratios: of stored bytes; seq_len: tokens per window, of the calibration and of the texts (None:
-    2048, or the model's limit if less); memory: bytes to stay within; keep: what was written stays in `workdir`."""
-
-    source: str
-    methods: Sequence[str]
-    baselines: Sequence[str]
-    ratios: Sequence[float]
-    texts: Sequence[Path]
-    calibration: Path
-    workdir: Path
-    windows: int | None = None
-    seq_len: int | None = None
-    seed: int | None = None
-    revision: str | None = None
-    memory: int | None = None
-    device: str = "auto"
-    keep: bool = False
-
-    def recipe(self, name: str, ratio: float) -> Recipe:
-        """Of a method, or of a baseline: of one that is no recipe only ratio and calibration count."""
-        chosen = {"method": name} if name in self.methods else RECIPES.get(name, {})
-        calibration = {"windows": self.windows, "seq_len": self.seq_len, "seed": self.seed}
-        return load_recipe(
-            None, {"ratio": ratio, **chosen, **{f"calibration.{key}": value for key, value in calibration.items()}}
-        )
+EXPECTED = (InputError, CheckpointError, MemoryError, torch.OutOfMemoryError)
+"""Failures of a row that say what is wrong by themselves; others come with a traceback."""
 
 
 @dataclass
@@ -86,9 +62,9 @@ class Comparison:
 
     def __post_init__(self) -> None:
         settings = self.settings
-        _check(settings)
+        settings.check()
         self.model = open_dense(settings.source, settings.revision)
-        self.texts = _labels(settings.texts)
+        self.texts = settings.labels()
         self.hashes = {name: hashlib.sha256(read_text(path).encode()).hexdigest() for name, path in self.texts.items()}
         recipe = self._resolved(SOURCE, ANY_RATIO)
         calibration = recipe.calibration
@@ -106,18 +82,16 @@ class Comparison:
         names = [*self.settings.methods, *self.settings.baselines]
         wanted = [(name, ratio) for ratio in self.settings.ratios for name in names]
         # Every refusal comes before any work.
-        most = {one: self._most(*one) for one in wanted}
+        refused = {one: self._refused(*one) for one in wanted}
+        if all(row and row["failed"] for row in refused.values()):
+            raise InputError(next(row["failed"] for row in refused.values() if row))
         with own_folder(self.folder):
             for left in self.folder.glob("count-*"):  # activations of a run that was killed
                 shutil.rmtree(left)
             rows = [self._source_row()]
-            for number, (name, ratio) in enumerate(wanted, start=1):
-                self._say(f"{number} of {len(wanted)}: {name} at {100 * ratio:g} %")
-                reachable = most[name, ratio]
-                if reachable is not None:
-                    rows.append({**_row(name, self._kind(name), ratio), "reachable": reachable})
-                else:
-                    rows.append(self._measured(name, ratio))
+            for number, one in enumerate(wanted, start=1):
+                self._say(f"{number} of {len(wanted)}: {one[0]} at {100 * one[1]:g} %")
+                rows.append(refused[one] or self._attempted(*one))
         calibration = self._resolved(SOURCE, ANY_RATIO).calibration
         return {
             "source": {
@@ -128,6 +102,7 @@ class Comparison:
             "texts": [{"name": name, "sha256": digest} for name, digest in self.hashes.items()],
             "seq_len": self.seq_len,
             "machine": self._fingerprint(SOURCE, 0.0)["machine"],
+            "serving": self._serving,
             "tool": d2moe_vllm.__version__,
             "workdir": str(self.folder),
             "rows": rows,
@@ -135,24 +110,39 @@ class Comparison:
 
     # What a row is made from
 
-    def _kind(self, name: str) -> str:
-        return "method" if name in self.settings.methods else "baseline"
-
     def _resolved(self, name: str, ratio: float) -> Recipe:
         shape = self.model.shape
         recipe = self.settings.recipe(name, ratio)
         return recipe.resolve(shape.hidden_size, self.model.max_positions, shape.num_experts)
 
-    def _most(self, name: str, ratio: float) -> float | None:
-        """None, or the highest ratio that a method reaches where that is less than the one asked for."""
+    def _refused(self, name: str, ratio: float) -> dict[str, Any] | None:
+        """The row of a ratio that a method cannot reach, or of a model that it cannot compress; None where it can.
+        Raises InputError for a ratio that makes no sense."""
+        recipe, row = self.settings.recipe(name, ratio), self._row(name, ratio)
         try:
             if name in FEWER_EXPERTS:
                 fewer_experts(self.model, ratio)
+            elif name == CHANNELS:
+                channels_to_prune(self.model, ratio)
+                self._scoring_plan()
             else:
-                make_plan(self.model, self.settings.recipe(name, ratio), memory=self.settings.memory)
+                make_plan(self.model, recipe, memory=self.settings.memory)
         except UnreachableError as error:
-            return error.most
+            return {**row, "reachable": error.most}
+        except InputError as error:
+            return {**row, "failed": reason(error)}
         return None
+
+    def _scoring_plan(self) -> Plan:
+        calibration = self._resolved(CHANNELS, ANY_RATIO).calibration
+        return scoring_plan(self.model, calibration, self.settings.memory)
+
+    @cached_property
+    def _serving(self) -> dict[str, Any] | None:
+        """How speed is measured."""
+        if self.settings.serve is None:
+            return None
+        return {"vllm": version(), "arguments": list(self.settings.serve), **WORKLOAD}
 
     def _fingerprint(self, name: str, ratio: float) -> dict[str, Any]:
         """Everything that a row's figures depend on but the texts."""
@@ -163,32 +153,70 @@ class Comparison:
 
     # Rows
 
+    def _row(self, name: str, ratio: float) -> dict[str, Any]:
+        """A row without figures.
+
+        counted: of a checkpoint that holds zeros what is left without them; reachable: the highest ratio, where the one
+        asked for cannot be reached; resumed: seconds and memory are those of the last of several runs, and the whole
+        took more; failed: why figures are missing.
+        """
+        figures = (
+            "stored_ratio", "bytes", "parameters", "counted", "perplexity", "seconds", "cpu_seconds",
+            "peak_memory_bytes", "served", "path", "reachable", "failed",
+        )  # fmt: skip
+        kind = SOURCE if name == SOURCE else self.settings.kind(name)
+        return {"name": name, "kind": kind, "ratio": ratio, **dict.fromkeys(figures), "resumed": False}
+
     def _source_row(self) -> dict[str, Any]:
-        row = _row(SOURCE, SOURCE, 0.0) | _stored(self.model.reader, self.model.reader.nbytes)
         state = self._state(SOURCE, 0.0)
-        state.row = row
-        return self._with_perplexity(state, self.model.folder)
+        state.row = self._row(SOURCE, 0.0) | self._stored(self.model.reader)
+        return self._with_figures(state, self.model.folder)
+
+    def _attempted(self, name: str, ratio: float) -> dict[str, Any]:
+        """The row; where it cannot be made, what is known of it and why: the other rows must not be lost with it."""
+        try:
+            return self._measured(name, ratio)
+        except Exception as error:
+            if not isinstance(error, EXPECTED):
+                self._say(traceback.format_exc())
+            self._say(f"{name} at {100 * ratio:g} % failed: {reason(error)}")
+            state = self._state(name, ratio)
+            known = {text: state.perplexities.get(key) for text, key in self._keys.items()}
+            found = {"perplexity": known} if any(known.values()) else {}
+            return self._row(name, ratio) | state.row | found | {"failed": reason(error)}
 
     def _measured(self, name: str, ratio: float) -> dict[str, Any]:
         state = self._state(name, ratio)
         out = self.folder / f"{name}-{ratio}"
         missing = [key for key in self._keys.values() if key not in state.perplexities]
+        missing += [key for key in self._served_keys if key not in state.served]
         if not state.row or ((missing or self.settings.keep) and not out.is_dir()):
             state.forget()
             if out.exists():  # of an earlier run with other settings
                 shutil.rmtree(out)
             resumed = self._begun(out).exists()
             forget_peak()
-            started = time.monotonic()
+            started, computing = time.monotonic(), time.process_time()
             self._write(name, ratio, out)
-            made = {"seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": peak_memory()}
-            stored = _stored(Reader(out), self.model.reader.nbytes)
-            state.row = _row(name, self._kind(name), ratio) | made | stored | {"resumed": resumed}
+            made = {
+                "seconds": round(time.monotonic() - started, 1),
+                "cpu_seconds": round(time.process_time() - computing, 1),
+                "peak_memory_bytes": peak_memory(),
+            }
+            state.row = self._row(name, ratio) | made | self._stored(Reader(out)) | {"resumed": resumed}
             state.save()
-        row = self._with_perplexity(state, out)
+        row = self._with_figures(state, out)
         if not self.settings.keep and out.exists():
             shutil.rmtree(out)
         return row | {"path": str(out) if out.exists() else None}
+
+    def _stored(self, reader: Reader) -> dict[str, Any]:
+        """What lies on disk, and what is left of it where zeros are not counted."""
+        found: dict[str, Any] = {"bytes": reader.nbytes, "parameters": reader.parameters, "counted": None}
+        record = reader.folder / RECORD_FILE
+        if record.exists() and (counted := json.loads(record.read_text(encoding="utf-8")).get("counted")):
+            found["counted"] = {**counted, "ratio": 1 - counted["bytes"] / self.model.reader.nbytes}
+        return found | {"stored_ratio": 1 - reader.nbytes / self.model.reader.nbytes}
 
     def _begun(self, out: Path) -> Path:
         """The working folder of one compression; there before it starts where an earlier run was interrupted."""
@@ -196,6 +224,11 @@ class Comparison:
 
     def _write(self, name: str, ratio: float, out: Path) -> None:
         settings = self.settings
+        if name == CHANNELS:
+            plan = self._scoring_plan()
+            scores = score_channels(plan, self.windows, self._begun(out), self.device, self.console)
+            write_pruned(self.model, lowest(scores, channels_to_prune(self.model, ratio)), out)
+            return
         if name not in FEWER_EXPERTS:
             jobs.compress(
                 str(self.model.folder),
@@ -219,7 +252,14 @@ class Comparison:
         """Label of a text -> under which its perplexity is remembered."""
         return {name: f"{digest}-{self.seq_len}" for name, digest in self.hashes.items()}
 
-    def _with_perplexity(self, state: RowState, folder: Path) -> dict[str, Any]:
+    @cached_property
+    def _served_keys(self) -> list[str]:
+        """Under which speed is remembered, if it is wanted."""
+        return [json.dumps(self._serving, sort_keys=True)] if self._serving else []
+
+    def _with_figures(self, state: RowState, folder: Path) -> dict[str, Any]:
+        """The row with what is measured on its checkpoint, and remembered: perplexities, and speed if wanted."""
+
         def steps(total: float) -> Steps:
             return Steps(total, self.console)
 
@@ -229,7 +269,26 @@ class Comparison:
                 found = evaluate(str(folder), self.texts[name], self.seq_len, None, steps)
                 state.perplexities[key] = found.perplexity
                 state.save()
-        return {**state.row, "perplexity": {name: state.perplexities[key] for name, key in self._keys.items()}}
+        row = self._row(state.row["name"], state.row["ratio"]) | state.row
+        row["perplexity"] = {name: state.perplexities[key] for name, key in self._keys.items()}
+        for key in self._served_keys:
+            try:
+                if key not in state.served:
+                    state.served[key] = self._speed(state.row, folder)
+                    state.save()
+                row["served"] = state.served[key]
+            except ServingError as error:
+                self._say(f"not served: {error}")
+                row["failed"] = f"not served: {error}"
+        return row
+
+    def _speed(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
+        self._say("starting vllm serve")
+        if self.device.type == "cuda":  # the server needs what this process only keeps in reserve
+            torch.cuda.empty_cache()
+        log = self.folder / f"{row['name']}-{row['ratio']}.serve.log"
+        plugin = row["kind"] == "method" or row["name"] in RECIPES
+        return serve_speed(folder, plugin=plugin, arguments=self.settings.serve or (), log=log)
 
     def _state(self, name: str, ratio: float) -> RowState:
         path = self.folder / ROWS / f"{name}-{ratio}.json"
@@ -237,48 +296,6 @@ class Comparison:
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-
-def _row(name: str, kind: str, ratio: float) -> dict[str, Any]:
-    """A row without figures. reachable: the highest ratio, where the one asked for cannot be reached; resumed: seconds
-    and memory are those of the last of several runs, and the whole took more."""
-    figures = ("stored_ratio", "bytes", "parameters", "perplexity", "seconds", "peak_memory_bytes", "path", "reachable")
-    return {"name": name, "kind": kind, "ratio": ratio, **dict.fromkeys(figures), "resumed": False}
-
-
-def _stored(reader: Reader, source_bytes: int) -> dict[str, Any]:
-    return {
-        "bytes": reader.nbytes,
-        "parameters": reader.parameters,
-        "stored_ratio": 1 - reader.nbytes / source_bytes,
-    }
-
-
-def _check(settings: Settings) -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("compare runs as one process; start it without torchrun")
-    for option, given in (("ratio", settings.ratios), ("text", settings.texts)):
-        if not given:
-            raise InputError(f"compare needs at least one --{option}")
-    if not settings.methods and not settings.baselines:
-        raise InputError("compare needs at least one --method or --baseline")
-    for option, names, known in (
-        ("method", settings.methods, METHODS), ("baseline", settings.baselines, BASELINES),
-    ):  # fmt: skip
-        if unknown := [name for name in names if name not in known]:
-            raise InputError(f"--{option} {unknown[0]} is not one of {', '.join(known)}")
-    for option, many in (
-        ("ratio", settings.ratios), ("method", settings.methods), ("baseline", settings.baselines),
-        ("text", settings.texts),
-    ):  # fmt: skip
-        if twice := next((one for one, two in itertools.combinations(many, 2) if one == two), None):
-            raise InputError(f"--{option} {twice} is given twice")
-
-
-def _labels(texts: Sequence[Path]) -> dict[str, Path]:
-    """Files by their names, by their paths where two have one name."""
-    names = [path.name for path in texts]
-    return {str(path) if names.count(path.name) > 1 else path.name: path for path in texts}
 
 
 def compare(settings: Settings, console: Console) -> dict[str, Any]:

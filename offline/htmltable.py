@@ -6,9 +6,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from offline.comparetable import FIRST_TEXT, cells, footnotes, has_figures, heads, remark
 from offline.errors import InputError
 from offline.shards import write_file
-from offline.tables import compare_cells
 
 GENERATOR = '<meta name="generator" content="d2moe compare">'
 """By this a page of ours is known, which may be replaced."""
@@ -32,6 +32,7 @@ thead th {{ border-bottom-width: 2px; }}
 tbody + tbody {{ border-top: 2px solid var(--line); }}
 td.best {{ background: var(--best); font-weight: 600; }}
 td.not, p {{ color: var(--dim); }}
+td.not {{ white-space: normal; }}
 </style>
 </head>
 <body>
@@ -46,7 +47,7 @@ td.not, p {{ color: var(--dim); }}
 <p>Perplexity over windows of {seq_len} tokens. Calibration: {windows} windows of {seq_len} tokens, SHA-256 {digest}.
 Bytes are those of the weight files; time and peak memory are those of the compression, on {threads} CPU threads
 ({device}). d2moe-vllm {tool}.</p>
-</body>
+{notes}</body>
 </html>
 """
 
@@ -65,16 +66,15 @@ def write_page(path: Path, content: dict[str, Any]) -> None:
 
 
 def page(content: dict[str, Any]) -> str:
-    texts = [text["name"] for text in content["texts"]]
-    heads = ["", "asked", "removed", "bytes", "parameters", *texts, "time", "peak memory"]
     ratios = list(dict.fromkeys(row["ratio"] for row in content["rows"]))
-    bodies = (_body([row for row in content["rows"] if row["ratio"] == ratio], texts) for ratio in ratios)
+    bodies = (_body([row for row in content["rows"] if row["ratio"] == ratio], content) for ratio in ratios)
     machine = content["machine"]
     return PAGE.format(
         generator=GENERATOR,
         name=escape(content["source"]["name"]),
-        head="".join(f'<th scope="col">{escape(head)}</th>' for head in heads),
+        head="".join(f'<th scope="col">{escape(head)}</th>' for head in heads(content)),
         bodies="\n".join(bodies),
+        notes="".join(f"<p>{escape(line)}</p>\n" for line in footnotes(content)),
         seq_len=content["seq_len"],
         windows=content["calibration"]["windows"],
         digest=content["calibration"]["tokens_sha256"],
@@ -84,21 +84,25 @@ def page(content: dict[str, Any]) -> str:
     )
 
 
-def _body(rows: list[dict[str, Any]], texts: list[str]) -> str:
+def _body(rows: list[dict[str, Any]], content: dict[str, Any]) -> str:
     """The rows of one ratio."""
-    figures = [row["perplexity"] for row in rows if row["perplexity"] and row["kind"] != "source"]
-    best = {text: min(found[text] for found in figures) for text in texts} if figures else {}
-    return "<tbody>\n" + "\n".join(_line(row, texts, best) for row in rows) + "\n</tbody>"
+    best = {}
+    for text in (text["name"] for text in content["texts"]):
+        figures = [(row["perplexity"] or {}).get(text) for row in rows if row["kind"] != "source"]
+        best[text] = min((value for value in figures if value is not None), default=None)
+    return "<tbody>\n" + "\n".join(_line(row, content, best) for row in rows) + "\n</tbody>"
 
 
-def _line(row: dict[str, Any], texts: list[str], best: dict[str, float]) -> str:
-    name, *cells = compare_cells(row, texts)
-    head = f'<th scope="row">{escape(name)}</th>'
-    if row["reachable"] is not None:
-        asked, words = escape(cells[0]), escape(" ".join(filter(None, cells[1:])))
-        return f'<tr>{head}<td>{asked}</td><td class="not" colspan="{len(cells) - 1}">{words}</td></tr>'
-    marks = [""] * len(cells)
-    for place, text in enumerate(texts, start=4):
-        if row["perplexity"][text] == best.get(text):
+def _line(row: dict[str, Any], content: dict[str, Any], best: dict[str, float | None]) -> str:
+    """A row, and one below it where it has figures and yet something to say."""
+    name, asked, *figures = cells(row, content)
+    head = f'<th scope="row">{escape(name)}</th><td>{escape(asked)}</td>'
+    note = f'<td class="not" colspan="{len(figures)}">{escape(remark(row))}</td>'
+    if not has_figures(row):
+        return f"<tr>{head}{note}</tr>"
+    marks = [""] * len(figures)
+    for place, (text, least) in enumerate(best.items(), start=FIRST_TEXT - 1):
+        if least is not None and (row["perplexity"] or {}).get(text) == least and row["kind"] != "source":
             marks[place] = ' class="best"'
-    return f"<tr>{head}{''.join(f'<td{m}>{escape(c)}</td>' for m, c in zip(marks, cells, strict=True))}</tr>"
+    line = f"<tr>{head}{''.join(f'<td{m}>{escape(c)}</td>' for m, c in zip(marks, figures, strict=True))}</tr>"
+    return f"{line}\n<tr>{head}{note}</tr>" if row["failed"] else line

@@ -29,17 +29,22 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+# Opened here and not after the fork: other threads may hold the loader's lock then.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
 def _die_with_parent() -> None:
     # Whatever happens to us, SIGKILL included, the server gets a SIGTERM. Linux only; elsewhere
     # the context manager alone has to do.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Server:
     """Serves `model` on a free port of 127.0.0.1 while the `with` block runs.
 
-    arguments: further options of `vllm serve`; log: file for its output; timeout: seconds to come up.
+    arguments: further options of `vllm serve`; log: file for its output; timeout: seconds to come up; trust: code that
+    came with the model may run, which our checkpoints need.
     Raises ServerError where it exits or does not answer in time.
     """
 
@@ -52,13 +57,14 @@ class Server:
         env: Mapping[str, str] | None = None,
         timeout: float = 600,
         waiting: Callable[[], None] = lambda: None,
+        trust: bool = True,
     ) -> None:
         self.port = free_port()
         self.log = log
         self._timeout, self._waiting = timeout, waiting
         vllm = Path(sys.executable).with_name("vllm")
         self.command = [
-            str(vllm), "serve", str(model), "--trust-remote-code",
+            str(vllm), "serve", str(model), *(["--trust-remote-code"] if trust else []),
             "--host", "127.0.0.1", "--port", str(self.port), *arguments,
         ]  # fmt: skip
         self._env = {**os.environ, **(env or {})}
@@ -77,7 +83,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=self._env,
                 start_new_session=True,  # a process group of its own, so that none of its children is missed
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - no threads run yet in the callers
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no lock
             )
         try:
             self._wait()

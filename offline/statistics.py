@@ -191,6 +191,20 @@ def gradients(
 
 
 @torch.no_grad()
+def channel_scores(weights: Weights, routing: Routing, expert: int, activation: Activation) -> Tensor:
+    """Sum over tokens of (dL/dh * h)² for each of one expert's intermediate channels h, float64 [intermediate]: the
+    second-order estimate of what a channel's loss costs. L is the log-likelihood; a channel that no token reaches has
+    0. Raises ValueError where no upstream was recorded."""
+    if routing.upstream is None:
+        raise ValueError("channel scores need a recording with upstream gradients")
+    total = torch.zeros(weights["down"].shape[1], dtype=torch.float64, device=routing.device)
+    for token, x, gates in routing.batches(expert):
+        back = gates * (routing.upstream.read(token).to(routing.device) @ weights["down"].float())
+        total += back.mul_(_middle(weights, x, activation)).square_().sum(dim=0, dtype=torch.float64)
+    return total
+
+
+@torch.no_grad()
 def mean_gram(
     weights: Weights, routing: Routing, expert: int, site: Site, activation: Activation, *, gate_weighted: bool
 ) -> Tensor:

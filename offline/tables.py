@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rich.console import Console
@@ -10,8 +9,6 @@ from rich.table import Table
 
 ROLES = ("gate", "up", "down")
 PROBLEMS_SHOWN = 20
-WIDE = 1000
-"""More columns than any table has."""
 
 
 def size(count: float) -> str:
@@ -205,48 +202,6 @@ def export_table(console: Console, result: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     console.print(f"serve it:  vllm serve {result['path']}", highlight=False, soft_wrap=True)
-
-
-def compare_table(console: Console, content: dict[str, Any]) -> None:
-    """One row per method and ratio, the source first."""
-    texts = [text["name"] for text in content["texts"]]
-    table = Table(box=None, pad_edge=False)
-    for head in ("", "asked", "removed", "bytes", "parameters", *texts, "time", "peak memory"):
-        table.add_column(head, no_wrap=True)
-    for row in content["rows"]:
-        table.add_row(*compare_cells(row, texts))
-    # A narrow terminal may wrap it; cells that are cut say nothing.
-    console.width = max(console.width, console.measure(table, options=console.options.update(width=WIDE)).maximum)
-    console.print(table)
-    calibration = content["calibration"]
-    console.print(
-        f"perplexity over windows of {content['seq_len']} tokens; calibrated on {calibration['windows']} windows of "
-        f"{calibration['seq_len']} (SHA-256 {calibration['tokens_sha256'][:12]}); time and memory are compression's",
-        style="dim",
-        soft_wrap=True,
-    )
-
-
-def compare_cells(row: dict[str, Any], texts: list[str]) -> list[str]:
-    """What a row of the comparison says; of one whose ratio cannot be reached only that."""
-    asked = "" if row["kind"] == "source" else f"{100 * row['ratio']:g} %"
-    if row["reachable"] is not None:
-        # Rounded down: what is said has to be reachable.
-        most = math.floor(1000 * row["reachable"]) / 10
-        return [row["name"], asked, "not reachable:", f"at most {most:.1f} %", *[""] * (len(texts) + 3)]
-    cost = ["", ""]
-    if row["seconds"] is not None:
-        more = "≥ " if row["resumed"] else ""
-        cost = [more + duration(row["seconds"]), more + size(row["peak_memory_bytes"])]
-    return [
-        row["name"],
-        asked,
-        "" if row["kind"] == "source" else f"{100 * row['stored_ratio']:.2f} %",
-        f"{row['bytes']:,}",
-        f"{row['parameters']:,}",
-        *(f"{row['perplexity'][text]:.2f}" for text in texts),
-        *cost,
-    ]
 
 
 def analyses_table(console: Console, content: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from d2moe_vllm.checkpoint import ROLES
 from offline.baselines import (
-    RECORD_FILE,
     by_frequency,
     by_output_norm,
     cluster,
@@ -28,6 +27,7 @@ from offline.baselines import (
 from offline.errors import UnreachableError
 from offline.families import FAMILIES
 from offline.progress import Steps
+from offline.rewriting import RECORD_FILE
 from offline.source import open_dense
 from offline.usage import Usage, count_usage
 

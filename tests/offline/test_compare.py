@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ from compression import TINY, d2moe_here, script
 
 from offline.calibration import choose_windows, read_text, tokenize
 from offline.comparecmd import spread
+from offline.errors import InputError, reason
 
 FEW = ("--windows", "16", "--seq-len", "64")
 
@@ -168,6 +170,128 @@ def test_without_keep_only_the_rows_stay(texts: tuple[Path, Path], short: Path, 
     assert {path.name for path in (tmp_path / "work").iterdir()} == {".d2moe-compare", "rows"}
 
 
+def test_a_row_that_fails_leaves_the_others(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
+    """A folder of somebody else's stands where one row would compute: that row says so, the others are whole, the exit
+    code is 1. Once it is gone the same command makes the missing row, and no other."""
+    work, page = tmp_path / "work", tmp_path / "table.html"
+    foreign = work / "d2-0.2.work"
+    arguments = (
+        "compare", TINY, "--ratio", "0.2", "--method", "d2", "--baseline", "frequency", "channels", "--text", short,
+        "--calibration", texts[0], *FEW, "--workdir", work, "--html", page,
+    )  # fmt: skip
+    foreign.mkdir(parents=True)
+    (work / ".d2moe-compare").touch()
+    (foreign / "mine.txt").write_text("mine")
+    done = d2moe_here(*arguments, "--json")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("d2moe: 1 of 4 rows failed")
+    assert "Traceback" not in done.stderr
+    content = json.loads(done.stdout)
+    failed = row(content, "d2", 0.2)
+    assert "not empty and not ours" in failed["failed"]
+    assert failed["bytes"] is failed["perplexity"] is failed["seconds"] is None
+    assert "not empty and not ours" in page.read_text()
+    whole = [one for one in content["rows"] if one["name"] != "d2"]
+    assert [one["name"] for one in whole] == ["source", "frequency", "channels"]
+    assert all(one["perplexity"]["held-out.txt"] > 1 and one["failed"] is None for one in whole)
+    assert (foreign / "mine.txt").read_text() == "mine"
+
+    table = d2moe_here(*arguments)
+    assert table.returncode == 1
+    lines = table.stdout.splitlines()
+    assert any(re.match(r"d2 +20 % +failed: +see below", line) for line in lines)
+    assert any(line.startswith("d2 20 % failed: ") and "not empty and not ours" in line for line in lines)
+
+    (foreign / "mine.txt").unlink()
+    again = d2moe_here(*arguments, "--json")
+    assert again.returncode == 0, again.stderr
+    mended = json.loads(again.stdout)
+    assert row(mended, "d2", 0.2)["failed"] is None
+    assert row(mended, "d2", 0.2)["perplexity"]["held-out.txt"] > 1
+    assert [one for one in mended["rows"] if one["name"] != "d2"] == whole
+
+
+def test_refused_by_one_method_is_a_row_refused_by_all_is_an_error(
+    texts: tuple[Path, Path], short: Path, tmp_path: Path
+) -> None:
+    """What is too little memory for a compression is enough for the baselines that hold one layer; alone, the method is
+    refused as `compress` would, before any work."""
+    arguments = ("--ratio", "0.2", "--text", short, "--calibration", texts[0], *FEW, "--workdir", tmp_path / "work")
+    little = ("compare", TINY, *arguments, "--memory", "500MB", "--method", "mobe")
+    done = d2moe_here(*little)
+    assert done.returncode == 2
+    assert "does not suffice" in done.stderr
+    assert not (tmp_path / "work").exists()
+    done = d2moe_here(*little, "--baseline", "frequency", "--json")
+    assert done.returncode == 1
+    content = json.loads(done.stdout)
+    assert "does not suffice" in row(content, "mobe", 0.2)["failed"]
+    assert row(content, "frequency", 0.2)["perplexity"]["held-out.txt"] > 1
+
+
+def test_an_interrupt_ends_it(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
+    """Ctrl-C is no failure of a row: no further row is tried."""
+    work = tmp_path / "work"
+    arguments = (
+        "compare", TINY, "--ratio", "0.2", "0.4", "--method", "d2", "--text", short, "--calibration", texts[0], *FEW,
+        "--workdir", work,
+    )  # fmt: skip
+    with subprocess.Popen([script("d2moe"), *map(str, arguments)], stderr=subprocess.PIPE, text=True) as run:
+        while not (work / "d2-0.2.work" / "layers").exists():
+            assert run.poll() is None, "ended before it began"
+            time.sleep(0.005)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert said.strip().splitlines()[-1] == "d2moe: interrupted; run the same command again to continue"
+    assert not (work / "d2-0.4.work").exists()
+    assert {path.name for path in (work / "rows").iterdir()} == {"source-0.0.json"}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory (MemoryError)"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "out of",
+        ),
+        (InputError("ratio 2 is\nwrong"), "ratio 2 is wrong"),
+        (KeyError("a"), "KeyError: 'a'"),
+    ],
+)
+def test_reasons_are_one_line(error: Exception, said: str) -> None:
+    assert reason(error).startswith(said)
+    assert "\n" not in reason(error)
+
+
+def test_zeros_are_not_counted_and_it_says_so(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
+    """`channels`: on disk the source's bytes, counted those that the ratio leaves; marked in both tables."""
+    page = tmp_path / "table.html"
+    arguments = (
+        "compare", TINY, "--ratio", "0.2", "0.9", "--baseline", "channels", "--text", short, "--calibration", texts[0],
+        *FEW, "--workdir", tmp_path / "work", "--html", page,
+    )  # fmt: skip
+    done = d2moe_here(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    found = row(content, "channels", 0.2)
+    assert found["bytes"] == content["source"]["bytes"]
+    assert found["parameters"] == content["source"]["parameters"]
+    assert found["stored_ratio"] == 0
+    assert found["counted"]["bytes"] <= 0.8 * found["bytes"] < found["counted"]["bytes"] + 3 * 128 * 2
+    assert found["counted"]["ratio"] == pytest.approx(0.2, abs=1e-4)
+    gone = found["bytes"] - found["counted"]["bytes"]
+    assert found["parameters"] - found["counted"]["parameters"] == gone / 2
+    assert found["perplexity"]["held-out.txt"] > content["rows"][0]["perplexity"]["held-out.txt"]
+    assert 0.7 < row(content, "channels", 0.9)["reachable"] < 0.75
+    text = d2moe_here(*arguments).stdout
+    for shown in (text, page.read_text()):
+        assert f"{found['counted']['bytes']:,}*" in shown
+        assert "* counted without the channels that are zero" in shown
+    assert content["rows"][0]["counted"] is None
+
+
 class _Table(HTMLParser):
     """The cells of a page's one table, and every address in the page."""
 
@@ -245,7 +369,7 @@ def test_bad_input_is_one_line(texts: tuple[Path, Path], short: Path, tmp_path: 
         ({"--ratio": ["0.4", "0.4"]}, "twice"),
         ({"--ratio": ["1.4"]}, "ratio"),
         ({"--method": ["d3"]}, "d3"),
-        ({"--baseline": ["channels"]}, "frequency"),
+        ({"--baseline": ["experts"]}, "frequency"),
         ({"--text": [tmp_path / "none"]}, "cannot be read"),
         ({"--text": [short, short]}, "twice"),
         ({"--calibration": []}, "--calibration"),
@@ -253,6 +377,7 @@ def test_bad_input_is_one_line(texts: tuple[Path, Path], short: Path, tmp_path: 
         ({"--seq-len": ["5000"]}, "1024"),
         ({"--workdir": [tmp_path / "full"]}, "not empty"),
         ({"--workdir": [TINY]}, "source"),
+        ({"--vllm-args": ["--enforce-eager"]}, "--serve"),
         ({"--html": [tmp_path / "mine.html"]}, "exists already"),
         ({"--html": [tmp_path / "none" / "a.html"]}, "existing folder"),
     ]:
