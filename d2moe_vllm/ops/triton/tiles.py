@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 TABLES = Path(__file__).with_name("tables")
-GROUPED = ("shrink", "expand_gate_up", "expand_down", "expand_columns")
+GROUPED = ("shrink", "shrink_mixed", "expand_gate_up", "expand_down", "expand_columns")
 TABLE_KERNELS = ("base", *GROUPED, "mix", "combine", "gather")
 INVARIANT_ROWS = 16
 """Where a row's bits may not depend on other rows, their number must not choose the tile: this one does."""
