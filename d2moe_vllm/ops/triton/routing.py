@@ -82,8 +82,9 @@ def align(
     place = tl.gather(places + before, tl.where(own, chosen, 0), 0)
     for start in range(first, tl.minimum(first + CHUNK, count), STEP):
         others = start + tl.arange(0, STEP)
-        same = tl.load(ids + others, mask=others < count, other=-1)[None, :] == chosen[:, None]
-        place += total((same & (others[None, :] < numbers[:, None])).to(tl.int32), 1)
+        same = tl.load(ids + others, mask=others < count, other=-1)[:, None] == chosen[None, :]
+        # Over the first axis, which lies in a thread's own registers.
+        place += total((same & (others[:, None] < numbers[None, :])).to(tl.int32), 0)
     tl.store(pairs + place, numbers, mask=own)
 
     # Every program has its share of the blocks, whose experts it names and whose ends it fills.
@@ -91,7 +92,7 @@ def align(
     for start in range(chunk * share, tl.minimum((chunk + 1) * share, max_blocks), STEP):
         block = start + tl.arange(0, STEP)
         there = block < tl.minimum((chunk + 1) * share, max_blocks)
-        expert = total((end_blocks[None, :] <= block[:, None]).to(tl.int32), 1)
+        expert = total((end_blocks[:, None] <= block[None, :]).to(tl.int32), 0)
         tl.store(block_experts + block, tl.where(expert < num_experts, expert, -1), mask=there)
         of_block = tl.minimum(expert, BLOCK_E - 1)
         end = tl.gather(places + of_expert, of_block, 0)
