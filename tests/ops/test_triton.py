@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_cases import CROWDED, cases, crowd, random_case
 from moe_oracle import Case, forward, kernel_arguments
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton_kernels import DEVICES, Backend, products_by_rows
+from triton_kernels import DEVICES, Backend, Shapes, products_by_rows
 
 from d2moe_vllm.ops import BACKENDS, choose_backend
 from d2moe_vllm.ops.reference import Weights, fused_experts, select_columns
@@ -230,24 +229,6 @@ def test_routing(backend: Backend, num_experts: int, top_k: int, chosen: list[in
     expected = {e: [i for i, c in enumerate(chosen) if c == e] for e in range(num_experts)}
     assert found == {e: rows for e, rows in expected.items() if rows}
     assert [e for e in experts if e >= 0] == sorted(e for e in experts if e >= 0)
-
-
-REFUSED = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "unique", "equal", "bincount")
-
-
-class Shapes(TorchDispatchMode):
-    """Records torch's operators with their outputs' shapes; refuses those that make the host wait for a value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        assert not name.startswith(REFUSED), name
-        out = func(*args, **(kwargs or {}))
-        self.seen.append((name, tuple(out.shape) if isinstance(out, torch.Tensor) else None))
-        return out
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,6 @@ SQUARES_ROWS = 64
 """Rows that one program of column_squares sums."""
 ADD_BLOCK = 1024
 """Elements that one program of add_parts makes."""
-SLOT_ROWS = 32
-"""Most rows of one expert that share a tile of its V in mixing.mixed_product."""
-MIXED_AT_ONCE = 32
-"""Most bases that it reads at once."""
 
 
 def power_of_two(value: int) -> int:
@@ -167,9 +163,9 @@ class Batch:
     def mixed_product(self, x: Tensor, bases: Tensor, alpha: Tensor, *, gate_rank: int, function: str) -> Tensor:
         """[parts, pairs, k]: V x of each pair's token, V mixed from bases [m, k, depth] by its expert's alpha [2 m]."""
         tile, (count, rank, depth), pairs = self.tile("shrink_mixed"), bases.shape, self.tokens * self.top_k
-        block_m = min(tile.block_m, SLOT_ROWS)
-        block_j = min(max(power_of_two(count), 16), MIXED_AT_ONCE)
-        groups = ceil_div(len(self.pairs), block_m * mixing.SLOTS.value)
+        block_m = min(tile.block_m, tiles.SLOT_ROWS)
+        block_j = min(max(power_of_two(count), 16), tiles.MIXED_AT_ONCE)
+        groups = ceil_div(len(self.pairs), block_m * tiles.SLOTS)
         blocks_n = sum(ceil_div(part, tile.block_n) for part in (gate_rank, rank - gate_rank))
         splits = self._splits(groups * blocks_n, depth, tile.block_k)
         out = self.empty(splits, pairs, rank, dtype=torch.float32 if splits > 1 else self.dtype)
@@ -190,6 +186,7 @@ class Batch:
             FUNCTION=function,
             SPLITS=splits,
             PAIRS_M=tile.block_m,
+            SLOTS=tiles.SLOTS,
             BLOCK_J=block_j,
             BLOCKS_J=ceil_div(count, block_j),
             **{**_matrix(tile), "BLOCK_M": block_m},

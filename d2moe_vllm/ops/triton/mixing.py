@@ -5,10 +5,6 @@ import triton.language as tl
 
 from d2moe_vllm.ops.triton.common import block_of, ceil_div, split_of
 
-SLOTS = tl.constexpr(16)
-"""Pieces of blocks of rows that one program works on, each with its own expert's V: as many rows as a tensor core's
-product has at least, as the mix is one, of alphas [SLOTS, m] with bases [m, tile of V]."""
-
 
 @triton.jit
 def function(value, FUNCTION: tl.constexpr):
@@ -55,6 +51,7 @@ def mixed_product(
     FUNCTION: tl.constexpr,
     SPLITS: tl.constexpr,
     PAIRS_M: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -65,7 +62,7 @@ def mixed_product(
 
     x: [tokens, depth]. bases: [count, rank, depth], gate's gate_rank rows before up's. alpha: [D, 2 count], gate's
     before up's; expert e's stand at e. out: [SPLITS, rows, rank]. pairs, block_experts: see routing.align, in blocks of
-    PAIRS_M, a multiple of BLOCK_M. V is rounded to the weights' type where the reference rounds it: after mixing, and
+    PAIRS_M, a multiple of BLOCK_M; SLOTS pieces of BLOCK_M rows are worked on at once. V is rounded to the weights' type where the reference rounds it: after mixing, and
     after f. No program has rows of both gate and up. BLOCKS_J: of BLOCK_J bases, in all.
     """
     gate_blocks = ceil_div(gate_rank, BLOCK_N)
