@@ -167,10 +167,10 @@ def check(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Any:
         layer = backend.modules.layer.fused_experts
         compute = compute or (lambda *inputs, static_shapes, **options: layer(*inputs, **options))
         monkeypatch.setitem(ops.BACKENDS, "new", ops.Backend(compute, check=True))
-        arguments, options = mixed_case(11, hidden=48, rank=(20, 9), num_experts=6)
+        arguments, options = mixed_case(11, hidden=24, rank=(9, 4))
         parameters = backend.to(ops.flat(*arguments[3:5]))
         options = {"batch_invariant": False, **options, "backend": "new", **changes}
-        with against_reference(lambda: parameters, options, hidden_size=48, top_k=2):
+        with against_reference(lambda: parameters, options, hidden_size=24, top_k=2):
             pass
 
     return load

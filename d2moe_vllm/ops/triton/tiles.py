@@ -100,8 +100,8 @@ def using(entries: Mapping[str, Mapping[int, Tile]]) -> Iterator[None]:
 def tile(kernel: str, rows: int, dtype: torch.dtype, device_name: str) -> Tile:
     """The entry with the most rows that are not more than `rows`, this rounded up to a power of two.
 
-    float32 takes twice the shared memory and is multiplied without tensor cores: half the inputs at a time, and blocks
-    of at most 64 x 64, or 8 columns where V is mixed from bases.
+    float32 takes twice the shared memory and is multiplied without tensor cores: a quarter of the inputs at a time, and
+    blocks of at most 64 x 64, or 8 columns where V is mixed from bases.
     """
     bucket = 1 << max(rows - 1, 0).bit_length()
     found = _at(_entries(kernel, device_name), bucket)
@@ -116,7 +116,7 @@ def for_dtype(kernel: str, found: Tile, dtype: torch.dtype) -> Tile:
         return found
     columns = 8 if kernel == "shrink_mixed" else 64
     return replace(
-        found, block_m=min(found.block_m, 64), block_n=min(found.block_n, columns), block_k=max(found.block_k // 2, 16)
+        found, block_m=min(found.block_m, 64), block_n=min(found.block_n, columns), block_k=max(found.block_k // 4, 16)
     )
 
 
