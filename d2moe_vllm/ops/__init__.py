@@ -57,7 +57,7 @@ MOBE = frozenset(("bases", "dense"))
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing, lacks=MOBE),
     # ROCm's devices are "cuda" to torch, too.
-    "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing, check=True, lacks=MOBE),
+    "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing, check=True),
     "reference": Backend(reference.fused_experts),
 }
 """By preference."""

@@ -29,7 +29,9 @@ PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 """Of A100, H100, B200: how sums are split depends on them."""
 ODD = Shape(200, 328, 6, 2)
 """Multiples of 8 and of no 16."""
-VARIANTS = ("base", "low-rank base", "no base", "shared V", "columns", "trimmed", "no deltas")
+MANY = Shape(7168, 2048, 256, 8)
+"""DeepSeek-V3's experts: 64 bases, more than are mixed at once."""
+VARIANTS = ("base", "low-rank base", "no base", "shared V", "columns", "trimmed", "no deltas", "bases")
 
 
 def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Weights, list[int], int]:
@@ -43,6 +45,12 @@ def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Wei
     integers = partial(torch.empty, dtype=torch.int32, device="meta")
     fields: dict[str, Tensor] = {}
     base_rank = 0
+    if variant == "bases":
+        if name == "w2":
+            return Weights(dense=new(stored, out, inputs)), [0], 0
+        count = max(shape.experts // 4, 2)
+        bases = new(count, parts * rank, inputs)
+        return Weights(bases=bases, alpha=new(stored, parts * count), a=new(stored, out, parts * rank)), [rank] * 2, 0
     if variant != "no deltas":
         fields["delta_u"] = new(stored, out, parts * rank)
         if variant == "columns":
@@ -64,7 +72,14 @@ def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Wei
 
 
 def call(
-    shape: Shape, dtype: torch.dtype, variant: str, scope: str, rows: int, activation: str, invariant: bool = False
+    shape: Shape,
+    dtype: torch.dtype,
+    variant: str,
+    scope: str,
+    rows: int,
+    activation: str,
+    invariant: bool = False,
+    function: str = "silu",
 ) -> None:
     w13, ranks13, base13 = half(shape, dtype, variant, "w13")
     w2, ranks2, base2 = half(shape, dtype, variant, "w2")
@@ -76,7 +91,7 @@ def call(
         num_experts=shape.experts, intermediate_size=shape.intermediate, ranks=ranks13 + ranks2,
         base_ranks=[base13, base13, base2], groups=[8, 8],
         used=[shape.hidden // 16 * 8, shape.intermediate // 16 * 8], activation=activation, scope=scope,
-        batch_invariant=invariant,
+        batch_invariant=invariant, function=function,
     )  # fmt: skip
 
 
@@ -85,6 +100,7 @@ def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
     if not everything:
         for scope, rows in (("off", 16), ("batch", 16), ("batch", 128), ("token", 1)):
             yield partial(call, SHAPES["Mixtral-8x7B"], dtype, "base", scope, rows, "silu")
+        yield partial(call, SHAPES["Qwen3-30B-A3B"], dtype, "bases", "off", 128, "silu")
         return
     # Every bucket of rows, twice the tables' last one for kernels whose rows are those of one expert of many.
     every = sorted(
@@ -95,6 +111,10 @@ def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
         yield partial(call, shape, dtype, "base", scope, rows, "silu", True)
     for shape, variant, rows in itertools.product((SHAPES["Mixtral-8x7B"], ODD), VARIANTS, every):
         yield partial(call, shape, dtype, variant, "off", rows, "silu")
+    for shape, invariant, rows in itertools.product((*list(SHAPES.values())[1:], MANY), (False, True), every):
+        yield partial(call, shape, dtype, "bases", "off", rows, "silu", invariant)
+    for rows, function in itertools.product((1, 1024), ("silu", "tanh")):
+        yield partial(call, SHAPES["Qwen3-30B-A3B"], dtype, "bases", "off", rows, "silu", function=function)
     for activation in ("gelu", "gelu_tanh"):
         yield partial(call, SHAPES["Mixtral-8x7B"], dtype, "base", "off", 128, activation)
 

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_cases import CROWDED, cases, crowd, random_case
 from moe_oracle import Case, forward, kernel_arguments
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton_kernels import DEVICES, Backend, products_by_rows
+from triton_kernels import DEVICES, Backend, Shapes, products_by_rows
 
 from d2moe_vllm.ops import BACKENDS, choose_backend
 from d2moe_vllm.ops.reference import Weights, fused_experts, select_columns
@@ -214,8 +213,21 @@ def test_selection_is_the_references(backend: Backend, scope: str, rows: int, si
 @given(st.integers(1, 40), st.integers(1, 3), st.lists(st.integers(-2, 41), min_size=1, max_size=70), st.booleans())
 def test_routing(backend: Backend, num_experts: int, top_k: int, chosen: list[int], invariant: bool) -> None:
     """Each pair whose expert is here stands in exactly one of that expert's blocks, ascending; blocks never run out."""
-    chosen = chosen * top_k
-    ids = torch.tensor(chosen, dtype=torch.int32, device=backend.device).view(-1, top_k)
+    check_routing(backend, num_experts, torch.tensor(chosen * top_k).view(-1, top_k), invariant)
+
+
+@pytest.mark.parametrize("pairs", [511, 512, 513, 1024, 1900])
+@pytest.mark.parametrize("num_experts", [1, 37, 256])
+def test_routing_of_more_pairs_than_a_program_sorts(backend: Backend, pairs: int, num_experts: int) -> None:
+    """Experts of one chunk, of several and of none; ids that are nobody's among them."""
+    generator = torch.Generator().manual_seed(pairs)
+    ids = torch.randint(-1, num_experts + 1, (pairs, 1), generator=generator)
+    ids[100:480] = num_experts // 2
+    check_routing(backend, num_experts, ids, False)
+
+
+def check_routing(backend: Backend, num_experts: int, ids: torch.Tensor, invariant: bool) -> None:
+    chosen, ids = ids.flatten().tolist(), ids.int().to(backend.device)
     batch = backend.modules.launch.Batch(ids.float(), ids, num_experts, torch.float32, invariant)
     block_m = batch.tile("shrink").block_m
     blocks, experts = batch.pairs.cpu().view(-1, block_m), batch.block_experts.tolist()
@@ -230,24 +242,6 @@ def test_routing(backend: Backend, num_experts: int, top_k: int, chosen: list[in
     expected = {e: [i for i, c in enumerate(chosen) if c == e] for e in range(num_experts)}
     assert found == {e: rows for e, rows in expected.items() if rows}
     assert [e for e in experts if e >= 0] == sorted(e for e in experts if e >= 0)
-
-
-REFUSED = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "unique", "equal", "bincount")
-
-
-class Shapes(TorchDispatchMode):
-    """Records torch's operators with their outputs' shapes; refuses those that make the host wait for a value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        assert not name.startswith(REFUSED), name
-        out = func(*args, **(kwargs or {}))
-        self.seen.append((name, tuple(out.shape) if isinstance(out, torch.Tensor) else None))
-        return out
 
 
 @pytest.mark.parametrize(

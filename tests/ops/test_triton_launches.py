@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import aot_report
 import pytest
 import torch
+from layer_shapes import SHAPES
+from mixed_cases import MIXED, mixed_case
 from moe_cases import CROWDED, crowd
 from moe_oracle import kernel_arguments
 from triton.runtime.jit import JITFunction
@@ -45,14 +48,18 @@ def run_on_meta(arguments: list[Any], options: dict[str, Any]) -> None:
 
 
 def recorded(variant: str, scope: str, dtype: torch.dtype, tokens: int) -> list[aot.Launch]:
-    arguments, options = kernel_arguments(crowd(variant, scope), dtype)
+    if variant in MIXED:
+        arguments, options = mixed_case(0, dtype, **{**MIXED[variant], "tokens": 67})
+    else:
+        arguments, options = kernel_arguments(crowd(variant, scope), dtype)
     arguments = [*(tensor[:tokens] for tensor in arguments[:3]), *arguments[3:]]
     return aot.record(lambda: run_on_meta(arguments, options), TARGET)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scope", layer.SCOPES)
-@pytest.mark.parametrize("variant", CROWDED)
+@pytest.mark.parametrize(
+    ("variant", "scope"), [*itertools.product(CROWDED, layer.SCOPES), *((variant, "off") for variant in MIXED)]
+)
 def test_numbers_of_rows_make_no_kernel_of_their_own(variant: str, scope: str, dtype: torch.dtype) -> None:
     """Where they ask for the same tiles: a multiple of 16, of which triton would know, is like any other number."""
     for few, many in ((15, 16), (17, 32)):
@@ -68,12 +75,11 @@ def test_every_kernel_that_is_launched_is_compiled(dtype: torch.dtype) -> None:
         return launch.name, frozenset((n, kind) for n, kind in kinds if kind[0] == "*" and n not in OPTIONAL)
 
     compiled = {pointers(launch) for call in aot_report.calls(dtype, True) for launch in aot.record(call, TARGET)}
-    for variant in CROWDED:
-        for scope in layer.SCOPES:
-            for tokens in (1, 16, 67):
-                found = recorded(variant, scope, dtype, tokens)
-                assert len(found) >= 5
-                assert {*map(pointers, found)} <= compiled, (variant, scope, tokens)
+    kinds = (*itertools.product(CROWDED, layer.SCOPES), *((variant, "off") for variant in MIXED))
+    for (variant, scope), tokens in itertools.product(kinds, (1, 16, 67)):
+        found = recorded(variant, scope, dtype, tokens)
+        assert len(found) >= 5
+        assert {*map(pointers, found)} <= compiled, (variant, scope, tokens)
 
 
 def mixtral(tokens: int, experts: int = 8) -> list[Any]:
@@ -112,11 +118,19 @@ def test_few_launches(seen: list[Any], scope: str, tokens: int, launches: int) -
     assert len(seen) <= launches, [name for name, *_ in seen]
 
 
+@pytest.mark.parametrize(("tokens", "launches"), [(1, 7), (64, 6), (4096, 7)])
+def test_few_launches_of_mixed_layers(seen: list[Any], tokens: int, launches: int) -> None:
+    """Sorting, mixing, expanding, down and the sum; one to add up parts, and one to count where pairs are many."""
+    aot_report.call(SHAPES["Qwen3-30B-A3B"], torch.bfloat16, "bases", "off", tokens, "silu")
+    assert len(seen) <= launches, [name for name, *_ in seen]
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 8, 64, 1024])
 def test_every_row_is_computed_by_the_same_tiles_where_bits_must_not_depend_on_others(
     seen: list[Any], tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of rows changes nothing but the grid and the numbers of rows."""
+    """The number of rows changes nothing but the grid and the numbers of rows; many pairs are counted in a launch more,
+    which computes nothing of a row."""
     # So many that sums of few rows would be split.
     monkeypatch.setattr(tiles, "processors", lambda device: aot_report.PROCESSORS["sm_90"])
 
@@ -126,6 +140,7 @@ def test_every_row_is_computed_by_the_same_tiles_where_bits_must_not_depend_on_o
         return [
             (name, {key: value for key, value in arguments.items() if key.isupper() or key.startswith("num_w")})
             for name, arguments in seen
+            if name != "count_chunks"
         ]
 
     assert constants(tokens) == constants(300)
@@ -146,7 +161,9 @@ def test_the_default_table_has_every_kernel() -> None:
             assert rows & (rows - 1) == 0
             sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
             assert all(size & (size - 1) == 0 for size in sizes)
-            assert kernel not in ("base", *tiles.GROUPED) or min(sizes[:3]) >= 16, "a dot product takes 16 at least"
+            least = (16, 8 if kernel == "shrink_mixed" else 16, 16)
+            if kernel in ("base", *tiles.GROUPED):
+                assert all(size >= limit for size, limit in zip(sizes, least, strict=False)), "of a dot product"
 
 
 @pytest.mark.parametrize("dtype", layer.DTYPES)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2moe_vllm.ops.triton import products, routing, selection, sums, tiles
+from d2moe_vllm.ops.triton import mixing, products, routing, selection, sums, tiles
 
 DIRECT_ROWS = 16
 """With up to so many rows the selection itself sums squares and packs what it chose; with more, kernels with as many
@@ -40,9 +40,9 @@ def select_block(group_size: int) -> tuple[int, int, int]:
 
 
 def align_blocks(num_experts: int) -> tuple[int, int]:
-    """(BLOCK_E, BLOCK_P) of routing.align."""
+    """(BLOCK_E, BLOCK_C) of routing.align."""
     block_e = max(power_of_two(num_experts), 16)
-    return block_e, max(4096 // block_e, 32)
+    return block_e, max(4096 // block_e, 1)
 
 
 @dataclass
@@ -68,9 +68,14 @@ class Batch:
         block_m = self.tile("shrink").block_m
         blocks = max_blocks(count, self.num_experts, block_m)
         self.pairs, self.block_experts = self.empty(blocks * block_m), self.empty(blocks)
-        block_e, block_p = align_blocks(self.num_experts)
-        routing.align[(self.num_experts,)](
+        block_e, block_c = align_blocks(self.num_experts)
+        chunks, counts = ceil_div(count, routing.CHUNK.value), None
+        if chunks > 1:
+            counts = self.empty(chunks, self.num_experts)
+            routing.count_chunks[(chunks,)](self.ids, counts, count, self.num_experts, BLOCK_E=block_e)
+        routing.align[(chunks,)](
             self.ids,
+            counts,
             self.pairs,
             self.block_experts,
             count,
@@ -78,7 +83,8 @@ class Batch:
             blocks,
             BLOCK_M=block_m,
             BLOCK_E=block_e,
-            BLOCK_P=block_p,
+            BLOCK_C=block_c,
+            num_warps=8,
         )
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -151,6 +157,39 @@ class Batch:
             self.top_k if grouped and len(a) == self.tokens else 1,
             SPLITS=len(out),
             **_matrix(tile),
+        )
+        return out
+
+    def mixed_product(self, x: Tensor, bases: Tensor, alpha: Tensor, *, gate_rank: int, function: str) -> Tensor:
+        """[parts, pairs, k]: V x of each pair's token, V mixed from bases [m, k, depth] by its expert's alpha [2 m]."""
+        tile, (count, rank, depth), pairs = self.tile("shrink_mixed"), bases.shape, self.tokens * self.top_k
+        block_m = min(tile.block_m, tiles.SLOT_ROWS)
+        block_j = min(max(power_of_two(count), 16), tiles.MIXED_AT_ONCE)
+        groups = ceil_div(len(self.pairs), block_m * tiles.SLOTS)
+        blocks_n = sum(ceil_div(part, tile.block_n) for part in (gate_rank, rank - gate_rank))
+        splits = self._splits(groups * blocks_n, depth, tile.block_k)
+        out = self.empty(splits, pairs, rank, dtype=torch.float32 if splits > 1 else self.dtype)
+        mixing.mixed_product[(groups * blocks_n, splits)](
+            x,
+            bases,
+            alpha,
+            out,
+            self.pairs,
+            self.block_experts,
+            pairs,
+            len(self.block_experts),
+            count,
+            gate_rank,
+            rank,
+            depth,
+            self.top_k,
+            FUNCTION=function,
+            SPLITS=splits,
+            PAIRS_M=tile.block_m,
+            SLOTS=tiles.SLOTS,
+            BLOCK_J=block_j,
+            BLOCKS_J=ceil_div(count, block_j),
+            **{**_matrix(tile), "BLOCK_M": block_m},
         )
         return out
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.reference import FUNCTIONS, Weights
 from d2moe_vllm.ops.triton.launch import Batch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,19 +31,22 @@ def fused_experts(
     used: Sequence[int],
     activation: str,
     scope: str,
+    function: str = "",
     batch_invariant: bool = False,
 ) -> Tensor:
     """`reference.fused_experts` for x in float32, float16 or bfloat16; a half's weights are tensors, not sequences.
 
     The same bits on every call. batch_invariant: with scope "off" or "token" each bit of a row depends on that row
     alone; one tile for all numbers of rows, which costs speed. Shapes are static, so a CUDA graph may be captured.
-    Raises ValueError for an unknown dtype, activation or scope.
+    Raises ValueError for an unknown dtype, activation, scope or function.
     """
     for name, value, known in (("x's dtype", x.dtype, DTYPES), ("activation", activation, ACTIVATIONS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, not one of {', '.join(map(str, known))}")
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}, not batch, token or off")
+    if w13.bases is not None and function not in FUNCTIONS:
+        raise ValueError(f"function is {function!r}, not one of {', '.join(FUNCTIONS)}")
     if not len(x):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     x = x.contiguous()
@@ -52,7 +55,10 @@ def fused_experts(
 
     z = _base_gate_up(batch, x, w13, padding, base_ranks[0], scope=scope, groups=groups[0], used=used[0])
     shrunk = u = None
-    if _has_deltas(w13):
+    if w13.bases is not None:
+        parts = batch.mixed_product(x, w13.bases, w13.alpha, gate_rank=ranks[0], function=function)
+        u, shrunk = w13.a, batch.added(parts)
+    elif _has_deltas(w13):
         u, shrunk = w13.delta_u, _shrink(batch, x, w13)
     h = batch.expand_and_activate(
         shrunk,
@@ -67,7 +73,9 @@ def fused_experts(
     )
     base = _base_down(batch, h, w2, padding, scope=scope, groups=groups[1], used=used[1])
     deltas = None
-    if _has_deltas(w2):
+    if w2.dense is not None:
+        deltas = batch.factor_product("expand_down", h, w2.dense, grouped=True, exact=True)
+    elif _has_deltas(w2):
         deltas = batch.factor_product(
             "expand_down" if w2.delta_columns is None else "expand_columns",
             _shrink(batch, h, w2),

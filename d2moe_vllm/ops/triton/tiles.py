@@ -19,11 +19,18 @@ from pathlib import Path
 import torch
 
 TABLES = Path(__file__).with_name("tables")
-GROUPED = ("shrink", "expand_gate_up", "expand_down", "expand_columns")
+GROUPED = ("shrink", "shrink_mixed", "expand_gate_up", "expand_down", "expand_columns")
 TABLE_KERNELS = ("base", *GROUPED, "mix", "combine", "gather")
 INVARIANT_ROWS = 16
 """Where a row's bits may not depend on other rows, their number must not choose the tile: this one does."""
 MAX_SPLITS = 8
+SLOTS = 16
+"""Pieces of blocks that one program of mixing.mixed_product works on, each with its own expert's V: as many rows as a
+tensor core's product has at least, as the mix is one, of alphas [SLOTS, m] with bases [m, tile of V]."""
+SLOT_ROWS = 32
+"""Most rows of such a piece."""
+MIXED_AT_ONCE = 32
+"""Most bases that it reads at once."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,8 @@ def using(entries: Mapping[str, Mapping[int, Tile]]) -> Iterator[None]:
 def tile(kernel: str, rows: int, dtype: torch.dtype, device_name: str) -> Tile:
     """The entry with the most rows that are not more than `rows`, this rounded up to a power of two.
 
-    float32 takes twice the shared memory and is multiplied without tensor cores: half the inputs at a time, and blocks
-    of at most 64 x 64.
+    float32 takes twice the shared memory and is multiplied without tensor cores: a quarter of the inputs at a time, and
+    blocks of at most 64 x 64, or 8 columns where V is mixed from bases.
     """
     bucket = 1 << max(rows - 1, 0).bit_length()
     found = _at(_entries(kernel, device_name), bucket)
@@ -107,8 +114,9 @@ def for_dtype(kernel: str, found: Tile, dtype: torch.dtype) -> Tile:
     """A table's entry as it is used for dtype."""
     if dtype != torch.float32 or found.block_k == 1:
         return found
+    columns = 8 if kernel == "shrink_mixed" else 64
     return replace(
-        found, block_m=min(found.block_m, 64), block_n=min(found.block_n, 64), block_k=max(found.block_k // 2, 16)
+        found, block_m=min(found.block_m, 64), block_n=min(found.block_n, columns), block_k=max(found.block_k // 4, 16)
     )
 
 

@@ -64,15 +64,24 @@ def candidates(kernel: str, rows: int, block_m: int | None, shared_limit: int) -
     if kernel in PLAIN:
         return [Tile(m, n, 1, 4, 1) for m in (1, 2, 4, 8) if m <= rows for n in (256, 512, 1024)]
     blocks_m = (block_m,) if block_m else [m for m in (16, 32, 64, 128) if max(rows // 4, 16) <= m <= max(2 * rows, 16)]
+    columns, inputs = ((8, 16, 32), (16, 32, 64)) if kernel == "shrink_mixed" else ((32, 64, 128), (32, 64, 128))
     found = []
-    for m, n, k in itertools.product(blocks_m or [128], (32, 64, 128), (32, 64, 128)):
-        # Gate and up are two sums.
-        accumulators = m * n * (2 if kernel == "expand_gate_up" else 1)
+    for m, n, k in itertools.product(blocks_m or [128], columns, inputs):
+        accumulators, values = _footprint(kernel, m, n, k)
         for warps, stages in itertools.product((4, 8), (2, 3, 4, 5)):
-            fits = stages * (m + n) * k * 2 <= shared_limit and accumulators <= ACCUMULATORS * 32 * warps
-            if fits and (warps == 4 or m * n >= 4096):
+            fits = stages * values * 2 <= shared_limit and accumulators <= ACCUMULATORS * 32 * warps
+            if fits and (warps == 4 or accumulators >= 4096):
                 found.append(Tile(m, n, k, warps, stages))
     return found
+
+
+def _footprint(kernel: str, m: int, n: int, k: int) -> tuple[int, int]:
+    """(sums, values that are read in one step) of a program with such a tile."""
+    if kernel == "shrink_mixed":
+        rows = tiles.SLOTS * min(m, tiles.SLOT_ROWS)
+        return rows * n + tiles.SLOTS * n * k, (rows + tiles.MIXED_AT_ONCE * n) * k
+    # Gate and up are two sums.
+    return m * n * (2 if kernel == "expand_gate_up" else 1), (m + n) * k
 
 
 def search(
