@@ -55,7 +55,7 @@ class Backend(NamedTuple):
 
 MOBE = frozenset(("bases", "dense"))
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing, lacks=MOBE),
+    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing),
     # ROCm's devices are "cuda" to torch, too.
     "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing, check=True),
     "reference": Backend(reference.fused_experts),

@@ -34,6 +34,14 @@ struct Owned {
     return packed;
   }
 
+  // Bases of which V's are mixed.
+  typename P::Element* mixed(i64 m, i64 out, i64 k) {
+    const i64 strides[] = {out * k, k, 1};
+    auto *bases = values(m * out * k, 0.5f), *packed = values(m * packed_size<P>(out, k), 0);
+    for (i64 block = 0; block < ceil_div(out, LANES); ++block) pack_mixed<P>(bases, strides, m, out, k, block, packed);
+    return packed;
+  }
+
   typename P::Element* base(i64 out, i64 kept, bool by_columns) {
     if (!by_columns) return factors(1, out, kept);
     auto* packed = values(packed_base_size<P>(out, kept), 0);
@@ -41,6 +49,40 @@ struct Owned {
     return packed;
   }
 };
+
+// Some of `rows` rows of m alphas at their ends, as where experts mix from the bases of their own group only.
+template <class Element>
+Element* zeros_between(Element* alpha, i64 rows, i64 m) {
+  for (i64 r = 0; r < rows; ++r) {
+    const i64 first = below(3) ? 0 : below(m), last = below(3) ? m : first + below(m - first + 1);
+    for (i64 i = 0; i < m; ++i) if (i < first || i >= last) alpha[r * m + i] = Element{};
+  }
+  return alpha;
+}
+
+// The functions of vectors.h against the C library's in double precision, where results are normal numbers.
+bool close(const char* name, Floats (*f)(Floats), double (*exact)(double), double tolerance) {
+  for (i64 i = 0; i < 400000; ++i) {
+    // Both signs, from 1e-30 to 80, all of about the same number of values.
+    const float x = float((i % 2 ? 1 : -1) * std::exp(-69.0 + 73.3 * double(i) / 400000));
+    const double expected = exact(x);
+    if (std::fabs(f(all(x))[i % LANES] - expected) <= tolerance * std::fabs(expected)) continue;
+    std::printf("%s(%g) is %g\n", name, x, f(all(x))[i % LANES]);
+    return false;
+  }
+  return true;
+}
+
+double exact_silu(double x) { return x / (1 + std::exp(-x)); }
+double exact_tanh(double x) { return std::tanh(x); }
+double exact_exp(double x) { return std::exp(x); }
+
+bool functions() {
+  const float limits = tanh(all(INFINITY))[0] + tanh(all(-INFINITY))[1] + exp(all(-INFINITY))[0] + silu_16_bits(all(0))[0];
+  return limits == 0 && tanh(all(NAN))[2] != tanh(all(NAN))[2] && close("exp", exp, exact_exp, 2e-7) &&
+         close("silu", silu, exact_silu, 4e-7) && close("silu_16_bits", silu_16_bits, exact_silu, 1e-5) &&
+         close("tanh", tanh, exact_tanh, 4e-7);
+}
 
 Parallel on_threads(int count) {
   return [count](i64 n, const std::function<void(i64)>& f) {
@@ -74,13 +116,24 @@ bool one(int number) {
       w.rank[j] = 1 + below(40);
       w.u[j] = own.factors(layer.experts, out, w.rank[j]);
     }
+    // The last kind: mixed from bases, or whole.
+    const i64 kind = below(trimmed ? 3 : 4);
     if (trimmed) w.u_index = w.v_index = index.data();
-    const i64 kind = below(3);
     if (kind == 0) w.v = own.factors(layer.experts, w.ranks(), in);
     if (kind == 1) w.v = own.factors(1, w.ranks(), in), w.shared_v = true;
     if (kind == 2) {
       for (i64 i = 0; i < layer.experts * w.ranks(); ++i) deltas[half].push_back(i32(below(in)));
       w.columns = deltas[half].data();
+    }
+    if (kind == 3 && half == 0) {
+      w.mixed = 1 + below(70);
+      w.function = Function(below(2));
+      for (int j = 0; j < 2; ++j) w.bases[j] = own.mixed(w.mixed, w.rank[j], in);
+      w.alpha = zeros_between(own.values(layer.experts * 2 * w.mixed, 0.3f), layer.experts * 2, w.mixed);
+    } else if (kind == 3) {
+      w.whole = true;
+      w.rank[0] = in;
+      w.u[0] = own.factors(layer.experts, out, in);
     }
     const i64 base = below(3);
     if (base == 0) {
@@ -134,6 +187,7 @@ bool one(int number) {
 
 int main(int count, char** arguments) {
   const int cases = count > 1 ? std::atoi(arguments[1]) : 60;
+  if (!functions()) return 1;
   for (int i = 0; i < cases; ++i) {
     if (!(i % 3 == 0 ? one<BFloat16>(i) : i % 3 == 1 ? one<Float16>(i) : one<Float32>(i))) {
       std::printf("case %d: bits depend on the number of threads\n", i);

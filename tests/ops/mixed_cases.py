@@ -111,11 +111,20 @@ def mixed_cases(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     )
 
 
-BIG = {"tokens": 37, "hidden": 72, "intermediate": 40, "rank": (19, 9)}
-MIXED = {
-    "few bases": {**BIG, "bases": 2},
-    "more bases than are mixed at once": {**BIG, "tokens": 5, "bases": 37, "function": "tanh"},
-    "more experts than pieces": {**BIG, "num_experts": 20, "bases": 10, "groups": 5},
-    "blocks of several pieces": {**BIG, "tokens": 67, "num_experts": 2, "bases": 2},
-}
-"""Sizes that are multiples of nothing."""
+def variants(small: bool) -> dict[str, dict[str, Any]]:
+    """By what they are about; sizes are multiples of nothing. small: as Triton's interpreter takes its time."""
+    if small:
+        big: dict[str, Any] = {"tokens": 37, "hidden": 72, "intermediate": 40, "rank": (19, 9)}
+        many, crowded, wide = {"tokens": 5}, {"num_experts": 20}, {"tokens": 67}
+    else:
+        big = {"tokens": 67, "hidden": 192, "intermediate": 80, "num_experts": 8, "rank": (48, 33)}
+        many, crowded, wide = {}, {"num_experts": 40, "top_k": 3}, {"rank": (17, 40)}
+    return {
+        "few bases": {**big, "bases": 2},
+        "more bases than are mixed at once": {**big, **many, "bases": 37, "function": "tanh"},
+        "more experts than pieces": {**big, **crowded, "bases": 10, "groups": 5},
+        "blocks of several pieces": {**big, **wide, "num_experts": 2, "bases": 2},
+    }
+
+
+MIXED, MIXED_SMALL = variants(small=False), variants(small=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from mixed_cases import MIXED, forward, mixed_case, mixed_cases
+from mixed_cases import MIXED_SMALL, forward, mixed_case, mixed_cases
 from triton_kernels import DEVICES, Backend, Shapes, products_by_rows
 
 from d2moe_vllm import ops
@@ -30,11 +30,11 @@ def test_float32_equals_the_oracle(backend: Backend, case: tuple[list[Any], dict
     np.testing.assert_allclose(backend.run(*case).double().numpy(), forward(*case), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", MIXED)
+@pytest.mark.parametrize("variant", MIXED_SMALL)
 def test_rounding_is_no_worse_than_the_references(backend: Backend, variant: str) -> None:
     """V is rounded where the reference rounds it; blocks with many rows, more bases and experts than fit at once."""
     for dtype in backend.dtypes[1:]:
-        arguments, options = mixed_case(1, dtype, **MIXED[variant])
+        arguments, options = mixed_case(1, dtype, **MIXED_SMALL[variant])
         exact = torch.from_numpy(forward(arguments, options))
         outputs = (backend.run(arguments, options), fused_experts(*arguments, **options))
         errors = [float((y.double() - exact).norm() / exact.norm()) for y in outputs]
@@ -190,9 +190,7 @@ def without_function(*inputs: Any, **options: Any) -> torch.Tensor:
 def with_gates_alphas(*inputs: Any, **options: Any) -> torch.Tensor:
     w13 = inputs[3]
     gate = w13.alpha.chunk(2, dim=1)[0]
-    return reference.fused_experts(
-        *inputs[:3], w13._replace(alpha=torch.cat([gate, gate], 1)), *inputs[4:], **options
-    )
+    return reference.fused_experts(*inputs[:3], w13._replace(alpha=torch.cat([gate, gate], 1)), *inputs[4:], **options)
 
 
 @pytest.mark.parametrize("wrong", [without_function, with_gates_alphas])
@@ -203,11 +201,11 @@ def test_what_computes_them_wrong_is_refused(check: Any, wrong: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("variant", MIXED)
+@pytest.mark.parametrize("variant", MIXED_SMALL)
 def test_cuda_graph(variant: str) -> None:
     """A captured layer gives the result of whatever inputs are there when it is replayed."""
     backend = Backend("cuda")
-    arguments, options = mixed_case(1, torch.bfloat16, **MIXED[variant])
+    arguments, options = mixed_case(1, torch.bfloat16, **MIXED_SMALL[variant])
     arguments = backend.to(arguments)
     inputs = [t.clone() for t in arguments[:3]]
     layer = partial(backend.modules.layer.fused_experts, *inputs, *arguments[3:], **options)

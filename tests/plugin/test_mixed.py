@@ -22,7 +22,7 @@ from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError, parse_confi
 from d2moe_vllm.hf.checks import check_files
 from d2moe_vllm.hf.experts import D2Experts
 from d2moe_vllm.loading import LayerLoader
-from d2moe_vllm.ops import choose_backend, reference
+from d2moe_vllm.ops import BACKENDS, choose_backend, reference
 from offline.reconstruction import Reconstruction
 from offline.shards import Reader
 
@@ -235,8 +235,12 @@ def test_reconstruction_is_what_the_tensors_mean(folder: Path, function: str) ->
             torch.testing.assert_close(rebuilt.weight(layer, 5, role), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_cpu_backend_is_not_taken_for_what_it_has_no_kernel_for() -> None:
-    name, reason = choose_backend("cpu", None, {"bases", "dense"})
+def test_a_backend_is_not_taken_for_what_it_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one that can is; one that is asked for is refused."""
+    kinds = {"bases", "dense"}
+    assert choose_backend("cpu", None, kinds) == ("cpu", None)
+    monkeypatch.setitem(BACKENDS, "cpu", BACKENDS["cpu"]._replace(lacks=frozenset(kinds)))
+    name, reason = choose_backend("cpu", None, kinds)
     assert name == "reference"
     assert reason == "backend 'cpu' cannot be used: it has no kernel for deltas of kind 'bases' and 'dense' yet"
     with pytest.raises(ValueError, match="backend 'cpu' cannot be used: it has no kernel"):

@@ -43,14 +43,19 @@ def pack(
     original where both have one size: packing then needs the room of one tensor more for a moment, and none afterwards.
     Raises ValueError for weights that no checkpoint has.
     """
-    if w2.bases is not None or w13.dense is not None:
-        raise ValueError("bases are for gate and up alone, dense matrices for down alone")
-    if any((kind is None) != (w13.bases is None) for kind in (w13.alpha, w13.a)):
-        raise ValueError("bases need a and alpha, and the other way round")
+    _refuse_unknown(w13, w2)
     return (
         _pack(w13, 2, ranks[:2], base_ranks[:2], _by_columns(w13, scope, used[0])),
         _pack(w2, 1, ranks[2:], base_ranks[2:], _by_columns(w2, scope, used[1])),
     )
+
+
+def _refuse_unknown(w13: Weights, w2: Weights) -> None:
+    """Raises ValueError for what a validated checkpoint does not have and the kernels would leave out."""
+    if w2.bases is not None or w13.dense is not None:
+        raise ValueError("bases are for gate and up alone, dense matrices for down alone")
+    if any((kind is None) != (w13.bases is None) for kind in (w13.alpha, w13.a)):
+        raise ValueError("bases need a and alpha, and the other way round")
 
 
 def _by_columns(weights: Weights, scope: str, used: int) -> bool:
@@ -144,8 +149,10 @@ def fused_experts(
 ) -> Tensor:
     """`reference.fused_experts` for halves that `pack` returned, x on the CPU in float32, float16 or bfloat16.
 
-    batch_invariant: it always is. static_shapes: of no meaning here. Raises ValueError for an unknown scope.
+    batch_invariant: it always is. static_shapes: of no meaning here. Raises ValueError for an unknown scope, and
+    for weights that no checkpoint has.
     """
+    _refuse_unknown(w13, w2)
     x = x.contiguous()
     gates, ids = topk_weights.float().contiguous(), topk_ids.int().contiguous()
     mask = None if padding_mask is None else padding_mask.contiguous()

@@ -71,9 +71,7 @@ def mixed_product(
     slots = group * SLOTS + tl.arange(0, SLOTS)
     if tl.load(block_experts + group * SLOTS * BLOCK_M // PAIRS_M) < 0:
         return
-    experts = tl.load(
-        block_experts + slots * BLOCK_M // PAIRS_M, mask=slots * BLOCK_M < max_blocks * PAIRS_M, other=-1
-    )
+    experts = tl.load(block_experts + slots * BLOCK_M // PAIRS_M, mask=slots * BLOCK_M < max_blocks * PAIRS_M, other=-1)
     places = slots[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     own = tl.load(pairs + places, mask=(experts >= 0)[:, None], other=-1)
     there = (own >= 0)[:, :, None]

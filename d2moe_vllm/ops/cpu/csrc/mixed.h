@@ -5,23 +5,20 @@
 // Mixing is then itself a product with a packed factor, of the experts' alphas. Where the last basis has no partner its 16
 // elements are the last, and nothing is filled up.
 //
-// A task has some rows of V. Bases are read from memory once, MIXED inputs at a time, and mixed for all experts while they
-// are in the cache, as many experts at once as a product has rows; the experts' rows then meet their tiles at once.
+// A task has some rows of V. Bases are read from memory once, some inputs at a time, and mixed for the experts in use while
+// they are in the cache, as many experts at once as a product has rows; the experts' rows then meet their tiles at once.
 #pragma once
 
 #include "routing.h"
 
 namespace d2moe {
 
-// Inputs of a tile of V: with 64 rows 8 KB of bfloat16 for an expert, of 32 bases 256 KB.
-constexpr i64 MIXED = 64;
-
-// Elements of V of some experts, before f and after.
-template <class P>
-struct MixedTile {
-  std::vector<typename P::Element> v;  // [experts][blocks][MIXED / PAIR][16][PAIR]
-  std::vector<float> out;              // [pairs][SLICE]
-};
+// Inputs of a tile of V: as many as leave a block of 16 rows of all bases in the nearest cache, 16 KB of bfloat16.
+constexpr i64 mixed_inputs(i64 m) { return std::clamp<i64>(512 / m / 16 * 16, 16, 64); }
+// Of such tiles a thread has so many times FACTOR_ROWS: what is in the nearest cache is mixed for them all.
+constexpr i64 TILES = 4;
+// Groups of 16 elements that f is applied to at once.
+constexpr i64 GROUPS = 16;
 
 // Some experts with the same bases in use, one behind the other among those in use.
 template <class P>
@@ -31,26 +28,26 @@ struct Mixers {
   i64 begin, end;  // steps whose alphas are not all 0
 };
 
-// f of 16 * `vectors` values, rounded. Never inlined: it must not come out differently beside other code.
+// f of n values, a multiple of 16, rounded. Never inlined: it must not come out differently beside other code.
 template <class P>
-__attribute__((noinline)) void finish(Function f, const float* from, i64 vectors, typename P::Element* to) {
-  for (i64 i = 0; i < vectors * LANES; i += LANES) {
-    const Floats x = load(from + i);
-    const Floats y = f == Function::tanh ? tanh(x) : sizeof(*to) == 2 ? silu_16_bits(x) : silu(x);
-    Kernel<P>::narrow(y, to + i);
-  }
+__attribute__((noinline)) void finish(Function f, const float* from, i64 n, typename P::Element* to) {
+  auto each = [&](auto of) {
+    for (i64 i = 0; i < n; i += LANES) Kernel<P>::narrow(of(load(from + i)), to + i);
+  };
+  if (f == Function::tanh) each([](Floats x) { return tanh(x); });
+  else if (sizeof(*to) == 2) each([](Floats x) { return silu_16_bits(x); });
+  else each([](Floats x) { return silu(x); });
 }
 
-// 16 * NB elements of V of M experts; element 16 b of expert e goes to v + e * step + 16 b. w: the first of the bases'
-// elements; alone: whether the last basis has no partner and is in use.
+// 16 NB elements of V of M experts before f, those of expert e at out + e * ld. w: the first of the bases' elements.
 template <class P, int M, int NB>
-void mix(const Mixers<P>& of, i64 m, Function f, const typename P::Element* w, Next<P> next, typename P::Element* v, i64 step) {
+void mix(const Mixers<P>& of, i64 m, const typename P::Element* w, Next<P> next, float* out, i64 ld) {
   const i64 stride = LANES * m, whole = std::min(of.end, m / P::PAIR);
   Floats acc[M][NB] = {};
   Kernel<P>::template factor<M, NB>(
       of.alphas + of.begin * M * P::PAIR, w + of.begin * LANES * P::PAIR, stride, whole - of.begin, next, acc);
   if constexpr (P::PAIR == 2) {
-    if (of.end > whole) {
+    if (of.end > whole) {  // the basis without a partner
       const typename P::Input* last = of.alphas + whole * M * P::PAIR;
       for (int b = 0; b < NB; ++b) {
         const Floats line = Kernel<P>::widen(w + b * stride + whole * LANES * P::PAIR);
@@ -58,11 +55,8 @@ void mix(const Mixers<P>& of, i64 m, Function f, const typename P::Element* w, N
       }
     }
   }
-  float mixed[NB * LANES];
-  for (int e = 0; e < M; ++e) {
-    for (int b = 0; b < NB; ++b) store(mixed + b * LANES, acc[e][b]);
-    finish<P>(f, mixed, NB, v + e * step);
-  }
+  for (int e = 0; e < M; ++e)
+    for (int b = 0; b < NB; ++b) store(out + e * ld + b * LANES, acc[e][b]);
 }
 
 template <class P>
@@ -79,7 +73,7 @@ class Mixing {
     std::vector<Mixers<P>> mixers[2];
     for (int j = 0; j < 2; ++j) {
       half_.s[j].resize(routing_.all() * packed_inputs<P>(w_.rank[j]));
-      if (w_.rank[j]) arrange(j, mixers[j]);
+      arrange(j, mixers[j]);
     }
     // Fewer rows a task where there are too few tasks.
     i64 blocks = SLICE_BLOCKS;
@@ -115,56 +109,99 @@ class Mixing {
     }
   }
 
-  // s of all pairs at `blocks` blocks of 16 ranks of part j.
+  // A task: `blocks` blocks of 16 rows of part j, some inputs of theirs, and the tiles of V that they are mixed to,
+  // [TILES * FACTOR_ROWS][blocks][run][16][PAIR].
+  struct Piece {
+    int j;
+    i64 block, blocks, step, steps, run;
+    Element* v;
+
+    i64 tile() const { return run * LANES * P::PAIR; }  // elements of one block
+    Element* of(i64 expert, i64 b) const { return v + (expert * blocks + b) * tile(); }
+  };
+
+  // s of all pairs at some rows of part j.
   void rows(int j, const std::vector<Mixers<P>>& mixers, i64 block, i64 blocks) {
-    const i64 steps = packed_inputs<P>(in_) / P::PAIR, run = MIXED / P::PAIR, size = LANES * P::PAIR;
-    thread_local MixedTile<P> tile;
-    tile.v.resize(FACTOR_ROWS * blocks * run * size);
-    tile.out.resize(routing_.all() * SLICE);
+    const i64 steps = packed_inputs<P>(in_) / P::PAIR, run = mixed_inputs(w_.mixed) / P::PAIR, all = i64(mixers.size());
+    thread_local std::vector<Element> v;
+    thread_local std::vector<float> out;  // [pairs, SLICE]
+    v.resize(std::min(all, TILES) * FACTOR_ROWS * blocks * run * LANES * P::PAIR);
+    out.resize(routing_.all() * SLICE);
     for (i64 step = 0; step < steps; step += run) {
-      const i64 n = std::min(run, steps - step);
-      for (const Mixers<P>& of : mixers) {
-        for (i64 b = 0; b < blocks; ++b) {
-          const Element* w = w_.bases[j] + ((block + b) * steps + step) * size * w_.mixed;
-          with_rows<FACTOR_ROWS>(of.n, [&](auto m) {
-            mix_block<decltype(m)::value>(of, w, n * P::PAIR, tile.v.data() + b * run * size, blocks * run * size);
-          });
-        }
-        for (i64 i = 0; i < of.n; ++i)
-          multiply(routing_.active[of.first + i], tile.v.data() + i * blocks * run * size, blocks, step, n, tile.out.data());
+      const Piece piece{j, block, blocks, step, std::min(run, steps - step), run, v.data()};
+      for (i64 first = 0; first < all; first += TILES) {
+        const i64 n = std::min(TILES, all - first);
+        const bool last = first + n == all;
+        mix_all(piece, &mixers[first], n, last && step + run < steps);
+        for (i64 t = 0; t < n; ++t)
+          for (i64 i = 0; i < mixers[first + t].n; ++i)
+            multiply(piece, routing_.active[mixers[first + t].first + i], piece.of(t * FACTOR_ROWS + i, 0), out.data());
       }
     }
     const i64 first = block * LANES, last = std::min(w_.rank[j], first + blocks * LANES);
     for (i64 e : routing_.active) {
       const Rows<P> to = routing_.rows_of<P>(half_.s[j], e, w_.rank[j]);
       for (i64 r = 0; r < to.n; ++r) {
-        const float* from = &tile.out[(routing_.starts[e] + r) * SLICE];
-        to.row(r).put(first, last, from);
+        to.row(r).put(first, last, &out[(routing_.starts[e] + r) * SLICE]);
       }
     }
   }
 
-  // `groups` times 16 elements of a block.
-  template <int M>
-  void mix_block(const Mixers<P>& of, const Element* w, i64 groups, Element* v, i64 step) const {
-    const i64 m = w_.mixed;
-    i64 g = 0;
-    for (; g + 4 <= groups; g += 4) mix<P, M, 4>(of, m, w_.function, w + g * LANES * m, {}, v + g * LANES, step);
-    for (; g < groups; ++g) mix<P, M, 1>(of, m, w_.function, w + g * LANES * m, {}, v + g * LANES, step);
+  // The bases' elements for a block of 16 rows, from a step of inputs on.
+  const Element* bases(int j, i64 block, i64 step) const {
+    return w_.bases[j] + (block * (packed_inputs<P>(in_) / P::PAIR) + step) * LANES * P::PAIR * w_.mixed;
   }
 
-  // The rows of expert e times its tile of V, over n steps from `step` on.
-  void multiply(i64 e, const Element* v, i64 blocks, i64 step, i64 n, float* out) {
+  // Tiles of n mixers. more: the next inputs are wanted next.
+  void mix_all(const Piece& piece, const Mixers<P>* mixers, i64 n, bool more) const {
+    for (i64 b = 0; b < piece.blocks; ++b) {
+      const Element *w = bases(piece.j, piece.block + b, piece.step), *after = nullptr;
+      if (b + 1 < piece.blocks) after = bases(piece.j, piece.block + b + 1, piece.step);
+      else if (more) after = bases(piece.j, piece.block, piece.step + piece.run);
+      for (i64 t = 0; t < n; ++t) {
+        // Every tile asks for its share of what is next, as in a product.
+        const i64 steps = after ? w_.mixed / P::PAIR : 0, begin = steps * t / n, end = steps * (t + 1) / n;
+        const Next<P> next{after + begin * LANES * P::PAIR, LANES * w_.mixed, end - begin, n};
+        with_rows<FACTOR_ROWS>(mixers[t].n, [&](auto m) {
+          mix_block<decltype(m)::value>(piece, mixers[t], w, next, piece.of(t * FACTOR_ROWS, b));
+        });
+      }
+    }
+  }
+
+  // One block for M experts.
+  template <int M>
+  void mix_block(const Piece& piece, const Mixers<P>& of, const Element* w, Next<P> next, Element* to) const {
+    const i64 m = w_.mixed, groups = piece.steps * P::PAIR;
+    float mixed[M * GROUPS * LANES];
+    for (i64 first = 0; first < groups; first += GROUPS) {
+      const i64 last = std::min(groups, first + GROUPS);
+      i64 g = first;
+      for (; g + 4 <= last; g += 4) {
+        Next<P> here = next;
+        if (here.steps) here.w += g * LANES * m;
+        mix<P, M, 4>(of, m, w + g * LANES * m, here, mixed + (g - first) * LANES, GROUPS * LANES);
+      }
+      for (; g < last; ++g) mix<P, M, 1>(of, m, w + g * LANES * m, {}, mixed + (g - first) * LANES, GROUPS * LANES);
+      for (int e = 0; e < M; ++e)
+        finish<P>(w_.function, mixed + e * GROUPS * LANES, (last - first) * LANES,
+                  to + e * piece.blocks * piece.tile() + first * LANES);
+    }
+  }
+
+  // The rows of expert e times its tile of V.
+  void multiply(const Piece& piece, i64 e, const Element* v, float* out) const {
     const Rows<P> x = routing_.rows_of<P>(half_.pairs, e, in_);
-    const i64 stride = MIXED * LANES;
     for (i64 t = 0; t < x.tiles; ++t) {
       float* to = out + (routing_.starts[e] + x.first(t)) * SLICE;
       with_rows<FACTOR_ROWS>(x.size(t), [&](auto rows) {
         constexpr int M = decltype(rows)::value;
-        const Input* from = x.tile(t) + step * M * P::PAIR;
-        if (blocks == 4) return factor_tile<P, M, 4>(from, v, stride, n, step > 0, {}, to, SLICE);
-        for (i64 b = 0; b < blocks; ++b)
-          factor_tile<P, M, 1>(from, v + b * stride, stride, n, step > 0, {}, to + b * LANES, SLICE);
+        const Input* from = x.tile(t) + piece.step * M * P::PAIR;
+        const i64 stride = piece.tile();
+        const bool more = piece.step > 0;
+        if (piece.blocks == 4) return factor_tile<P, M, 4>(from, v, stride, piece.steps, more, {}, to, SLICE);
+        for (i64 b = 0; b < piece.blocks; ++b)
+          factor_tile<P, M, 1>(from, v + b * stride, stride, piece.steps, more, {}, to + b * LANES, SLICE);
       });
     }
   }
