@@ -11,6 +11,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,7 +23,7 @@ DOCUMENTS = ["README.md", "SECURITY.md", "CHANGELOG.md", "docs"]
 """What tests/docs reads: only its records are of these too."""
 
 
-def code_hash(paths: list[str]) -> str:
+def code_hash(paths: Sequence[str] = CODE) -> str:
     """Of the files as they are now, committed or not."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *paths]
     names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
@@ -79,7 +80,7 @@ def table(results: dict[str, dict[str, float]], code: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    code, documents = code_hash(CODE), code_hash(DOCUMENTS)
+    code, documents = code_hash(), code_hash(DOCUMENTS)
     folder = RESULTS / code
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, float]] = {}
