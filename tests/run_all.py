@@ -11,6 +11,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,11 +19,13 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build" / "test-all"
 CODE = ["pyproject.toml", "d2moe_vllm", "offline", "tests", "examples", "deploy", "Dockerfile", "Makefile"]
+DOCUMENTS = ["README.md", "SECURITY.md", "CHANGELOG.md", "docs"]
+"""What tests/docs reads: only its records are of these too."""
 
 
-def code_hash() -> str:
-    """Of the files as they are now, committed or not; documentation does not count."""
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *CODE]
+def code_hash(paths: Sequence[str] = CODE) -> str:
+    """Of the files as they are now, committed or not."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *paths]
     names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     digest = hashlib.sha256()
     for name in sorted(set(names)):
@@ -77,14 +80,15 @@ def table(results: dict[str, dict[str, float]], code: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    code = code_hash()
+    code, documents = code_hash(), code_hash(DOCUMENTS)
     folder = RESULTS / code
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, float]] = {}
     for chosen in [Path(argument).resolve() for argument in arguments or [str(ROOT / "tests")]]:
         for test_file in [chosen] if chosen.is_file() else sorted(chosen.rglob("test_*.py")):
             name = test_file.relative_to(ROOT).as_posix()
-            record = folder / f"{name.replace('/', '.')}.xml"
+            of = f".{documents}" if name.startswith("tests/docs/") else ""
+            record = folder / f"{name.replace('/', '.')}{of}.xml"
             known = counts(record)
             if known is None or known["failed"]:
                 print(f"== {name}", flush=True)

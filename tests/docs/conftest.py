@@ -30,9 +30,9 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterator[DocumentedServer]:
-    """As docs/serving.md starts it for the info endpoint; eager, to be ready sooner."""
+    """As docs/serving.md starts it for the info endpoint."""
     folder = tmp_path_factory.mktemp("documented")
     lay_out(folder, models, set())
     command = "VLLM_PLUGINS=d2moe vllm serve ./mixtral-d2-40 --trust-remote-code"
-    with DocumentedServer(command, folder, folder / "log", ["--enforce-eager"]) as running:
+    with DocumentedServer(command, folder, folder / "log") as running:
         yield running

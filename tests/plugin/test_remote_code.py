@@ -46,11 +46,12 @@ def read_configs(modules: Path, trust: bool, *folders: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_no_familys_modeling_file_is_run_for_its_configuration(tmp_path: Path) -> None:
-    """With the flag; `auto_map` names a configuration class for two of the ten families."""
+    """With the flag, and none needs it; `auto_map` names a configuration class for two of the ten."""
     folders = [write_exact(tmp_path / name, write_family(tmp_path / f"{name}-dense", name)) for name in CONFIGS]
     for folder in folders:
         plant(folder / MODELING_FILE, tmp_path / "marker")
-    assert read_configs(tmp_path / "modules", True, *folders) == list(CONFIGS)
+    for trust in (True, False):
+        assert read_configs(tmp_path / "modules", trust, *folders) == list(CONFIGS)
     assert not (tmp_path / "marker").exists()
 
 
