@@ -112,7 +112,8 @@ def test_it_fits_and_is_accessible(open_page: Callable[..., Any], width: int, sc
     found = Axe().run(tab)
     assert found.violations_count == 0, found.generate_report()
     passed = {rule["id"] for rule in found.response["passes"]}
-    assert {"color-contrast", "svg-img-alt", "heading-order", "scrollable-region-focusable"} <= passed
+    assert {"color-contrast", "svg-img-alt", "heading-order"} <= passed
+    assert width > 360 or "scrollable-region-focusable" in passed
 
 
 def test_pictures_take_the_colours_of_the_screen(open_page: Callable[..., Any]) -> None:
