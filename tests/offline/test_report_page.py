@@ -46,6 +46,7 @@ def open_page(browser: Any, report: tuple[Path, dict[str, Any]]) -> Iterator[Cal
 
     def opened(**options: Any) -> Any:
         contexts.append(browser.new_context(**options))
+        contexts[-1].set_default_timeout(120_000)  # of a machine that has much else to do
         tab = contexts[-1].new_page()
         tab.on("console", lambda message: problems.append(f"console: {message.text}"))
         tab.on("pageerror", lambda error: problems.append(f"error: {error}"))
