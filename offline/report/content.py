@@ -98,8 +98,7 @@ def _check_statistics(folder: Path, config: CheckpointConfig) -> None:
             raise CheckpointError(f"{folder / STATS_FILE}: not the statistics of layer {number}; copy it again")
     if selection := statistics.get("selection"):
         try:
-            figures = [*selection["sensitivity"].values(), *selection["dense"]]
-            sound = all(map(math.isfinite, figures))
+            sound = all(map(math.isfinite, (*selection["sensitivity"].values(), *selection["dense"])))
         except (KeyError, TypeError, AttributeError):
             sound = False
         if not sound:

@@ -46,6 +46,7 @@ def open_page(browser: Any, report: tuple[Path, dict[str, Any]]) -> Iterator[Cal
 
     def opened(**options: Any) -> Any:
         contexts.append(browser.new_context(**options))
+        contexts[-1].set_default_timeout(120_000)  # of a machine that has much else to do
         tab = contexts[-1].new_page()
         tab.on("console", lambda message: problems.append(f"console: {message.text}"))
         tab.on("pageerror", lambda error: problems.append(f"error: {error}"))
@@ -112,7 +113,8 @@ def test_it_fits_and_is_accessible(open_page: Callable[..., Any], width: int, sc
     found = Axe().run(tab)
     assert found.violations_count == 0, found.generate_report()
     passed = {rule["id"] for rule in found.response["passes"]}
-    assert {"color-contrast", "svg-img-alt", "heading-order", "scrollable-region-focusable"} <= passed
+    assert {"color-contrast", "svg-img-alt", "heading-order"} <= passed
+    assert width > 360 or "scrollable-region-focusable" in passed
 
 
 def test_pictures_take_the_colours_of_the_screen(open_page: Callable[..., Any]) -> None:
