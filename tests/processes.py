@@ -57,7 +57,7 @@ class Compression:
             assert time.monotonic() < deadline
             if self.process.poll() is not None:
                 return False
-            time.sleep(0.0005)
+            time.sleep(0.003)
         return True
 
     def _has_lock(self) -> bool:
