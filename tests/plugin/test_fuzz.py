@@ -128,7 +128,7 @@ def one_case(number: int, originals: list[tuple[Path, dict[str, Any]]], folder: 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("damaged", [100, pytest.param(DAMAGED, marks=pytest.mark.slow)])
 def test_every_damaged_checkpoint_is_refused(
-    damaged: int, originals: list[Path], tmp_path: Path, record_property: Callable[[str, object], None]
+    damaged: int, originals: list[Path], tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     """Cases are drawn until so many are damaged. What is sound all the same, by `soundness.is_sound`, which is not the
     readers' own judgement, has to load."""
@@ -141,7 +141,7 @@ def test_every_damaged_checkpoint_is_refused(
         shutil.rmtree(tmp_path / "victim")
         number += 1
     print(f"\n{number} cases\n{tally.table()}")
-    record_property("table", tally.table())
+    record_testsuite_property("table", tally.table())
     assert tally.seconds < SECONDS
     assert tally.memory < MEMORY
     assert min(tally.damaged[kind] for kind in KINDS) >= damaged / len(KINDS) / 4
