@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from compression import ROOT, script
+from offline.cli import main
 
 THREADS = {"OMP_NUM_THREADS": "1"}
 """The order of sums, and so the last bits, depend on it."""
@@ -31,21 +34,20 @@ def processes(fragment: str) -> list[str]:
 
 
 class Compression:
-    """`d2moe compress SOURCE OUT ...`, to be killed, stopped or watched; its working folder lies beside OUT."""
+    """`d2moe compress SOURCE OUT ...`, to be killed, stopped or watched; its working folder lies beside OUT.
+
+    A process and a process group of its own, forked from one that has imported torch already: starting Python and torch
+    anew takes longer than the tests' compressions.
+    """
 
     def __init__(self, source: Path, out: Path, *arguments: object) -> None:
-        command = [script("d2moe"), "compress", *map(str, (source, out, *arguments))]
         self.out, self.work = out, out.with_name(out.name + ".d2moe-work")
-        self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, **THREADS},
-            cwd=ROOT,
+        self._said = Path(tempfile.mkstemp(suffix=".stderr")[1])
+        os.environ |= THREADS  # as the forking process is started with the first run, and keeps them
+        self.process = CONTEXT.Process(
+            target=_compress, args=(["compress", *map(str, (source, out, *arguments))], self._said)
         )
+        self.process.start()
 
     def wait_for_work(self) -> bool:
         """Until it has locked its working folder, before which it writes nothing; False if it ended before that."""
@@ -55,9 +57,9 @@ class Compression:
         deadline = time.monotonic() + PATIENCE
         while not happens():
             assert time.monotonic() < deadline
-            if self.process.poll() is not None:
+            if self.process.exitcode is not None:
                 return False
-            time.sleep(0.0005)
+            time.sleep(0.003)
         return True
 
     def _has_lock(self) -> bool:
@@ -68,15 +70,33 @@ class Compression:
             return False
 
     def send(self, number: signal.Signals) -> None:
+        """To the whole group, which there is once the work has begun."""
         os.killpg(self.process.pid, number)
 
     def kill(self) -> bool:
-        """SIGKILL to the whole group; False if it had ended by itself."""
-        if self.process.poll() is not None:
+        """SIGKILL; False if it had ended by itself."""
+        if self.process.exitcode is not None:
             return False
         self.send(signal.SIGKILL)
         return self.end().returncode == -signal.SIGKILL
 
     def end(self) -> subprocess.CompletedProcess[str]:
-        out, err = self.process.communicate(timeout=PATIENCE)
-        return subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
+        self.process.join(timeout=PATIENCE)
+        code, said = self.process.exitcode, self._said.read_text()
+        assert code is not None, said
+        return subprocess.CompletedProcess([], code, "", said)
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["offline.cli", "offline.jobs"])
+
+
+def _compress(arguments: list[str], said: Path) -> None:
+    os.setsid()
+    with (
+        said.open("w", buffering=1) as error,
+        Path(os.devnull).open("w") as out,
+        contextlib.redirect_stderr(error),
+        contextlib.redirect_stdout(out),
+    ):
+        main(arguments)

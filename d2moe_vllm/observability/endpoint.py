@@ -19,7 +19,11 @@ from d2moe_vllm.quantization import D2MoEConfig, backend_in_force, scope_in_forc
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
-router = APIRouter(prefix="/v1/d2moe", tags=["d2moe"])
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    401: {"description": "The server has an API key, and the request has none or another one."},
+    404: {"description": "The served model is no d2moe checkpoint."},
+}
+router = APIRouter(prefix="/v1/d2moe", tags=["d2moe"], responses=RESPONSES)
 
 HEADERS = {
     "Cache-Control": "no-store",

@@ -73,7 +73,7 @@ def kill_at(task: Task, out: Path, moment: float) -> str | None:
 
 @pytest.mark.timeout(3600)
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(
-    method: str, task: Task, tmp_path: Path, record_property: Callable[[str, object], None]
+    method: str, task: Task, tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     """The kills of one run share its duration out: a run that is killed four times is killed early four times."""
     chance, found, runs = random.Random(SEED), [], 0
@@ -91,6 +91,6 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
             assert not out.with_name(out.name + ".d2moe-work").exists()
         assert digests(out) == task.whole
         assert not list(tmp_path.glob(".*.partial"))
-    record_property("kills", len(found))
-    record_property("runs", runs)
+    record_testsuite_property(f"{method}: kills", len(found))
+    record_testsuite_property(f"{method}: runs", runs)
     assert len(set(found)) > KILLS[method] / 3, "the kills fell on too few places to prove anything"

@@ -22,6 +22,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from damage import KINDS, Victim
+from engine import run_engine
 from soundness import CONFIG, INDEX, MANIFEST, is_sound, snapshot
 from synthetic import mixed, write_checkpoint
 
@@ -32,9 +33,9 @@ from d2moe_vllm.quantization import D2MoEConfig
 SEED = "d2moe-1"
 FIRST = int(os.environ.get("D2MOE_FUZZ_FIRST", "0"))
 DAMAGED = 1000
-MEMORY = 64 << 20
+MEMORY = 32 << 20
 """Bytes by which a refusal may raise the process's peak; the checkpoints have 5 to 8 MB."""
-SECONDS = 2.0
+SECONDS = 1.0
 """Of processor time."""
 MENDS = ("again", "restore", "install the version")
 
@@ -127,7 +128,7 @@ def one_case(number: int, originals: list[tuple[Path, dict[str, Any]]], folder: 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("damaged", [100, pytest.param(DAMAGED, marks=pytest.mark.slow)])
 def test_every_damaged_checkpoint_is_refused(
-    damaged: int, originals: list[Path], tmp_path: Path, record_property: Callable[[str, object], None]
+    damaged: int, originals: list[Path], tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     """Cases are drawn until so many are damaged. What is sound all the same, by `soundness.is_sound`, which is not the
     readers' own judgement, has to load."""
@@ -140,7 +141,34 @@ def test_every_damaged_checkpoint_is_refused(
         shutil.rmtree(tmp_path / "victim")
         number += 1
     print(f"\n{number} cases\n{tally.table()}")
-    record_property("table", tally.table())
+    record_testsuite_property("table", tally.table())
     assert tally.seconds < SECONDS
     assert tally.memory < MEMORY
     assert min(tally.damaged[kind] for kind in KINDS) >= damaged / len(KINDS) / 4
+
+
+IN_THE_ENGINE = (
+    "index: paths",
+    "header: dtype, shape, offsets, name",
+    "tensors in the wrong file, or in two",
+    "columns and indices",
+    "manifest: a field missing, added or wrong",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", IN_THE_ENGINE)
+def test_the_engine_refuses_in_the_same_words(kind: str, originals: list[Path], tmp_path: Path) -> None:
+    """A real engine's start: it ends, and its log has the line."""
+    chance = random.Random(f"{SEED}/engine/{kind}")
+    original, folder = chance.choice(originals), tmp_path / "victim"
+    content, sound = snapshot(original), True
+    while sound:
+        shutil.rmtree(folder, ignore_errors=True)
+        KINDS[kind](Victim(original, folder), chance)
+        sound = is_sound(content, folder)
+    with pytest.raises(CheckpointError) as refusal:
+        check_checkpoint(folder)
+    code, log, _ = run_engine(tmp_path, folder, {}, llm={"enforce_eager": True})
+    assert code != 0
+    assert str(refusal.value) in log

@@ -108,7 +108,7 @@ def test_a_killed_worker_ends_the_server_as_it_ends_stock_vllm(pruned: Path, tmp
 @pytest.mark.slow
 @pytest.mark.timeout(KILL_SECONDS + 900)
 def test_workers_killed_for_ten_minutes(
-    pruned: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+    pruned: Path, tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     """Each server's at a random moment of its first seconds under load, or idle: it ends in bounded time and leaves no
     process, every client is told, and the next one says what the first said."""
@@ -121,7 +121,7 @@ def test_workers_killed_for_ten_minutes(
             print(deaths[-1], flush=True)
     slowest = max(death.seconds for death in deaths)
     for name, figure in (("kills", len(deaths)), ("slowest end in seconds", slowest)):
-        record_property(name, figure)
+        record_testsuite_property(name, figure)
     assert len(answers) == 1
     assert not [death for death in deaths if "complete" in death.streams]
     assert {death.code for death in deaths} == {0}, "vLLM 0.32's front-end ends in good order: see docs/reliability.md"
