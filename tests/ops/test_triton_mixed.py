@@ -164,9 +164,10 @@ def check(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(selfcheck, "_DONE", set())
 
     def load(compute: Any = None, **changes: Any) -> None:
-        layer = backend.modules.layer.fused_experts
-        compute = compute or (lambda *inputs, static_shapes, **options: layer(*inputs, **options))
-        monkeypatch.setitem(ops.BACKENDS, "new", ops.Backend(compute, check=True))
+        def here(*inputs: Any, static_shapes: bool, **options: Any) -> torch.Tensor:
+            return backend.modules.layer.fused_experts(*inputs, **options)
+
+        monkeypatch.setitem(ops.BACKENDS, "new", ops.Backend(compute or here, check=True))
         arguments, options = mixed_case(11, hidden=24, rank=(9, 4))
         parameters = backend.to(ops.flat(*arguments[3:5]))
         options = {"batch_invariant": False, **options, "backend": "new", **changes}
@@ -190,9 +191,7 @@ def without_function(*inputs: Any, **options: Any) -> torch.Tensor:
 def with_gates_alphas(*inputs: Any, **options: Any) -> torch.Tensor:
     w13 = inputs[3]
     gate = w13.alpha.chunk(2, dim=1)[0]
-    return reference.fused_experts(
-        *inputs[:3], w13._replace(alpha=torch.cat([gate, gate], 1)), *inputs[4:], **options
-    )
+    return reference.fused_experts(*inputs[:3], w13._replace(alpha=torch.cat([gate, gate], 1)), *inputs[4:], **options)
 
 
 @pytest.mark.parametrize("wrong", [without_function, with_gates_alphas])
