@@ -7,10 +7,13 @@ second reading of anything. `make roofline` writes all rows to build/bench/roofl
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
-from layer_shapes import BYTES, SCOPES, SHAPES, Shape, Sizes, experts_in_use, sizes
+from layer_shapes import BYTES, SCOPES, SHAPES, Shape, Sizes, experts_in_use, multiple, sizes
+
+from d2moe_vllm.ops.triton.tiles import SLOT_ROWS
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "roofline.md"
 RATIOS = (0.2, 0.4, 0.6, 0.8)
@@ -79,6 +82,43 @@ def ours(layer: Sizes, tokens: int, active: float) -> list[Work]:
     ]  # fmt: skip
 
 
+class Mixed(NamedTuple):
+    """A MoBE layer (METHODS 3): gate and up of `rank` columns of A, mixed from `bases`; down dense."""
+
+    shape: Shape
+    bases: int
+    rank: int
+
+
+def mixed_sizes(shape: Shape, ratio: float) -> Mixed | None:
+    """Where `ratio` of the dense layer is gone, with as many bases as the recipe's default; None where down's share
+    alone is more."""
+    hidden, inner, experts, _ = shape
+    bases, kept = max(experts // 4, 2), 1.5 * (1 - ratio) - 0.5
+    rank = (kept * experts * inner * hidden - experts * bases) / (experts * inner + bases * hidden)
+    return Mixed(shape, bases, multiple(rank, 16)) if rank >= 16 else None
+
+
+def ours_mixed(layer: Mixed, tokens: int, active: float) -> list[Work]:
+    """The kernels of one call to a MoBE layer. V is mixed for each SLOT_ROWS rows of an expert; bases count as read
+    once, which holds where the L2 cache keeps what several programs read at about the same time."""
+    (hidden, inner, _, top_k), bases, k = layer.shape, layer.bases, 2 * layer.rank
+    pairs = tokens * top_k
+    ids = pairs * FLOAT
+    weights = (bases * k * hidden + active * 2 * bases) * BYTES
+    mixes = 2 * max(active, pairs / SLOT_ROWS) * bases * k * hidden
+    return [
+        Work("sort pairs by expert", 0, 2 * ids, 0),
+        Work(
+            "mix and shrink 13", weights, weights + (tokens * hidden + pairs * k) * BYTES,
+            mixes + 2 * pairs * k * hidden,
+        ),
+        product("expand 13, activate", pairs, k, inner, active, pairs * (k + inner) * BYTES),
+        product("down", pairs, inner, hidden, active, pairs * (inner * BYTES + hidden * FLOAT)),
+        Work("combine", 0, pairs * hidden * FLOAT + tokens * hidden * BYTES + 2 * ids, 2 * pairs * hidden),
+    ]  # fmt: skip
+
+
 def dense(shape: Shape, tokens: int, active: float) -> list[Work]:
     """vLLM's fused MoE: two grouped products, the activation and the sum between and after them."""
     hidden, inner, _, top_k = shape
@@ -108,30 +148,39 @@ def layer_rows() -> list[str]:
         for ratio in RATIOS:
             for scope in SCOPES:
                 layer = sizes(shape, ratio, scope)
-                rows += [_layer_row(name, f"{ratio:.0%}", layer, tokens) for tokens in TOKENS]
+                rows += [_layer_row(name, f"{ratio:.0%}", scope, layer, tokens) for tokens in TOKENS]
+    for (name, shape), ratio in itertools.product(SHAPES.items(), RATIOS):
+        if (mixed := mixed_sizes(shape, ratio)) is not None:
+            rows += [_layer_row(f"MoBE: {name}", f"{ratio:.0%}", "off", mixed, tokens) for tokens in TOKENS]
     return rows
 
 
-def _layer_row(name: str, ratio: str, layer: Sizes, tokens: int) -> str:
+def works(layer: Sizes | Mixed, tokens: int) -> tuple[list[Work], list[Work]]:
+    """Ours and the dense layer's."""
     active = experts_in_use(layer.shape, tokens)
-    mine, theirs = ours(layer, tokens, active), dense(layer.shape, tokens, active)
+    mine = ours_mixed(layer, tokens, active) if isinstance(layer, Mixed) else ours(layer, tokens, active)
+    return mine, dense(layer.shape, tokens, active)
+
+
+def _layer_row(name: str, ratio: str, scope: str, layer: Sizes | Mixed, tokens: int) -> str:
+    mine, theirs = works(layer, tokens)
     byte_ratio = sum(work.moved for work in theirs) / sum(work.moved for work in mine)
-    cells = [name, ratio, layer.scope, str(tokens), f"{active:.1f}", f"{byte_ratio:.2f}"]
+    cells = [name, ratio, scope, str(tokens), f"{experts_in_use(layer.shape, tokens):.1f}", f"{byte_ratio:.2f}"]
     for device in DEVICES.values():
         both = seconds(theirs, device), seconds(mine, device)
         cells += [f"{both[0] * 1e6:.1f}", f"{both[1] * 1e6:.1f}", f"{both[0] / both[1]:.2f}"]
     return f"| {' | '.join(cells)} |"
 
 
-def kernel_rows(layer: Sizes, tokens: int) -> list[str]:
+def kernel_rows(layer: Sizes | Mixed, tokens: int) -> list[str]:
     """Markdown: each kernel's bytes, operations and time, ours before the dense layer's."""
-    active = experts_in_use(layer.shape, tokens)
+    mine, theirs = works(layer, tokens)
     rows = [f"| kernel | weights MB | moved MB | GFLOP | {' | '.join(f'{name}, µs' for name in DEVICES)} |"]
     rows.append("|---|" + "---:|" * (3 + len(DEVICES)))
-    for side, works in (("", ours(layer, tokens, active)), ("dense: ", dense(layer.shape, tokens, active))):
-        total = Work("together", *(sum(column) for column in list(zip(*works, strict=True))[1:]))
-        for work in [*works, total]:
-            times = [seconds(works, device) if work is total else work.seconds(device) for device in DEVICES.values()]
+    for side, kernels in (("", mine), ("dense: ", theirs)):
+        total = Work("together", *(sum(column) for column in list(zip(*kernels, strict=True))[1:]))
+        for work in [*kernels, total]:
+            times = [seconds(kernels, device) if work is total else work.seconds(device) for device in DEVICES.values()]
             figures = [work.weights / 1e6, work.moved / 1e6, work.flops / 1e9, *(time * 1e6 for time in times)]
             rows.append(f"| {side}{work.kernel} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
     return rows
@@ -143,6 +192,9 @@ def main() -> None:
         for tokens in (1, 16, 256):
             lines += ["", f"## {name} at 40 %, scope off, {tokens} tokens, by kernel", ""]
             lines += kernel_rows(sizes(shape, 0.4, "off"), tokens)
+            mixed = mixed_sizes(shape, 0.4)
+            assert mixed is not None
+            lines += ["", f"## {name} at 40 % by MoBE, {tokens} tokens, by kernel", "", *kernel_rows(mixed, tokens)]
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text("\n".join(lines) + "\n")
     print(f"written to {OUT}")

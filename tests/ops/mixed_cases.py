@@ -121,7 +121,7 @@ def variants(small: bool) -> dict[str, dict[str, Any]]:
         many, crowded, wide = {}, {"num_experts": 40, "top_k": 3}, {"rank": (17, 40)}
     return {
         "few bases": {**big, "bases": 2},
-        "more bases than are mixed at once": {**big, **many, "bases": 37, "function": "tanh"},
+        "more bases than are mixed at once": {**big, **many, "bases": 67, "function": "tanh"},
         "more experts than pieces": {**big, **crowded, "bases": 10, "groups": 5},
         "blocks of several pieces": {**big, **wide, "num_experts": 2, "bases": 2},
     }

@@ -62,6 +62,37 @@ def test_operations_are_those_that_torch_counts() -> None:
     assert sum(work.flops for work in products) == counter.get_total_flops()
 
 
+def test_mixed_layers_are_counted_likewise() -> None:
+    """MoBE: bytes of the real tensors, and operations as torch counts them in the reference, every expert in use."""
+    found = roofline.mixed_sizes(SMALL, 0.4)
+    assert found is not None
+    _, bases, rank = found
+    w13 = Weights(
+        bases=torch.randn(bases, 2 * rank, SMALL.hidden),
+        alpha=torch.randn(8, 2 * bases),
+        a=torch.randn(8, SMALL.intermediate, 2 * rank),
+    )
+    w2 = Weights(dense=torch.randn(8, SMALL.hidden, SMALL.intermediate))
+    works = roofline.ours_mixed(found, 16, active=8)
+    stored = [tensor for half in (w13, w2) for tensor in half if tensor is not None]
+    assert sum(work.weights for work in works) == BYTES * sum(tensor.numel() for tensor in stored)
+    dense = 8 * dense_expert_bytes(SMALL)
+    # Ranks are rounded down to a multiple of 16.
+    step = 16 * 2 * (8 * SMALL.intermediate + bases * SMALL.hidden) * BYTES / dense
+    assert 0 <= 1 - BYTES * sum(tensor.numel() for tensor in stored) / dense - 0.4 < step
+    ids = torch.stack([torch.randperm(8)[:2] for _ in range(16)])
+    with FlopCounterMode(display=False) as counter:
+        fused_experts(
+            torch.randn(16, SMALL.hidden), torch.rand(16, 2), ids, w13, w2, None,
+            num_experts=8, intermediate_size=SMALL.intermediate, ranks=[rank, rank, 0], base_ranks=[0] * 3,
+            groups=[1, 1], used=[0, 0], activation="silu", scope="off", function="silu",
+        )  # fmt: skip
+    products = sum(work.flops for work in works if work.kernel != "combine")
+    in_use = len(ids.unique())
+    assert products - 2 * (8 - in_use) * bases * 2 * rank * SMALL.hidden == counter.get_total_flops()
+    assert roofline.mixed_sizes(SMALL, 0.7) is None
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 16, 64])
 def test_experts_in_use_are_those_of_random_routing(name: str, tokens: int) -> None:
@@ -101,6 +132,8 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[0] == "# Prediction, not a measurement"
     rows = [line for line in lines if line.startswith(tuple(f"| {name} |" for name in SHAPES))]
     assert len(rows) == len(SHAPES) * 4 * 2 * 6
+    mixed = [line for line in lines if line.startswith(tuple(f"| MoBE: {name} |" for name in SHAPES))]
+    assert len(mixed) == len(SHAPES) * 3 * 6, "80 % is not reachable"
     # One token at 40 %, scope off, H100: the dense layer reads two experts' 704.6 MB, at 3350 GB/s.
     cells = [cell.strip() for cell in rows[12].strip("|").split("|")]
     assert cells[:4] == ["Mixtral-8x7B", "40%", "off", "1"]

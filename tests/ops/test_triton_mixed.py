@@ -164,9 +164,10 @@ def check(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(selfcheck, "_DONE", set())
 
     def load(compute: Any = None, **changes: Any) -> None:
-        layer = backend.modules.layer.fused_experts
-        compute = compute or (lambda *inputs, static_shapes, **options: layer(*inputs, **options))
-        monkeypatch.setitem(ops.BACKENDS, "new", ops.Backend(compute, check=True))
+        def here(*inputs: Any, static_shapes: bool, **options: Any) -> torch.Tensor:
+            return backend.modules.layer.fused_experts(*inputs, **options)
+
+        monkeypatch.setitem(ops.BACKENDS, "new", ops.Backend(compute or here, check=True))
         arguments, options = mixed_case(11, hidden=24, rank=(9, 4))
         parameters = backend.to(ops.flat(*arguments[3:5]))
         options = {"batch_invariant": False, **options, "backend": "new", **changes}

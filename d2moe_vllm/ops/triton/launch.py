@@ -164,7 +164,8 @@ class Batch:
         """[parts, pairs, k]: V x of each pair's token, V mixed from bases [m, k, depth] by its expert's alpha [2 m]."""
         tile, (count, rank, depth), pairs = self.tile("shrink_mixed"), bases.shape, self.tokens * self.top_k
         block_m = min(tile.block_m, tiles.SLOT_ROWS)
-        block_j = min(max(power_of_two(count), 16), tiles.MIXED_AT_ONCE)
+        most = tiles.MIXED_AT_ONCE * (2 if self.dtype == torch.float32 else 1)
+        block_j = min(max(power_of_two(count), 16), most)
         groups = ceil_div(len(self.pairs), block_m * tiles.SLOTS)
         blocks_n = sum(ceil_div(part, tile.block_n) for part in (gate_rank, rank - gate_rank))
         splits = self._splits(groups * blocks_n, depth, tile.block_k)

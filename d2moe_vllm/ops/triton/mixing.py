@@ -62,8 +62,9 @@ def mixed_product(
 
     x: [tokens, depth]. bases: [count, rank, depth], gate's gate_rank rows before up's. alpha: [D, 2 count], gate's
     before up's; expert e's stand at e. out: [SPLITS, rows, rank]. pairs, block_experts: see routing.align, in blocks of
-    PAIRS_M, a multiple of BLOCK_M; SLOTS pieces of BLOCK_M rows are worked on at once. V is rounded to the weights' type where the reference rounds it: after mixing, and
-    after f. No program has rows of both gate and up. BLOCKS_J: of BLOCK_J bases, in all.
+    PAIRS_M, a multiple of BLOCK_M; SLOTS pieces of BLOCK_M rows are worked on at once. V is rounded to the weights'
+    type where the reference rounds it: after mixing, and after f. No program has rows of both gate and up. BLOCKS_J: of
+    BLOCK_J bases, in all.
     """
     gate_blocks = ceil_div(gate_rank, BLOCK_N)
     blocks_n = gate_blocks + ceil_div(rank - gate_rank, BLOCK_N)

@@ -1,8 +1,8 @@
 """Sorts routed pairs (token, choice) by expert, in blocks of rows that each belong to one expert.
 
 Pairs are cut into chunks of CHUNK. With more than one, `count_chunks` counts each chunk's pairs by expert; then every
-program of `align` adds up all counts and places its own chunk's pairs: no program walks over all pairs, no order depends
-on which runs first.
+program of `align` adds up all counts and places its own chunk's pairs: no program walks over all pairs, and no order
+depends on which runs first.
 """
 
 import triton

@@ -30,7 +30,7 @@ tensor core's product has at least, as the mix is one, of alphas [SLOTS, m] with
 SLOT_ROWS = 32
 """Most rows of such a piece."""
 MIXED_AT_ONCE = 32
-"""Most bases that it reads at once."""
+"""Most bases that it reads at once; twice as many of float32, whose tiles are smaller."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def tile(kernel: str, rows: int, dtype: torch.dtype, device_name: str) -> Tile:
     """The entry with the most rows that are not more than `rows`, this rounded up to a power of two.
 
     float32 takes twice the shared memory and is multiplied without tensor cores: a quarter of the inputs at a time, and
-    blocks of at most 64 x 64, or 8 columns where V is mixed from bases.
+    blocks of at most 64 x 64, or 8 columns and eight warps where V is mixed from bases.
     """
     bucket = 1 << max(rows - 1, 0).bit_length()
     found = _at(_entries(kernel, device_name), bucket)
@@ -114,9 +114,9 @@ def for_dtype(kernel: str, found: Tile, dtype: torch.dtype) -> Tile:
     """A table's entry as it is used for dtype."""
     if dtype != torch.float32 or found.block_k == 1:
         return found
-    columns = 8 if kernel == "shrink_mixed" else 64
-    return replace(
-        found, block_m=min(found.block_m, 64), block_n=min(found.block_n, columns), block_k=max(found.block_k // 4, 16)
+    columns, warps = (8, 8) if kernel == "shrink_mixed" else (64, found.num_warps)
+    return Tile(
+        min(found.block_m, 64), min(found.block_n, columns), max(found.block_k // 4, 16), warps, found.num_stages
     )
 
 
