@@ -3,8 +3,8 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all test-gpu quality bench bench-layer bench-server bench-peers bench-offline roofline
-.PHONY: lint format clean
+.PHONY: help setup lock demo test test-all test-gpu quality bench bench-layer bench-mobe bench-server bench-peers bench-offline
+.PHONY: roofline lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 3
 
 bench-layer: setup ## Time a layer on this CPU beside vLLM's dense one (ARGS="--shapes Mixtral-8x7B")
 	@.venv/bin/python tests/bench_layer.py $(ARGS)
+
+bench-mobe: setup ## Time a layer of MoBE on this CPU beside the dense one (ARGS="--ratios 0.5")
+	@.venv/bin/python tests/bench_mobe.py $(ARGS)
 
 bench-server: setup ## Time whole vLLM servers, dense beside compressed, on this CPU (ARGS="--ratios 0.6")
 	@.venv/bin/python tests/bench_server.py $(ARGS)
