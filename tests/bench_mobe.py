@@ -1,5 +1,5 @@
-"""One MoE layer of MoBE (METHODS 3) on this CPU: the cpu backend beside the reference backend and vLLM's fused MoE on the
-dense layer, interleaved in one run.
+"""One MoE layer of MoBE (METHODS 3) on this CPU: the cpu backend beside the reference backend and vLLM's fused MoE on
+the dense layer, interleaved in one run.
 
 Random bfloat16 weights and routing; as many bases as `auto` takes, ranks by MoBE's budget at this ratio of the experts'
 bytes. Ours and the reference have to agree before they are timed. A table on stdout, all rows in build/bench/mobe.json.
@@ -38,13 +38,13 @@ def bases_of(shape: Shape) -> int:
 
 
 def rank_of(shape: Shape, ratio: float) -> int:
-    """Of gate and up, where `ratio` of the experts is gone and down stays. Raises ValueError where it is out of reach."""
+    """Of gate and up, where `ratio` of the experts is gone and down stays. Raises ValueError where none does that."""
     hidden, inner, experts, _ = shape
     # The share of gate and up that is kept: gamma of METHODS 3.
     gamma = 1 - 1.5 * ratio
     rank = multiple(gamma * experts * inner * hidden / (experts * inner + bases_of(shape) * hidden), 16)
     if not 0 < gamma < 1 or rank > min(hidden, inner):
-        raise ValueError(f"ratio {ratio:g} is out of reach for {shape}; MoBE needs one between 0.25 and 0.6 there")
+        raise ValueError(f"ratio {ratio:g} is out of MoBE's reach for {shape}; choose one between 0.3 and 0.6")
     return rank
 
 

@@ -114,17 +114,19 @@ def write_dense(root: Path, size: Size) -> Path:
     return out
 
 
-def write_compressed(dense: Path, ratio: float, scope: str = "off") -> Path:
+def write_compressed(dense: Path, ratio: float, scope: str = "off", method: str = "d2") -> Path:
     """A compressed checkpoint beside the dense model, written unless it is there: uniform ranks, a pruned base.
 
     ratio: share of the dense model's bytes that is gone. scope: to serve with; decides how much of the base is cut.
+    method: d2 or mobe.
     """
-    out = dense.with_name(f"d2-{100 * ratio:g}" + ("" if scope == "off" else f"-{scope}"))
+    out = dense.with_name(f"{method}-{100 * ratio:g}" + ("" if scope == "off" else f"-{scope}"))
     if out.exists():
         return out
     model = open_dense(str(dense))
-    multiples = {"base": {"sparsity": SPARSITY[scope], "column_multiple": 16}, "delta": {"rank_multiple": 16}}
-    recipe = Recipe.model_validate({"ratio": ratio, "allocation": "uniform", "scope": scope, **multiples})
+    parts = {"base": {"sparsity": SPARSITY[scope], "column_multiple": 16}} if method == "d2" else {"method": method}
+    settings = {"ratio": ratio, "allocation": "uniform", "scope": scope, "delta": {"rank_multiple": 16}, **parts}
+    recipe = Recipe.model_validate(settings)
     plan = make_plan(model, recipe)
     config, specs = plan.budget.config, plan.budget.config.expert_tensors()
 
@@ -144,15 +146,18 @@ def write_compressed(dense: Path, ratio: float, scope: str = "off") -> Path:
 
 
 def _expert_tensor(config: CheckpointConfig, specs: Mapping[str, TensorSpec], name: str) -> Tensor:
-    """One tensor of a base or delta; base and delta have half of the weight's variance each."""
+    """One tensor of a base or delta; base and delta have half of the weight's variance each, with MoBE about all."""
     prefix, kind = name.rsplit(".", 1)
+    if kind == "alpha":
+        return torch.full(specs[name].shape, 1 / specs[name].numel, dtype=torch.bfloat16)
     if kind == "base_columns":
         return _columns(config, prefix, specs[name].shape[0])
     if kind == "base_norms":
         return _expert_tensor(config, specs, f"{prefix}.base").float().norm(dim=0)
     inputs = {name: i for role, name in config.projections.items() for i in [config.shape(role)[1]]}
     fan_in = inputs[prefix.rsplit(".", 1)[1]]
-    return _normal(name, specs[name], specs[name].shape[1] ** -0.5 if kind == "delta_u" else (2 * fan_in) ** -0.5)
+    fan_in = specs[name].shape[1] if kind in ("delta_u", "a") else 2 * fan_in
+    return _normal(name, specs[name], fan_in**-0.5)
 
 
 def _columns(config: CheckpointConfig, prefix: str, kept: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""Prints, in bytes: one expert's V of gate and up; what a call of the cpu backend adds to this process's peak memory; what
-a call of the reference adds that mixes a V as a whole. All experts are in use. Linux."""
+"""Prints, in bytes: one expert's V of gate and up; what a call of the cpu backend adds to this process's peak memory;
+what a call of the reference adds that mixes a V as a whole. All experts are in use. Linux."""
 
 from __future__ import annotations
 

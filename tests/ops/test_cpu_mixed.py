@@ -164,8 +164,8 @@ def test_packing_takes_no_more_memory_where_sizes_are_multiples(bases: int) -> N
 
 
 def test_no_v_is_ever_whole() -> None:
-    """Memory that a call takes beside the weights, as the system counts it, is a small part of one expert's V of gate and
-    up; the reference with whole V's takes all of it, which shows that the measurement would see it."""
+    """Memory that a call takes beside the weights, as the system counts it, is a small part of one expert's V of gate
+    and up; the reference with whole V's takes all of it, which shows that the measurement would see it."""
     program = Path(__file__).with_name("mixed_memory.py")
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

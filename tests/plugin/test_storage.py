@@ -61,8 +61,11 @@ def replicated(checkpoint: Path) -> tuple[int, int]:
     return experts, sum(spec.nbytes for name, spec in others.items() if "norm" in name or ".gate." in name)
 
 
-def test_a_worker_keeps_what_is_stored(tmp_path: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize("method", ["d2", "mobe"])
+def test_a_worker_keeps_what_is_stored(tmp_path: Path, checkpoint: Path, method: str) -> None:
     """Within 3 % of the checkpoint, of its experts and of all; on the CPU backend, after packing."""
+    if method == "mobe":
+        checkpoint = write_compressed(checkpoint.with_name("dense"), 0.4, method=method)
     (found,) = live(tmp_path / "one", checkpoint, {})
     report = stored(checkpoint)
     assert found["experts"] == pytest.approx(report["experts"]["bytes"], rel=CLOSE)

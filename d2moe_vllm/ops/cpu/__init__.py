@@ -215,7 +215,7 @@ def _half(
         shared_v=weights.shared_v is not None,
         by_columns=scope != "off" and used < kept,
         whole=weights.dense is not None,
-        mixed=0 if weights.alpha is None else weights.alpha.shape[1] // 2,
+        mixed=weights.alpha.shape[1] // 2 if isinstance(weights.alpha, Tensor) else 0,
         function=0 if weights.bases is None else FUNCTIONS.index(function),
         rank=(I64 * 2)(*ranks),
         base_rank=(I64 * 2)(*base_ranks),
