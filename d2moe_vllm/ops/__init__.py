@@ -53,7 +53,6 @@ class Backend(NamedTuple):
     lacks: frozenset[str] = frozenset()
 
 
-MOBE = frozenset(("bases", "dense"))
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing),
     # ROCm's devices are "cuda" to torch, too.
