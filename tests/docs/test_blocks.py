@@ -35,11 +35,11 @@ def runs(block: Block) -> bool:
     return not block.needs - {"long"}
 
 
-def chosen(*kinds: str, marked: bool = False) -> list[object]:
-    """Parameters for a test: its blocks, those that take long in the slow tier."""
-    found = [block for block in BLOCKS if block.kind in kinds and runs(block) is not marked]
+def chosen(*kinds: str) -> list[object]:
+    """Parameters for a test: the blocks that it runs, those that take long in the slow tier."""
+    found = [block for block in BLOCKS if block.kind in kinds and runs(block)]
     slow = pytest.mark.slow
-    return [pytest.param(b, id=b.place, marks=[slow] if runs(b) and "long" in b.needs else []) for b in found]
+    return [pytest.param(b, id=b.place, marks=[slow] if "long" in b.needs else []) for b in found]
 
 
 def test_every_block_has_a_test() -> None:
@@ -109,9 +109,9 @@ def test_sessions(block: Block, models: Models, tmp_path: Path) -> None:
         assert (why := difference(expected, shown)) is None, f"$ {command}\n{why}"
 
 
-@pytest.mark.parametrize("block", chosen("commands", "session", marked=True))
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.needs], ids=lambda block: block.place)
 def test_commands_that_need_more_than_is_here(block: Block) -> None:
-    """They are read by bash, and each by the parser of its program."""
+    """They are read by bash, and each by the parser of its program; so are those that only need time."""
     assert block.kind == "commands", f"{block.place}: what a session shows cannot be checked without running it"
     assert check(block.text) > 0
 
