@@ -86,6 +86,7 @@ def test_medians_and_spread_stand_in_the_tables() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # three servers, three rounds each, on a shared machine
 def test_rows_are_served_by_vllm(texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source and a baseline by stock vLLM, d2 through the plugin: each has a speed that its three rounds span,
     which is remembered. An argument that `vllm serve` does not know is a reason in every row, and no crash; nothing
