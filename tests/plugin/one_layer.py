@@ -11,7 +11,8 @@ from torch import Tensor
 
 from d2moe_vllm.checkpoint import CheckpointConfig
 from d2moe_vllm.loading import LayerLoader, options
-from d2moe_vllm.ops.reference import Weights, fused_experts
+from d2moe_vllm.ops import BACKENDS, PACK_OPTIONS
+from d2moe_vllm.ops.reference import Weights
 
 LAYER = 1
 SHARDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
@@ -56,12 +57,24 @@ def fill(loader: LayerLoader, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return parameters
 
 
-def compute(loader: LayerLoader, parameters: dict[str, Tensor], x: Tensor, ids: Tensor, scope: str = "off") -> Tensor:
+def compute(
+    loader: LayerLoader,
+    parameters: dict[str, Tensor],
+    x: Tensor,
+    ids: Tensor,
+    scope: str = "off",
+    backend: str = "reference",
+) -> Tensor:
     halves = [Weights(**{k: parameters.get(f"{half}_{k}") for k in Weights._fields}) for half in ("w13", "w2")]
+    sizes = options(loader.config, loader.layer, loader.tp_size, scope, prune_down=len(loader.experts) == 8)
+    if (pack := BACKENDS[backend].pack) is not None:
+        # Packing takes the storage of what it packs.
+        copies = [Weights(*(None if t is None else t.clone() for t in half)) for half in halves]
+        halves = list(pack(*copies, **{name: sizes[name] for name in PACK_OPTIONS}))
     own = {expert: local for local, expert in enumerate(loader.experts)}
     local = torch.tensor([[own.get(expert, -1) for expert in row] for row in ids.tolist()])
     weights = torch.linspace(0.2, 0.8, ids.numel()).view(ids.shape)
-    return fused_experts(
+    return BACKENDS[backend].fused_experts(
         x,
         weights,
         local,
@@ -69,7 +82,7 @@ def compute(loader: LayerLoader, parameters: dict[str, Tensor], x: Tensor, ids: 
         None,
         num_experts=len(loader.experts),
         activation="silu",
-        **options(loader.config, loader.layer, loader.tp_size, scope, prune_down=len(loader.experts) == 8),
+        **sizes,
     )
 
 

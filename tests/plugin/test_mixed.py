@@ -132,6 +132,9 @@ def test_the_layer_is_what_its_tensors_mean(
     assert loader.missing() == []
     expected = expected_layer(tensors, function, *batch)
     torch.testing.assert_close(compute(loader, parameters, *batch).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        compute(loader, parameters, *batch, backend="cpu").double(), expected, rtol=1e-4, atol=1e-5
+    )
     monkeypatch.setattr(reference, "MIXED_ROWS", 7)
     torch.testing.assert_close(compute(loader, parameters, *batch).double(), expected, rtol=1e-4, atol=1e-5)
     # The bases are the only thing of their kind that is kept.
@@ -170,8 +173,11 @@ def test_neither_an_expert_nor_its_v_is_ever_whole(
     assert largest.elements == 8 * 128
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_tensor_parallel_slices_add_up(folder: Path, function: str, batch: tuple[Tensor, Tensor], size: int) -> None:
+def test_tensor_parallel_slices_add_up(
+    folder: Path, function: str, batch: tuple[Tensor, Tensor], size: int, backend: str
+) -> None:
     config, tensors = read_config(folder), layer_tensors(folder)
     total = torch.zeros_like(batch[0])
     for rank in range(size):
@@ -179,12 +185,13 @@ def test_tensor_parallel_slices_add_up(folder: Path, function: str, batch: tuple
         parameters = fill(loader, tensors)
         assert parameters["w13_a"].shape == (8, 256 // size, 64)
         assert parameters["w2_dense"].shape == (8, 128, 256 // size)
-        total += compute(loader, parameters, *batch)
+        total += compute(loader, parameters, *batch, backend=backend)
     torch.testing.assert_close(total.double(), expected_layer(tensors, function, *batch), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_expert_parallel_ranks_have_the_bases_and_their_own_experts(
-    folder: Path, function: str, batch: tuple[Tensor, Tensor]
+    folder: Path, function: str, batch: tuple[Tensor, Tensor], backend: str
 ) -> None:
     config, tensors = read_config(folder), layer_tensors(folder)
     total = torch.zeros_like(batch[0])
@@ -193,7 +200,7 @@ def test_expert_parallel_ranks_have_the_bases_and_their_own_experts(
         parameters = fill(loader, tensors)
         assert loader.missing() == []
         assert parameters["w13_a"].shape[0] == 4
-        total += compute(loader, parameters, *batch)
+        total += compute(loader, parameters, *batch, backend=backend)
     torch.testing.assert_close(total.double(), expected_layer(tensors, function, *batch), rtol=1e-4, atol=1e-5)
 
 

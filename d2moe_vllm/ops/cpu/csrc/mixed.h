@@ -13,10 +13,13 @@
 
 namespace d2moe {
 
-// Inputs of a tile of V: as many as leave a block of 16 rows of all bases in the nearest cache, 16 KB of bfloat16.
-constexpr i64 mixed_inputs(i64 m) { return std::clamp<i64>(512 / m / 16 * 16, 16, 64); }
-// Of such tiles a thread has so many times FACTOR_ROWS: what is in the nearest cache is mixed for them all.
+// Tiles of V that a thread has, times FACTOR_ROWS: bases that are in the cache are mixed for them all.
 constexpr i64 TILES = 4;
+// Inputs of a tile of V: where reading bases takes the time, as many as leave 16 rows of all bases in the nearest cache, 16 KB
+// of bfloat16; where many experts' are mixed, so many that sums are not loaded and stored too often.
+constexpr i64 mixed_inputs(i64 m, i64 experts) {
+  return experts > TILES * FACTOR_ROWS ? 64 : std::clamp<i64>(512 / m / 16 * 16, 16, 64);
+}
 // Groups of 16 elements that f is applied to at once.
 constexpr i64 GROUPS = 16;
 
@@ -122,7 +125,8 @@ class Mixing {
 
   // s of all pairs at some rows of part j.
   void rows(int j, const std::vector<Mixers<P>>& mixers, i64 block, i64 blocks) {
-    const i64 steps = packed_inputs<P>(in_) / P::PAIR, run = mixed_inputs(w_.mixed) / P::PAIR, all = i64(mixers.size());
+    const i64 steps = packed_inputs<P>(in_) / P::PAIR, all = i64(mixers.size());
+    const i64 run = mixed_inputs(w_.mixed, i64(routing_.active.size())) / P::PAIR;
     thread_local std::vector<Element> v;
     thread_local std::vector<float> out;  // [pairs, SLICE]
     v.resize(std::min(all, TILES) * FACTOR_ROWS * blocks * run * LANES * P::PAIR);
