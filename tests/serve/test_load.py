@@ -167,7 +167,7 @@ def by_minute(latencies: list[tuple[float, float]]) -> list[dict[int, float]]:
     for ended, took in latencies:
         if start <= ended < start + SECONDS:  # later ones ran beside fewer and fewer others
             minutes.setdefault(int((ended - start) // 60), []).append(took)
-    cuts = [statistics.quantiles(minutes[number], n=100) for number in sorted(minutes)]
+    cuts = [statistics.quantiles(minutes[number], n=100) for number in sorted(minutes) if len(minutes[number]) > 1]
     return [{percentile: round(cut[percentile - 1], 3) for percentile in SLOWER} for cut in cuts]
 
 
