@@ -98,7 +98,7 @@ template <class P>
 bool one(int number) {
   Owned<P> own;
   Layer<P> layer;
-  layer.experts = 1 + below(number % 5 == 4 ? 40 : 6);
+  layer.experts = 1 + below(6);
   // Now and then as large as a base by columns is folded at more outputs, with a last fold that is not whole.
   layer.hidden = number % 12 == 5 ? 4096 + 4 * below(100) : 4 * (1 + below(20));
   layer.intermediate = number % 12 == 11 ? 4160 : 4 * (1 + below(20));
