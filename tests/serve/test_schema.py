@@ -23,9 +23,9 @@ SEED = 7
 PATHS = ("/v1/d2moe", "/v1/d2moe/info", "/v1/d2moe/", "/v1/d2moe/nothing", "/v1/d2moe/../d2moe/info", "/v1/d2moe%00")
 METHODS = ("GET", "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
 HEADERS = (
-    {"Accept": "image/png"}, {"Accept": "\x7f"}, {"Range": "bytes=5-1"}, {"Content-Type": "application/json"},
-    {"If-None-Match": "*"}, {"X-Request-Id": "x" * 4000}, {"Transfer-Encoding": "identity"}, {"Expect": "nothing"},
-    {"Accept-Encoding": "gzip;q=-1"}, {"Content-Length": "0"}, {"Connection": "close"}, {"Host": "elsewhere"},
+    {"Accept": "image/png"}, {"Accept": ""}, {"Range": "bytes=5-1"}, {"Content-Type": "application/json"},
+    {"If-None-Match": "*"}, {"X-Request-Id": "x" * 4000}, {"Accept-Encoding": "gzip;q=-1"}, {"Connection": "close"},
+    {"Host": "elsewhere"}, {"Origin": "null"},
 )  # fmt: skip
 BODIES = (b"", b"{", b'{"a": 1}', b"\0" * 1000, b"[" * 5000)
 
