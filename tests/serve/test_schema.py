@@ -52,7 +52,7 @@ def test_wrong_requests_are_answered_and_the_server_goes_on(server: Server, clie
     with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as http:
         for _ in range(300):
             method, path, key = chance.choice(METHODS), chance.choice(PATHS), chance.choice(("right", "wrong", "none"))
-            keys = {"right": f"Bearer {client.api_key}", "wrong": chance.choice(("Bearer x", "Basic x", "", "Bearer "))}
+            keys = {"right": f"Bearer {client.api_key}", "wrong": chance.choice(("Bearer x", "Basic x", "Bearer"))}
             headers = {**chance.choice(HEADERS), **({"Authorization": keys[key]} if key in keys else {})}
             query = chance.choice(("", "?x=1", "?" + "a=b&" * 500, "?%ff=%00", "?__proto__=1"))
             body = chance.choice(BODIES) if method in ("POST", "PUT", "PATCH") else None
