@@ -23,9 +23,9 @@ SEED = 7
 PATHS = ("/v1/d2moe", "/v1/d2moe/info", "/v1/d2moe/", "/v1/d2moe/nothing", "/v1/d2moe/../d2moe/info", "/v1/d2moe%00")
 METHODS = ("GET", "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
 HEADERS = (
-    {"Accept": "image/png"}, {"Accept": "\x7f"}, {"Range": "bytes=5-1"}, {"Content-Type": "application/json"},
-    {"If-None-Match": "*"}, {"X-Request-Id": "x" * 4000}, {"Transfer-Encoding": "identity"}, {"Expect": "nothing"},
-    {"Accept-Encoding": "gzip;q=-1"}, {"Content-Length": "0"}, {"Connection": "close"}, {"Host": "elsewhere"},
+    {"Accept": "image/png"}, {"Accept": ""}, {"Range": "bytes=5-1"}, {"Content-Type": "application/json"},
+    {"If-None-Match": "*"}, {"X-Request-Id": "x" * 4000}, {"Accept-Encoding": "gzip;q=-1"}, {"Connection": "close"},
+    {"Host": "elsewhere"}, {"Origin": "null"},
 )  # fmt: skip
 BODIES = (b"", b"{", b'{"a": 1}', b"\0" * 1000, b"[" * 5000)
 
@@ -52,7 +52,7 @@ def test_wrong_requests_are_answered_and_the_server_goes_on(server: Server, clie
     with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as http:
         for _ in range(300):
             method, path, key = chance.choice(METHODS), chance.choice(PATHS), chance.choice(("right", "wrong", "none"))
-            keys = {"right": f"Bearer {client.api_key}", "wrong": chance.choice(("Bearer x", "Basic x", "", "Bearer "))}
+            keys = {"right": f"Bearer {client.api_key}", "wrong": chance.choice(("Bearer x", "Basic x", "Bearer"))}
             headers = {**chance.choice(HEADERS), **({"Authorization": keys[key]} if key in keys else {})}
             query = chance.choice(("", "?x=1", "?" + "a=b&" * 500, "?%ff=%00", "?__proto__=1"))
             body = chance.choice(BODIES) if method in ("POST", "PUT", "PATCH") else None
