@@ -111,11 +111,11 @@ def mixed_cases(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     )
 
 
-BIG = {"tokens": 67, "hidden": 192, "intermediate": 80, "num_experts": 8, "rank": (48, 33)}
+BIG = {"tokens": 37, "hidden": 72, "intermediate": 40, "rank": (19, 9)}
 MIXED = {
     "few bases": {**BIG, "bases": 2},
-    "more bases than are mixed at once": {**BIG, "bases": 37, "function": "tanh"},
-    "more experts than pieces": {**BIG, "num_experts": 40, "bases": 10, "groups": 5, "top_k": 3},
-    "blocks of several pieces": {**BIG, "num_experts": 2, "bases": 2, "rank": (17, 40)},
+    "more bases than are mixed at once": {**BIG, "tokens": 5, "bases": 67, "function": "tanh"},
+    "more experts than pieces": {**BIG, "num_experts": 20, "bases": 10, "groups": 5},
+    "blocks of several pieces": {**BIG, "tokens": 67, "num_experts": 2, "bases": 2},
 }
 """Sizes that are multiples of nothing."""
