@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from mixed_cases import MIXED, forward, mixed_case, mixed_cases
+from mixed_cases import forward, mixed_case, mixed_cases
 from moe_cases import CROWDED, crowd
 from moe_oracle import kernel_arguments
 from test_cpu import DTYPES, in_float64, run
@@ -20,6 +20,14 @@ from d2moe_vllm.ops import PACK_OPTIONS, cpu
 from d2moe_vllm.ops.reference import Weights, fused_experts
 
 Case = tuple[list[Any], dict[str, Any]]
+BIG = {"tokens": 67, "hidden": 192, "intermediate": 80, "num_experts": 8, "rank": (48, 33)}
+MIXED = {
+    "few bases": {**BIG, "bases": 2},
+    "many bases": {**BIG, "bases": 37, "function": "tanh"},
+    "many experts in groups": {**BIG, "num_experts": 40, "bases": 10, "groups": 5, "top_k": 3},
+    "many rows for an expert": {**BIG, "num_experts": 2, "bases": 2, "rank": (17, 40)},
+}
+"""Sizes that are multiples of nothing."""
 
 
 @settings(max_examples=150, deadline=None)
