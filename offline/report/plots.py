@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Canvas
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from offline.report.pictures import Bars, Heat, Lines, Panel, Picture, Scale, Series
@@ -75,10 +76,10 @@ def png(panel: Panel, title: str, path: Path, *, small: bool = False) -> None:
 def _canvas(picture: Picture, width: int, extra: int = 0) -> Canvas:
     """A drawing of so many points; extra: more of its height."""
     height = _height(picture, width) + extra
-    canvas = Canvas(figsize=(width / 72, height / 72), layout="constrained")
     # On a page the distance to what is around it is the page's.
     pad = 0.1 if extra else 0.03
-    canvas.get_layout_engine().set(w_pad=pad, h_pad=pad)
+    layout = ConstrainedLayoutEngine(w_pad=pad, h_pad=pad)
+    canvas = Canvas(figsize=(width / 72, height / 72), layout=layout)
     axes = canvas.subplots()
     DRAW[type(picture)](axes, picture, width)
     return canvas
