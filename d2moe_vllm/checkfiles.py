@@ -43,7 +43,7 @@ MAX_HEADER = 100_000_000
 
 def _read_json(path: Path) -> Any:
     try:
-        _refuse_special(path, MAX_JSON)
+        refuse_special(path, MAX_JSON)
         return _strict_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: {path.name} is missing; copy the whole checkpoint again") from None
@@ -51,7 +51,7 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); copy the checkpoint again") from None
 
 
-def _refuse_special(path: Path, most: int | None = None) -> None:
+def refuse_special(path: Path, most: int | None = None) -> None:
     """Raises OSError for what is no regular file, or larger than `most` bytes: a pipe would be waited for, and a device
     read, without end."""
     status = path.stat()
@@ -136,7 +136,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        _refuse_special(path)
+        refuse_special(path)
         _refuse_names_twice(path)
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -233,8 +233,9 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     if path is not None:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+        except Exception as error:  # YAML's tags make its reader raise nearly everything there is
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"recipe {path} cannot be read: {reason}") from None
         if not isinstance(content, dict):
             raise InputError(f"recipe {path}: expected `key: value` lines, found {type(content).__name__}")
     for dotted, value in overrides.items():

@@ -24,7 +24,7 @@ PREFIXES = {"counter": "counter", "summary": "summary", "gauge": "gauge_max"}
 
 
 SIZE = 1 << 20
-"""Bytes of a file from its beginning: room for the 2048 series that the labels allow (tested), so that none grows."""
+"""Bytes of a file from its beginning: room for 2048 series (tested) and some more: none grows."""
 
 
 class Sample(NamedTuple):

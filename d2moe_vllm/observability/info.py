@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 import vllm
-import yaml
 from prometheus_client import Metric
 from pydantic import BaseModel
 
 from d2moe_vllm import __version__
 from d2moe_vllm.checkfiles import read_manifest
 from d2moe_vllm.checkpoint import (
-    RECIPE_FILE,
     ROLES,
     CheckpointConfig,
     CheckpointError,
@@ -31,6 +29,7 @@ from d2moe_vllm.checkpoint import (
     Source,
 )
 from d2moe_vllm.observability.metrics import COLUMNS_USED, DELTA_BYTES, EXPERT_TOKENS, SECONDS, columns_in_use
+from d2moe_vllm.recipefile import read_recipe
 
 
 class Versions(BaseModel):
@@ -201,18 +200,9 @@ def _manifest(folder: Path | None) -> Manifest | None:
         return None
 
 
-class _NoAliases(yaml.SafeLoader):
-    """A few lines of aliases of aliases are gigabytes once they are written as JSON; no recipe of ours has any."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not read here")
-        return super().compose_node(parent, index)
-
-
 def _recipe(folder: Path | None) -> dict[str, Any] | None:
+    """None where it cannot be read: it is only shown."""
     try:
-        content = yaml.load((folder / RECIPE_FILE).read_text(encoding="utf-8"), _NoAliases) if folder else None
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_recipe(folder) if folder else None
+    except CheckpointError:
         return None
-    return content if isinstance(content, dict) else None

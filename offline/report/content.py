@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from d2moe_vllm.checkfiles import check_checkpoint
-from d2moe_vllm.checkpoint import RECIPE_FILE, ROLES, STATS_FILE, CheckpointConfig, CheckpointError
+from d2moe_vllm.checkpoint import ROLES, STATS_FILE, CheckpointConfig, CheckpointError
+from d2moe_vllm.recipefile import read_recipe
 from offline.calibration import read_text
 from offline.errors import InputError
 from offline.evaluation import evaluate, text_windows
@@ -66,7 +65,7 @@ def collect(request: Request, steps: Callable[[float], Steps], say: Callable[[st
     return {
         "checkpoint": inspect(request.checkpoint),
         "inputs": {role: config.shape(role)[1] for role in ROLES},
-        "recipe": _recipe(request.checkpoint),
+        "recipe": read_recipe(request.checkpoint),
         "parts": _parts(request.checkpoint, config),
         "perplexity": _perplexities(request, steps, say),
         "trimming": _trimming(request, config, steps, say),
@@ -112,18 +111,6 @@ def _analyses(
         return None
     say("analyses of every weight")
     return analyse(request.checkpoint, request.source, steps, _gram_bytes(request, config))
-
-
-def _recipe(folder: Path) -> dict[str, Any]:
-    """Raises CheckpointError where it cannot be read."""
-    try:
-        content = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder / RECIPE_FILE} cannot be read ({reason}); copy it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{folder / RECIPE_FILE}: not a recipe; copy it again")
-    return content
 
 
 def _parts(folder: Path, config: CheckpointConfig) -> dict[str, dict[str, dict[str, int]]]:

@@ -98,7 +98,9 @@ template <class P>
 bool one(int number) {
   Owned<P> own;
   Layer<P> layer;
-  layer.experts = 1 + below(6);
+  // Now and then more than are mixed at once, and more ranks than one task shrinks to.
+  layer.experts = number % 6 == 4 ? 1 + below(45) : 1 + below(6);
+  const i64 ranks = number % 6 == 4 ? 170 : 40;
   // Now and then as large as a base by columns is folded at more outputs, with a last fold that is not whole.
   layer.hidden = number % 12 == 5 ? 4096 + 4 * below(100) : 4 * (1 + below(20));
   layer.intermediate = number % 12 == 11 ? 4160 : 4 * (1 + below(20));
@@ -113,7 +115,7 @@ bool one(int number) {
     const i64 in = half ? layer.intermediate : layer.hidden, out = half ? layer.hidden : layer.intermediate;
     const int parts = half ? 1 : 2;
     for (int j = 0; j < parts; ++j) {
-      w.rank[j] = 1 + below(40);
+      w.rank[j] = 1 + below(ranks);
       w.u[j] = own.factors(layer.experts, out, w.rank[j]);
     }
     // The last kind: mixed from bases, or whole.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from d2moe_vllm.ops.cpu import compiler
+from d2moe_vllm.ops.cpu import compiler, library
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = compiler.TARGETS.get(platform.machine(), {})
@@ -28,7 +28,7 @@ import numpy, torch
 from moe_cases import CROWDED, crowd
 from moe_oracle import forward, kernel_arguments
 from d2moe_vllm.ops import PACK_OPTIONS, choose_backend, cpu
-from d2moe_vllm.ops.cpu import compiler
+from d2moe_vllm.ops.cpu import compiler, library
 from d2moe_vllm.ops.reference import Weights
 print(*choose_backend("cpu"), compiler.compiled_ahead())
 for variant in CROWDED:
@@ -107,3 +107,14 @@ def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
     ):
         compiler.compile_ahead(tmp_path, ["avx1024"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_library_that_cannot_be_loaded_is_compiled_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By this machine's compiler, or from its cache."""
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(library, "compiled_ahead", lambda: broken)
+    assert library._ahead() is None
+    library.load.cache_clear()
+    assert library.load().d2moe_packed_size(0, 16, 8) == 16 * 8
+    library.load.cache_clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,8 +26,10 @@ FUNCTIONS = ("silu", "tanh")
 """By their numbers in api.cpp and layer.h."""
 
 
+@cache
 def missing() -> str | None:
-    """Why the library cannot be had on this machine, in one line; None if it is there. Compiles it the first time."""
+    """Why the library cannot be had on this machine, in one line; None if it is there. Compiles it the first time,
+    and tries no second time: every layer asks."""
     try:
         load()
     except CompilerError as error:

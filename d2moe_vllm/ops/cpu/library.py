@@ -50,11 +50,7 @@ def load() -> ctypes.CDLL:
     # Into the global scope: our symbols of OpenMP are found in the runtime that torch uses.
     if (runtime := _openmp_runtime()) is not None:
         ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
-    path = _compiled()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:  # a file system that runs nothing, say
-        raise CompilerError(f"{path} cannot be loaded ({error}); name another folder by D2MOE_CACHE") from None
+    library = _ahead() or _native()
     library.d2moe_fused_experts.argtypes = [ctypes.POINTER(Call)]
     library.d2moe_fused_experts.restype = None
     library.d2moe_packed_size.argtypes = library.d2moe_packed_base_size.argtypes = [I64, I64, I64]
@@ -76,10 +72,26 @@ def _openmp_runtime() -> Path | None:
     return found[0] if found else None
 
 
+def _ahead() -> ctypes.CDLL | None:
+    """What the wheel has for this processor; None where it has nothing that can be loaded here."""
+    if (path := compiled_ahead()) is None:
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # a file system that runs nothing, say, or a file that was cut
+        return None
+
+
+def _native() -> ctypes.CDLL:
+    path = _compiled()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CompilerError(f"{path} cannot be loaded ({error}); name another folder by D2MOE_CACHE") from None
+
+
 def _compiled() -> Path:
-    """The library's file: compiled ahead of time if the wheel has one for this processor, else by this machine."""
-    if (ahead := compiled_ahead()) is not None:
-        return ahead
+    """The library's file, compiled by this machine if it has not yet."""
     # Where there is no home (some containers), the name stays as it is: a folder here, or one that cannot be written.
     folder = Path(os.path.expanduser(os.environ.get("D2MOE_CACHE") or "~/.cache/d2moe"))
     target = folder / native_name()

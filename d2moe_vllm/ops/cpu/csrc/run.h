@@ -17,8 +17,8 @@ namespace d2moe {
 // Inputs that a task of rearranging rows moves.
 constexpr i64 CHUNK = 1024;
 
-// All that a run needs besides the weights. Kept from run to run, it grows to what the largest batch needs and no more:
-// memory that is asked for and given back by every call comes to more than that.
+// All that a run needs besides the weights. Kept from run to run, at most twice what the largest batch needs: memory
+// that is asked for and given back by every call comes to more than that.
 template <class P>
 struct Buffers {
   Routing routing;
