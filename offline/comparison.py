@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import traceback
@@ -142,7 +143,8 @@ class Comparison:
         """How speed is measured."""
         if self.settings.serve is None:
             return None
-        return {"vllm": version(), "arguments": list(self.settings.serve), **WORKLOAD}
+        settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith(("VLLM_", "D2MOE_"))}
+        return {"vllm": version(), "arguments": list(self.settings.serve), "environment": settings, **WORKLOAD}
 
     def _fingerprint(self, name: str, ratio: float) -> dict[str, Any]:
         """Everything that a row's figures depend on but the texts."""

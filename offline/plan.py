@@ -159,16 +159,33 @@ def restrict(problem: Problem, model: DenseModel, layers: tuple[int, ...]) -> Pr
 
 def first_selection(problem: Problem, model: DenseModel) -> Problem:
     """As few layers as reach the ratio when each gives up moe_svd.layer_ratio of its bytes (METHODS 2); the last
-    ones, as long as it is not known which. Raises InputError where not even all of them do."""
+    ones, as long as it is not known which. Raises InputError where not even all of them do.
+
+    Fewer than that, where full ranks leave some of the budget over, as with few distinct U's.
+    """
     ratio, layers = problem.recipe.ratio, model.shape.layers
     each = model.shape.num_experts * model.shape.expert_parameters * DTYPE_BYTES[DTYPES[model.dtype]]
     least = ratio * model.reader.nbytes / (problem.recipe.moe_svd.layer_ratio * each)
-    for count in range(min(math.ceil(least), len(layers)), len(layers)):
-        found = restrict(problem, model, layers[-count:])
+
+    def solved(count: int) -> tuple[Problem, Budget] | None:
+        found = problem if count == len(layers) else restrict(problem, model, layers[-count:])
         with contextlib.suppress(InputError):
-            solve_stored(found, ratio)
-            return found
-    return problem
+            return found, solve_stored(found, ratio)
+        return None
+
+    counts = range(min(math.ceil(least), len(layers)), len(layers) + 1)
+    count, chosen = next(((count, found) for count in counts if (found := solved(count))), (0, None))
+    if chosen is None:
+        return problem
+    while count > 1 and _full(*chosen) and (fewer := solved(count - 1)):
+        count, chosen = count - 1, fewer
+    return chosen[0]
+
+
+def _full(problem: Problem, budget: Budget) -> bool:
+    """Whether no rank could be higher."""
+    layers = budget.config.layers
+    return all(layers[layer][role].rank >= problem.limit(role) for layer in problem.shape.layers for role in ROLES)
 
 
 def _uniform(problem: Problem, ratio: float) -> Budget:

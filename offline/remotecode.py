@@ -19,7 +19,8 @@ def modeling_sha256() -> str:
 def check_code(folder: Path, config: CheckpointConfig | None, manifest: Manifest | None) -> tuple[list[str], list[str]]:
     """Problems and notes, one line each: the modeling file, who else is named to be run, other Python files.
 
-    Names are looked for where transformers looks for them, in config.json and tokenizer_config.json.
+    Names are looked for where transformers looks for them: in config.json and tokenizer_config.json, and in the folder
+    `custom_generate`, which it runs without being told.
     """
     problems, notes = [], []
     modeling = folder / MODELING_FILE
@@ -47,7 +48,13 @@ def check_code(folder: Path, config: CheckpointConfig | None, manifest: Manifest
             )
     if _auto_map(folder / "tokenizer_config.json"):
         notes.append(f"{folder / 'tokenizer_config.json'} names code by auto_map; trust_remote_code would run it")
-    if others := sorted(path.name for path in folder.glob("*.py") if path.name != MODELING_FILE):
+    if (folder / "custom_generate").exists():
+        problems.append(
+            f"{folder / 'custom_generate'}: d2moe writes no such folder, and trust_remote_code would run what is in "
+            "it; delete it"
+        )
+    code = (path.relative_to(folder) for path in folder.rglob("*.py"))
+    if others := sorted(str(path) for path in code if path != Path(MODELING_FILE)):
         notes.append(f"{folder}: {', '.join(others)}: code that d2moe did not write; trust_remote_code may run it")
     return problems, notes
 

@@ -44,7 +44,7 @@ class Server:
     """Serves `model` on a free port of 127.0.0.1 while the `with` block runs.
 
     arguments: further options of `vllm serve`; log: file for its output; timeout: seconds to come up; trust: code that
-    came with the model may run, which our checkpoints need.
+    came with the model may run.
     Raises ServerError where it exits or does not answer in time.
     """
 

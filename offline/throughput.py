@@ -58,7 +58,7 @@ def serve_speed(folder: Path, *, plugin: bool, arguments: Sequence[str], log: Pa
     options = ["--served-model-name", "model", "--no-enable-prefix-caching", *arguments]
     report = log.with_suffix(".json")
     try:
-        with Server(folder, options, log=log, env=environment, trust=plugin) as server:
+        with Server(folder, options, log=log, env=environment, trust=False) as server:
             rounds = [
                 _round(folder, server.port, report, environment, warm_up=number == 0)
                 for number in range(WORKLOAD["rounds"])

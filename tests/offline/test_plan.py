@@ -218,3 +218,13 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, texts: t
         peaks[layers] = result["peak_memory_bytes"]
         assert result["peak_memory_bytes"] < 1.2 * result["predicted"]["peak_memory_bytes"]
     assert peaks[24] - peaks[4] < 2 * 8 * 3 * 256 * 1024 * 4
+
+
+def test_few_distinct_us_do_not_make_moe_svd_remove_more_than_asked(tmp_path: Path) -> None:
+    """Three U's at full rank leave much of a layer's budget over: then three of four layers are enough."""
+    (tmp_path / "recipe.yaml").write_text("{method: moe-svd, ratio: 0.3, delta: {distinct_u: 3}}")
+    done = d2moe_here("plan", TINY, "--recipe", tmp_path / "recipe.yaml", "--json")
+    kept = json.loads(done.stdout)["disk_bytes"]["result"] / sum(
+        file.stat().st_size for file in TINY.glob("*.safetensors")
+    )
+    assert 0.68 < kept <= 0.7

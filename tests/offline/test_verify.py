@@ -188,11 +188,18 @@ def test_code_that_somebody_else_would_have_run_is_named(compressed: Path, tmp_p
         path = folder / file
         settings = json.loads(path.read_text())
         path.write_text(json.dumps({**settings, "auto_map": {**settings.get("auto_map", {}), **content}}))
-    (folder / "forged.py").write_text("")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "forged.py").write_text("")
+    (folder / "custom_generate").mkdir()
     code, found = verify(folder)
     assert code == 2
+    assert ["custom_generate: d2moe writes no such folder" in problem for problem in found["problems"]] == [False, True]
+    found["problems"].pop()
     assert ["config.json: auto_map is not d2moe's" in problem for problem in found["problems"]] == [True]
-    assert ["tokenizer_config.json names code" in found["notes"][0], "forged.py" in found["notes"][1]] == [True, True]
+    assert ["tokenizer_config.json names code" in found["notes"][0], "deep/forged.py" in found["notes"][1]] == [
+        True,
+        True,
+    ]
 
 
 def test_files_too_few_and_too_many(checkpoint: Path) -> None:
