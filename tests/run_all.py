@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build" / "test-all"
-CODE = ["pyproject.toml", "d2moe_vllm", "offline", "tests", "examples", "deploy", "Dockerfile", "Makefile"]
+CODE = ["pyproject.toml", "setup.py", "d2moe_vllm", "offline", "tests", "examples", "deploy", "Dockerfile", "Makefile"]
 DOCUMENTS = ["README.md", "SECURITY.md", "CHANGELOG.md", "docs"]
 """What tests/docs reads: only its records are of these too."""
 
