@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2moe_vllm.checkfiles import check_checkpoint
-from d2moe_vllm.checkpoint import ROLES, STATS_FILE, CheckpointConfig, CheckpointError
+from d2moe_vllm.checkpoint import ROLES, CheckpointConfig
 from d2moe_vllm.recipefile import read_recipe
 from offline.calibration import read_text
 from offline.errors import InputError
@@ -19,6 +19,7 @@ from offline.families import find_family, read_shape
 from offline.inspection import analyse, inspect, read_statistics
 from offline.original import open_original
 from offline.progress import Steps
+from offline.report.records import check_statistics
 from offline.shards import Reader
 from offline.source import read_model_config
 
@@ -46,12 +47,15 @@ class Request:
 def check_request(request: Request) -> CheckpointConfig:
     """All refusals that need no computing: raises InputError or CheckpointError."""
     config = check_checkpoint(request.checkpoint)
-    _check_statistics(request.checkpoint, config)
+    model = read_model_config(request.checkpoint)
+    check_statistics(request.checkpoint, config, read_shape(find_family(model), model).layers)
     _gram_bytes(request, config)
     if request.source:
         open_original(request.source, config)
     if request.trimming and not request.texts:
         raise InputError("--trimming is measured on a text; add --text FILE")
+    if request.trimming and not any(_trimmable(config, layer) for layer in config.layers):
+        raise InputError("nothing can be trimmed: no layer has a base for all three projections; drop --trimming")
     if request.seq_len and not request.texts:
         raise InputError("--seq-len is for the text; add --text FILE")
     for text in request.texts:
@@ -84,24 +88,6 @@ def _gram_bytes(request: Request, config: CheckpointConfig) -> int | None:
         raise InputError(f"--memory {request.memory:,} bytes is too little to compare experts: {3 * one:,} are needed; "
                          "raise it, or leave the comparison out with --quick")  # fmt: skip
     return request.memory - 2 * one
-
-
-def _check_statistics(folder: Path, config: CheckpointConfig) -> None:
-    """Raises CheckpointError where the statistics are not those of these layers and experts."""
-    statistics = read_statistics(folder)
-    layers = statistics["layers"]
-    for number in config.layers:
-        report = layers.get(str(number), {"tokens": ()})
-        figures = (report["tokens"], *report.get("relative_error", {}).values())
-        if any(len(values) != config.num_experts for values in figures):
-            raise CheckpointError(f"{folder / STATS_FILE}: not the statistics of layer {number}; copy it again")
-    if selection := statistics.get("selection"):
-        try:
-            sound = all(map(math.isfinite, (*selection["sensitivity"].values(), *selection["dense"])))
-        except (KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise CheckpointError(f"{folder / STATS_FILE}: its selection of layers is damaged; copy it again")
 
 
 def _analyses(
@@ -208,8 +194,6 @@ def _trimming(
         points.append({"experts": count, "share": sum(shares) / len(shares), "low": min(shares), "high": max(shares),
                        "perplexity": None})  # fmt: skip
     if request.trimming:
-        if not order:
-            raise InputError("nothing can be trimmed: no layer has a base for all three projections; drop --trimming")
         for count in _counts(config.num_experts):
             say(f"perplexity with {count} experts of each layer trimmed")
             taken = {layer: experts[:count] for layer, experts in order.items()}

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from synthetic import Synthetic, every_variant, mixed, write_checkpoint
 
+from d2moe_vllm.checkpoint import CheckpointError
 from offline.errors import InputError
 from offline.folders import new_file
+from offline.report.content import Request, check_request
 from offline.report.pictures import Heat, Panel, short
 from offline.report.plots import svg
 
@@ -291,6 +294,83 @@ def test_damaged_records_are_named(name: str, content: Any, message: str, compre
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of one value of the statistics, at keys with dots between them."""
+
+    def change(content: dict[str, Any]) -> None:
+        *keys, last = path.split(".")
+        for key in keys:
+            content = content.setdefault(key, {})
+        content[last] = value
+
+    return change
+
+
+FIT = {"start_error": 0.5, "error": 0.4, "steps": 10, "ended": "converged"}
+DAMAGES = [
+    put("calibration", "x"),
+    put("calibration", None),
+    put("calibration.windows", "many"),
+    put("versions", [1]),
+    put("versions", {"torch": 2}),
+    put("written_by", "\ud800"),
+    put("layers.0.tokens", [-1, *[1] * 7]),
+    put("layers.0.tokens", [1.5, *[1] * 7]),
+    put("layers.0.tokens", [10**400, *[1] * 7]),
+    put("layers.0.tokens", [1] * 7),
+    put("layers.0.relative_error.up", ["x"] * 8),
+    put("layers.0.relative_error.other", [0.5] * 8),
+    put("layers.0.sensitivity", {role: [1.0] for role in ("gate", "up", "down")}),
+    put("layers.0.fit", {"gate": {**FIT, "ended": {}}}),
+    put("layers.0.fit", {"gate": {**FIT, "steps": []}}),
+    put("layers.0.fit", {"x": FIT}),
+    put("selection", {"sensitivity": {"x": 1.0}, "dense": []}),
+    put("selection", {"sensitivity": {"0": 1.0}, "dense": []}),
+    put("selection", {"sensitivity": {str(n): 1.0 for n in range(4)}, "dense": [1]}),
+    put("selection", {"sensitivity": {str(n): "x" for n in range(4)}, "dense": []}),
+    lambda content: put("layers.x", content["layers"]["0"])(content),
+    lambda content: content["layers"].pop("3"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def with_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint without weights of meaning, with records. Not to be changed but for its statistics."""
+    folder = tmp_path_factory.mktemp("records") / "model"
+    write_checkpoint(folder, Synthetic())
+    add_records(folder, parameters=4_396_160)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_statistics_are_refused_before_any_work(
+    damage: Callable[[dict[str, Any]], object], with_records: Path
+) -> None:
+    """In one line that names the file: nothing is computed from figures that are none."""
+    path = with_records / "d2moe_stats.json"
+    sound = path.read_text()
+    check_request(Request(with_records))
+    content = json.loads(sound)
+    damage(content)
+    path.write_text(json.dumps(content))
+    try:
+        with pytest.raises(CheckpointError) as refused:
+            check_request(Request(with_records))
+    finally:
+        path.write_text(sound)
+    assert str(refused.value).startswith(str(path))
+    assert "\n" not in str(refused.value)
+
+
+def test_trimming_is_refused_before_any_work(short_text: Path, tmp_path: Path) -> None:
+    """Where no expert could run without its delta."""
+    zero = dict.fromkeys(("gate", "up", "down"), 0)
+    write_checkpoint(tmp_path / "model", Synthetic(kept=zero, used=zero))
+    add_records(tmp_path / "model", parameters=4_396_160)
+    with pytest.raises(InputError, match="nothing can be trimmed"):
+        check_request(Request(tmp_path / "model", texts=(short_text,), seq_len=SEQ_LEN, trimming=True))
 
 
 def test_a_page_that_has_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
