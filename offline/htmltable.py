@@ -8,6 +8,7 @@ from typing import Any
 
 from offline.comparetable import FIRST_TEXT, cells, footnotes, has_figures, heads, remark
 from offline.errors import InputError
+from offline.naming import readable
 from offline.shards import write_file
 
 GENERATOR = '<meta name="generator" content="d2moe compare">'
@@ -62,7 +63,8 @@ def check_page(path: Path) -> None:
 
 def write_page(path: Path, content: dict[str, Any]) -> None:
     """content: as `d2moe compare --json` prints it."""
-    write_file(path, page(content))
+    # Why a row failed may name a path that is no UTF-8.
+    write_file(path, readable(page(content)))
 
 
 def page(content: dict[str, Any]) -> str:

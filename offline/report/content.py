@@ -17,6 +17,7 @@ from offline.errors import InputError
 from offline.evaluation import evaluate, text_windows
 from offline.families import find_family, read_shape
 from offline.inspection import analyse, inspect, read_statistics
+from offline.naming import labels
 from offline.original import open_original
 from offline.progress import Steps
 from offline.report.records import check_statistics
@@ -137,11 +138,11 @@ def _perplexities(
     """Per text: of the checkpoint, of the source where it is given, and how much of the way was kept."""
     vocabulary = read_model_config(request.checkpoint).get("vocab_size")
     found = []
-    for text in request.texts:
-        say(f"perplexity on {text.name}")
+    for label, text in zip(labels(request.texts), request.texts, strict=True):
+        say(f"perplexity on {label}")
         after = evaluate(str(request.checkpoint), text, request.seq_len, None, steps)
         row: dict[str, Any] = {
-            "text": text.name,
+            "text": label,
             "sha256": hashlib.sha256(read_text(text).encode()).hexdigest(),
             "tokens": after.tokens,
             "windows": after.windows,
@@ -152,7 +153,7 @@ def _perplexities(
             "recovery": None,
         }
         if request.source:
-            say(f"the original's perplexity on {text.name}")
+            say(f"the original's perplexity on {label}")
             before = evaluate(request.source, text, request.seq_len, None, steps)
             row["before"] = before.perplexity
             losses = before.negative_log_likelihood, after.negative_log_likelihood
@@ -199,7 +200,7 @@ def _trimming(
             taken = {layer: experts[:count] for layer, experts in order.items()}
             found = evaluate(str(request.checkpoint), request.texts[0], request.seq_len, None, steps, trim=taken)
             points[count]["perplexity"] = found.perplexity
-    text = request.texts[0].name if request.trimming else None
+    text = labels(request.texts)[0] if request.trimming else None
     return {"layers": list(order), "all_layers": len(config.layers), "text": text, "points": points}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from synthetic import Synthetic, write_checkpoint
 
 from offline.comparetable import compare_table
 from offline.console import plain_console
+from offline.naming import labels
 from offline.progress import Steps
 from offline.tables import compress_table, export_table
 
@@ -77,3 +79,11 @@ def test_progress_shows_labels_as_they_are(terminal: bool) -> None:
         steps.label(f"checking {ODD}")
         steps.advance(1)
     assert f"checking {ODD}" in out.getvalue()
+
+
+def test_texts_get_labels_that_tell_them_apart() -> None:
+    """By name, by path where names are the same, by a number where paths look the same; and all can be written."""
+    texts = [Path(os.fsdecode(name)) for name in (b"a", b"1/b", b"2/b", b"c\xff", b"c\xfe", b"a.txt", b"c\xfd")]
+    found = labels(texts)
+    assert found == ["a", "1/b", "2/b", "c\ufffd", "c\ufffd (2)", "a.txt", "c\ufffd (3)"]
+    assert len({label.encode() for label in found}) == len(texts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -21,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from synthetic import Synthetic, every_variant, mixed, write_checkpoint
 
 from d2moe_vllm.checkpoint import CheckpointError
+from offline.card import MEASURED
 from offline.errors import InputError
 from offline.folders import new_file
 from offline.report.content import Request, check_request
-from offline.report.pictures import Heat, Panel, short
-from offline.report.plots import svg
+from offline.report.pictures import Bars, Heat, Panel, short
+from offline.report.plots import png, svg
 
 SEQ_LEN = 64
 
@@ -378,6 +380,37 @@ def test_a_page_that_has_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="appeared meanwhile"):
         new_file(tmp_path / "page.html", "ours")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["another's"]
+
+
+def test_a_dollar_in_a_title_is_no_formula(tmp_path: Path) -> None:
+    """The title of a picture has the name of the user's text in it."""
+    panel = Panel("bars", "bars", Bars(["after"], [("perplexity", [2.0])], "perplexity"), "words")
+    png(panel, "Perplexity: $\\frac$ 5$.txt", tmp_path / "bars.png")
+    png(panel, "Perplexity: \\frac 5.txt", tmp_path / "other.png")
+    assert (tmp_path / "bars.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+
+
+def test_texts_of_one_name_and_names_that_are_no_utf8(with_records: Path, short_text: Path, tmp_path: Path) -> None:
+    """Page, pictures and card are written, and say which figure is of which text."""
+    shutil.copytree(with_records, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("\n".join(MEASURED))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    texts = [
+        tmp_path / "one" / "x$.txt",
+        tmp_path / "two" / "x$.txt",
+        Path(os.fsdecode(bytes(tmp_path) + b"/b\xff.txt")),
+    ]
+    for text in texts:
+        text.write_text(short_text.read_text()[:400])
+    many = [word for text in texts for word in ("--text", text)]
+    made = command("report", tmp_path / "model", tmp_path / "page.html", "--quick", "--figures", tmp_path / "pictures",
+                   "--seq-len", SEQ_LEN, "--card", *many)  # fmt: skip
+    expected = [*map(str, texts[:2]), "b\ufffd.txt"]
+    assert [row[0] for row in table(made, "perplexity")] == expected
+    for written in ("page.html", "model/README.md"):
+        content = (tmp_path / written).read_text(encoding="utf-8")
+        assert all(label in content for label in expected)
 
 
 def test_many_experts_are_drawn_as_one_image(tmp_path: Path) -> None:
