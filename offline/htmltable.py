@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,11 @@ Bytes are those of the weight files; time and peak memory are those of the compr
 
 def check_page(path: Path) -> None:
     """Raises InputError where a page cannot be written, or would replace a file that is none of ours."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    parent = path.absolute().parent
+    if (path.exists() and not path.is_file()) or not parent.is_dir():
         raise InputError(f"--html {path} is no file in an existing folder; choose another")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"--html {path}: {parent} is not writable; choose another folder")
     if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:500]:
         raise InputError(f"--html {path} exists already and was not written by d2moe compare; choose another")
 
