@@ -25,7 +25,10 @@ from d2moe_vllm.checkpoint import CheckpointError
 from offline.card import MEASURED
 from offline.errors import InputError
 from offline.folders import new_file
-from offline.report.content import Request, check_request
+from offline.progress import Steps
+from offline.report.content import Request, check_request, collect
+from offline.report.figures import ranks
+from offline.report.page import tiles
 from offline.report.pictures import Bars, Heat, Panel, short
 from offline.report.plots import png, svg
 
@@ -380,6 +383,25 @@ def test_a_page_that_has_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="appeared meanwhile"):
         new_file(tmp_path / "page.html", "ours")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["another's"]
+
+
+def test_only_what_was_left_as_it_was_is_called_so_and_has_no_error_to_count(tmp_path: Path) -> None:
+    """MoBE's down has errors of exactly zero; a down of rank 0 that has a base was compressed all the same."""
+    write_checkpoint(tmp_path / "mobe", mixed())
+    add_records(tmp_path / "mobe", (0, 1, 2), parameters=4_396_160)
+    write_checkpoint(tmp_path / "base", Synthetic(rank={"gate": 8, "up": 8, "down": 0}))
+    add_records(tmp_path / "base", parameters=4_396_160)
+    path = tmp_path / "mobe" / "d2moe_stats.json"
+    content = json.loads(path.read_text())
+    for number in ("0", "1"):
+        content["layers"][number]["relative_error"]["down"] = [0.0] * 8
+    path.write_text(json.dumps(content))
+    notes = {}
+    for name in ("mobe", "base"):
+        found = collect(Request(tmp_path / name, quick=True), Steps, print)
+        notes[name] = [note for note in ranks(found).notes if "Down" in note]
+        assert tiles(found)[2][:2] == ("0.500", "mean relative error")
+    assert notes == {"mobe": ["Down was left as it was in layers 0, 1."], "base": []}
 
 
 def test_a_dollar_in_a_title_is_no_formula(tmp_path: Path) -> None:
