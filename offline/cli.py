@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -323,6 +324,9 @@ def _prepare_environment() -> None:
     # No warnings of our libraries between the user and the one line that matters.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A path whose bytes are no UTF-8 is printed as those bytes, and is no error after all the work.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from edits import add_records
 from rich.console import Console
 from synthetic import Synthetic, write_checkpoint
 
+from offline.cli import main
 from offline.comparetable import compare_table
 from offline.console import plain_console
 from offline.naming import labels
@@ -44,6 +45,19 @@ def test_inspect_prints_names_as_they_are(tmp_path: Path) -> None:
     done = d2moe_here("inspect", folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{folder}: {ODD} by d2")
+
+
+def test_a_path_that_is_no_utf8_is_printed_as_its_bytes(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/m\xff"))
+    write_checkpoint(tmp_path / "model", Synthetic())
+    add_records(tmp_path / "model", parameters=4_396_160)
+    folder.symlink_to("model")
+    written = io.BytesIO()
+    with redirect_stdout(io.TextIOWrapper(written, encoding="utf-8")) as out, pytest.raises(SystemExit) as stop:
+        main(["inspect", str(folder)])
+    out.flush()
+    assert stop.value.code == 0
+    assert written.getvalue().startswith(bytes(folder) + b": ")
 
 
 def test_paths_are_printed_as_they_are() -> None:
