@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
 import d2moe_vllm
 from d2moe_vllm.checkpoint import CheckpointError
 from offline.comparecmd import compare, spread
+from offline.console import plain_console
 from offline.distributed import is_first, speaks
 from offline.errors import InputError, PeerError
 from offline.memory import peak_memory
@@ -109,7 +110,7 @@ def plan(
     else:
         from offline.tables import plan_table
 
-        plan_table(Console(), summary)
+        plan_table(plain_console(), summary)
 
 
 @app.command()
@@ -151,7 +152,7 @@ def compress(
         raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
     options: dict[str, Any] = {"revision": revision, "workdir": workdir, "restart": restart, "device": device}
     options["allow_larger"] = allow_larger
-    console = Console(stderr=True, quiet=not is_first())
+    console = plain_console(stderr=True, quiet=not is_first())
     result = run(source, out, chosen, calibration, **options, memory=parse_size(memory), console=console)
     result["seconds"] = round(time.monotonic() - started, 1)
     result["peak_memory_bytes"] = peak_memory()
@@ -162,7 +163,7 @@ def compress(
     else:
         from offline.tables import compress_table
 
-        compress_table(Console(), result)
+        compress_table(plain_console(), result)
 
 
 @app.command()
@@ -190,9 +191,9 @@ def inspect(
     else:
         from offline.tables import analyses_table, inspect_table
 
-        inspect_table(Console(), content)
+        inspect_table(plain_console(), content)
         if analyses:
-            analyses_table(Console(), content["analyses"])
+            analyses_table(plain_console(), content["analyses"])
 
 
 @app.command()
@@ -207,7 +208,7 @@ def verify(checkpoint: Ckpt, source: Original = None, as_json: Json = False) -> 
     else:
         from offline.tables import verify_table
 
-        verify_table(Console(), result)
+        verify_table(plain_console(), result)
     if problems := result["problems"]:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(f"{checkpoint} is not sound: {problems[0]}{more}")
@@ -229,7 +230,7 @@ def export(
     else:
         from offline.tables import export_table
 
-        export_table(Console(), result)
+        export_table(plain_console(), result)
 
 
 @app.command(name="eval")
@@ -250,7 +251,7 @@ def evaluate(
     else:
         from offline.tables import eval_table
 
-        eval_table(Console(), result.to_json())
+        eval_table(plain_console(), result.to_json())
 
 
 app.command()(compare)
@@ -276,7 +277,7 @@ def tune(
     else:
         from offline.tables import tune_table
 
-        tune_table(Console(), result)
+        tune_table(plain_console(), result)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -323,6 +324,9 @@ def _prepare_environment() -> None:
     # No warnings of our libraries between the user and the one line that matters.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A path whose bytes are no UTF-8 is printed as those bytes, and is no error after all the work.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")
 
 
 if __name__ == "__main__":

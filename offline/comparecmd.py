@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
+from offline.console import plain_console
 from offline.errors import InputError
 from offline.options import Json, Memory, Revision, Seed, SeqLen, Src, WindowsOption, parse_size
 
@@ -103,15 +103,16 @@ def compare(
         keep=keep,
         serve=_arguments(vllm_args) if serve else None,
     )
-    result = run(settings, Console(stderr=True))
-    if html is not None:
-        write_page(html, result)
+    result = run(settings, plain_console(stderr=True))
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     else:
         from offline.comparetable import compare_table
 
-        compare_table(Console(), result)
+        compare_table(plain_console(), result)
+    # Last: a page that cannot be written must not take the table with it.
+    if html is not None:
+        write_page(html, result)
     if failed := sum(1 for row in result["rows"] if row["failed"]):
         sys.stderr.write(f"d2moe: {failed} of {len(result['rows'])} rows failed; the same command tries them again\n")
         raise typer.Exit(1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from offline.baselines import BASELINES, RECIPES
 from offline.card import METHODS
 from offline.errors import InputError
+from offline.naming import labels
 from offline.recipe import Recipe, load_recipe
 from offline.throughput import check_vllm
 
@@ -71,6 +72,5 @@ class Settings:
             check_vllm()
 
     def labels(self) -> dict[str, Path]:
-        """Texts by their names, by their paths where two have one name."""
-        names = [path.name for path in self.texts]
-        return {str(path) if names.count(path.name) > 1 else path.name: path for path in self.texts}
+        """Texts by what they are called in the table."""
+        return dict(zip(labels(self.texts), self.texts, strict=True))

@@ -115,7 +115,7 @@ def compare_table(console: Console, content: dict[str, Any]) -> None:
     for row in content["rows"]:
         if row["failed"]:
             line = f"{row['name']} {cells(row, content)[1]}".strip()
-            console.print(f"{line} {remark(row)}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{line} {remark(row)}", highlight=False, soft_wrap=True)
     calibration = content["calibration"]
     console.print(
         f"perplexity over windows of {content['seq_len']} tokens; calibrated on {calibration['windows']} windows of "
@@ -124,4 +124,4 @@ def compare_table(console: Console, content: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     for line in footnotes(content):
-        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+        console.print(line, style="dim", highlight=False, soft_wrap=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from offline.comparetable import FIRST_TEXT, cells, footnotes, has_figures, heads, remark
 from offline.errors import InputError
+from offline.naming import readable
 from offline.shards import write_file
 
 GENERATOR = '<meta name="generator" content="d2moe compare">'
@@ -54,15 +56,19 @@ Bytes are those of the weight files; time and peak memory are those of the compr
 
 def check_page(path: Path) -> None:
     """Raises InputError where a page cannot be written, or would replace a file that is none of ours."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    parent = path.absolute().parent
+    if (path.exists() and not path.is_file()) or not parent.is_dir():
         raise InputError(f"--html {path} is no file in an existing folder; choose another")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"--html {path}: {parent} is not writable; choose another folder")
     if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:500]:
         raise InputError(f"--html {path} exists already and was not written by d2moe compare; choose another")
 
 
 def write_page(path: Path, content: dict[str, Any]) -> None:
     """content: as `d2moe compare --json` prints it."""
-    write_file(path, page(content))
+    # Why a row failed may name a path that is no UTF-8.
+    write_file(path, readable(page(content)))
 
 
 def page(content: dict[str, Any]) -> str:

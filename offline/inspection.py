@@ -60,7 +60,7 @@ def read_statistics(folder: Path) -> dict[str, Any]:
     path = folder / STATS_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from None
     try:
         for report in content["layers"].values():
@@ -69,7 +69,7 @@ def read_statistics(folder: Path) -> dict[str, Any]:
             fits = [(fit["start_error"], fit["error"]) for fit in report.get("fit", {}).values()]
             if not all(map(_numbers, (*per_expert, *fits))):
                 raise ValueError
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise CheckpointError(f"{path}: not the statistics of every layer; copy it again") from None
     return content
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from offline.assembly import settle
 from offline.calibration import choose_windows, read_text, tokenize
+from offline.console import plain_console
 from offline.distributed import is_first, join
 from offline.errors import InputError
 from offline.folders import check_new_folder
@@ -49,7 +50,7 @@ def compress(
     Every check that needs no work comes first: a refusal (InputError, CheckpointError) leaves nothing behind.
     Returns what was written, for printing.
     """
-    console = console or Console(stderr=True)
+    console = console or plain_console(stderr=True)
     chosen = choose_device(device)
     out = out.parent.resolve() / out.name
     folder = (workdir or out.with_name(out.name + ".d2moe-work")).resolve()

@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from offline.console import plain_console
+
 LOG_INTERVAL = 10.0
 """Seconds between lines where there is no terminal."""
 
@@ -16,14 +18,14 @@ class Steps:
     """Counts work done; shows what is being done, time elapsed and time remaining."""
 
     def __init__(self, total: float, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or plain_console(stderr=True)
         self._total, self._done, self._resumed = total, 0.0, 0.0
         self._start = self._last = time.monotonic()
         self._label = ""
         self._progress: Progress | None = None
         if self._console.is_terminal:
             columns = (
-                TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+                TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
                 TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
             )  # fmt: skip
             self._progress = Progress(*columns, console=self._console)

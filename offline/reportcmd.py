@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from offline.console import plain_console
 from offline.errors import InputError
 from offline.folders import check_new_folder, new_file, new_folder
 from offline.options import Ckpt, Json, Original, SeqLen, parse_size
@@ -59,8 +59,8 @@ def report(
         if not request.texts:
             raise InputError("--card records what was measured; add --text FILE")
         check_card(checkpoint)
-    console = Console(stderr=True)
-    content = collect(request, Steps, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+    console = plain_console(stderr=True)
+    content = collect(request, Steps, lambda text: console.print(text, highlight=False, soft_wrap=True))
     made = make_report(content)
     written = _write(out, figures, content, made)
     if card:
@@ -75,7 +75,7 @@ def report(
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     else:
-        report_table(Console(), result)
+        report_table(plain_console(), result)
 
 
 def _check_libraries() -> None:

@@ -167,7 +167,7 @@ def tune_table(console: Console, result: dict[str, Any]) -> None:
 def verify_table(console: Console, result: dict[str, Any]) -> None:
     for kind in ("problems", "notes"):
         for line in result[kind][:PROBLEMS_SHOWN]:
-            console.print(f"{kind[:-1]}: {line}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{kind[:-1]}: {line}", highlight=False, soft_wrap=True)
         if (more := len(result[kind]) - PROBLEMS_SHOWN) > 0:
             console.print(f"... and {more} more {kind}; --json lists all")
     if result["layers"]:
@@ -237,6 +237,6 @@ def _rank_for(shares: list[int], curve: list[float] | None, energy: float = 0.9)
 
 def report_table(console: Console, result: dict[str, Any]) -> None:
     for one in result["left_out"]:
-        console.print(f"left out: {one['title']}. {one['why']}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"left out: {one['title']}. {one['why']}", highlight=False, soft_wrap=True)
     pictures = f", {len(result['pictures'])} pictures" if result["pictures"] else ""
     console.print(f"{result['page']}: {len(result['figures'])} figures{pictures}", highlight=False, soft_wrap=True)

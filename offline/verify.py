@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from d2moe_vllm.checkfiles import check_checkpoint, read_config, read_manifest
+from d2moe_vllm.checkfiles import check_checkpoint, read_config, read_manifest, refuse_special
 from d2moe_vllm.checkpoint import MANIFEST_FILE, RECIPE_FILE, ROLES, CheckpointConfig, CheckpointError, Manifest, Role
 from offline.errors import InputError
 from offline.inspection import read_statistics
@@ -69,7 +69,7 @@ def verify(folder: Path, source: str | None, steps: Callable[[float], Steps]) ->
         with found.collect():
             check_checkpoint(folder, config)
             whole = True
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder, manifest, found)
     layers: dict[str, Any] = {}
     sizes = sum(file.stat().st_size for file in files)
     with steps(max(2 * sizes + _comparison_work(model), 1)) as progress:
@@ -100,6 +100,25 @@ def verify(folder: Path, source: str | None, steps: Callable[[float], Steps]) ->
     }
 
 
+def _weight_files(folder: Path, manifest: Manifest | None, found: Findings) -> list[Path]:
+    """Those that can be read; the others are problems: a link that leads nowhere, a folder, a pipe."""
+    files = []
+    for file in sorted(folder.glob("*.safetensors")):
+        message = ""
+        try:
+            refuse_special(file)
+            files.append(file)
+        except FileNotFoundError:
+            # One that the manifest lists is named with all that are missing.
+            if not manifest or file.name not in manifest.files:
+                message = f"{file}: a link that leads nowhere; remove it"
+        except OSError as error:
+            message = f"{file}: damaged or truncated ({error}); copy it again"
+        if message and message not in found.problems:
+            found.problems.append(message)
+    return files
+
+
 def _check_hashes(folder: Path, manifest: Manifest | None, files: list[Path], found: Findings, progress: Steps) -> None:
     """SHA-256 of every weight file against the manifest, and files that are only on one side."""
     progress.label("hashing the weight files")
@@ -114,7 +133,7 @@ def _check_hashes(folder: Path, manifest: Manifest | None, files: list[Path], fo
             found.problems.append(f"{file}: a weight file that {MANIFEST_FILE} does not list; remove it")
         elif manifest and digest.hexdigest() != entries[file.name].sha256:
             found.problems.append(f"{file}: its SHA-256 is not that of {MANIFEST_FILE}; copy the file again")
-    for name in sorted(set(entries) - {file.name for file in files}):
+    for name in sorted(set(entries) - {file.name for file in folder.glob("*.safetensors") if file.exists()}):
         message = f"{folder}: weight file {name} is missing; copy it again"
         if message not in found.problems:
             found.problems.append(message)

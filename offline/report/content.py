@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from d2moe_vllm.checkfiles import check_checkpoint
-from d2moe_vllm.checkpoint import ROLES, STATS_FILE, CheckpointConfig, CheckpointError
+from d2moe_vllm.checkpoint import ROLES, CheckpointConfig
 from d2moe_vllm.recipefile import read_recipe
 from offline.calibration import read_text
 from offline.errors import InputError
 from offline.evaluation import evaluate, text_windows
 from offline.families import find_family, read_shape
 from offline.inspection import analyse, inspect, read_statistics
+from offline.naming import labels
 from offline.original import open_original
 from offline.progress import Steps
+from offline.report.records import check_statistics
 from offline.shards import Reader
 from offline.source import read_model_config
 
@@ -46,12 +48,15 @@ class Request:
 def check_request(request: Request) -> CheckpointConfig:
     """All refusals that need no computing: raises InputError or CheckpointError."""
     config = check_checkpoint(request.checkpoint)
-    _check_statistics(request.checkpoint, config)
+    model = read_model_config(request.checkpoint)
+    check_statistics(request.checkpoint, config, read_shape(find_family(model), model).layers)
     _gram_bytes(request, config)
     if request.source:
         open_original(request.source, config)
     if request.trimming and not request.texts:
         raise InputError("--trimming is measured on a text; add --text FILE")
+    if request.trimming and not any(_trimmable(config, layer) for layer in config.layers):
+        raise InputError("nothing can be trimmed: no layer has a base for all three projections; drop --trimming")
     if request.seq_len and not request.texts:
         raise InputError("--seq-len is for the text; add --text FILE")
     for text in request.texts:
@@ -84,24 +89,6 @@ def _gram_bytes(request: Request, config: CheckpointConfig) -> int | None:
         raise InputError(f"--memory {request.memory:,} bytes is too little to compare experts: {3 * one:,} are needed; "
                          "raise it, or leave the comparison out with --quick")  # fmt: skip
     return request.memory - 2 * one
-
-
-def _check_statistics(folder: Path, config: CheckpointConfig) -> None:
-    """Raises CheckpointError where the statistics are not those of these layers and experts."""
-    statistics = read_statistics(folder)
-    layers = statistics["layers"]
-    for number in config.layers:
-        report = layers.get(str(number), {"tokens": ()})
-        figures = (report["tokens"], *report.get("relative_error", {}).values())
-        if any(len(values) != config.num_experts for values in figures):
-            raise CheckpointError(f"{folder / STATS_FILE}: not the statistics of layer {number}; copy it again")
-    if selection := statistics.get("selection"):
-        try:
-            sound = all(map(math.isfinite, (*selection["sensitivity"].values(), *selection["dense"])))
-        except (KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise CheckpointError(f"{folder / STATS_FILE}: its selection of layers is damaged; copy it again")
 
 
 def _analyses(
@@ -151,11 +138,11 @@ def _perplexities(
     """Per text: of the checkpoint, of the source where it is given, and how much of the way was kept."""
     vocabulary = read_model_config(request.checkpoint).get("vocab_size")
     found = []
-    for text in request.texts:
-        say(f"perplexity on {text.name}")
+    for label, text in zip(labels(request.texts), request.texts, strict=True):
+        say(f"perplexity on {label}")
         after = evaluate(str(request.checkpoint), text, request.seq_len, None, steps)
         row: dict[str, Any] = {
-            "text": text.name,
+            "text": label,
             "sha256": hashlib.sha256(read_text(text).encode()).hexdigest(),
             "tokens": after.tokens,
             "windows": after.windows,
@@ -166,7 +153,7 @@ def _perplexities(
             "recovery": None,
         }
         if request.source:
-            say(f"the original's perplexity on {text.name}")
+            say(f"the original's perplexity on {label}")
             before = evaluate(request.source, text, request.seq_len, None, steps)
             row["before"] = before.perplexity
             losses = before.negative_log_likelihood, after.negative_log_likelihood
@@ -208,14 +195,12 @@ def _trimming(
         points.append({"experts": count, "share": sum(shares) / len(shares), "low": min(shares), "high": max(shares),
                        "perplexity": None})  # fmt: skip
     if request.trimming:
-        if not order:
-            raise InputError("nothing can be trimmed: no layer has a base for all three projections; drop --trimming")
         for count in _counts(config.num_experts):
             say(f"perplexity with {count} experts of each layer trimmed")
             taken = {layer: experts[:count] for layer, experts in order.items()}
             found = evaluate(str(request.checkpoint), request.texts[0], request.seq_len, None, steps, trim=taken)
             points[count]["perplexity"] = found.perplexity
-    text = request.texts[0].name if request.trimming else None
+    text = labels(request.texts)[0] if request.trimming else None
     return {"layers": list(order), "all_layers": len(config.layers), "text": text, "points": points}
 
 

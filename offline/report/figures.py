@@ -170,8 +170,8 @@ def ranks(content: Content) -> Figure:
     notes = []
     if dense := _dense_layers(content):
         notes.append(f"Left as they were: {_layers(dense)}.")
-    if "down" not in roles:
-        notes.append("Down was left as it was.")
+    if whole := [number for number, layer in layers.items() if layer["down"]["delta"] == "dense"]:
+        notes.append(f"Down was left as it was{'' if len(whole) == len(layers) else f' in {_layers(whole)}'}.")
     if trimmed := [number for number, layer in layers.items() if layer["trimmed"]]:
         notes.append(f"With experts that have no delta: {_layers(trimmed)}.")
     return Figure(

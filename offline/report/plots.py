@@ -42,7 +42,7 @@ STYLE: dict[str, Any] = {
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
     "lines.linewidth": 1.8, "lines.markersize": 5, "hatch.linewidth": 0.6, "svg.fonttype": "none",
     "font.family": ["DejaVu Sans"], "legend.handlelength": 2.4, "legend.borderaxespad": 0.2,
-    "legend.columnspacing": 1.2,
+    "legend.columnspacing": 1.2, "text.parse_math": False,
 }  # fmt: skip
 SVG = "http://www.w3.org/2000/svg"
 

@@ -318,6 +318,17 @@ class _Table(HTMLParser):
             self.rows[-1][-1] += data
 
 
+def test_the_table_is_printed_although_the_page_cannot_be_written(
+    table: dict[str, Any], command: list[object], tmp_path: Path
+) -> None:
+    """The page is written last: here something lies where it is put together."""
+    (tmp_path / "table.html.partial").mkdir()
+    done = d2moe_here(*command[:-1], tmp_path / "table.html", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["rows"] == table["rows"]
+    assert "table.html.partial" in done.stderr.splitlines()[-1]
+
+
 def test_html_is_whole_and_says_the_same(table: dict[str, Any], command: list[object]) -> None:
     """Every tag is closed, nothing is fetched, and the cells are the JSON's figures."""
     page = Path(str(command[-1])).with_name("first.html").read_text()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from compression import COMPRESS, TINY
+from compression import COMPRESS, TINY, d2moe_here
 from hostile import RECIPES, Disk, compress, cut, digests, refused
 from processes import Compression
 
@@ -35,6 +35,16 @@ def test_a_read_only_disk_is_refused_before_any_work(olmoe: Path, texts: tuple[P
         refused(compress(olmoe, disk / "out", texts[0]), str(disk), "not writable")
         refused(compress(olmoe, tmp_path / "out", texts[0], "--workdir", disk / "work"), str(disk), "Read-only")
         assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+
+
+def test_a_page_on_a_read_only_disk_is_refused_before_any_work(texts: tuple[Path, Path], tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "ro") as disk:
+        done = d2moe_here(
+            "compare", TINY, "--ratio", 0.4, "--text", texts[1], "--calibration", texts[0],
+            "--workdir", tmp_path / "work", "--html", disk / "table.html",
+        )  # fmt: skip
+        refused(done, str(disk), "not writable")
+        assert not (tmp_path / "work").exists()
 
 
 POINTS = 24

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from synthetic import Synthetic, every_variant, mixed, write_checkpoint
 
+from d2moe_vllm.checkpoint import CheckpointError
+from offline.card import MEASURED
 from offline.errors import InputError
 from offline.folders import new_file
-from offline.report.pictures import Heat, Panel, short
-from offline.report.plots import svg
+from offline.progress import Steps
+from offline.report.content import Request, check_request, collect
+from offline.report.figures import ranks
+from offline.report.page import tiles
+from offline.report.pictures import Bars, Heat, Panel, short
+from offline.report.plots import png, svg
 
 SEQ_LEN = 64
 
@@ -293,11 +301,138 @@ def test_damaged_records_are_named(name: str, content: Any, message: str, compre
     assert not (tmp_path / "page.html").exists()
 
 
+def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of one value of the statistics, at keys with dots between them."""
+
+    def change(content: dict[str, Any]) -> None:
+        *keys, last = path.split(".")
+        for key in keys:
+            content = content.setdefault(key, {})
+        content[last] = value
+
+    return change
+
+
+FIT = {"start_error": 0.5, "error": 0.4, "steps": 10, "ended": "converged"}
+DAMAGES = [
+    put("calibration", "x"),
+    put("calibration", None),
+    put("calibration.windows", "many"),
+    put("versions", [1]),
+    put("versions", {"torch": 2}),
+    put("written_by", "\ud800"),
+    put("layers.0.tokens", [-1, *[1] * 7]),
+    put("layers.0.tokens", [1.5, *[1] * 7]),
+    put("layers.0.tokens", [10**400, *[1] * 7]),
+    put("layers.0.tokens", [1] * 7),
+    put("layers.0.relative_error.up", ["x"] * 8),
+    put("layers.0.relative_error.other", [0.5] * 8),
+    put("layers.0.sensitivity", {role: [1.0] for role in ("gate", "up", "down")}),
+    put("layers.0.fit", {"gate": {**FIT, "ended": {}}}),
+    put("layers.0.fit", {"gate": {**FIT, "steps": []}}),
+    put("layers.0.fit", {"x": FIT}),
+    put("selection", {"sensitivity": {"x": 1.0}, "dense": []}),
+    put("selection", {"sensitivity": {"0": 1.0}, "dense": []}),
+    put("selection", {"sensitivity": {str(n): 1.0 for n in range(4)}, "dense": [1]}),
+    put("selection", {"sensitivity": {str(n): "x" for n in range(4)}, "dense": []}),
+    lambda content: put("layers.x", content["layers"]["0"])(content),
+    lambda content: content["layers"].pop("3"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def with_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint without weights of meaning, with records. Not to be changed but for its statistics."""
+    folder = tmp_path_factory.mktemp("records") / "model"
+    write_checkpoint(folder, Synthetic())
+    add_records(folder, parameters=4_396_160)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_statistics_are_refused_before_any_work(
+    damage: Callable[[dict[str, Any]], object], with_records: Path
+) -> None:
+    """In one line that names the file: nothing is computed from figures that are none."""
+    path = with_records / "d2moe_stats.json"
+    sound = path.read_text()
+    check_request(Request(with_records))
+    content = json.loads(sound)
+    damage(content)
+    path.write_text(json.dumps(content))
+    try:
+        with pytest.raises(CheckpointError) as refused:
+            check_request(Request(with_records))
+    finally:
+        path.write_text(sound)
+    assert str(refused.value).startswith(str(path))
+    assert "\n" not in str(refused.value)
+
+
+def test_trimming_is_refused_before_any_work(short_text: Path, tmp_path: Path) -> None:
+    """Where no expert could run without its delta."""
+    zero = dict.fromkeys(("gate", "up", "down"), 0)
+    write_checkpoint(tmp_path / "model", Synthetic(kept=zero, used=zero))
+    add_records(tmp_path / "model", parameters=4_396_160)
+    with pytest.raises(InputError, match="nothing can be trimmed"):
+        check_request(Request(tmp_path / "model", texts=(short_text,), seq_len=SEQ_LEN, trimming=True))
+
+
 def test_a_page_that_has_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("another's")
     with pytest.raises(InputError, match="appeared meanwhile"):
         new_file(tmp_path / "page.html", "ours")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["another's"]
+
+
+def test_only_what_was_left_as_it_was_is_called_so_and_has_no_error_to_count(tmp_path: Path) -> None:
+    """MoBE's down has errors of exactly zero; a down of rank 0 that has a base was compressed all the same."""
+    write_checkpoint(tmp_path / "mobe", mixed())
+    add_records(tmp_path / "mobe", (0, 1, 2), parameters=4_396_160)
+    write_checkpoint(tmp_path / "base", Synthetic(rank={"gate": 8, "up": 8, "down": 0}))
+    add_records(tmp_path / "base", parameters=4_396_160)
+    path = tmp_path / "mobe" / "d2moe_stats.json"
+    content = json.loads(path.read_text())
+    for number in ("0", "1"):
+        content["layers"][number]["relative_error"]["down"] = [0.0] * 8
+    path.write_text(json.dumps(content))
+    notes = {}
+    for name in ("mobe", "base"):
+        found = collect(Request(tmp_path / name, quick=True), Steps, print)
+        notes[name] = [note for note in ranks(found).notes if "Down" in note]
+        assert tiles(found)[2][:2] == ("0.500", "mean relative error")
+    assert notes == {"mobe": ["Down was left as it was in layers 0, 1."], "base": []}
+
+
+def test_a_dollar_in_a_title_is_no_formula(tmp_path: Path) -> None:
+    """The title of a picture has the name of the user's text in it."""
+    panel = Panel("bars", "bars", Bars(["after"], [("perplexity", [2.0])], "perplexity"), "words")
+    png(panel, "Perplexity: $\\frac$ 5$.txt", tmp_path / "bars.png")
+    png(panel, "Perplexity: \\frac 5.txt", tmp_path / "other.png")
+    assert (tmp_path / "bars.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+
+
+def test_texts_of_one_name_and_names_that_are_no_utf8(with_records: Path, short_text: Path, tmp_path: Path) -> None:
+    """Page, pictures and card are written, and say which figure is of which text."""
+    shutil.copytree(with_records, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("\n".join(MEASURED))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    texts = [
+        tmp_path / "one" / "x$.txt",
+        tmp_path / "two" / "x$.txt",
+        Path(os.fsdecode(bytes(tmp_path) + b"/b\xff.txt")),
+    ]
+    for text in texts:
+        text.write_text(short_text.read_text()[:400])
+    many = [word for text in texts for word in ("--text", text)]
+    made = command("report", tmp_path / "model", tmp_path / "page.html", "--quick", "--figures", tmp_path / "pictures",
+                   "--seq-len", SEQ_LEN, "--card", *many)  # fmt: skip
+    expected = [*map(str, texts[:2]), "b\ufffd.txt"]
+    assert [row[0] for row in table(made, "perplexity")] == expected
+    for written in ("page.html", "model/README.md"):
+        content = (tmp_path / written).read_text(encoding="utf-8")
+        assert all(label in content for label in expected)
 
 
 def test_many_experts_are_drawn_as_one_image(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -213,6 +214,27 @@ def test_files_too_few_and_too_many(checkpoint: Path) -> None:
     assert code == 2
     (problem,) = found["problems"]
     assert "model-00002-of-00002.safetensors is missing" in problem
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_a_weight_file_that_is_no_file(checkpoint: Path, kind: str, listed: bool) -> None:
+    """A link that leads nowhere, as a cache that was cleared leaves it: one problem, in one line; a pipe is not waited
+    for."""
+    file = sorted(checkpoint.glob("*.safetensors"))[0] if listed else checkpoint / "other.safetensors"
+    file.unlink(missing_ok=True)
+    if kind == "link":
+        file.symlink_to("nowhere")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        os.mkfifo(file)
+    code, found = verify(checkpoint)
+    assert code == 2
+    (problem,) = [problem for problem in found["problems"] if file.name in problem]
+    words = "no regular file" if kind != "link" else "is missing" if listed else "leads nowhere"
+    assert words in problem
+    refused(d2moe_here("verify", checkpoint), words)
 
 
 def test_nan_with_a_right_hash_and_norms_that_are_not_the_bases(checkpoint: Path) -> None:
