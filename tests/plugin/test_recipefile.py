@@ -48,9 +48,7 @@ def test_keys_are_strings(tmp_path: Path) -> None:
     assert read_recipe(tmp_path) == {"true": 1, "2": {"x": [1.5, None]}}
 
 
-@pytest.mark.parametrize(
-    "text", [text for name, text in HOSTILE.items() if name.startswith(("a t", "another", "deep"))]
-)
+@pytest.mark.parametrize("name", ["a tag its reader stumbles over", "another", "a third", "deep"])
 def test_a_users_own_recipe_is_refused_in_one_line_too(name: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(HOSTILE[name])
     with pytest.raises(InputError, match="cannot be read"):
