@@ -325,7 +325,11 @@ def test_the_table_is_printed_although_the_page_cannot_be_written(
     (tmp_path / "table.html.partial").mkdir()
     done = d2moe_here(*command[:-1], tmp_path / "table.html", "--json")
     assert done.returncode == 2
-    assert json.loads(done.stdout)["rows"] == table["rows"]
+    rows = json.loads(done.stdout)["rows"]
+    # Other tests here have rows computed anew, which takes another time.
+    assert [(row["name"], row["ratio"], row["bytes"], row["perplexity"]) for row in rows] == [
+        (row["name"], row["ratio"], row["bytes"], row["perplexity"]) for row in table["rows"]
+    ]
     assert "table.html.partial" in done.stderr.splitlines()[-1]
 
 
