@@ -39,6 +39,9 @@ def commands(text: str) -> list[str]:
     return [line.strip() for line in joined.split("\n") if line.strip() and not line.lstrip().startswith("#")]
 
 
+INSTALLS = re.compile(r"\bpip3? install\b|^make ", re.MULTILINE)
+
+
 def words(command: str) -> list[str]:
     """A command's words, the comment behind it left out, placeholders filled in."""
     return [WORDS.get(word, word) for word in shlex.split(command, comments=True)]
@@ -46,6 +49,7 @@ def words(command: str) -> list[str]:
 
 def run(command: str, folder: Path, port: int | None = None, env: Mapping[str, str] | None = None) -> Outcome:
     """One command in the reader's folder: d2moe's own in this process, all others in bash."""
+    assert not INSTALLS.search(command), f"{command}: it would change what runs these tests; mark its block `installs`"
     unquoted = re.sub(r"'[^']*'|\"[^\"$`]*\"|#.*", "", command)
     if command.startswith("d2moe ") and not SHELL_ONLY.search(unquoted):
         with chdir(folder):
