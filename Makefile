@@ -28,25 +28,25 @@ test-gpu: setup ## The tests that need an NVIDIA GPU, and the layer benchmark on
 	@.venv/bin/python tests/run_gpu.py $(ARGS)
 
 quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 30 minutes)
-	@.venv/bin/python tests/quality.py
+	@.venv/bin/python benchmarks/quality.py
 
 picture: setup ## Draw the README's picture anew from the tables of docs/quality.md
-	@.venv/bin/python tests/picture.py
+	@.venv/bin/python benchmarks/picture.py
 
 compare-tables: setup ## Measure the tables of docs/comparison.md anew (needs ../shared; an hour)
-	@.venv/bin/python tests/compare_models.py
+	@.venv/bin/python benchmarks/compare_models.py
 
 bench-layer: setup ## Time a layer on this CPU beside vLLM's dense one (ARGS="--shapes Mixtral-8x7B")
-	@.venv/bin/python tests/bench_layer.py $(ARGS)
+	@.venv/bin/python benchmarks/bench_layer.py $(ARGS)
 
 bench-mobe: setup ## Time a layer of MoBE on this CPU beside the dense one (ARGS="--ratios 0.5")
-	@.venv/bin/python tests/bench_mobe.py $(ARGS)
+	@.venv/bin/python benchmarks/bench_mobe.py $(ARGS)
 
 bench-server: setup ## Time whole vLLM servers, dense beside compressed, on this CPU (ARGS="--ratios 0.6")
-	@.venv/bin/python tests/bench_server.py $(ARGS)
+	@.venv/bin/python benchmarks/bench_server.py $(ARGS)
 
 bench-peers: setup ## Time a layer computed in other ways: dense, as the paper's authors, decompressed (ARGS="--ratios 0.6")
-	@.venv/bin/python tests/bench_peers.py $(ARGS)
+	@.venv/bin/python benchmarks/bench_peers.py $(ARGS)
 
 bench: ## The benchmarks of serving, one after another: layer, server, peers (an hour)
 	@$(MAKE) bench-layer ARGS=
@@ -54,10 +54,10 @@ bench: ## The benchmarks of serving, one after another: layer, server, peers (an
 	@$(MAKE) bench-peers ARGS=
 
 bench-offline: setup ## Time merge, prune and factor at Mixtral's shapes beside the paper's recipe (ARGS="--experts 2")
-	@.venv/bin/python tests/bench_offline.py $(ARGS)
+	@.venv/bin/python benchmarks/bench_offline.py $(ARGS)
 
 roofline: setup ## Predict a layer's time on GPUs from bytes and operations: no measurement
-	@.venv/bin/python tests/roofline.py
+	@.venv/bin/python benchmarks/roofline.py
 
 lint: setup ## Check style, formatting and types
 	@.venv/bin/ruff check

@@ -39,7 +39,7 @@ def register() -> None:
 def _register_families() -> None:
     """Lets vLLM read config.json of the families it can serve but has no configuration of."""
     try:
-        from d2moe_vllm.families import register_configs
+        from d2moe_vllm.hf.families import register_configs
 
         register_configs()
     except Exception as error:  # other families are served all the same
@@ -53,7 +53,7 @@ def _config_class() -> type[Any]:
     if release not in SUPPORTED_VLLM:
         return _refusing_config(unsupported())
     try:
-        from d2moe_vllm.quantization import D2MoEConfig
+        from d2moe_vllm.serving.quantization import D2MoEConfig
     except Exception as error:
         return _refusing_config(unsupported(error))
     return D2MoEConfig

@@ -18,7 +18,7 @@ from typing import Any
 import language_reference
 from openai import OpenAI
 
-from offline.server import Server, ServerError
+from offline.compare.server import Server, ServerError
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "examples" / "tiny-mixtral"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from d2moe_vllm.checkpoint import CheckpointError
+from d2moe_vllm.format.config import CheckpointError
 
 
 class InputError(Exception):

@@ -13,8 +13,6 @@ from offline.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny-mixtral"
 COMPRESS = ["--ratio", "0.4", "--windows", "32", "--seq-len", "128"]
-SHARED = ROOT.parent / "shared"
-"""More models and texts than a clone has: only `make quality` needs them."""
 
 
 def script(name: str) -> str:

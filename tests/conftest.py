@@ -1,4 +1,4 @@
-"""Puts tests/ and examples/ on sys.path, and makes one real compression that all tests share."""
+"""Puts tests/, benchmarks/ and examples/ on sys.path, and makes one real compression that all tests share."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 # As the d2moe command does: threads that wait must sleep, spinning ones starve each other on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
+sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("benchmarks", "examples"))]
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2moe_vllm.checkpoint import ROLES, CheckpointConfig, Layer, Manifest, Projection, Source
+from d2moe_vllm.format.config import ROLES, CheckpointConfig, Layer, Manifest, Projection, Source
 from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source, stock_config_class, stock_model_class
-from offline.shards import plan_shards, write_shards
-from offline.source import open_dense
+from offline.io.shards import plan_shards, write_shards
+from offline.source.dense import open_dense
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
 VOCABULARY = 4096

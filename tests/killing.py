@@ -15,7 +15,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from offline.server import Server
+from offline.compare.server import Server
 
 SETTINGS = ["--dtype", "float32", "--max-model-len", "1024", "--served-model-name", "tiny", "--enforce-eager"]
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1"}

@@ -88,7 +88,7 @@ class Compression:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["offline.cli", "offline.jobs"])
+CONTEXT.set_forkserver_preload(["offline.cli", "offline.run.compress"])
 
 
 def _compress(arguments: list[str], said: Path) -> None:

@@ -7,31 +7,19 @@ table of all results is build/test-all/results.md. Arguments are test files or f
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from places import ROOT, code_hash
+
 RESULTS = ROOT / "build" / "test-all"
-CODE = ["pyproject.toml", "setup.py", "d2moe_vllm", "offline", "tests", "examples", "deploy", "Dockerfile", "Makefile"]
 DOCUMENTS = ["README.md", "SECURITY.md", "CHANGELOG.md", "docs"]
 """What tests/docs reads: only its records are of these too."""
-
-
-def code_hash(paths: Sequence[str] = CODE) -> str:
-    """Of the files as they are now, committed or not."""
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *paths]
-    names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    digest = hashlib.sha256()
-    for name in sorted(set(names)):
-        if (ROOT / name).is_file():
-            digest.update(f"{name}\0".encode() + hashlib.sha256((ROOT / name).read_bytes()).digest())
-    return digest.hexdigest()[:12]
 
 
 def counts(record: Path) -> dict[str, float] | None:

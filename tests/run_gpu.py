@@ -16,7 +16,7 @@ def main() -> None:
         sys.stderr.write("test-gpu: torch finds no NVIDIA GPU here; run it on a machine with one\n")
         raise SystemExit(2)
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", *sys.argv[1:]]
-    for command in (tests, [sys.executable, str(HERE / "bench_layer.py")]):
+    for command in (tests, [sys.executable, str(HERE.parent / "benchmarks" / "bench_layer.py")]):
         if code := subprocess.run(command, cwd=HERE.parent, check=False).returncode:
             raise SystemExit(code)
 

@@ -11,10 +11,10 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse
 
 from d2moe_vllm import compat
-from d2moe_vllm.checkpoint import MANIFEST_FILE
+from d2moe_vllm.format.config import MANIFEST_FILE, QUANT_METHOD
 from d2moe_vllm.observability import files
 from d2moe_vllm.observability.info import Info, counters, describe
-from d2moe_vllm.quantization import D2MoEConfig, backend_in_force, scope_in_force
+from d2moe_vllm.overrides import backend_in_force, scope_in_force
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -45,14 +45,15 @@ class Endpoint:
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         """engine_client: None on the render server, which serves no model."""
         state.d2moe = None
-        if engine_client and isinstance(quantization := engine_client.vllm_config.quant_config, D2MoEConfig):
+        quantization = engine_client.vllm_config.quant_config if engine_client else None
+        if engine_client and quantization is not None and quantization.get_name() == QUANT_METHOD:
             state.d2moe = Checkpoint(quantization, compat.served(engine_client.vllm_config))
 
 
 class Checkpoint:
-    """The served checkpoint as the front-end knows it."""
+    """The served checkpoint as the front-end knows it. quantization: vLLM's, a serving.quantization.D2MoEConfig."""
 
-    def __init__(self, quantization: D2MoEConfig, served: compat.Served) -> None:
+    def __init__(self, quantization: Any, served: compat.Served) -> None:
         self._folder = quantization.metrics_folder
         self._info = describe(
             quantization.config,

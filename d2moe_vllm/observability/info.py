@@ -17,8 +17,7 @@ from prometheus_client import Metric
 from pydantic import BaseModel
 
 from d2moe_vllm import __version__
-from d2moe_vllm.checkfiles import read_manifest
-from d2moe_vllm.checkpoint import (
+from d2moe_vllm.format.config import (
     ROLES,
     CheckpointConfig,
     CheckpointError,
@@ -28,8 +27,9 @@ from d2moe_vllm.checkpoint import (
     Scope,
     Source,
 )
+from d2moe_vllm.format.files import read_manifest
+from d2moe_vllm.format.recipefile import read_recipe
 from d2moe_vllm.observability.metrics import COLUMNS_USED, DELTA_BYTES, EXPERT_TOKENS, SECONDS, columns_in_use
-from d2moe_vllm.recipefile import read_recipe
 
 
 class Versions(BaseModel):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm import compat
-from d2moe_vllm.checkpoint import CheckpointConfig
+from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.observability.files import Sample, Writer
 from d2moe_vllm.observability.metrics import COLUMNS_USED, DELTA_BYTES, EXPERT_TOKENS, SECONDS, Half, layer_groups
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2moe_vllm.checkpoint import ROLES, Role
+from d2moe_vllm.format.config import ROLES, Role
 from offline.report.pictures import Figure, Heat, Lines, Missing, Panel, Scale, Series, Table, describe, short
 
 TABLE_LIMIT = 5000

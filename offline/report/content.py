@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2moe_vllm.checkfiles import check_checkpoint
-from d2moe_vllm.checkpoint import ROLES, CheckpointConfig
-from d2moe_vllm.recipefile import read_recipe
-from offline.calibration import read_text
+from d2moe_vllm.format.config import ROLES, CheckpointConfig
+from d2moe_vllm.format.files import check_checkpoint
+from d2moe_vllm.format.recipefile import read_recipe
+from offline.checkpoint.inspect import analyse, inspect, read_statistics
 from offline.errors import InputError
-from offline.evaluation import evaluate, text_windows
-from offline.families import find_family, read_shape
-from offline.inspection import analyse, inspect, read_statistics
-from offline.naming import labels
-from offline.original import open_original
-from offline.progress import Steps
+from offline.io.naming import labels
+from offline.io.progress import Steps
+from offline.io.shards import Reader
 from offline.report.records import check_statistics
-from offline.shards import Reader
-from offline.source import read_model_config
+from offline.run.evaluate import evaluate, text_windows
+from offline.source.dense import read_model_config
+from offline.source.families import find_family, read_shape
+from offline.source.original import open_original
+from offline.source.text import read_text
 
 KINDS = {"base": "base", "base_columns": "base", "base_norms": "base", "base_u": "base", "base_v": "base",
          "bases": "bases", "dense": "kept"}  # fmt: skip

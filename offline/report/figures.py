@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from d2moe_vllm.checkpoint import ROLES
+from d2moe_vllm.format.config import ROLES
+from offline.io.units import size
 from offline.report import analysed, sisters
 from offline.report.pictures import (
     Bars,
@@ -21,7 +22,6 @@ from offline.report.pictures import (
     describe,
     short,
 )
-from offline.tables import size
 
 Content = dict[str, Any]
 RECOVERY = (

@@ -10,10 +10,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from d2moe_vllm import __version__
-from offline.card import METHODS
+from offline.checkpoint.card import METHODS
+from offline.io.units import size
 from offline.report.pictures import Figure, Report, short
 from offline.report.plots import png, svg
-from offline.tables import size
 
 HERE = Path(__file__).parent
 UNKNOWN = "not recorded"

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from d2moe_vllm.checkpoint import ROLES, STATS_FILE, CheckpointConfig, CheckpointError, Role, first_error
-from offline.inspection import read_statistics
+from d2moe_vllm.format.config import ROLES, STATS_FILE, CheckpointConfig, CheckpointError, Role, first_error
+from offline.checkpoint.inspect import read_statistics
 
 LARGEST = 1e100
 """Of any figure: sums and squares of these are still floats."""

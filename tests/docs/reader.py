@@ -13,8 +13,8 @@ from pathlib import Path
 import typer
 from compression import ROOT, TINY
 
-from offline.cli import app
-from offline.comparecmd import spread
+from offline.cli.app import app
+from offline.cli.compare import spread
 
 ORIGINALS = ("Mixtral-8x7B-v0.1", "tiny-mixtral")
 COMPRESSED = ("mixtral-d2-40", "tiny-d2-40")

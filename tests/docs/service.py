@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from offline.server import Server
+from offline.compare.server import Server
 
 
 class DocumentedServer(Server):

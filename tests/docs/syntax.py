@@ -14,8 +14,8 @@ from dockerfile import stages
 from running import commands, words
 from serving import parsed
 
-from offline.cli import app
-from offline.comparecmd import spread
+from offline.cli.app import app
+from offline.cli.compare import spread
 
 NEEDS = {
     "gpu": r"\bd2moe tune\b|--gpus\b|^vllm serve .*--tensor-parallel-size",

@@ -24,8 +24,8 @@ from running import commands, difference, run, shape, steps, words
 from service import DocumentedServer
 from syntax import NEEDS, check, make, valid_shell
 
-from d2moe_vllm.checkpoint import Manifest, parse_config
-from offline.recipe import Recipe
+from d2moe_vllm.format.config import Manifest, parse_config
+from offline.plan.recipe import Recipe
 
 BLOCKS = [block for file in DOCUMENTS for block in blocks(file)]
 PROGRAMS = re.compile(r"^\s*(\$ |d2moe |vllm |make |pip |uv |python |docker |kubectl |curl )", re.MULTILINE)

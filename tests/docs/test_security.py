@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from compression import ROOT
 
-from d2moe_vllm.families import MODELING_FILE, checkpoint_modeling_source
+from d2moe_vllm.hf.families import MODELING_FILE, checkpoint_modeling_source
 from d2moe_vllm.observability import info
-from offline.remotecode import modeling_sha256
+from offline.checkpoint.remotecode import modeling_sha256
 
 PACKAGES = [path for name in ("d2moe_vllm", "offline") for path in sorted((ROOT / name).rglob("*.py"))]
 MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "code", "codeop"}

@@ -12,7 +12,7 @@ from edits import add_records
 from safetensors.torch import load_file
 from synthetic import NAMES, dense_expert, write_checkpoint
 
-from offline.analysis import (
+from offline.algebra.analysis import (
     SHARES,
     cka_matrix,
     energy_curve,

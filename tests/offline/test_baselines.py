@@ -14,8 +14,8 @@ from families import CONFIGS, quantize_fp8, write_family
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.checkpoint import ROLES
-from offline.baselines import (
+from d2moe_vllm.format.config import ROLES
+from offline.compare.baselines import (
     by_frequency,
     by_output_norm,
     cluster,
@@ -24,12 +24,12 @@ from offline.baselines import (
     weight_distances,
     write_fewer,
 )
+from offline.compare.rewriting import RECORD_FILE
 from offline.errors import UnreachableError
-from offline.families import FAMILIES
-from offline.progress import Steps
-from offline.rewriting import RECORD_FILE
-from offline.source import open_dense
-from offline.usage import Usage, count_usage
+from offline.io.progress import Steps
+from offline.run.usage import Usage, count_usage
+from offline.source.dense import open_dense
+from offline.source.families import FAMILIES
 
 TOKENS = torch.randint(0, 4096, (3, 24), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ SHAPE = ["--hidden", "128", "--intermediate", "256", "--experts", "2", "--device
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_bench_compares_both_sides(tmp_path: Path, dtype: str) -> None:
     out = tmp_path / "bench" / "offline.json"
-    command = [sys.executable, str(ROOT / "tests" / "bench_offline.py"), *SHAPE, "--paper-dtype", dtype]
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_offline.py"), *SHAPE, "--paper-dtype", dtype]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--out", str(out)], check=False, capture_output=True, text=True, timeout=300, env=environment

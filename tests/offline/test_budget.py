@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2moe_vllm.checkpoint import CheckpointConfig, Pruning, Source, TensorSpec
-from offline.budget import Problem, base_columns, paper_kept_share, solve_stored
+from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source, TensorSpec
 from offline.errors import InputError
-from offline.families import FAMILIES, MoEShape
-from offline.recipe import Recipe
+from offline.plan.budget import Problem, base_columns, paper_kept_share, solve_stored
+from offline.plan.recipe import Recipe
+from offline.source.families import FAMILIES, MoEShape
 
 MIXTRAL_8X7B = MoEShape(8, 2, 4096, 14336, tuple(range(32)))
 MIXTRAL_8X7B_PARAMETERS = 46_702_792_704

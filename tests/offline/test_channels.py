@@ -13,9 +13,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.checkpoint import ROLES
-from offline.calibration import Windows
-from offline.channels import (
+from d2moe_vllm.format.config import ROLES
+from offline.compare.channels import (
     Scores,
     channel_bytes,
     channels_to_prune,
@@ -24,10 +23,11 @@ from offline.channels import (
     scoring_plan,
     write_pruned,
 )
+from offline.compare.rewriting import RECORD_FILE
 from offline.errors import UnreachableError
-from offline.recipe import Calibration
-from offline.rewriting import RECORD_FILE
-from offline.source import DenseModel, open_dense
+from offline.plan.recipe import Calibration
+from offline.source.dense import DenseModel, open_dense
+from offline.source.text import Windows
 
 TOKENS = torch.randint(0, 4096, (6, 24), generator=torch.Generator().manual_seed(1))
 

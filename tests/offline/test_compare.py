@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from compression import TINY, d2moe_here, script
 
-from offline.calibration import choose_windows, read_text, tokenize
-from offline.comparecmd import spread
+from offline.cli.compare import spread
 from offline.errors import InputError, reason
+from offline.source.text import choose_windows, read_text, tokenize
 
 FEW = ("--windows", "16", "--seq-len", "64")
 
@@ -353,7 +353,7 @@ def test_html_is_whole_and_says_the_same(table: dict[str, Any], command: list[ob
 
 
 def test_names_are_escaped(table: dict[str, Any]) -> None:
-    from offline.htmltable import page
+    from offline.compare.html import page
 
     content = json.loads(json.dumps(table).replace("held-out.txt", "<b>&.txt").replace("tiny-mixtral", "<i>"))
     written = page(content)

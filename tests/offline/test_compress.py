@@ -19,10 +19,10 @@ from compression import COMPRESS, TINY, d2moe, d2moe_here, script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from d2moe_vllm.checkfiles import read_config
-from d2moe_vllm.checkpoint import DTYPE_BYTES
-from offline.factorization import relative_error
-from offline.shards import Reader
+from d2moe_vllm.format.config import DTYPE_BYTES
+from d2moe_vllm.format.files import read_config
+from offline.algebra.factorization import relative_error
+from offline.io.shards import Reader
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -313,7 +313,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_the_run_goes_on_later(
 
     arguments = ["compress", TINY, tmp_path / "tiny", "--calibration", texts[0], *COMPRESS]
     with monkeypatch.context() as patch:
-        patch.setattr("offline.workdir.write_tensors", full)
+        patch.setattr("offline.work.workdir.write_tensors", full)
         done = d2moe_here(*arguments)
     assert done.returncode == 2
     assert "No space left" in done.stderr.splitlines()[-1]

@@ -17,18 +17,18 @@ import yaml
 from compression import ROOT, TINY, d2moe_here, script
 from safetensors.torch import load_file, save_file
 
-from d2moe_vllm.checkfiles import read_config
-from d2moe_vllm.checkpoint import ROLES
-from offline.reconstruction import Reconstruction
-from offline.shards import Reader
-from offline.workdir import WorkDir
+from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.files import read_config
+from offline.checkpoint.reconstruction import Reconstruction
+from offline.io.shards import Reader
+from offline.work.workdir import WorkDir
 
 FEW = ("--ratio", "0.4", "--windows", "8", "--seq-len", "64")
 MEMORY = 1_700_000_000
 MEASURED = """
 import json, os, sys
 from offline.cli import main
-from offline.memory import peak_memory
+from offline.io.memory import peak_memory
 try:
     main(sys.argv[2:])
 finally:

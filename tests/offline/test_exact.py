@@ -20,21 +20,21 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.checkfiles import read_config
-from d2moe_vllm.checkpoint import ROLES, Role
-from offline.assembly import error_curves, settle
-from offline.budget import FULL, Choices, solve_stored
-from offline.calibration import Windows, choose_windows, read_text, tokenize
-from offline.pipeline import Run
-from offline.plan import Plan, make_plan
-from offline.progress import Steps
-from offline.publish import publish
-from offline.recipe import Recipe
-from offline.reconstruction import Reconstruction
-from offline.resources import Resources
-from offline.shards import Reader
-from offline.source import open_dense
-from offline.workdir import WorkDir
+from d2moe_vllm.format.config import ROLES, Role
+from d2moe_vllm.format.files import read_config
+from offline.checkpoint.assembly import error_curves, settle
+from offline.checkpoint.publish import publish
+from offline.checkpoint.reconstruction import Reconstruction
+from offline.io.progress import Steps
+from offline.io.shards import Reader
+from offline.plan.budget import FULL, Choices, solve_stored
+from offline.plan.plan import Plan, make_plan
+from offline.plan.recipe import Recipe
+from offline.plan.resources import Resources
+from offline.run.sweep import Run
+from offline.source.dense import open_dense
+from offline.source.text import Windows, choose_windows, read_text, tokenize
+from offline.work.workdir import WorkDir
 
 Matrices = dict[tuple[int, int, Role], Tensor]
 """Layer, expert and role -> float64 [out, in]."""

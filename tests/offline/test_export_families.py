@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.checkpoint import ROLES
-from offline.recipes import SHIPPED
-from offline.shards import Reader
-from offline.source import open_dense
+from d2moe_vllm.format.config import ROLES
+from offline.io.shards import Reader
+from offline.plan.recipes import SHIPPED
+from offline.source.dense import open_dense
 
 
 def lossless(folder: Path, source: Path, dense: tuple[int, ...] = ()) -> Path:

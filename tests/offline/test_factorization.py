@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offline import factorization
-from offline.factorization import (
+from offline.algebra import factorization
+from offline.algebra.factorization import (
     DELTAS,
     column_factors,
     error_curve,
@@ -22,7 +22,7 @@ from offline.factorization import (
     whitened_energy,
     whitened_factors,
 )
-from offline.pruning import select_columns
+from offline.algebra.pruning import select_columns
 
 shapes = st.tuples(st.integers(2, 24), st.integers(2, 24))
 

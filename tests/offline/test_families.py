@@ -27,15 +27,15 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from d2moe_vllm.checkfiles import check_checkpoint
-from d2moe_vllm.checkpoint import ROLES
-from d2moe_vllm.families import MODEL_CLASSES, auto_map
-from offline.evaluation import open_evaluated
-from offline.families import FAMILIES
-from offline.layerwise import LayerwiseModel, next_token_loss, read_hf_config
-from offline.source import open_dense
-from offline.statistics import DenseExperts
-from offline.stored import SourceReader
+from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.files import check_checkpoint
+from d2moe_vllm.hf.families import MODEL_CLASSES, auto_map
+from offline.run.evaluate import open_evaluated
+from offline.source.dense import open_dense
+from offline.source.families import FAMILIES
+from offline.source.layerwise import LayerwiseModel, next_token_loss, read_hf_config
+from offline.source.stored import SourceReader
+from offline.work.statistics import DenseExperts
 
 TOKENS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
 

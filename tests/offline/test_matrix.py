@@ -17,9 +17,9 @@ from compression import d2moe_here
 from families import CONFIGS, STACKABLE, quantize_fp8, write_family
 from safetensors.torch import load_file, save_file
 
-from d2moe_vllm.checkfiles import read_config
-from d2moe_vllm.checkpoint import ROLES, Layer
-from offline.source import open_dense
+from d2moe_vllm.format.config import ROLES, Layer
+from d2moe_vllm.format.files import read_config
+from offline.source.dense import open_dense
 
 RATIO = 0.08
 """Of the whole checkpoint, most of which is vocabulary: about a third of the experts."""

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offline.merging import MERGES, Merge, MergeOptions
-from offline.pruning import column_scores, select_columns
+from offline.algebra.merging import MERGES, Merge, MergeOptions
+from offline.algebra.pruning import column_scores, select_columns
 
 SHAPE = (5, 7)
 

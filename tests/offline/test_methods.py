@@ -20,9 +20,9 @@ from families import CONFIGS, write_family
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.checkfiles import read_config
-from d2moe_vllm.checkpoint import ROLES
-from offline.shards import Reader
+from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.files import read_config
+from offline.io.shards import Reader
 
 WINDOWS = ("--windows", "8", "--seq-len", "64")
 SMALL = ("--windows", "4", "--seq-len", "32")

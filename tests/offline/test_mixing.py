@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from offline.factorization import input_moment
-from offline.mixing import Fit, Target, add_gradient, clusters, fit, inverse, mix, project, start
-from offline.sharing import fitted_u, shared_v
+from offline.algebra.factorization import input_moment
+from offline.algebra.mixing import Fit, Target, add_gradient, clusters, fit, inverse, mix, project, start
+from offline.algebra.sharing import fitted_u, shared_v
 
 
 def experts(count: int, out: int, inputs: int, seed: int = 0) -> list[Tensor]:

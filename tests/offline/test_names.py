@@ -17,11 +17,11 @@ from rich.console import Console
 from synthetic import Synthetic, write_checkpoint
 
 from offline.cli import main
-from offline.comparetable import compare_table
-from offline.console import plain_console
-from offline.naming import labels
-from offline.progress import Steps
-from offline.tables import compress_table, export_table
+from offline.cli.tables import compress_table, export_table
+from offline.compare.table import compare_table
+from offline.io.console import plain_console
+from offline.io.naming import labels
+from offline.io.progress import Steps
 
 ODD = "a[/b] [red]:x:"
 """Markup that closes nothing, markup that colours, and an emoji's name."""

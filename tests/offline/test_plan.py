@@ -12,8 +12,8 @@ import torch
 from compression import TINY, d2moe, d2moe_here
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from d2moe_vllm.checkpoint import TensorSpec
-from offline.shards import plan_shards
+from d2moe_vllm.format.config import TensorSpec
+from offline.io.shards import plan_shards
 
 MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,

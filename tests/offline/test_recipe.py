@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from offline.errors import InputError
-from offline.recipe import Recipe, load_recipe
+from offline.plan.recipe import Recipe, load_recipe
 
 
 def test_round_trip() -> None:

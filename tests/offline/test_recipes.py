@@ -10,9 +10,9 @@ import tomllib
 import yaml
 from compression import ROOT, TINY, d2moe_here
 
-from offline.families import FAMILIES
-from offline.recipe import Recipe, load_recipe
-from offline.recipes import SHIPPED, find_recipe
+from offline.plan.recipe import Recipe, load_recipe
+from offline.plan.recipes import SHIPPED, find_recipe
+from offline.source.families import FAMILIES
 
 RATIOS = (20, 40, 60)
 
@@ -87,5 +87,5 @@ def test_a_file_of_that_name_wins_and_unknown_names_list_the_near_ones(
 
 def test_they_are_packaged() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert "*.yaml" in project["tool"]["setuptools"]["package-data"]["offline.recipes"]
+    assert "*.yaml" in project["tool"]["setuptools"]["package-data"]["offline.plan.recipes"]
     assert all(path.parent == ROOT / "offline" / "recipes" for path in SHIPPED.values())

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError
-from offline.reconstruction import Reconstruction
-from offline.shards import Reader
+from d2moe_vllm.format.config import CheckpointConfig, CheckpointError
+from offline.checkpoint.reconstruction import Reconstruction
+from offline.io.shards import Reader
 
 EXPERTS, HIDDEN, MIDDLE = 4, 16, 24
 NAMES = {"gate": "w1", "up": "w3", "down": "w2"}

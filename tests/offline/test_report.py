@@ -21,11 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from synthetic import Synthetic, every_variant, mixed, write_checkpoint
 
-from d2moe_vllm.checkpoint import CheckpointError
-from offline.card import MEASURED
+from d2moe_vllm.format.config import CheckpointError
+from offline.checkpoint.card import MEASURED
 from offline.errors import InputError
-from offline.folders import new_file
-from offline.progress import Steps
+from offline.io.folders import new_file
+from offline.io.progress import Steps
 from offline.report.content import Request, check_request, collect
 from offline.report.figures import ranks
 from offline.report.page import tiles

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offline.factorization import input_moment, output_moment, whitened_factors
-from offline.sharing import least, mean_u, merged_u, seed_experts, shared_v, unexplained
+from offline.algebra.factorization import input_moment, output_moment, whitened_factors
+from offline.algebra.sharing import least, mean_u, merged_u, seed_experts, shared_v, unexplained
 
 shapes = st.tuples(st.integers(2, 12), st.integers(2, 12))
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from offline.layerjob import LayerJob
-from offline.layerwise import next_token_loss
-from offline.pipeline import Run
-from offline.plan import make_plan
-from offline.progress import Steps
-from offline.recipe import Recipe
-from offline.resources import Resources
-from offline.source import open_dense
-from offline.statistics import Gradients, gradients, mean_gram
-from offline.workdir import WorkDir
+from offline.io.progress import Steps
+from offline.methods.layer import LayerJob
+from offline.plan.plan import make_plan
+from offline.plan.recipe import Recipe
+from offline.plan.resources import Resources
+from offline.run.sweep import Run
+from offline.source.dense import open_dense
+from offline.source.layerwise import next_token_loss
+from offline.work.statistics import Gradients, gradients, mean_gram
+from offline.work.workdir import WorkDir
 
 WINDOWS, LENGTH, EXPERTS, LAYERS = 3, 7, 4, 3
 

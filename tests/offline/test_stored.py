@@ -11,10 +11,10 @@ import torch
 from families import change_config, quantize_fp8, write_family
 from safetensors.torch import load_file, save_file
 
-from d2moe_vllm.checkpoint import ROLES, CheckpointError
+from d2moe_vllm.format.config import ROLES, CheckpointError
 from offline.errors import InputError
-from offline.families import find_family, read_shape
-from offline.source import open_dense
+from offline.source.dense import open_dense
+from offline.source.families import find_family, read_shape
 
 
 def test_stacks_the_other_way_round(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from compression import d2moe_here
 from synthetic_mixtral import Size, write_compressed, write_dense
 
-from offline.shards import Reader
-from offline.source import open_dense
+from offline.io.shards import Reader
+from offline.source.dense import open_dense
 
 SIZE = Size(hidden=512, intermediate=1024, experts=4, layers=2)
 

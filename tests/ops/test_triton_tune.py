@@ -16,8 +16,9 @@ import torch
 from compression import ROOT, TINY, d2moe_here
 from synthetic import Synthetic, write_checkpoint
 
-from d2moe_vllm.ops.triton import tiles, tune
+from d2moe_vllm.ops.triton import tiles
 from d2moe_vllm.ops.triton.tiles import GROUPED, TABLE_KERNELS, Tile
+from d2moe_vllm.tuning import tune
 
 LIMIT = 100_000
 
@@ -176,8 +177,9 @@ import torch
 sys.path[:0] = ["tests", "tests/ops"]
 from test_triton_tune import Quiet, start
 from d2moe_vllm.ops.shapes import Shape
-from d2moe_vllm.ops.triton import tiles, tune
-from d2moe_vllm.ops.triton.workload import Workload, uniform_config
+from d2moe_vllm.ops.triton import tiles
+from d2moe_vllm.tuning import tune
+from d2moe_vllm.tuning.workload import Workload, uniform_config
 from d2moe_vllm import ops
 
 def clock(call):

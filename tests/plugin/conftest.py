@@ -6,8 +6,8 @@ import pytest
 import torch
 from synthetic import Synthetic, every_variant, write_checkpoint
 
-from d2moe_vllm.checkfiles import read_config
-from d2moe_vllm.checkpoint import CheckpointConfig
+from d2moe_vllm.format.config import CheckpointConfig
+from d2moe_vllm.format.files import read_config
 
 
 @pytest.fixture(scope="session")

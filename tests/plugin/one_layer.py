@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from synthetic import NAMES, dense_expert
 from torch import Tensor
 
-from d2moe_vllm.checkpoint import CheckpointConfig
-from d2moe_vllm.loading import LayerLoader, options
+from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.ops import BACKENDS, PACK_OPTIONS
 from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.serving.loading import LayerLoader, options
 
 LAYER = 1
 SHARDS = {"w1": "w13", "w3": "w13", "w2": "w2"}

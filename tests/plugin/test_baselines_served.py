@@ -11,10 +11,10 @@ from engine import PROMPTS, generate
 from families import write_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from offline.baselines import write_fewer
-from offline.progress import Steps
-from offline.source import open_dense
-from offline.usage import Usage
+from offline.compare.baselines import write_fewer
+from offline.io.progress import Steps
+from offline.run.usage import Usage
+from offline.source.dense import open_dense
 
 pytestmark = pytest.mark.slow
 

@@ -28,9 +28,9 @@ from vllm_wheel import UnavailableError, other_release
 
 import d2moe_vllm
 from d2moe_vllm import compat
-from d2moe_vllm.experts import D2MoEMethod
 from d2moe_vllm.ops.reference import ACTIVATIONS
-from d2moe_vllm.quantization import D2MoEConfig
+from d2moe_vllm.serving.experts import D2MoEMethod
+from d2moe_vllm.serving.quantization import D2MoEConfig
 
 OTHERS = ("0.33.0",)
 """Releases in the window that the tests do not run with."""

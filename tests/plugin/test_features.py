@@ -12,8 +12,8 @@ from engine import PROMPTS, TWO_RANKS, assert_same, generate, run_engine
 from safetensors.torch import load_file, save_file
 from synthetic import write_dense
 
-from d2moe_vllm.checkpoint import CheckpointConfig
-from offline.server import Server, ServerError
+from d2moe_vllm.format.config import CheckpointConfig
+from offline.compare.server import Server, ServerError
 
 pytest.importorskip("vllm")
 

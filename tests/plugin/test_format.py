@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2moe_vllm.checkfiles import check_checkpoint, read_config
-from d2moe_vllm.checkpoint import CheckpointError, parse_config
+from d2moe_vllm.format.config import CheckpointError, parse_config
+from d2moe_vllm.format.files import check_checkpoint, read_config
 from d2moe_vllm.hf.checks import check_files
 
 P = "model.layers.{}.block_sparse_moe.experts.{}.{}"

@@ -26,9 +26,9 @@ from engine import run_engine
 from soundness import CONFIG, INDEX, MANIFEST, is_sound, snapshot
 from synthetic import mixed, write_checkpoint
 
-from d2moe_vllm.checkfiles import check_checkpoint
-from d2moe_vllm.checkpoint import CheckpointError
-from d2moe_vllm.quantization import D2MoEConfig
+from d2moe_vllm.format.config import CheckpointError
+from d2moe_vllm.format.files import check_checkpoint
+from d2moe_vllm.serving.quantization import D2MoEConfig
 
 SEED = "d2moe-1"
 FIRST = int(os.environ.get("D2MOE_FUZZ_FIRST", "0"))

@@ -10,8 +10,8 @@ import torch
 from one_layer import LAYER, compute, dense_layer, fill, layer_tensors, make_loader
 from torch import Tensor
 
-from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError, parse_config
-from d2moe_vllm.loading import options
+from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, parse_config
+from d2moe_vllm.serving.loading import options
 
 
 def test_the_whole_layer_is_the_dense_reconstruction(

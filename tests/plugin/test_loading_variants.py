@@ -9,8 +9,8 @@ import torch
 from one_layer import compute, dense_layer, fill, layer_tensors, make_loader
 from torch import Tensor
 
-from d2moe_vllm.checkfiles import read_config
-from d2moe_vllm.checkpoint import CheckpointError
+from d2moe_vllm.format.config import CheckpointError
+from d2moe_vllm.format.files import read_config
 
 
 @pytest.mark.parametrize("layer", range(4))

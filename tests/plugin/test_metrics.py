@@ -28,7 +28,7 @@ pytest.importorskip("vllm")
 from vllm.forward_context import override_forward_context
 
 from d2moe_vllm import compat
-from d2moe_vllm.checkpoint import CheckpointConfig
+from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.observability import collector, files, recorder
 from d2moe_vllm.observability import endpoint as endpoint_module
 from d2moe_vllm.observability.endpoint import Endpoint
@@ -215,8 +215,8 @@ def test_processes_add_up_and_dead_ones_leave(tmp_path: Path) -> None:
 
 PREPARE = """
 import os, pathlib, sys
-from d2moe_vllm.quantization import D2MoEConfig
-from d2moe_vllm.checkfiles import read_config
+from d2moe_vllm.serving.quantization import D2MoEConfig
+from d2moe_vllm.format.files import read_config
 
 def folder():
     config = D2MoEConfig(read_config(pathlib.Path(sys.argv[1])))

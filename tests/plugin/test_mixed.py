@@ -17,14 +17,14 @@ from test_format import add, both, drop, edit, one
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2moe_vllm.checkfiles import check_checkpoint, read_config
-from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError, parse_config
+from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, parse_config
+from d2moe_vllm.format.files import check_checkpoint, read_config
 from d2moe_vllm.hf.checks import check_files
 from d2moe_vllm.hf.experts import D2Experts
-from d2moe_vllm.loading import LayerLoader
 from d2moe_vllm.ops import BACKENDS, choose_backend, reference
-from offline.reconstruction import Reconstruction
-from offline.shards import Reader
+from d2moe_vllm.serving.loading import LayerLoader
+from offline.checkpoint.reconstruction import Reconstruction
+from offline.io.shards import Reader
 
 P = PREFIX.format(layer=LAYER)
 

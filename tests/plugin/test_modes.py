@@ -15,7 +15,7 @@ import pytest
 from engine import TWO_RANKS, run_engine
 from synthetic import SOURCE
 
-from offline.server import Server
+from offline.compare.server import Server
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow

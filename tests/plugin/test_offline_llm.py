@@ -167,7 +167,7 @@ def test_a_tensor_that_never_arrives_is_refused_by_name(folder: Path, checkpoint
     run = folder / "lost"
     run.mkdir()
     (run / "sitecustomize.py").write_text(
-        "from d2moe_vllm.loading import LayerLoader\n"
+        "from d2moe_vllm.serving.loading import LayerLoader\n"
         "load = LayerLoader.load\n"
         "def lossy(self, param, tensor, kind, role, expert):\n"
         "    lost = (self.layer, kind, role, expert) == (2, 'delta_u', 'down', 5)\n"

@@ -22,9 +22,9 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from d2moe_vllm import compat
-from d2moe_vllm.checkpoint import CheckpointConfig, CheckpointError
-from d2moe_vllm.experts import D2MoEMethod
-from d2moe_vllm.quantization import D2MoEConfig
+from d2moe_vllm.format.config import CheckpointConfig, CheckpointError
+from d2moe_vllm.serving.experts import D2MoEMethod
+from d2moe_vllm.serving.quantization import D2MoEConfig
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def scope_said(content: dict[str, Any], scope: str) -> tuple[str, bool, str]:
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     vllm.logger._print_warning_once.cache_clear()
     vllm.logger._print_info_once.cache_clear()
-    logger = compat.init_logger("d2moe_vllm.quantization")
+    logger = compat.init_logger("d2moe_vllm.serving.quantization")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     for _ in range(2):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from d2moe_vllm.checkpoint import RECIPE_FILE, CheckpointError
-from d2moe_vllm.recipefile import MAX_RECIPE, read_recipe
+from d2moe_vllm.format.config import RECIPE_FILE, CheckpointError
+from d2moe_vllm.format.recipefile import MAX_RECIPE, read_recipe
 from offline.errors import InputError
-from offline.recipe import load_recipe
+from offline.plan.recipe import load_recipe
 
 HOSTILE = {
     "a tag its reader stumbles over": "x: !!bool foo",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import d2moe_vllm
-from offline.server import Server, ServerError
+from offline.compare.server import Server, ServerError
 
 vllm = pytest.importorskip("vllm")
 
@@ -39,7 +39,7 @@ def test_register_is_idempotent_and_leaves_the_layer_code_alone() -> None:
         "import sys, d2moe_vllm\n"
         "d2moe_vllm.register(); d2moe_vllm.register(); d2moe_vllm._registered = False; d2moe_vllm.register()\n"
         "from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config\n"
-        "print(QUANTIZATION_METHODS.count('d2moe'), 'd2moe_vllm.experts' in sys.modules)\n"
+        "print(QUANTIZATION_METHODS.count('d2moe'), 'd2moe_vllm.serving.experts' in sys.modules)\n"
         "print(get_quantization_config('d2moe').__name__)\n"
     )
     assert result.stdout.split() == ["1", "False", "D2MoEConfig"], result.stderr
@@ -93,10 +93,10 @@ print(json.dumps({"": whole, **{name: ask(name) for name in {*whole[3], *sys.arg
 
 
 def serving_modules() -> set[str]:
-    """Ours that d2moe_vllm.quantization imports, at its top or later, and those that these import."""
+    """Ours that d2moe_vllm.serving.quantization imports, at its top or later, and those that these import."""
     root = Path(d2moe_vllm.__file__).parents[1]
     found: set[str] = set()
-    todo = ["d2moe_vllm.quantization"]
+    todo = ["d2moe_vllm.serving.quantization"]
     while todo:
         name = todo.pop()
         path = root / name.replace(".", "/")
@@ -123,7 +123,12 @@ def test_any_module_that_fails_to_import_is_said_when_a_model_is_asked_for() -> 
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout.splitlines()[-1])
     assert said.pop("")[0] == "CheckpointError"  # nothing missing: it reads the config
-    assert {"d2moe_vllm.compat", "d2moe_vllm.experts", "d2moe_vllm.loading", "d2moe_vllm.ops.reference"} <= needed
+    assert {
+        "d2moe_vllm.compat",
+        "d2moe_vllm.serving.experts",
+        "d2moe_vllm.serving.loading",
+        "d2moe_vllm.ops.reference",
+    } <= needed
     for module, (kind, message, cause, _) in said.items():
         if module not in needed:
             assert kind == "CheckpointError", module
@@ -154,7 +159,11 @@ OTHER_VERSION = "import sys, types\nsys.modules['vllm._version'] = version = typ
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        pytest.param("import sys; sys.modules['d2moe_vllm.loading'] = None\n", "d2moe_vllm.loading", id="import error"),
+        pytest.param(
+            "import sys; sys.modules['d2moe_vllm.serving.loading'] = None\n",
+            "d2moe_vllm.serving.loading",
+            id="import error",
+        ),
         pytest.param(OTHER_VERSION, "but found vllm 0.34.1", id="another vllm", marks=pytest.mark.slow),
     ],
 )

@@ -22,12 +22,12 @@ from test_quantization import fill as fill_layer
 from vllm.config import VllmConfig
 
 from d2moe_vllm import ops
-from d2moe_vllm.checkfiles import read_config
-from d2moe_vllm.checkpoint import CheckpointConfig
-from d2moe_vllm.experts import D2MoEMethod
-from d2moe_vllm.loading import options
+from d2moe_vllm.format.config import CheckpointConfig
+from d2moe_vllm.format.files import read_config
 from d2moe_vllm.ops import Backend, reference, selfcheck
 from d2moe_vllm.ops.selfcheck import SelfCheckError, against_reference
+from d2moe_vllm.serving.experts import D2MoEMethod
+from d2moe_vllm.serving.loading import options
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 from openai import OpenAI
 
-from offline.server import Server
+from offline.compare.server import Server
 
 API_KEY = "sesame"
 

@@ -26,7 +26,14 @@ def test_the_bench_runs(tmp_path: Path) -> None:
         ["--ratios", "--batch-ratios", "0.4", "--throughput-rounds", "0"],
     )
     for options in runs:
-        command = [sys.executable, str(ROOT / "tests" / "bench_server.py"), "--folder", str(tmp_path), *TINY, *options]
+        command = [
+            sys.executable,
+            str(ROOT / "benchmarks" / "bench_server.py"),
+            "--folder",
+            str(tmp_path),
+            *TINY,
+            *options,
+        ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=800, env=environment)
         assert done.returncode == 0, done.stderr

@@ -15,9 +15,9 @@ from compression import ROOT, TINY, d2moe_here
 from processes import processes
 from rich.console import Console
 
-from offline.comparetable import compare_table
-from offline.htmltable import page
-from offline.throughput import WORKLOAD, last_error, summary
+from offline.compare.html import page
+from offline.compare.table import compare_table
+from offline.compare.throughput import WORKLOAD, last_error, summary
 
 FEW = ("--windows", "16", "--seq-len", "64")
 

@@ -11,7 +11,7 @@ from dashboard import ALERTS, BY_PROMETHEUS, expressions, selectors
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from offline.server import Server
+from offline.compare.server import Server
 
 
 @pytest.fixture(scope="module")

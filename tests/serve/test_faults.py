@@ -23,7 +23,7 @@ from killing import GOOD, kill_its_worker, openai_client, start
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
 
-from offline.server import ServerError
+from offline.compare.server import ServerError
 
 KILL_SECONDS = float(os.environ.get("D2MOE_KILL_SECONDS", "600"))
 ENDS_WITHIN = 30.0

@@ -15,7 +15,7 @@ from compression import ROOT, TINY
 from processes import processes
 from safetensors.torch import load_file, save_file
 
-from offline.server import Server, ServerError
+from offline.compare.server import Server, ServerError
 
 
 def test_a_missing_attention_tensor_stops_vllm_serve_with_its_name(compressed: Path, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_demo_leaves_nothing_behind_when_interrupted(when: str, tmp_path: Pa
 def test_a_killed_parent_takes_its_server_along(tmp_path: Path) -> None:
     marker = f"d2moe-test-{tmp_path}"
     code = (
-        "import sys, pathlib; from offline.server import Server\n"
+        "import sys, pathlib; from offline.compare.server import Server\n"
         f"Server(pathlib.Path({str(TINY)!r}), log=pathlib.Path({str(tmp_path / 'log')!r})).__enter__()\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "MARKER": marker}, cwd=ROOT)

@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval")
 import harness
 from openai import OpenAI
 
-from offline.server import Server
+from offline.compare.server import Server
 
 
 def test_local_completions_gives_the_figures_of_plain_transformers(

@@ -21,7 +21,7 @@ pytest.importorskip("vllm")
 from openai import AsyncOpenAI
 from openai.types import Completion
 
-from offline.server import Server
+from offline.compare.server import Server
 
 CLIENTS = 64
 SECONDS = float(os.environ.get("D2MOE_LOAD_SECONDS", "600"))

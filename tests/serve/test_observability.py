@@ -22,7 +22,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
-from offline.server import Server
+from offline.compare.server import Server
 
 LAYERS, TOP_K, EXPERTS = 4, 2, 8
 

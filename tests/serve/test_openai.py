@@ -12,7 +12,7 @@ import torch
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from offline.server import Server
+from offline.compare.server import Server
 
 PROMPTS = [
     "The `for` statement is used to",

@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 
 from openai import OpenAI
 
-from offline.server import Server
+from offline.compare.server import Server
 
 SEED = 7
 PATHS = ("/v1/d2moe", "/v1/d2moe/info", "/v1/d2moe/", "/v1/d2moe/nothing", "/v1/d2moe/../d2moe/info", "/v1/d2moe%00")

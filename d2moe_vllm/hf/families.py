@@ -1,0 +1,100 @@
+"""The model families in plain transformers: names, configurations, and the modeling file inside checkpoints.
+
+Importing this imports neither torch nor transformers; d2moe_vllm.hf, where the modeling code is, imports both.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+MODELING_FILE = "modeling_d2moe.py"
+MODEL_CLASSES = {
+    "mixtral": "D2MixtralForCausalLM",
+    "phimoe": "D2PhimoeForCausalLM",
+    "qwen2_moe": "D2Qwen2MoeForCausalLM",
+    "qwen3_moe": "D2Qwen3MoeForCausalLM",
+    "olmoe": "D2OlmoeForCausalLM",
+    "deepseek": "D2DeepseekForCausalLM",
+    "deepseek_v2": "D2DeepseekV2ForCausalLM",
+    "deepseek_v3": "D2DeepseekV3ForCausalLM",
+    "kimi_k2": "D2KimiK2ForCausalLM",
+    "granitemoe": "D2GraniteMoeForCausalLM",
+}
+"""Model family -> class in MODELING_FILE."""
+CONFIG_CLASSES = {
+    "deepseek": "DeepseekConfig",
+    "kimi_k2": "KimiK2Config",
+}
+"""Family that transformers has no configuration of -> class in MODELING_FILE."""
+
+_PACKAGE = Path(__file__).parents[1]
+_INLINED = (
+    "hf/conversion.py",
+    "hf/checks.py",
+    "hf/experts.py",
+    "hf/modeling_deepseek.py",
+    "hf/configuration_deepseek.py",
+    "ops/reference.py",
+)
+"""Our own files whose source takes the place of the modeling code's imports of them, importers first."""
+
+
+def auto_map(family: str) -> dict[str, str]:
+    """`auto_map` of config.json for a family of MODEL_CLASSES. Raises KeyError for any other."""
+    classes = {"AutoModelForCausalLM": MODEL_CLASSES[family]}
+    if family in CONFIG_CLASSES:
+        classes["AutoConfig"] = CONFIG_CLASSES[family]
+    return {auto: f"{Path(MODELING_FILE).stem}.{name}" for auto, name in classes.items()}
+
+
+def checkpoint_modeling_source() -> str:
+    """The text of MODELING_FILE as written into checkpoints: one file that needs no d2moe-vllm.
+
+    The layer's arithmetic is ops/reference.py itself, put where the modeling code imports it from.
+    """
+    source = (_PACKAGE / "hf" / MODELING_FILE).read_text(encoding="utf-8")
+    for file in _INLINED:
+        module = file.removesuffix(".py").replace("/", ".")
+        statement = re.compile(rf"^from d2moe_vllm\.{re.escape(module)} import (\([^)]*\)|.*)\n", re.MULTILINE)
+        # The file's own docstring and __future__ import cannot stand in the middle of another.
+        body = (_PACKAGE / file).read_text(encoding="utf-8").partition("from __future__ import annotations\n")[2]
+        found = statement.search(source)
+        if not body or not found:
+            raise RuntimeError(f"{file} or its import is not as expected; mend families.py")
+        inlined = f"# --- d2moe_vllm/{file} ---\n{body.strip()}\n\n# --- end of {file} ---\n"
+        # Where several files import it, the first has it.
+        before, _, after = source.partition(found[0])
+        source = before + inlined + statement.sub("", after)
+    if match := re.search("^from d2moe_vllm.*", source, re.MULTILINE):
+        raise RuntimeError(f"{match[0]!r} would travel with checkpoints; mend families.py")
+    return source
+
+
+def register_configs() -> None:
+    """Makes transformers' AutoConfig know the families that neither it nor vLLM knows: DeepSeek v1."""
+    from transformers import AutoConfig
+
+    from d2moe_vllm.hf.configuration_deepseek import DeepseekConfig
+
+    AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig, exist_ok=True)
+
+
+def stock_config_class(model_type: str) -> Any:
+    """transformers' configuration of a dense model, ours where it has none. Raises KeyError."""
+    from transformers import CONFIG_MAPPING
+
+    from d2moe_vllm.hf.configuration_deepseek import DeepseekConfig
+
+    return DeepseekConfig if model_type == DeepseekConfig.model_type else CONFIG_MAPPING[model_type]
+
+
+def stock_model_class(config: Any) -> Any:
+    """The dense causal language model of a configuration. Raises KeyError."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from d2moe_vllm.hf.modeling_deepseek import DeepseekForCausalLM
+
+    ours = isinstance(config, DeepseekForCausalLM.config_class)
+    return DeepseekForCausalLM if ours else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -1,0 +1,1 @@
+"""What vLLM calls: the quantization method, its parameters and their loading."""

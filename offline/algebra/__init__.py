@@ -1,0 +1,1 @@
+"""Merging, factoring, mixing, pruning: tensors in, tensors out, no files."""

@@ -1,0 +1,1 @@
+"""The compressed checkpoint: put together, written, exported, verified, inspected."""

@@ -1,0 +1,173 @@
+"""The model card that every checkpoint gets, with the Hub's metadata."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from d2moe_vllm.format.config import ROLES, Method
+from offline.errors import InputError
+from offline.io.shards import write_file
+from offline.plan.budget import Budget
+from offline.plan.plan import Plan
+
+MEASURED = ("<!-- measured -->", "<!-- /measured -->")
+"""Between these lines of a card are perplexities that `d2moe report --card` measured."""
+_PLACE = f"{re.escape(MEASURED[0])}.*?{re.escape(MEASURED[1])}"
+
+TEMPLATE = """---
+{metadata}---
+
+# {name}, compressed by {method} to {kept:.1f} % of its size
+
+> **Plain transformers:** load it with `trust_remote_code=True`, or after `import d2moe_vllm.hf`. With neither,
+> transformers prints one warning ("Unknown quantization type") and gives you **randomly initialised experts**.
+
+| | original | this checkpoint |
+|---|---|---|
+| parameters | {source_parameters:,} | {parameters:,} |
+| bytes on disk | {source_bytes:,} | {bytes:,} |
+
+Made by d2moe-vllm: {made}
+Everything but the experts is unchanged.
+
+To serve it, install d2moe-vllm from a checkout of its repository:
+
+```sh
+pip install -e '.[serve]'   # in the checkout
+vllm serve <this folder or repository> --trust-remote-code
+```
+
+In plain transformers, without d2moe-vllm:
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("<this folder or repository>", trust_remote_code=True)
+assert type(model).__name__.startswith("D2")
+```
+
+## Recipe and results
+
+{recipe}, calibrated on {windows} windows of {seq_len} tokens (SHA-256 of the tokens {digest}).
+All settings: `d2moe_recipe.yaml`; routing counts and errors per layer and expert: `d2moe_stats.json`. At a glance:
+`d2moe inspect <this folder>`; as a page with figures: `d2moe report <this folder> report.html`.
+
+| relative error of the experts on the calibration text | gate | up | down |
+|---|---:|---:|---:|
+| mean | {means} |
+| worst expert | {worsts} |
+
+{start}
+Perplexity: not measured. `d2moe report <this folder> report.html --text FILE --source <original> --card` puts it here.
+{end}
+"""
+
+
+METHODS: Mapping[Method, tuple[str, str]] = {
+    "d2": (
+        "D2-MoE",
+        "per MoE layer one shared, column-pruned base, per expert a low-rank delta (D2-MoE, arXiv 2502.17298).",
+    ),
+    "moe-svd": (
+        "MoE-SVD",
+        "every expert of a decomposed layer is a product of two factors, one of which all experts of the layer share "
+        "(MoE-SVD); {dense} of its {layers} MoE layers are unchanged.",
+    ),
+    "mobe": (
+        "MoBE",
+        "every expert's gate and up are a product of a factor of its own and one that is mixed from bases which all "
+        "experts of the layer share (MoBE, arXiv 2508.05257); down is unchanged.",
+    ),
+}
+"""Method -> its name, and what it makes of a model."""
+
+
+def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str:
+    """README.md of the checkpoint; licence and language are carried over from the source's card.
+
+    statistics: the content of d2moe_stats.json.
+    """
+    source = plan.config.source
+    metadata: dict[str, object] = {
+        "base_model": source.name,
+        "base_model_relation": "quantized",
+        "library_name": "vllm",
+        "pipeline_tag": "text-generation",
+        "tags": ["d2moe", "moe", "compressed", "vllm"],
+    }
+    carried = source_metadata(plan.model.folder).items()
+    metadata |= {key: value for key, value in carried if key.startswith("licen") or key == "language"}
+    method, made = METHODS[plan.recipe.method]
+    layers = len(plan.model.shape.layers)
+    reports = statistics["layers"].values()
+    errors = [[error for report in reports for error in report["relative_error"][role]] for role in ROLES]
+    return TEMPLATE.format(
+        method=method,
+        made=made.format(dense=layers - len(budget.config.layers), layers=layers),
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        name=source.name,
+        kept=100 * budget.nbytes / source.bytes,
+        source_parameters=source.parameters,
+        source_bytes=source.bytes,
+        parameters=budget.parameters,
+        bytes=budget.nbytes,
+        recipe=_recipe_line(plan),
+        windows=statistics["calibration"]["windows"],
+        seq_len=statistics["calibration"]["seq_len"],
+        digest=statistics["calibration"]["tokens_sha256"],
+        means=" | ".join(f"{sum(values) / len(values):.4f}" for values in errors),
+        worsts=" | ".join(f"{max(values):.4f}" for values in errors),
+        start=MEASURED[0],
+        end=MEASURED[1],
+    )
+
+
+def _recipe_line(plan: Plan) -> str:
+    recipe = plan.recipe
+    line = f"Ratio {recipe.ratio:g} ({recipe.accounting})"
+    return line + (f", {recipe.allocation} ranks, base {recipe.base.kind}" if recipe.method == "d2" else "")
+
+
+def source_metadata(folder: Path) -> dict[str, object]:
+    """The YAML front matter of a model card, or nothing where there is no readable one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    match = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8-sig", errors="replace"), re.DOTALL)
+    try:
+        content = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def check_card(folder: Path) -> str:
+    """The checkpoint's card. Raises InputError where it has no place for measured figures."""
+    path = folder / "README.md"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); leave --card out") from None
+    if text.count(MEASURED[0]) != 1 or text.count(MEASURED[1]) != 1 or not re.search(_PLACE, text, re.DOTALL):
+        raise InputError(f"{path} has no line {MEASURED[0]} followed by {MEASURED[1]}: add both, or leave --card out")
+    return text
+
+
+def record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put measured perplexities into the checkpoint's card, in place of those that were there.
+
+    rows: as `d2moe report` measures them. The card is not in the manifest, so the checkpoint stays sound.
+    """
+    lines = ["| text | tokens | original | this checkpoint |", "|---|---:|---:|---:|"]
+    for row in rows:
+        before = "not measured" if row["before"] is None else f"{row['before']:.2f}"
+        name = str(row["text"]).replace("|", "\\|")
+        lines.append(f"| {name} | {row['tokens']:,} | {before} | {row['after']:.2f} |")
+    lengths = ", ".join(sorted({str(row["seq_len"]) for row in rows}, key=int))
+    lines += ["", f"Perplexity over windows of {lengths} tokens, float32, measured by `d2moe report`."]
+    content = "\n".join([MEASURED[0], *lines, MEASURED[1]])
+    write_file(folder / "README.md", re.sub(_PLACE, lambda _: content, check_card(folder), flags=re.DOTALL))

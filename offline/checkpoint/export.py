@@ -1,0 +1,146 @@
+"""`d2moe export`: a dense checkpoint of the original architecture, which needs nothing of ours to load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from d2moe_vllm.format.config import DTYPES, ROLES, CheckpointConfig, CheckpointError, Role, TensorSpec
+from d2moe_vllm.format.files import check_checkpoint, read_manifest
+from offline.checkpoint.card import METHODS, source_metadata
+from offline.checkpoint.inspect import read_statistics
+from offline.checkpoint.publish import companion_files
+from offline.checkpoint.reconstruction import Reconstruction
+from offline.io.folders import check_new_folder, check_space, new_folder
+from offline.io.progress import Steps
+from offline.io.shards import TORCH_DTYPES, Reader, plan_shards, sync_file, write_file, write_shards
+from offline.source.dense import open_dense, read_model_config
+from offline.source.families import Layout, find_family, read_shape
+from offline.source.stored import expert_tensors
+
+Part = tuple[int, int, Role]
+"""Layer, expert and role of one matrix."""
+CARD = """---
+{metadata}---
+
+# {name}, exported from a d2moe checkpoint
+
+This is **not** a compressed model: it is as large as the original. `d2moe export` rebuilt every expert's dense weight,
+rounded to {dtype}, from a checkpoint that {method} had compressed to {bytes:,} bytes.
+It loads in transformers and vLLM without any plugin and computes what the compressed checkpoint computes, so it has the
+compressed model's quality and the original's size. All but the experts is the original's.
+
+| | original | compressed | this export |
+|---|---|---|---|
+| parameters | {source.parameters:,} | {compressed_parameters:,} | {parameters:,} |
+"""
+
+
+def export(folder: Path, out: Path, steps: Callable[[float], Steps]) -> dict[str, Any]:
+    """Write the dense checkpoint that the compressed one in `folder` stands for into the new folder `out`.
+
+    One tensor in memory at a time; `out` appears when it is whole. Returns what was written, for printing.
+    Raises InputError where `out` exists or the disk is too small, CheckpointError for a damaged checkpoint.
+    """
+    out = out.expanduser().absolute()
+    check_new_folder(out)
+    config = check_checkpoint(folder)
+    reader = Reader(folder)
+    original = _original_config(folder)
+    family = find_family(original)
+    layout, shape = family.layouts[0], read_shape(family, original)
+    experts = dense_experts(config, layout)
+    specs = {name: reader.specs[name] for name in read_manifest(folder).other_tensors}
+    specs |= {
+        name: TensorSpec(DTYPES[config.dtype], size) for name, size in expert_tensors(shape, layout, config.layers)
+    }
+    shards = plan_shards(specs)
+    nbytes = sum(shard.nbytes for shard in shards)
+    check_space(out.parent, nbytes)
+    rebuilt = Reconstruction(reader, config)
+    with new_folder(out) as target, steps(nbytes) as progress:
+
+        def produce(name: str) -> Tensor:
+            progress.advance(specs[name].nbytes)
+            return _assemble(rebuilt, layout, experts[name], specs[name]) if name in experts else reader.tensor(name)
+
+        progress.label("writing the checkpoint")
+
+        write_shards(target, shards, produce)
+        write_file(target / "config.json", json.dumps(original, indent=2, ensure_ascii=False) + "\n")
+        parameters = sum(spec.numel for spec in specs.values())
+        write_file(target / "README.md", _card(folder, config, reader, parameters))
+        for path in companion_files(folder):
+            shutil.copyfile(path, target / path.name)
+            sync_file(target / path.name)
+        open_dense(str(target))  # whole and loadable, or it is not published
+    return {
+        "path": str(out),
+        "source": config.source.model_dump(),
+        "parameters": parameters,
+        "bytes": nbytes,
+        "files": len(shards),
+        "compressed_bytes": reader.nbytes,
+    }
+
+
+def dense_experts(config: CheckpointConfig, layout: Layout) -> dict[str, list[Part]]:
+    """Disk name of every dense tensor of compressed layers -> the matrices in it, in order."""
+    tensors: dict[str, list[Part]] = {}
+    for layer in config.layers:
+        for expert in range(config.num_experts):
+            for role in ROLES:
+                tensors.setdefault(layout.name(layer, expert, role), []).append((layer, expert, role))
+    return tensors
+
+
+def _assemble(rebuilt: Reconstruction, layout: Layout, parts: list[Part], spec: TensorSpec) -> Tensor:
+    """Each matrix summed in float32 and rounded once. Raises CheckpointError where that overflows."""
+    tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+    row = 0
+    # Role by role: what the experts share is then read once.
+    for layer, expert, role in sorted(parts, key=lambda part: (ROLES.index(part[2]), part[1])):
+        weight = rebuilt.weight(layer, expert, role).to(tensor.dtype)
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"layer {layer}, expert {expert}, {role}: the rebuilt weight is beyond {spec.dtype}")
+        if expert == 0 and role == "up" and layout.fused:
+            row = len(weight)  # gate is in place
+        (tensor[expert] if layout.stacked else tensor)[row : row + len(weight)] = weight
+    return tensor
+
+
+def _original_config(folder: Path) -> dict[str, Any]:
+    """config.json without what compression added; the source's own auto_map, which it had to replace, is put back."""
+    content = read_model_config(folder)
+    del content["quantization_config"]
+    content.pop("auto_map", None)
+    if original := read_statistics(folder).get("source_auto_map"):
+        content["auto_map"] = original
+    return content
+
+
+def _card(folder: Path, config: CheckpointConfig, reader: Reader, parameters: int) -> str:
+    metadata: dict[str, object] = {
+        "base_model": config.source.name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["d2moe", "moe"],
+    }
+    metadata |= {key: value for key, value in source_metadata(folder).items() if key.startswith("licen")}
+    return CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        name=config.source.name,
+        method=METHODS[config.method][0],
+        source=config.source,
+        dtype=config.dtype,
+        bytes=reader.nbytes,
+        compressed_parameters=reader.parameters,
+        parameters=parameters,
+    )

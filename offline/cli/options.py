@@ -1,0 +1,54 @@
+"""Options and arguments that several commands of `d2moe` take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from d2moe_vllm.format.config import Scope
+from offline.errors import InputError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Src = Annotated[str, typer.Argument(metavar="SRC", help="Model folder, or a Hub id (owner/name).")]
+Ckpt = Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a compressed checkpoint.")]
+Ratio = Annotated[float | None, typer.Option(help="Share of the source's bytes to remove, e.g. 0.4.")]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A YAML file, or a shipped recipe like mixtral-40; options given here win over it."),
+]
+Original = Annotated[str | None, typer.Option("--source", metavar="SRC", help="The dense original to compare with.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Method = Annotated[Literal["d2", "moe-svd", "mobe"] | None, typer.Option(help="Compression method.")]
+Accounting = Annotated[
+    Literal["stored", "paper"] | None,
+    typer.Option(help="What the ratio means: bytes gone from disk, or the paper's nominal share."),
+]
+ScopeOption = Annotated[
+    Scope | None, typer.Option(help="Dynamic column selection: shared by a batch, per token, or off.")
+]
+WindowsOption = Annotated[int | None, typer.Option(help="Calibration windows (default 128).")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens per window (default 2048, or the model's limit).")]
+Seed = Annotated[int | None, typer.Option(help="Which windows of the text are drawn.")]
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Memory to stay within, e.g. 24GB (default: what the machine has).")
+]
+
+
+def parse_size(text: str | None) -> int | None:
+    """Bytes of "24GB", "800 MB", "1.5TB" or a plain number. Raises InputError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?b?|b)?\s*", text.lower())
+    if not match or float(match[1]) == 0:
+        raise InputError(f"--memory {text!r} is no size; write it as 24GB or 800MB")
+    unit = (match[2] or "b")[0]
+    base = 1024 if "i" in (match[2] or "") else 1000
+    return int(float(match[1]) * base ** ("bkmgt".index(unit)))
+
+
+AllowLarger = Annotated[
+    bool, typer.Option("--allow-larger", help="Go on where the result would not be smaller than an fp8 source.")
+]

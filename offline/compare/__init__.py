@@ -1,0 +1,1 @@
+"""`d2moe compare`: methods and baselines beside one another."""

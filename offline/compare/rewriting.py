@@ -1,0 +1,110 @@
+"""An ordinary dense checkpoint made from a source: other weights in its experts, perhaps fewer of them. One tensor is
+in memory at a time. Stock transformers and vLLM load it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2moe_vllm.format.config import DTYPES, ROLES, Role, TensorSpec
+from offline.checkpoint.publish import companion_files
+from offline.errors import InputError
+from offline.io.folders import check_new_folder, check_space, new_folder
+from offline.io.shards import TORCH_DTYPES, Shard, plan_shards, sync_file, write_file, write_shards
+from offline.source.dense import DenseModel, open_dense
+from offline.source.stored import expert_tensors
+
+RECORD_FILE = "d2moe_baseline.json"
+"""Says what was done to the source's experts."""
+ROUTERS = ("gate.weight", "gate.e_score_correction_bias", "router.layer.weight")
+"""Tensors beside a layer's experts that have a row (or a number) per expert."""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What is to be written. experts: in every layer; weight: (layer, expert, role) -> [out, in]; router: (layer, a
+    tensor with a row per expert of the source) -> that with a row per expert; None where all experts stay.
+
+    Raises InputError where a layer has no router of the right size.
+    """
+
+    model: DenseModel
+    experts: int
+    weight: Callable[[int, int, Role], Tensor]
+    router: Callable[[int, Tensor], Tensor] | None = None
+
+    def write(self, out: Path, record: Mapping[str, Any]) -> None:
+        """Writes the new folder `out`, with `record` beside the weights. Raises InputError where `out` exists or the
+        disk is too small."""
+        model = self.model
+        check_new_folder(out)
+        shards = dense_shards(model, self.experts)
+        check_space(out.parent, sum(shard.nbytes for shard in shards))
+        with new_folder(out) as folder:
+            write_shards(folder, shards, self._tensor)
+            config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+            config |= {key: self.experts for key in model.family.num_experts_keys if key in config}
+            write_file(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            write_file(folder / RECORD_FILE, json.dumps(record) + "\n")
+            for path in companion_files(model.folder):
+                shutil.copyfile(path, folder / path.name)
+                sync_file(folder / path.name)
+            open_dense(str(folder))  # whole and loadable, or it is not published
+
+    @cached_property
+    def _routers(self) -> dict[str, int]:
+        return _routers(self.model) if self.router else {}
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[int, list[int], list[Role]]]:
+        """Name of a tensor of experts -> layer, experts and roles that it holds."""
+        layout, found = self.model.family.layouts[0], dict[str, tuple[int, list[int], list[Role]]]()
+        for layer in self.model.shape.layers:
+            for expert in range(1 if layout.stacked else self.experts):
+                numbers = list(range(self.experts)) if layout.stacked else [expert]
+                for role in ROLES:
+                    found.setdefault(layout.name(layer, expert, role), (layer, numbers, []))[2].append(role)
+        return found
+
+    def _tensor(self, name: str) -> Tensor:
+        """By the name and in the layout of released checkpoints."""
+        if self.router and name in self._routers:
+            return self.router(self._routers[name], self.model.other_tensor(name))
+        if name not in self._parts:
+            return self.model.other_tensor(name)
+        layer, experts, roles = self._parts[name]
+        dtype = TORCH_DTYPES[DTYPES[self.model.dtype]]
+        found = [torch.cat([self.weight(layer, expert, role).to(dtype) for role in roles]) for expert in experts]
+        return torch.stack(found) if self.model.family.layouts[0].stacked else found[0]
+
+
+def dense_shards(model: DenseModel, experts: int) -> list[Shard]:
+    """The files of the model with so many experts a layer. Raises InputError where routers are of another size."""
+    specs = dict(model.other_tensors)
+    for name in _routers(model) if experts != model.shape.num_experts else ():
+        specs[name] = TensorSpec(specs[name].dtype, (experts, *specs[name].shape[1:]))
+    shape = replace(model.shape, num_experts=experts)
+    stored = DTYPES[model.dtype]
+    for name, size in expert_tensors(shape, model.family.layouts[0], model.shape.layers):
+        specs[name] = TensorSpec(stored, size)
+    return plan_shards(specs)
+
+
+def _routers(model: DenseModel) -> dict[str, int]:
+    """Name of every tensor that has a row per expert -> its layer."""
+    found: dict[str, int] = {}
+    for layer in model.shape.layers:
+        parent = model.family.experts_prefix(layer).rpartition(".")[0]
+        names = [f"{parent}.{name}" for name in ROUTERS if f"{parent}.{name}" in model.other_tensors]
+        if not names or any(model.other_tensors[name].shape[0] != model.shape.num_experts for name in names):
+            raise InputError(f"layer {layer}: no router with a row per expert under {parent}; leave the baseline out")
+        found |= dict.fromkeys(names, layer)
+    return found

@@ -1,0 +1,1 @@
+"""Safetensors as a stream, folders, names, progress: knows no method."""

@@ -1,0 +1,221 @@
+"""Safetensors read lazily and written as a stream: no shard is ever held in memory.
+
+The library's own writer needs every tensor of a file at once; here names, dtypes and shapes are known
+long before the values, so the header is laid out first (which also tells the exact size of every file
+before any work is done) and tensors are appended one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from d2moe_vllm.format.config import (
+    DTYPE_BYTES,
+    INDEX_FILE,
+    CheckpointError,
+    FileEntry,
+    TensorSpec,
+)
+from d2moe_vllm.format.files import read_header, read_weight_map
+
+SHARD_BYTES = 5_000_000_000
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+class Reader:
+    """The safetensors files of one checkpoint folder; tensors are read when asked for.
+
+    Raises CheckpointError for files that are missing or truncated and for an index that lies.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.weight_map = read_weight_map(folder)
+        self.files = sorted(set(self.weight_map.values()))
+        self.specs: dict[str, TensorSpec] = {}
+        for file in self.files:
+            for name, spec in read_header(folder / file).items():
+                if self.weight_map.get(name) != file:
+                    raise CheckpointError(f"{folder / file}: tensor {name} is not where {INDEX_FILE} says; copy again")
+                if spec.dtype not in DTYPE_BYTES:
+                    raise CheckpointError(f"{folder / file}: {name} has the unknown dtype {spec.dtype}")
+                self.specs[name] = spec
+        if missing := [name for name in self.weight_map if name not in self.specs]:
+            raise CheckpointError(f"{folder}: {len(missing)} tensors of the index are in no file, first {missing[0]}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files on disk, headers included."""
+        return sum((self.folder / file).stat().st_size for file in self.files)
+
+    @property
+    def parameters(self) -> int:
+        return sum(spec.numel for spec in self.specs.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in its stored dtype. Raises CheckpointError where the file is damaged."""
+        path = self.folder / self.weight_map[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: {name} cannot be read ({error}); copy the file again") from None
+
+    def finite(self, name: str) -> Tensor:
+        """One tensor that is to be computed with. Raises CheckpointError where it holds a NaN or infinity."""
+        tensor = self.tensor(name)
+        if not torch.isfinite(tensor).all():
+            path = self.folder / self.weight_map[name]
+            raise CheckpointError(f"{path}: {name} holds NaN or infinite values; download the file again")
+        return tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be written: its name and, in file order, its tensors."""
+
+    file: str
+    tensors: dict[str, TensorSpec]
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+
+    @property
+    def header(self) -> bytes:
+        """Length and JSON header, padded to 8 bytes, as the safetensors format fixes them."""
+        content: dict[str, object] = {"__metadata__": dict(self.metadata)}
+        offset = 0
+        for name, spec in self.tensors.items():
+            content[name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.nbytes],
+            }
+            offset += spec.nbytes
+        text = json.dumps(content, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(spec.nbytes for spec in self.tensors.values())
+
+
+@lru_cache(maxsize=1 << 18)  # a plan sorts the same names again and again, 180,000 of DeepSeek-V3
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts layer 2 before layer 10."""
+    return tuple((1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name))
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int = SHARD_BYTES) -> list[Shard]:
+    """Distribute tensors over files of at most `max_bytes` of data (a larger tensor gets its own file).
+
+    Within a file wider dtypes come first, which keeps every tensor aligned to its own element size.
+    """
+    groups: list[dict[str, TensorSpec]] = [{}]
+    size = 0
+    for name in sorted(specs, key=natural_key):
+        if groups[-1] and size + specs[name].nbytes > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = specs[name]
+        size += specs[name].nbytes
+    count = len(groups)
+    return [
+        Shard(
+            f"model-{number:05d}-of-{count:05d}.safetensors",
+            # A stable sort: of one width in natural order.
+            dict(sorted(group.items(), key=lambda item: -DTYPE_BYTES[item[1].dtype])),
+        )
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def checksum(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes, in hex."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(_bytes(tensor.contiguous()))
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file of tensors that are in memory already, with the checksum of each in its header's metadata.
+
+    Raises OSError where it cannot be written.
+    """
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    specs = {name: TensorSpec(names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    (shard,) = plan_shards(specs, max_bytes=sum(s.nbytes for s in specs.values()) + 1)
+    sums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    _write_shard(path, replace(shard, metadata=sums), tensors.__getitem__)
+
+
+def write_shards(folder: Path, shards: list[Shard], produce: Callable[[str], Tensor]) -> dict[str, FileEntry]:
+    """Write every shard and the index into `folder`, asking `produce` for one tensor at a time.
+
+    Returns size and sha256 of every file. Raises ValueError where a produced tensor does not match its plan.
+    """
+    entries = {shard.file: _write_shard(folder / shard.file, shard, produce) for shard in shards}
+    weight_map = {name: shard.file for shard in shards for name in shard.tensors}
+    total = sum(spec.nbytes for shard in shards for spec in shard.tensors.values())
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: weight_map[name] for name in sorted(weight_map, key=natural_key)},
+    }
+    write_file(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    return entries
+
+
+def _write_shard(path: Path, shard: Shard, produce: Callable[[str], Tensor]) -> FileEntry:
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("wb") as file:
+        for chunk in _chunks(shard, produce):
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(bytes=size, sha256=digest.hexdigest())
+
+
+def _chunks(shard: Shard, produce: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
+    yield shard.header
+    for name, spec in shard.tensors.items():
+        tensor = produce(name).detach().contiguous()
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
+            raise ValueError(f"{name}: got {tensor.dtype} {list(tensor.shape)}, planned {spec}")
+        yield _bytes(tensor)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A view: torch has no numpy type for bfloat16, and a copy would double the memory."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_file(path: Path, content: str) -> None:
+    """Write a text file that is either whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

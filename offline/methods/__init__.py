@@ -1,0 +1,1 @@
+"""The methods of compression, each an object that declares itself."""

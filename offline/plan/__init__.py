@@ -1,0 +1,1 @@
+"""What is to be done, and what it will give and cost."""

@@ -1,0 +1,364 @@
+"""Ratio <-> ranks, and the accounting (D2-MoE "Parameter Compression Analysis", METHODS 1.4).
+
+Two accountings of one number R: `stored` means the share of the source's bytes that is gone from disk,
+file headers included; `paper` means the paper's nominal share of parameters, which also counts columns
+that dynamic pruning merely skips.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from d2moe_vllm.format.config import ROLES, CheckpointConfig, Layer, Method, Projection, Role, TensorSpec
+from offline.errors import InputError, UnreachableError
+from offline.io.shards import SHARD_BYTES, Shard, plan_shards
+from offline.plan.recipe import Recipe
+from offline.source.families import MoEShape
+from offline.source.sites import SITES, Site
+
+FULL = 1e9
+"""A kept share so large that every rank is full."""
+
+
+def paper_kept_share(shape: MoEShape, parameters: int, ratio: float, sparsity: float) -> float:
+    """rho, the kept share of every delta, under the paper's accounting (Table 12).
+
+    A layer keeps E*rho + (1 - s) expert-sizes; all that is not an expert is kept whole.
+    parameters: of the whole source. Raises InputError where no rho > 0 reaches the ratio.
+    """
+    per_layer = len(shape.layers) * shape.expert_parameters
+    others = parameters - shape.num_experts * per_layer
+    kept = ((1 - ratio) * parameters - others) / per_layer
+    rho = (kept - (1 - sparsity)) / shape.num_experts
+    if rho <= 0:
+        reachable = 1 - (others + (1 - sparsity) * per_layer) / parameters
+        raise InputError(f"ratio {ratio:g} cannot be reached: even without deltas it is {max(reachable, 0):.3f}")
+    return rho
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Base columns of one projection: kept on disk, and used per forward pass under dynamic selection."""
+
+    kept: int
+    used: int
+
+
+def base_columns(in_features: int, sparsity: float, groups: int, multiple: int, *, static: bool = False) -> Columns:
+    """Columns left when `sparsity` of them is unused in total, half of it (or all) statically (METHODS 1.2, 1.5).
+
+    Evenly over `groups`, rounded down to `multiple` per group. Raises InputError where groups do not
+    divide the columns or nothing would be left.
+    """
+    if in_features % groups:
+        raise InputError(f"{groups} groups do not divide {in_features} input columns; choose base.groups to divide")
+    size = in_features // groups
+
+    def per_group(share: float) -> int:
+        # The small term keeps e.g. (1 - 0.9) * 10 from becoming 0 in floating point.
+        return groups * (int(size * share + 1e-9) // multiple * multiple)
+
+    used = in_features if sparsity == 0 else per_group(1 - sparsity)
+    kept = in_features if sparsity == 0 else per_group(1 - sparsity / 2)
+    kept = used if static else kept
+    if used == 0:
+        raise InputError(
+            f"base.sparsity {sparsity:g} leaves no column in groups of {size} at column_multiple {multiple}; "
+            "lower the sparsity, the groups or the multiple"
+        )
+    return Columns(kept, used)
+
+
+Option = Literal["none", "pruned", "full", "svd"]
+"""What a selection's base is: not there, column-pruned, all columns, low-rank."""
+OPTIONS: Mapping[str, tuple[Option, ...]] = {
+    "semi-dynamic": ("pruned",),
+    "static": ("pruned",),
+    "svd": ("svd",),
+    "none": ("none",),
+    "auto": ("none", "pruned", "full"),
+}
+"""base.kind -> the options that the budget may choose from."""
+Ranks = dict[tuple[int, Role], int]
+Choices = dict[tuple[int, Site], Option]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A solved budget. shards: the exact files that will be written; choices: each selection's kind of base."""
+
+    config: CheckpointConfig
+    shards: list[Shard]
+    kept_share: dict[Role, float]
+    choices: Choices
+
+    @property
+    def ranks(self) -> Ranks:
+        return {(number, role): layer[role].rank for number, layer in self.config.layers.items() for role in ROLES}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files, exactly as they will lie on disk."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def parameters(self) -> int:
+        return sum(spec.numel for shard in self.shards for spec in shard.tensors.values())
+
+    @property
+    def stored_ratio(self) -> float:
+        """Share of the source's bytes that is gone from disk."""
+        return 1 - self.nbytes / self.config.source.bytes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the ranks have to fit into.
+
+    draft: the checkpoint's configuration but for its layers; other_tensors: all that is kept as it is; trimmed: per
+    layer the experts without deltas (their number decides sizes, which ones they are is known after calibration).
+    """
+
+    draft: CheckpointConfig
+    shape: MoEShape
+    other_tensors: Mapping[str, TensorSpec]
+    recipe: Recipe
+    trimmed: Mapping[int, tuple[int, ...]]
+    shard_bytes: int = SHARD_BYTES
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """The kinds of base to choose from; trimmed experts run on the base alone, so with them there is one."""
+        options = OPTIONS[self.recipe.base.kind]
+        return tuple(option for option in options if option != "none") if self.recipe.delta.trim else options
+
+    @property
+    def rank_multiple(self) -> int:
+        """Ranks are multiples of it; deltas that are columns also spread evenly over the groups."""
+        multiple = int(self.recipe.delta.rank_multiple)
+        return math.lcm(multiple, self.recipe.base.groups) if self.recipe.delta.method == "prune" else multiple
+
+    def rank(self, role: Role, kept_share: float) -> int:
+        """k = floor(rho m n / (m + n)), or floor(rho n) columns, rounded down to the multiple, at least one."""
+        out_features, in_features = self.shape.projection(role)
+        full = out_features * in_features / (out_features + in_features)
+        rank = int(kept_share * (in_features if self.recipe.delta.method == "prune" else full))
+        return min(max(rank // self.rank_multiple, 1) * self.rank_multiple, self.limit(role))
+
+    def limit(self, role: Role) -> int:
+        if self.keeps(role):
+            return 0
+        out_features, in_features = self.shape.projection(role)
+        full = in_features if self.recipe.delta.method == "prune" else min(out_features, in_features)
+        return full // self.rank_multiple * self.rank_multiple or full
+
+    def keeps(self, role: Role) -> bool:
+        """Whether a projection is stored as it is."""
+        return self.projection(role, self.options[0], self.rank_multiple).delta == "dense"
+
+    def uniform(self, kept_share: float) -> Ranks:
+        return {(layer, role): self.rank(role, kept_share) for layer in self.shape.layers for role in ROLES}
+
+    def same(self, option: Option) -> Choices:
+        """One kind of base everywhere."""
+        return {(layer, site): option for layer in self.shape.layers for site in ("input", "middle")}
+
+    def columns(self, role: Role, option: Option) -> Columns:
+        """Base columns of a projection under an option; (0, 0) where the base is not made of columns."""
+        in_features = self.shape.projection(role)[1]
+        if option == "full":
+            return Columns(in_features, in_features)
+        if option != "pruned":
+            return Columns(0, 0)
+        base = self.recipe.base
+        return base_columns(
+            in_features, base.sparsity, base.groups, int(base.column_multiple), static=base.kind == "static"
+        )
+
+    def projection(self, role: Role, option: Option, rank: int) -> Projection:
+        """What would be stored of one projection."""
+        return PROJECTIONS[self.recipe.method](self, role, option, rank)
+
+    def factored(self, role: Role, option: Option, rank: int) -> Projection:
+        """A base and deltas, or whole experts as deltas from nothing."""
+        columns, delta = self.columns(role, option), self.recipe.delta
+        base_rank = 0
+        if option == "svd":  # as many parameters as a statically pruned base has
+            out_features, in_features = self.shape.projection(role)
+            whole = (1 - self.recipe.base.sparsity) * out_features * in_features / (out_features + in_features)
+            multiple = int(delta.rank_multiple)
+            base_rank = max(int(whole) // multiple, 1) * multiple
+        return Projection(
+            rank=rank,
+            kept_columns=columns.kept,
+            used_columns=columns.used,
+            base_rank=base_rank,
+            delta="columns" if delta.method == "prune" else "factors",
+            shared_v=delta.share_v,
+            distinct_u=delta.distinct_u,
+        )
+
+    def mixed(self, role: Role, option: Option, rank: int) -> Projection:
+        """MoBE's: gate and up mixed from bases, down as it is."""
+        mobe = self.recipe.mobe
+        if role == "down":
+            return Projection(rank=0, kept_columns=0, used_columns=0, delta="dense")
+        return Projection(
+            rank=rank,
+            kept_columns=0,
+            used_columns=0,
+            delta="bases",
+            bases=int(mobe.bases),
+            function=mobe.function,
+        )
+
+    def layers(self, choices: Choices, ranks: Ranks) -> dict[int, Layer]:
+        return {
+            layer: Layer(
+                **{role: self.projection(role, choices[layer, SITES[role]], ranks[layer, role]) for role in ROLES},
+                trimmed=self.trimmed[layer],
+            )
+            for layer in self.shape.layers
+        }
+
+    def solve(self, choices: Choices, ranks: Ranks) -> Budget:
+        layers = self.layers(choices, ranks)
+        config = CheckpointConfig.model_validate(self.draft.model_dump() | {"layers": layers})
+        shards = plan_shards({**self.other_tensors, **config.expert_tensors()}, self.shard_bytes)
+        share = {}
+        for role in ROLES:
+            mean = sum(ranks[layer, role] for layer in self.shape.layers) / len(self.shape.layers)
+            share[role] = self.kept_share(role, mean)
+        return Budget(config, shards, share, choices)
+
+    def kept_share(self, role: Role, rank: float) -> float:
+        """Of the deltas' parameters, at a mean rank; with bases METHODS 3's gamma, they included."""
+        out_features, in_features = self.shape.projection(role)
+        experts = self.shape.num_experts
+        if self.keeps(role):
+            return 1.0
+        if bases := self.projection(role, self.options[0], self.rank_multiple).bases:
+            stored = experts * out_features * rank + bases * (rank * in_features + experts)
+            return stored / (experts * out_features * in_features)
+        return rank * (out_features + in_features) / (out_features * in_features)
+
+    def step_bytes(self, role: Role) -> int:
+        """Payload that one more rank costs a projection of one layer."""
+        return self._payload(role, "none", 2 * self.rank_multiple) - self._payload(role, "none", self.rank_multiple)
+
+    def base_bytes(self, role: Role, option: Option) -> int:
+        """Payload of a projection's base in one layer."""
+        return self._payload(role, option, self.rank_multiple) - self._payload(role, "none", self.rank_multiple)
+
+    def _payload(self, role: Role, option: Option, rank: int) -> int:
+        """By the format itself, so that no formula for sizes stands twice."""
+        layer = self.shape.layers[0]
+        # Sizes are linear in the rank: a rank above the matrix's limit serves to measure a step.
+        projection = self.projection(role, option, rank)
+        config = self.draft.model_copy(
+            update={
+                "layers": {
+                    layer: Layer.model_construct(gate=projection, up=projection, down=projection,
+                                                 trimmed=self.trimmed[layer])
+                }
+            }
+        )  # fmt: skip
+        return sum(spec.nbytes for spec in config.projection_tensors(layer, role).values())
+
+    def delta_bytes(self, ranks: Ranks) -> int:
+        """Payload of all deltas but their indices, without building their names."""
+        each = {role: self.step_bytes(role) // self.rank_multiple for role in ROLES}
+        return sum(rank * each[role] for (_, role), rank in ranks.items())
+
+
+PROJECTIONS: Mapping[Method, Callable[[Problem, Role, Option, int], Projection]] = {
+    "d2": Problem.factored,
+    "moe-svd": Problem.factored,
+    "mobe": Problem.mixed,
+}
+"""Method -> what it stores of one projection at a rank."""
+HINTS: Mapping[Method, str] = {
+    "d2": " or a higher base.sparsity",
+    "moe-svd": "",
+    "mobe": ", fewer mobe.bases or another method: MoBE leaves `down` as it is",
+}
+"""Method -> what else helps where a ratio cannot be reached."""
+
+
+def solve_paper(problem: Problem, ratio: float) -> Budget:
+    """Ranks by the paper's nominal accounting."""
+    base = problem.recipe.base
+    sparsity = 1.0 if base.kind == "none" else base.sparsity  # without a base, all of it is saved
+    share = paper_kept_share(problem.shape, problem.draft.source.parameters, ratio, sparsity)
+    return problem.solve(problem.same(problem.options[0]), problem.uniform(share))
+
+
+def solve_stored(problem: Problem, ratio: float, option: Option | None = None) -> Budget:
+    """The largest ranks whose files are at most (1 - ratio) of the source's bytes, with one kind of base.
+
+    One kept share for all deltas, then the rest is handed out in steps of the rank multiple, last layers
+    first, `down` before `up` before `gate`. Raises InputError where the smallest ranks are already too large.
+    """
+    choices = problem.same(option or problem.options[0])
+    target = int((1 - ratio) * problem.draft.source.bytes)
+    smallest = problem.solve(choices, problem.uniform(0))
+    largest = problem.solve(choices, problem.uniform(FULL))
+    if smallest.nbytes > target:
+        raise UnreachableError(
+            f"ratio {ratio:g} cannot be reached: even at rank {problem.rank_multiple} the ratio is "
+            f"{smallest.stored_ratio:.3f}; choose a lower ratio{HINTS[problem.recipe.method]}",
+            smallest.stored_ratio,
+        )
+    # Names and offsets take the most room at full rank, so this bound on everything but deltas is safe.
+    fixed = largest.nbytes - problem.delta_bytes(problem.uniform(FULL))
+
+    room = target - fixed
+    share = _largest_share(lambda share: problem.delta_bytes(problem.uniform(share)) <= room)
+    return fill(problem, choices, problem.uniform(share), target, _one_more_each)
+
+
+Filler = Callable[[Problem, Ranks, int], Ranks]
+"""(problem, ranks, bytes that deltas may take) -> ranks that fill more of them."""
+
+
+def fill(problem: Problem, choices: Choices, ranks: Ranks, target: int, more: Filler) -> Budget:
+    """The budget of `ranks` that fit into `target` bytes, filled up by `more` as far as headers let it."""
+    budget = problem.solve(choices, ranks)
+    reserve = 0
+    while True:
+        # The headers' true size at these ranks, where an earlier bound was too careful.
+        room = target - reserve - (budget.nbytes - problem.delta_bytes(ranks))
+        fuller = more(problem, ranks, room)
+        if fuller == ranks:
+            return budget
+        attempt = problem.solve(choices, fuller)
+        if attempt.nbytes > target:
+            reserve += attempt.nbytes - target  # longer numbers in a header, or one more file
+        else:
+            budget, ranks = attempt, fuller
+
+
+def _one_more_each(problem: Problem, ranks: Ranks, room: int) -> Ranks:
+    """One more step for every rank that still has one and for which deltas stay within `room` bytes."""
+    ranks = dict(ranks)
+    left = room - problem.delta_bytes(ranks)
+    steps = {role: problem.step_bytes(role) for role in ROLES}
+    for layer in reversed(problem.shape.layers):
+        for role in reversed(ROLES):
+            if steps[role] <= left and ranks[layer, role] + problem.rank_multiple <= problem.limit(role):
+                ranks[layer, role] += problem.rank_multiple
+                left -= steps[role]
+    return ranks
+
+
+def _largest_share(fits: Callable[[float], bool]) -> float:
+    low, high = 0.0, 2.0
+    while fits(high) and high < 1e6:
+        low, high = high, high * 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,280 @@
+"""Memory, disk and time of a compression, predicted from shapes; and how much to take at once so that memory holds.
+
+What memory can hold is decided by two sizes: how many tokens run through a layer together, and how many rows of
+one expert are taken together. Everything else (one layer's weights in their stored dtype, one expert's
+statistics) is fixed by the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from d2moe_vllm.format.config import ROLES
+from offline.errors import InputError
+
+if TYPE_CHECKING:
+    from offline.plan.plan import Plan
+
+BATCH_TOKENS = 4096
+"""Tokens that run through a layer at once during calibration and evaluation, where memory allows."""
+ROWS = (4096, 2048, 1024, 512, 256)
+"""Of one expert at once, by how much memory there is."""
+PROCESS_BYTES = 690_000_000
+"""A Python process with torch and transformers imported, and with scikit-learn and pandas, which transformers imports
+where they are installed (lm-eval brings them)."""
+FLOAT32, FLOAT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Resources:
+    """batch_tokens: that run through a layer at once (at least one window); rows: of one expert at once; hold_layer:
+    a layer's experts are all in memory while it runs, else each is read when it is needed."""
+
+    batch_tokens: int = BATCH_TOKENS
+    rows: int = BATCH_TOKENS
+    hold_layer: bool = True
+    processes: int = 1
+
+
+def check_resources(plan: Plan, memory: int | None, processes: int) -> Plan:
+    """The plan with as much at once as fits into `memory` bytes for all processes of this machine together.
+
+    None means what the machine has. Raises InputError where even the smallest steps need more.
+    """
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = (memory or available) // processes
+    step = max(plan.windows[1], 1)
+    # Every process gets a batch of windows.
+    most = -(-plan.windows[0] // processes) * step
+    sizes = (min(size, most) for size in ROWS)
+    batches = sorted({max(step, size // step * step) for size in sizes}, reverse=True)
+    smallest = replace(plan, resources=Resources(batches[-1], ROWS[-1], False, processes))
+    if (needed := peak_memory(smallest)) > limit:
+        raise InputError(_too_small(smallest, memory, available, needed))
+    choices = itertools.product((True, False), batches, ROWS)
+    fitting = (replace(plan, resources=Resources(batch, rows, hold, processes)) for hold, batch, rows in choices)
+    return next(chosen for chosen in fitting if peak_memory(chosen) <= limit)
+
+
+def _too_small(plan: Plan, memory: int | None, available: int, needed: int) -> str:
+    whose = "--memory" if memory else "this machine's memory"
+    processes = plan.resources.processes
+    each = f" by each of {processes} processes" if processes > 1 else ""
+    largest = max(phases(plan).items(), key=lambda item: item[1])[0]
+    mend = "fewer processes" if processes > 1 else "a higher --memory" if memory else "a machine with more"
+    return (
+        f"{whose} of {(memory or available) / 1e9:.2f} GB does not suffice: {needed / 1e9:.2f} GB are needed{each}, "
+        f"most of it in the phase {largest!r}; use {mend}"
+        + ("" if plan.windows[1] <= 256 else ", or a lower --seq-len")
+    )
+
+
+def _outside_and_inside(plan: Plan) -> tuple[int, int, int]:
+    """Parameters outside of the decoder layers; the most that one layer has besides its routed experts; the widest of
+    these tensors' outputs. Layers that predict further tokens are stored after the decoder's, and never run."""
+    outside, widest = 0, 0
+    inside: dict[int, int] = {}
+    for name, spec in plan.model.other_tensors.items():
+        if not name.startswith("model.layers."):
+            outside += spec.numel
+        elif (layer := int(name.split(".")[2])) < plan.model.num_layers:
+            inside[layer] = inside.get(layer, 0) + spec.numel
+            widest = max(widest, spec.shape[0] if spec.shape else 0)
+    return outside, max(inside.values(), default=0), widest
+
+
+def _scores(plan: Plan) -> int:
+    """Bytes of attention scores while a layer runs: none where torch's fused attention works, all of them where
+    query heads are wider than value heads (multi-head latent attention)."""
+    config = plan.model.config
+    queries = int(config.get("qk_nope_head_dim") or 0) + int(config.get("qk_rope_head_dim") or 0)
+    if not queries or queries == config.get("v_head_dim"):
+        return 0
+    heads = int(config.get("num_attention_heads") or 0)
+    kept = 6 if plan.needs_gradient else 4  # scores, mask and softmax, and their gradients
+    return FLOAT32 * heads * plan.windows[1] * plan.resources.batch_tokens * kept
+
+
+MERGING = {"fisher": 9, "frequency": 6, "ties": 19}
+"""float32 matrices that a merge holds for the three projections; the others hold three."""
+
+
+def phases(plan: Plan) -> dict[str, int]:
+    """Bytes resident on one process at the worst moment of each phase of a run."""
+    recipe, backwards = plan.recipe, plan.needs_gradient
+    hidden, vocabulary = plan.model.shape.hidden_size, int(plan.model.config.get("vocab_size", 0))
+    outside, _, _ = _outside_and_inside(plan)
+    length = plan.windows[1]
+    result = {"embeddings": FLOAT32 * (outside + 2 * plan.resources.batch_tokens * hidden), **_running(plan)}
+    if backwards:
+        result["head"] = FLOAT32 * (outside + 4 * length * vocabulary + 8 * length * hidden)
+    if recipe.base.kind != "none" or backwards:
+        result["merge"] = _merge_bytes(plan)
+    result["factor"] = _factor_bytes(plan)
+    if recipe.method == "mobe":
+        result["fit"] = _fit_bytes(plan)
+    return {name: PROCESS_BYTES + size for name, size in result.items()}
+
+
+def _running(plan: Plan) -> dict[str, int]:
+    """A layer while a batch of windows runs through it: as it was, and as it is compressed where that is needed."""
+    shape, batch, backwards = plan.model.shape, plan.resources.batch_tokens, plan.needs_gradient
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix, width = hidden * middle, plan.torch_dtype.itemsize
+    _, inside, widest = _outside_and_inside(plan)
+    # A decoder layer's own tensors: normed, projected and attended states, and their gradients.
+    states = FLOAT32 * batch * (hidden * (20 if backwards else 12) + 3 * widest) + _scores(plan)
+    # Autograd keeps three tensors of an expert's width per routed token; then the mix, and one expert at work.
+    kept = shape.experts_per_token * (3 * middle + 2 * hidden) if backwards else 0
+    routed = FLOAT32 * batch * (kept + 4 * middle + 3 * hidden)
+    held = (3 * shape.num_experts if plan.resources.hold_layer else 1) * matrix * width
+    result = {"layer": FLOAT32 * (inside + matrix) + held + states + routed}
+    if plan.follows:
+        first = shape.layers[0]
+        stored = sum(s.numel for role in ROLES for s in plan.config.projection_tensors(first, role).values())
+        result["compressed layer"] = FLOAT32 * (inside + stored) + states + routed
+    return result
+
+
+def _merge_bytes(plan: Plan) -> int:
+    """One expert's weights and Fisher information, the merge's accumulators, and what adding one expert takes."""
+    shape, base = plan.model.shape, plan.recipe.base
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix = hidden * middle
+    fisher = 3 * FLOAT32 * matrix if plan.needs_gradient else 0
+    merging = FLOAT32 * matrix * (MERGING.get(base.merge, 3) + 3) if base.kind != "none" else 0
+    if base.merge == "regmean":  # sums in float64, a Gram matrix, and the solution of the largest
+        large = max(hidden, middle)
+        merging += FLOAT64 * (2 * hidden**2 + middle**2 + large**2 + 4 * matrix) + FLOAT32 * large**2
+    return 3 * matrix * plan.torch_dtype.itemsize + 2 * FLOAT32 * matrix + fisher + merging + _rows(plan)
+
+
+def _factor_bytes(plan: Plan) -> int:
+    """One expert's weights, a delta and its base, one site's Gram matrix, an eigenproblem, factors, their error."""
+    shape, width = plan.model.shape, plan.torch_dtype.itemsize
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix, large = hidden * middle, max(hidden, middle)
+    grams = FLOAT32 * (middle**2 + max(middle**2 if hidden > middle else 0, hidden**2))
+    eigen = FLOAT64 * 4 * min(hidden, middle) ** 2
+    cap = max(plan.caps.values())
+    factors = (FLOAT64 + FLOAT32 + width) * cap * (hidden + middle) + FLOAT64 * cap * middle
+    products = FLOAT64 * (2 * matrix + large * 1024)
+    joint = FLOAT64 * 5 * large**2 if plan.recipe.joint else 0
+    return 3 * matrix * (width + FLOAT32) + grams + eigen + factors + products + joint + _rows(plan)
+
+
+def _fit_bytes(plan: Plan) -> int:
+    """Bases with gradients and Adam's moments, the best so far, second moments of inputs, one expert at work."""
+    shape, settings = plan.model.shape, plan.recipe.mobe
+    hidden, matrix, rank = shape.hidden_size, shape.hidden_size * shape.intermediate_size, max(plan.caps.values())
+    own = -(-shape.num_experts // plan.resources.processes)
+    bases = FLOAT32 * (8 * int(settings.bases) + 8) * rank * hidden
+    starting = FLOAT64 * (3 * int(settings.bases) * rank * hidden + 6 * hidden**2)
+    grams = FLOAT32 * hidden**2 * {"own": own, "pooled": 1, "none": 0}[settings.weighting]
+    held = 2 * own * matrix * plan.torch_dtype.itemsize if plan.resources.hold_layer else 0
+    working = FLOAT32 * 5 * matrix + FLOAT64 * (5 * rank**2 + 2 * rank * shape.intermediate_size)
+    return max(bases, starting) + grams + held + working + _rows(plan)
+
+
+def _rows(plan: Plan) -> int:
+    """Some of one expert's rows on their way through it."""
+    shape = plan.model.shape
+    return FLOAT32 * plan.resources.rows * (10 * shape.intermediate_size + 4 * shape.hidden_size)
+
+
+def peak_memory(plan: Plan) -> int:
+    """Bytes resident on one process at the worst moment."""
+    return max(phases(plan).values())
+
+
+def work_bytes(plan: Plan) -> int:
+    """Bytes on disk while running, besides the result: activations, gradients, factors at their largest ranks."""
+    shape, width = plan.model.shape, plan.torch_dtype.itemsize
+    # Every layer's input where the run goes backwards, else two; two gradients; what reaches one layer's experts.
+    kept = plan.needs_gradient or plan.selects
+    arrays = (plan.model.num_layers + 1 + 3 + 2 if kept else 4) + (3 if plan.follows else 0)
+    activations = FLOAT32 * plan.tokens * (arrays * shape.hidden_size + 2 * shape.experts_per_token)
+    options = len(plan.problem.options)
+    factors = sum(
+        rank * sum(shape.projection(role)) * shape.num_experts * width * options
+        for (_, role), rank in plan.caps.items()
+    )
+    bases = (
+        len(plan.problem.shape.layers) * shape.expert_parameters * (options * width + (FLOAT32 if plan.follows else 0))
+    )
+    return activations + factors + bases + FLOAT32 * shape.expert_parameters
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations per layer, as float32 ones: running it over the calibration windows once, with what
+    reaches its experts written down, merging, and factoring."""
+
+    forward: float
+    record: float
+    merge: float
+    factor: float
+
+
+def layer_work(plan: Plan) -> Work:
+    """What one MoE layer costs; a layer without experts costs at most `forward` or `record`."""
+    shape = plan.model.shape
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix = hidden * middle
+    rows = plan.tokens * shape.experts_per_token
+    _, inside, _ = _outside_and_inside(plan)
+    attention = 2 * plan.tokens * (inside + 2 * plan.windows[1] * hidden)
+    forward = 2 * rows * 3 * matrix + attention
+    record = forward * (3 if plan.needs_gradient else 1)
+    # Gate, up and the way back through down; Fisher's squared products where the merge wants them.
+    merge = 2 * rows * matrix * 6 if plan.needs_gradient else 20.0 * shape.num_experts * 3 * matrix
+    grams = 2 * rows * (hidden**2 + middle**2 + 2 * matrix)
+    small = min(hidden, middle)
+    # Per projection an eigenproblem of about 15 n^3 and the products around it, in float64.
+    eigen = 2 * shape.num_experts * 3 * (15 * small**3 + 4 * matrix * (hidden + middle)) * len(plan.problem.options)
+    return Work(forward, record, merge, grams + eigen + _fit_work(plan))
+
+
+def _fit_work(plan: Plan) -> float:
+    """MoBE's steps over gate and up of one layer, where none ends early."""
+    if plan.recipe.method != "mobe":
+        return 0.0
+    shape, settings, rank = plan.model.shape, plan.recipe.mobe, max(plan.caps.values())
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    grams = 0 if settings.weighting == "none" else 2 * rank * hidden**2 + middle * hidden**2
+    small = rank**2 * (3 * hidden + 2 * middle + rank)
+    each = 2 * (2 * rank * hidden * middle + grams + small + 4 * int(settings.bases) * rank * hidden)
+    return 2.0 * settings.max_steps * shape.num_experts * each
+
+
+def total_work(plan: Plan) -> float:
+    work, layers = layer_work(plan), plan.model.num_layers
+    moe = len(plan.model.shape.layers)
+    chosen = len(plan.problem.shape.layers)
+    sweeps = layers * work.record + moe * work.merge + chosen * work.factor
+    if plan.selects:
+        sweeps += chosen * work.record
+    if plan.needs_gradient:
+        sweeps += layers * work.forward
+    if plan.follows:
+        sweeps += 2 * layers * work.forward
+    return sweeps
+
+
+def estimate_seconds(plan: Plan) -> float:
+    """A rough wall-clock prediction from a short measurement of this machine's matrix product."""
+    a = torch.randn(1024, 1024)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    rate = 4 * 2 * 1024**3 / (time.perf_counter() - start)
+    # Small matrices and memory traffic keep real layers well below the peak.
+    efficiency = 0.5
+    return total_work(plan) / (rate * efficiency) / plan.resources.processes + 5

@@ -1,0 +1,150 @@
+"""`d2moe compress` as one function: open, plan, run or resume, publish."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from offline.checkpoint.assembly import settle
+from offline.checkpoint.publish import publish
+from offline.errors import InputError
+from offline.io.console import plain_console
+from offline.io.folders import check_new_folder
+from offline.io.progress import Steps
+from offline.plan.plan import Plan, make_plan, summary
+from offline.plan.recipe import Recipe
+from offline.plan.resources import estimate_seconds, peak_memory, total_work, work_bytes
+from offline.run.sweep import Run
+from offline.source.dense import open_dense
+from offline.source.text import choose_windows, read_text, tokenize
+from offline.work.distributed import is_first, join
+from offline.work.workdir import MARKER_FILE, WorkDir, fingerprint, refuse_changed_source
+
+
+def compress(
+    source: str,
+    out: Path,
+    recipe: Recipe,
+    calibration: Path,
+    *,
+    revision: str | None = None,
+    workdir: Path | None = None,
+    restart: bool = False,
+    memory: int | None = None,
+    device: str = "auto",
+    allow_larger: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Compress `source` into the new folder `out`; an interrupted run is continued. Under torchrun every process
+    calls this, and they share the work out.
+
+    memory: bytes that this machine's processes may hold together; device: "auto", "cpu" or "cuda".
+    Every check that needs no work comes first: a refusal (InputError, CheckpointError) leaves nothing behind.
+    Returns what was written, for printing.
+    """
+    console = console or plain_console(stderr=True)
+    chosen = choose_device(device)
+    out = out.parent.resolve() / out.name
+    folder = (workdir or out.with_name(out.name + ".d2moe-work")).resolve()
+    if is_first():
+        _check_places(out, folder)
+    group = join()
+    if chosen.type == "cuda":  # what is predicted for a process has to fit on its GPU
+        memory = min(memory or sys.maxsize, torch.cuda.mem_get_info(chosen)[0] * group.local_size)
+    plan = make_plan(
+        open_dense(source, revision), recipe, memory=memory, processes=group.local_size, allow_larger=allow_larger
+    )
+    if folder == plan.model.folder or folder in plan.model.folder.parents:
+        raise InputError(f"--workdir {folder} holds the source; choose another")
+    settings = plan.recipe.calibration
+    tokens = tokenize(plan.model.folder, read_text(calibration))
+    windows = choose_windows(tokens, settings.windows, int(settings.seq_len), settings.seed)
+    if group.first:
+        _check_space(plan, folder, out)
+    machine = {"device": chosen.type, "processes": group.size, "at_once": list(asdict(plan.resources).values())}
+    mark = fingerprint(plan.model, plan.recipe.to_json(), windows.sha256, machine)
+    work = WorkDir(folder, mark, restart=restart, group=group)
+    if work.invalidated:
+        console.print(
+            f"{' and '.join(work.invalidated)} changed since the interrupted run: starting over", soft_wrap=True
+        )
+    predicted = {
+        "seconds": round(estimate_seconds(plan), 1),
+        "peak_memory_bytes": peak_memory(plan),
+        "work_bytes": work_bytes(plan),
+    }
+    console.print(
+        f"compressing {plan.model.name}: about {predicted['seconds']:.0f} s, "
+        f"{predicted['peak_memory_bytes'] / 1e9:.1f} GB of memory at the peak"
+        f"{' for each process' if group.size > 1 else ''}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    try:
+        with Steps(total_work(plan), console) as steps:
+            Run(plan, windows.tokens, work, steps, chosen).compress_layers()
+            if group.first:
+                refuse_changed_source(plan.model, mark)
+            steps.label("writing the checkpoint")
+            disk = work.nbytes() if group.first else 0
+            budget = settle(plan, work)
+            if group.first:
+                publish(plan, budget, windows, work, out, lambda: refuse_changed_source(plan.model, mark))
+        group.barrier()
+        work.remove()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"{error.strerror} (working folder {folder}, result in {out.parent}); "
+            "free some space and run the same command again to continue"
+        ) from None
+    finally:
+        work.close()
+    done = replace(plan, budget=budget)
+    return {**summary(done, predicted["seconds"]), "path": str(out), "predicted": predicted, "work_bytes": disk}
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is a GPU where there is one. Raises InputError for one that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU; use --device cpu")
+    if device == "cuda":
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            raise InputError(f"more processes than this machine's {count} GPUs; use --nproc-per-node {count}")
+        return torch.device("cuda", number)
+    return torch.device(device)
+
+
+def _check_places(out: Path, folder: Path) -> None:
+    """Refuse a result that would replace something, that cannot be written, or that the cleanup would take along."""
+    if os.path.lexists(out) and (folder / MARKER_FILE).exists():
+        raise InputError(f"{out} exists already; remove it, or its working folder {folder} if the run is over")
+    check_new_folder(out)
+    if folder == out or folder in out.parents or out in folder.parents:
+        raise InputError(f"--workdir {folder} and the result {out} lie inside one another; choose another --workdir")
+
+
+def _check_space(plan: Plan, folder: Path, out: Path) -> None:
+    """Refuse before the work what would fill the disk hours later."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    left_over = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    needed = work_bytes(plan) - left_over
+    if there.stat().st_dev == out.parent.stat().st_dev:
+        needed += plan.budget.nbytes
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise InputError(
+            f"No space left for {needed:,} bytes under {there}: {free:,} are free; choose another --workdir"
+        )

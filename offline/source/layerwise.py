@@ -1,0 +1,228 @@
+"""A transformers model that is never whole in memory: embeddings and head, and one decoder layer at a time.
+
+The stock modeling code runs unchanged. Its decoder layers are exchanged for small probes that record the
+arguments a layer is called with, or that inject hidden states before the head, so no family needs code here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2moe_vllm.format.config import TensorSpec
+from d2moe_vllm.hf.families import stock_config_class, stock_model_class
+from offline.errors import InputError
+from offline.io.shards import Reader
+from offline.source.families import Family, find_family
+
+LAYER_PREFIX = "model.layers."
+
+
+class _Recorder(nn.Module):
+    """Stands for one decoder layer: passes hidden states through and keeps what came with them."""
+
+    hidden: Tensor
+    arguments: dict[str, Any]
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden_states, arguments
+        return hidden_states
+
+
+class _Injector(nn.Module):
+    """Stands for all decoder layers: hands given hidden states to the head."""
+
+    hidden: Tensor
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        return self.hidden
+
+
+def read_hf_config(folder: Path) -> Any:
+    """transformers' configuration of a model folder. Raises InputError.
+
+    Never runs code that came with the model: a family that transformers does not know is built from what it
+    does know, or from ours (DeepSeek v1).
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(folder)
+        family = find_family(content)
+        stock = family.stock or family.model_type
+        return stock_config_class(stock).from_dict({**content, "model_type": stock})
+    except InputError:
+        raise
+    except Exception as error:  # validation errors of many types, some of several lines
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder / 'config.json'}: transformers refuses it: {reason[:300]}") from None
+
+
+def blueprint(hf_config: Any) -> Any:
+    """The stock model without any weight (on the meta device), in eval mode. Raises InputError."""
+    config = copy.deepcopy(hf_config)
+    for attribute in ("quantization_config", "auto_map"):
+        if hasattr(config, attribute):
+            delattr(config, attribute)
+    config.use_cache = False
+    config.output_router_logits = False
+    try:
+        with torch.device("meta"):
+            model = stock_model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as error:  # sizes that do not go together
+        raise InputError(f"config.json: transformers cannot build this model: {' '.join(str(error).split())}") from None
+    return model.eval().requires_grad_(False)
+
+
+def check_parameters(
+    family: Family, hf_config: Any, specs: Mapping[str, TensorSpec], moe_layers: Collection[int]
+) -> None:
+    """Compare all that the stock model holds but its experts with the tensors on disk; reads no weight.
+
+    Raises InputError, naming the first tensor that is missing or of another shape, or the first layer that has
+    experts in transformers and none in moe_layers, or the other way round.
+    """
+    model = blueprint(hf_config)
+    for number, layer in enumerate(model.model.layers):
+        if (family.experts_module in dict(layer.named_modules())) != (number in moe_layers):
+            keys = " and ".join(family.dense_keys) or "num_hidden_layers"
+            raise InputError(f"config.json leaves open whether layer {number} has experts; set {keys}")
+    found = {family.module_name(name): spec.shape for name, spec in specs.items()}
+    experts, tied = f".{family.experts_module}.", _tied(model)
+    for name, parameter in model.state_dict().items():
+        if experts in name or name in tied:
+            continue
+        if name not in found:
+            raise InputError(f"the source has no tensor for {name}; download the model again")
+        if found[name] != tuple(parameter.shape):
+            raise InputError(
+                f"the source's {name} is {list(found[name])}, config.json makes it {list(parameter.shape)}; "
+                "wrong config.json?"
+            )
+
+
+def _tied(model: Any) -> set[str]:
+    """Parameters that are others under a second name."""
+    keys = getattr(model, "_tied_weights_keys", None) or ()
+    return set(keys) if model.config.tie_word_embeddings else set()
+
+
+class LayerwiseModel:
+    """Runs a causal language model of `reader`'s checkpoint in float32 on `device`, layer by layer.
+
+    Embeddings and head are read when they are first needed and dropped by `release`.
+    Raises InputError where transformers has no such model or a tensor is missing.
+    """
+
+    def __init__(self, reader: Reader, family: Family, hf_config: Any, device: torch.device | None = None) -> None:
+        self._reader, self._family, self._config = reader, family, hf_config
+        self._device = device or torch.device("cpu")
+        self._blueprints = list(blueprint(hf_config).model.layers)
+        self._recorders = nn.ModuleList(_Recorder() for _ in self._blueprints)
+        self._injector = _Injector()
+        self._ends: Any = None
+        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    @property
+    def _model(self) -> Any:
+        """The model without its decoder layers."""
+        if self._ends is None:
+            model = blueprint(self._config)
+            # Its frequencies are computed from the configuration, no checkpoint holds them.
+            model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+            model.model.layers = nn.ModuleList()
+            tied = _tied(model)
+            self._load(model, lambda name: not name.startswith(LAYER_PREFIX), lambda name: name, tied)
+            if tied:
+                model.tie_weights()
+            self._ends = model.to(self._device)
+        return self._ends
+
+    def release(self) -> None:
+        """Drops embeddings and head from memory."""
+        self._ends = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._blueprints)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states before the first layer; tokens [batch, seq] -> float32 [batch, seq, hidden]."""
+        shape = (int(tokens.shape[0]), int(tokens.shape[1]))
+        self._model.model.layers = self._recorders
+        with torch.no_grad():
+            self._model.model(input_ids=tokens.to(self._device))
+        hidden = self._recorders[0].hidden
+        # Masks and rotary tables depend on the batch's shape alone: windows are never padded.
+        self._arguments.setdefault(shape, [recorder.arguments for recorder in self._recorders])
+        return hidden
+
+    def prepare(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Makes run_layer ready for batches of these shapes (windows, tokens). It needs the embeddings, which are not
+        to be in memory together with a layer."""
+        for shape in set(shapes) - set(self._arguments):
+            self.embed(torch.zeros(shape, dtype=torch.int64))
+        self.release()
+
+    def load_layer(self, number: int, experts: nn.Module | None) -> nn.Module:
+        """One decoder layer in memory, its experts replaced by `experts`; None for a layer that has none."""
+        layer = copy.deepcopy(self._blueprints[number])
+        if experts is not None:
+            layer.set_submodule(self._family.experts_module, nn.Identity())
+        prefix = f"{LAYER_PREFIX}{number}."
+        self._load(
+            layer,
+            lambda name: name.startswith(prefix),
+            lambda name: self._family.module_name(name).removeprefix(prefix),
+        )
+        if experts is not None:
+            layer.set_submodule(self._family.experts_module, experts)
+        return layer.to(self._device)
+
+    def run_layer(self, number: int, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """hidden [batch, seq, hidden] -> the layer's output, of the same shape."""
+        shape = (int(hidden.shape[0]), int(hidden.shape[1]))
+        if shape not in self._arguments:
+            self.embed(torch.zeros(shape, dtype=torch.int64))
+        output = layer(hidden, **self._arguments[shape][number])
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: hidden [batch, seq, hidden] -> float32 [batch, seq, vocabulary]."""
+        self._injector.hidden = hidden
+        self._model.model.layers = nn.ModuleList([self._injector])
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
+        return self._model(input_ids=tokens).logits.float()
+
+    def _load(
+        self,
+        module: nn.Module,
+        wanted: Callable[[str], bool],
+        rename: Callable[[str], str],
+        tied: Collection[str] = (),
+    ) -> None:
+        """Fill a meta module with float32 tensors from disk, by assignment; `tied` are filled by the caller."""
+        names = {rename(name): name for name in self._reader.specs if wanted(name)}
+        state = {}
+        for parameter in module.state_dict():
+            if parameter in names:
+                state[parameter] = self._reader.finite(names[parameter]).to(self._device).float()
+        module.load_state_dict(state, strict=False, assign=True)
+        module.requires_grad_(False)
+        held = [*module.named_parameters(), *module.named_buffers()]
+        if missing := [name for name, value in held if value.is_meta and name not in tied]:
+            raise InputError(f"{self._reader.folder}: no tensor for {missing[0]}; download the model again")
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Summed negative log-likelihood of the true next tokens, standard causal shift.
+
+    logits: float32 [batch, seq, vocabulary]; tokens: int64 [batch, seq]; the first token of a window is
+    context only.
+    """
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")

@@ -1,0 +1,1 @@
+"""The working folder and its typed parts, activations, statistics, processes."""

@@ -1,0 +1,246 @@
+"""What the calibration text tells about one layer's experts: Fisher, Grams, routing counts.
+
+Two steps. While the layer runs over all windows, what reaches its experts is written down (`Recorder`). Then
+each expert is taken alone over the rows that were routed to it, so that memory holds one expert's statistics
+whatever their number. Everything is accumulated in float32; no weight gradient is ever formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from d2moe_vllm.format.config import ROLES, Role
+from offline.source.families import MoEShape
+from offline.source.sites import SELECTIONS, Site
+from offline.work.activations import Rows
+
+Weights = Mapping[Role, Tensor]
+"""One expert's projections, [out, in] each, in their stored dtype."""
+Activation = Callable[[Tensor], Tensor]
+
+
+class Recorder:
+    """Writes down what reaches the experts of a layer; `at` is set before each batch of windows.
+
+    inputs, upstream: [tokens, hidden], the experts' input and the gradient of the summed log-likelihood at their
+    output (None where no gradient is wanted); choice int32, gates float32: [tokens, k]. energy[site]: float64 [n],
+    sum of x² of what the base reads there: every token's input, and the gate-weighted mix of the experts'
+    activations (METHODS 1.2).
+    """
+
+    def __init__(self, inputs: Rows, choice: Rows, gates: Rows, upstream: Rows | None, sizes: Mapping[Site, int]):
+        self.inputs, self.choice, self.gates, self.upstream = inputs, choice, gates, upstream
+        self.energy = {site: torch.zeros(size, dtype=torch.float64) for site, size in sizes.items()}
+        self.at = slice(0, 0)
+
+    @torch.no_grad()
+    def routed(self, hidden: Tensor, choice: Tensor, gates: Tensor) -> None:
+        self.inputs.write(self.at, hidden)
+        self.choice.write(self.at, choice.to(torch.int32))
+        self.gates.write(self.at, gates.float())
+        self._add_energy("input", hidden)
+
+    @torch.no_grad()
+    def mixed(self, mix: Tensor) -> None:
+        self._add_energy("middle", mix)
+
+    def watch(self, output: Tensor) -> None:
+        if self.upstream is not None and output.requires_grad:
+            at, upstream = self.at, self.upstream
+            output.register_hook(lambda gradient: upstream.write(at, gradient))
+
+    def _add_energy(self, site: Site, rows: Tensor) -> None:
+        self.energy[site] += rows.square().sum(dim=0).cpu().double()
+
+
+class _Project(torch.autograd.Function):
+    """rows [n, in] @ weight [out, in]ᵀ in float32. The weight is fetched and widened once more on the way back:
+    autograd's own product would keep a float32 copy of every expert alive."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, fetch: Callable[[], Tensor]) -> Tensor:
+        ctx.fetch = fetch
+        return linear(rows, fetch().float())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] @ ctx.fetch().float(), None
+
+
+class DenseExperts(nn.Module):
+    """The dense experts of one layer in float32, optionally watched by a recorder.
+
+    fetch: (expert, role) -> weight [out, in] in its stored dtype, from memory or from disk; it is asked for one
+    matrix at a time, which is widened then. Fits where transformers' decoder layers of all families call their
+    experts.
+    """
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        fetch: Callable[[int, Role], Tensor],
+        activation: Activation,
+        recorder: Recorder | None = None,
+    ) -> None:
+        super().__init__()
+        self._shape, self._fetch, self._activation, self._recorder = shape, fetch, activation, recorder
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden]."""
+        recorder = self._recorder
+        output = torch.zeros_like(hidden_states)
+        mix = None
+        if recorder is not None:
+            recorder.routed(hidden_states, top_k_index, top_k_weights)
+            mix = hidden_states.new_zeros(len(hidden_states), self._shape.intermediate_size)
+        for expert in range(self._shape.num_experts):
+            token, slot = (top_k_index == expert).nonzero(as_tuple=True)
+            if not len(token):
+                continue
+            rows, gates = hidden_states[token], top_k_weights[token, slot, None]
+            middle = self._activation(self._project(expert, "gate", rows)) * self._project(expert, "up", rows)
+            output = output.index_add(0, token, gates * self._project(expert, "down", middle))
+            if mix is not None:
+                mix.index_add_(0, token, (gates * middle).detach())
+        if recorder is not None and mix is not None:
+            recorder.mixed(mix)
+            recorder.watch(output)
+        return output
+
+    def _project(self, expert: int, role: Role, rows: Tensor) -> Tensor:
+        return _Project.apply(rows, partial(self._fetch, expert, role))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The rows that reach each expert of one layer, from a finished recording.
+
+    choice: int32 [tokens, k]; gates: float32 [tokens, k]; chunk: rows that are taken at once.
+    """
+
+    inputs: Rows
+    choice: Tensor
+    gates: Tensor
+    upstream: Rows | None
+    chunk: int
+    device: torch.device
+
+    def batches(self, expert: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(token numbers int64 [n], inputs [n, hidden], gates [n, 1]) of an expert, `chunk` rows at a time."""
+        token, slot = (self.choice == expert).nonzero(as_tuple=True)
+        gates = self.gates[token, slot, None]
+        for part, gate in zip(token.split(self.chunk), gates.split(self.chunk), strict=True):
+            if len(part):
+                yield part, self.inputs.read(part).to(self.device), gate.to(self.device)
+
+
+@dataclass
+class Gradients:
+    """Squared gradients of the log-likelihood at one expert's projections.
+
+    fisher[role]: float32 [out, in], F = (Δ∘Δ)ᵀ (x∘x), squared per position, so that the result does not depend on
+    how windows are batched (METHODS 1.1); None where not asked for. sensitivity[role]: what a unit of squared error
+    at the projection's output costs, sum over tokens of |Δ|² / out, Δ before the gate where Grams carry the gate.
+    """
+
+    fisher: dict[Role, Tensor] | None
+    sensitivity: dict[Role, float]
+
+
+@torch.no_grad()
+def gradients(
+    weights: Weights, routing: Routing, expert: int, activation: Activation, *, fisher: bool, gate_weighted: bool
+) -> Gradients:
+    """One expert's squared gradients over all of its rows. Raises ValueError where no upstream was recorded."""
+    if routing.upstream is None:
+        raise ValueError("gradients need a recording with upstream gradients")
+    total: dict[Role, Tensor] = {}
+    if fisher:
+        total = {role: torch.zeros(weights[role].shape, device=routing.device) for role in ROLES}
+    sums: dict[Role, float] = dict.fromkeys(ROLES, 0.0)
+    for token, x, gates in routing.batches(expert):
+        upstream = routing.upstream.read(token).to(routing.device)
+        gate, up = linear(x, weights["gate"].float()), linear(x, weights["up"].float())
+        back = upstream @ weights["down"].float()
+        with torch.enable_grad():
+            gate.requires_grad_()
+            activated = activation(gate)
+            (gate_back,) = torch.autograd.grad(activated, gate, back * up)
+        activated = activated.detach()
+        inputs: dict[Role, Tensor] = {"gate": x, "up": x, "down": activated * up}
+        outputs: dict[Role, Tensor] = {"gate": gate_back, "up": back * activated, "down": upstream}
+        for role in ROLES:
+            squares = outputs[role].square_()
+            gated = squares * gates.square()
+            sums[role] += float((squares if gate_weighted else gated).sum(dtype=torch.float64)) / squares.shape[1]
+            if fisher:
+                total[role].addmm_(gated.T, inputs[role].square())
+    return Gradients(total if fisher else None, sums)
+
+
+@torch.no_grad()
+def channel_scores(weights: Weights, routing: Routing, expert: int, activation: Activation) -> Tensor:
+    """Sum over tokens of (dL/dh * h)² for each of one expert's intermediate channels h, float64 [intermediate]: the
+    second-order estimate of what a channel's loss costs. L is the log-likelihood; a channel that no token reaches has
+    0. Raises ValueError where no upstream was recorded."""
+    if routing.upstream is None:
+        raise ValueError("channel scores need a recording with upstream gradients")
+    total = torch.zeros(weights["down"].shape[1], dtype=torch.float64, device=routing.device)
+    for token, x, gates in routing.batches(expert):
+        back = gates * (routing.upstream.read(token).to(routing.device) @ weights["down"].float())
+        total += back.mul_(_middle(weights, x, activation)).square_().sum(dim=0, dtype=torch.float64)
+    return total
+
+
+@torch.no_grad()
+def mean_gram(
+    weights: Weights, routing: Routing, expert: int, site: Site, activation: Activation, *, gate_weighted: bool
+) -> Tensor:
+    """G = X Xᵀ / tokens of what one expert reads at a site, float32 [n, n]; tokens weighted by their squared gate
+    if so asked. Zero where no token was routed to it."""
+    size = weights["gate" if site == "input" else "down"].shape[1]
+    total = torch.zeros(size, size, device=routing.device)
+    count = 0
+    for token, x, gates in routing.batches(expert):
+        rows = x if site == "input" else _middle(weights, x, activation)
+        if gate_weighted:
+            rows = rows * gates
+        total.addmm_(rows.T, rows)
+        count += len(token)
+    return total.div_(max(count, 1))
+
+
+def _middle(weights: Weights, x: Tensor, activation: Activation) -> Tensor:
+    """What down reads where gate and up read the rows x [n, hidden]."""
+    return activation(linear(x, weights["gate"].float())) * linear(x, weights["up"].float())
+
+
+@torch.no_grad()
+def outlier_shares(
+    weights: Weights, routing: Routing, expert: int, activation: Activation, threshold: float
+) -> dict[Site, float]:
+    """Share of the elements of what one expert reads whose magnitude exceeds `threshold` times their mean one.
+
+    Two passes over its rows: the mean first. 0 where no token was routed to it.
+    """
+    counts: dict[Site, int] = dict.fromkeys(SELECTIONS, 0)
+    sums: dict[Site, float] = dict.fromkeys(SELECTIONS, 0.0)
+    beyond: dict[Site, int] = dict.fromkeys(SELECTIONS, 0)
+    for number in range(2):
+        for _, x, _ in routing.batches(expert):
+            rows: dict[Site, Tensor] = {"input": x, "middle": _middle(weights, x, activation)}
+            for site, values in rows.items():
+                magnitudes = values.abs()
+                if number == 0:
+                    counts[site] += magnitudes.numel()
+                    sums[site] += float(magnitudes.sum(dtype=torch.float64))
+                else:
+                    beyond[site] += int((magnitudes > threshold * sums[site] / counts[site]).sum())
+    return {site: beyond[site] / max(counts[site], 1) for site in counts}
