@@ -39,7 +39,7 @@ def register() -> None:
 def _register_families() -> None:
     """Lets vLLM read config.json of the families it can serve but has no configuration of."""
     try:
-        from d2moe_vllm.hf.families import register_configs
+        from d2moe_vllm.families import register_configs
 
         register_configs()
     except Exception as error:  # other families are served all the same

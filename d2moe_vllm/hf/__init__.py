@@ -5,7 +5,7 @@ The names of families.py are here too; that module is for those who want neither
 
 from __future__ import annotations
 
-from d2moe_vllm.hf.families import (
+from d2moe_vllm.families import (
     MODEL_CLASSES,
     MODELING_FILE,
     auto_map,

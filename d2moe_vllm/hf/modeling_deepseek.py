@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from d2moe_vllm.hf.configuration_deepseek import DeepseekConfig
+from d2moe_vllm.configuration_deepseek import DeepseekConfig
 
 
 class DeepseekMLP(LlamaMLP):

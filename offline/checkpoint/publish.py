@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 import d2moe_vllm
+from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
 from d2moe_vllm.format.config import (
     FORMAT_VERSION,
     INDEX_FILE,
@@ -22,7 +23,6 @@ from d2moe_vllm.format.config import (
     Manifest,
 )
 from d2moe_vllm.format.files import check_checkpoint
-from d2moe_vllm.hf.families import MODELING_FILE, auto_map, checkpoint_modeling_source
 from offline.checkpoint.assembly import Assembly
 from offline.checkpoint.card import model_card
 from offline.checkpoint.remotecode import modeling_sha256

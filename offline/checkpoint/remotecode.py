@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from d2moe_vllm.families import MODEL_CLASSES, MODELING_FILE, auto_map, checkpoint_modeling_source
 from d2moe_vllm.format.config import MANIFEST_FILE, CheckpointConfig, Manifest
-from d2moe_vllm.hf.families import MODEL_CLASSES, MODELING_FILE, auto_map, checkpoint_modeling_source
 
 
 def modeling_sha256() -> str:

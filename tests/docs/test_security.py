@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from compression import ROOT
 
-from d2moe_vllm.hf.families import MODELING_FILE, checkpoint_modeling_source
+from d2moe_vllm.families import MODELING_FILE, checkpoint_modeling_source
 from d2moe_vllm.observability import info
 from offline.checkpoint.remotecode import modeling_sha256
 

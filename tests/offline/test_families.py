@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from d2moe_vllm.families import MODEL_CLASSES, auto_map
 from d2moe_vllm.format.config import ROLES
 from d2moe_vllm.format.files import check_checkpoint
-from d2moe_vllm.hf.families import MODEL_CLASSES, auto_map
 from offline.run.evaluate import open_evaluated
 from offline.source.dense import open_dense
 from offline.source.families import FAMILIES

@@ -32,9 +32,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
 
 import d2moe_vllm.hf
+from d2moe_vllm.families import MODEL_CLASSES, auto_map, stock_config_class, stock_model_class
 from d2moe_vllm.hf.conversion import D2Mixin
 from d2moe_vllm.hf.experts import D2Experts
-from d2moe_vllm.hf.families import MODEL_CLASSES, auto_map, stock_config_class, stock_model_class
 
 TOKENS = torch.randint(0, 4096, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -122,7 +122,7 @@ def test_in_a_fresh_process(tmp_path: Path) -> None:
     folder = write_exact(tmp_path / "exact", write_family(tmp_path / "dense", "deepseek", dtype=torch.float32))
     shutil.copytree(ROOT / "d2moe_vllm", tmp_path / "copy" / "d2moe_vllm")
     done = run(
-        "from d2moe_vllm.hf.families import register_configs\n"
+        "from d2moe_vllm.families import register_configs\n"
         "register_configs()\n"
         "assert 'd2moe_vllm.hf' not in sys.modules\n"
         "def logits(**options):\n"
@@ -165,7 +165,7 @@ def test_without_import_and_trust_the_experts_are_random(checkpoint: Path) -> No
 
 
 def test_names_cost_neither_torch_nor_transformers() -> None:
-    code = "import sys, d2moe_vllm.hf.families; print({'torch', 'transformers', 'd2moe_vllm.hf'} & set(sys.modules))"
+    code = "import sys, d2moe_vllm.families; print({'torch', 'transformers', 'd2moe_vllm.hf'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "set()"
 
 

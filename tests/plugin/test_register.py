@@ -106,6 +106,7 @@ def serving_modules() -> set[str]:
         if name in found or name == "d2moe_vllm" or lazy or not file.is_file():
             continue
         found.add(name)
+        todo.append(name.rpartition(".")[0])
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("d2moe_vllm"):
                 todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]

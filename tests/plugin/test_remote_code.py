@@ -14,7 +14,7 @@ from engine import assert_same, generate
 from families import CONFIGS, write_exact, write_family
 from synthetic import Synthetic, write_checkpoint
 
-from d2moe_vllm.hf.families import MODELING_FILE
+from d2moe_vllm.families import MODELING_FILE
 
 pytest.importorskip("vllm")
 

@@ -29,13 +29,13 @@ CONFIG_CLASSES = {
 }
 """Family that transformers has no configuration of -> class in MODELING_FILE."""
 
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parent
 _INLINED = (
     "hf/conversion.py",
     "hf/checks.py",
     "hf/experts.py",
     "hf/modeling_deepseek.py",
-    "hf/configuration_deepseek.py",
+    "configuration_deepseek.py",
     "ops/reference.py",
 )
 """Our own files whose source takes the place of the modeling code's imports of them, importers first."""
@@ -76,7 +76,7 @@ def register_configs() -> None:
     """Makes transformers' AutoConfig know the families that neither it nor vLLM knows: DeepSeek v1."""
     from transformers import AutoConfig
 
-    from d2moe_vllm.hf.configuration_deepseek import DeepseekConfig
+    from d2moe_vllm.configuration_deepseek import DeepseekConfig
 
     AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig, exist_ok=True)
 
@@ -85,7 +85,7 @@ def stock_config_class(model_type: str) -> Any:
     """transformers' configuration of a dense model, ours where it has none. Raises KeyError."""
     from transformers import CONFIG_MAPPING
 
-    from d2moe_vllm.hf.configuration_deepseek import DeepseekConfig
+    from d2moe_vllm.configuration_deepseek import DeepseekConfig
 
     return DeepseekConfig if model_type == DeepseekConfig.model_type else CONFIG_MAPPING[model_type]
 
