@@ -31,7 +31,8 @@ from d2moe_vllm.format.config import ROLES, Role
 from offline.algebra.factorization import shrink_gram, whitened_factors
 from offline.algebra.merging import MERGES, MergeOptions
 from offline.algebra.pruning import column_scores, select_columns
-from offline.plan.budget import base_columns, paper_kept_share
+from offline.methods.options import base_columns
+from offline.plan.budget import paper_kept_share
 from offline.source.families import MoEShape
 from offline.source.sites import SITES, Site
 

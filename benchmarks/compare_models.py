@@ -20,13 +20,13 @@ from places import ROOT, SHARED
 from rich.console import Console
 
 from d2moe_vllm.format.config import ROLES
-from offline.checkpoint.card import METHODS
 from offline.checkpoint.inspect import inspect
 from offline.compare.baselines import BASELINES
 from offline.compare.comparison import compare
 from offline.compare.settings import Settings
 from offline.compare.table import cells, footnotes, has_figures, heads, remark
 from offline.io.shards import write_file
+from offline.methods import METHODS
 
 sys.path.insert(0, str(ROOT / "examples"))
 import language_reference

@@ -24,7 +24,7 @@ from d2moe_vllm.format.files import check_checkpoint
 from offline.checkpoint.publish import companion_files
 from offline.io.folders import new_folder
 from offline.io.shards import plan_shards, write_file, write_shards
-from offline.plan.plan import make_plan
+from offline.plan.make import make_plan
 from offline.plan.recipe import Recipe
 from offline.source.dense import DenseModel, open_dense
 from offline.source.families import find_family

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     ("d2moe_vllm.format", "d2moe_vllm.configuration_deepseek"),
     ("d2moe_vllm.ops",),
-    ("d2moe_vllm.hf",),
-    ("d2moe_vllm.families",),
+    # The names of families are those of hf, for who wants no torch imported.
+    ("d2moe_vllm.hf", "d2moe_vllm.families"),
     # The entry point: its own imports are made when vLLM asks for them.
     ("d2moe_vllm",),
     ("d2moe_vllm.compat", "d2moe_vllm.overrides"),

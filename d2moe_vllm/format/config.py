@@ -26,9 +26,6 @@ ROLES: tuple[Role, ...] = ("gate", "up", "down")
 Scope = Literal["batch", "token", "off"]
 """Who shares one dynamic selection of base columns: a forward pass, a token, or nobody (METHODS 1.5)."""
 
-Method = Literal["d2", "moe-svd", "mobe"]
-"""What made a checkpoint. A reader needs it for nothing: the fields of the layers tell all."""
-
 Delta = Literal["factors", "columns", "bases", "dense"]
 """How an expert's delta is stored: a product of two factors, some of its columns as they are, a product with a factor
 that is mixed from bases (MoBE, METHODS 3), or whole."""
@@ -190,7 +187,7 @@ class CheckpointConfig(_Model):
 
     quant_method: Literal["d2moe"] = "d2moe"
     format_version: int = FORMAT_VERSION
-    method: Method = "d2"
+    method: str = Field(default="d2", pattern="^[a-z0-9][a-z0-9-]{0,63}$", description="what made it; nobody needs it")
     family: str
     experts: str = Field(description="prefix of a layer's experts, with {layer}")
     projections: dict[Role, str]

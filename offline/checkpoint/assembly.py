@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm.format.config import ROLES, Role
-from offline.methods.joint import SHARED_PART
-from offline.methods.mobe import ENDED, fit_part
-from offline.methods.selection import sensitivities, settle_layers
+from offline.methods.options import Option
+from offline.methods.selection import sensitivities
 from offline.plan.allocation import Curves, solve_adaptive
-from offline.plan.budget import Budget, Option, solve_paper, solve_stored
+from offline.plan.budget import Budget, solve_paper, solve_stored
 from offline.plan.plan import Plan
+from offline.plan.selection import settle_layers
 from offline.source.sites import SITES
 from offline.work.workdir import WorkDir
 
@@ -74,6 +74,10 @@ def _facts(work: WorkDir, layer: int) -> dict[str, Tensor]:
     return work.load_part(layer, "facts")
 
 
+CUT = {"delta_u": 1, "delta_v": 0, "delta_columns": 0, "shared_v": 0}
+"""Tensors that are cut to the rank, and along which dimension."""
+
+
 class Assembly:
     """The expert tensors of a settled budget, cut from the parts when asked for."""
 
@@ -95,32 +99,17 @@ class Assembly:
         option = self.budget.choices[layer, SITES[role]]
         if kind == "dense":
             return self.plan.model.weight(layer, expert, role)
-        if kind == "bases":
-            return self._load(layer, fit_part(role), kind)
-        if kind in ("a", "alpha"):
-            return self._load(layer, f"{expert:05d}", f"{option}.{role}.{'u' if kind == 'a' else kind}")
-        if kind.startswith("base"):
-            return self._load(layer, f"base-{option}", f"{role}.{kind}")
-        rank = self.budget.config.layers[layer][role].rank
-        if kind in ("shared_v", "u_index") or (self.budget.config.layers[layer][role].shares_u and kind == "delta_u"):
-            part = self._load(
-                layer, SHARED_PART, f"{option}.{role}.{kind}" + (f".{expert}" if kind == "delta_u" else "")
-            )
-            return part if kind == "u_index" else _cut(part, kind, rank)
-        if kind == "delta_u" and self.budget.config.layers[layer][role].delta == "columns":
-            return self._columns(layer, expert, option, role, rank)[0]
-        if kind == "delta_columns":
-            return self._columns(layer, expert, option, role, rank)[1]
-        return _cut(self._load(layer, f"{expert:05d}", f"{option}.{role}.{kind[-1]}"), kind, rank)
-
-    def _columns(self, layer: int, expert: int, option: str, role: Role, rank: int) -> tuple[Tensor, Tensor]:
-        """The best `rank` columns, which are stored best first, in ascending order."""
-        part = f"{expert:05d}"
-        columns = self._load(layer, part, f"{option}.{role}.columns")[:rank]
-        order = columns.argsort()
-        return self._load(layer, part, f"{option}.{role}.u")[:, :rank][:, order].contiguous(), columns[
-            order
-        ].contiguous()
+        stored = self.budget.config.layers[layer][role]
+        part, key = self.plan.method.place(stored, kind, expert, role, option)
+        found = self._load(layer, part, key)
+        if kind not in CUT:
+            return found
+        if stored.delta == "columns":
+            # Stored best first; the best ones, in ascending order.
+            columns = self._load(layer, part, f"{option}.{role}.columns")[: stored.rank]
+            order = columns.argsort()
+            return (columns if kind == "delta_columns" else found[:, : stored.rank])[..., order].contiguous()
+        return found.narrow(CUT[kind], 0, stored.rank).contiguous()
 
     def _load(self, layer: int, part: str, key: str) -> Tensor:
         return self.work.load_part(layer, part, key)[key]
@@ -147,33 +136,16 @@ class Assembly:
             "relative_error": errors,
             "base": {role: self.budget.choices[layer, SITES[role]] for role in ROLES},
         }
-        fits = {role: self._fit(layer, role) for role in ROLES if work.has_part(layer, fit_part(role))}
-        if fits:
-            report["fit"] = fits
+        report |= self.plan.method.report(work, layer)
         if work.has_part(layer, "sensitivity"):
             values = work.load_part(layer, "sensitivity")["sensitivity"].tolist()
             report["sensitivity"] = dict(zip(ROLES, values, strict=True))
         return report
 
-    def _fit(self, layer: int, role: Role) -> dict[str, Any]:
-        """How MoBE's fit went; errors are relative, before rounding, over all experts together."""
-        start, end, steps, halvings, ended = self._load(layer, fit_part(role), "log").tolist()
-        return {
-            "start_error": start**0.5,
-            "error": end**0.5,
-            "steps": int(steps),
-            "learning_rate_halved": int(halvings),
-            "ended": ENDED[int(ended)],
-        }
-
     def selection(self) -> dict[str, Any] | None:
-        """MoE-SVD's: every layer's sensitivity, by which the layers that stay dense were chosen."""
+        """Every layer's sensitivity, where the layers that stay dense were chosen by it."""
         if not self.plan.selects:
             return None
         found = sensitivities(self.work, self.plan.model.shape.layers)
         dense = [layer for layer in found if layer not in self.budget.config.layers]
         return {"sensitivity": {str(layer): value for layer, value in found.items()}, "dense": dense}
-
-
-def _cut(factor: Tensor, kind: str, rank: int) -> Tensor:
-    return (factor[:rank] if kind.endswith("_v") else factor[:, :rank]).contiguous()

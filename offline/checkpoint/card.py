@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from d2moe_vllm.format.config import ROLES, Method
+from d2moe_vllm.format.config import ROLES
 from offline.errors import InputError
 from offline.io.shards import write_file
 from offline.plan.budget import Budget
@@ -67,25 +67,6 @@ Perplexity: not measured. `d2moe report <this folder> report.html --text FILE --
 """
 
 
-METHODS: Mapping[Method, tuple[str, str]] = {
-    "d2": (
-        "D2-MoE",
-        "per MoE layer one shared, column-pruned base, per expert a low-rank delta (D2-MoE, arXiv 2502.17298).",
-    ),
-    "moe-svd": (
-        "MoE-SVD",
-        "every expert of a decomposed layer is a product of two factors, one of which all experts of the layer share "
-        "(MoE-SVD); {dense} of its {layers} MoE layers are unchanged.",
-    ),
-    "mobe": (
-        "MoBE",
-        "every expert's gate and up are a product of a factor of its own and one that is mixed from bases which all "
-        "experts of the layer share (MoBE, arXiv 2508.05257); down is unchanged.",
-    ),
-}
-"""Method -> its name, and what it makes of a model."""
-
-
 def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str:
     """README.md of the checkpoint; licence and language are carried over from the source's card.
 
@@ -101,13 +82,12 @@ def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str
     }
     carried = source_metadata(plan.model.folder).items()
     metadata |= {key: value for key, value in carried if key.startswith("licen") or key == "language"}
-    method, made = METHODS[plan.recipe.method]
     layers = len(plan.model.shape.layers)
     reports = statistics["layers"].values()
     errors = [[error for report in reports for error in report["relative_error"][role]] for role in ROLES]
     return TEMPLATE.format(
-        method=method,
-        made=made.format(dense=layers - len(budget.config.layers), layers=layers),
+        method=plan.method.title,
+        made=plan.method.made.format(dense=layers - len(budget.config.layers), layers=layers),
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=source.name,
         kept=100 * budget.nbytes / source.bytes,
@@ -129,7 +109,7 @@ def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str
 def _recipe_line(plan: Plan) -> str:
     recipe = plan.recipe
     line = f"Ratio {recipe.ratio:g} ({recipe.accounting})"
-    return line + (f", {recipe.allocation} ranks, base {recipe.base.kind}" if recipe.method == "d2" else "")
+    return line + (f", {recipe.allocation} ranks, base {recipe.base.kind}" if plan.method.has_base else "")
 
 
 def source_metadata(folder: Path) -> dict[str, object]:

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from d2moe_vllm.format.config import DTYPES, ROLES, CheckpointConfig, CheckpointError, Role, TensorSpec
 from d2moe_vllm.format.files import check_checkpoint, read_manifest
-from offline.checkpoint.card import METHODS, source_metadata
+from offline.checkpoint.card import source_metadata
 from offline.checkpoint.inspect import read_statistics
 from offline.checkpoint.publish import companion_files
 from offline.checkpoint.reconstruction import Reconstruction
 from offline.io.folders import check_new_folder, check_space, new_folder
 from offline.io.progress import Steps
 from offline.io.shards import TORCH_DTYPES, Reader, plan_shards, sync_file, write_file, write_shards
+from offline.methods import find_method
 from offline.source.dense import open_dense, read_model_config
 from offline.source.families import Layout, find_family, read_shape
 from offline.source.stored import expert_tensors
@@ -137,7 +138,7 @@ def _card(folder: Path, config: CheckpointConfig, reader: Reader, parameters: in
     return CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=config.source.name,
-        method=METHODS[config.method][0],
+        method=find_method(config.method).title,
         source=config.source,
         dtype=config.dtype,
         bytes=reader.nbytes,

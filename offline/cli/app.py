@@ -89,8 +89,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Ranks, sizes, memory, disk and time, before any work."""
-    from offline.plan.plan import make_plan
-    from offline.plan.plan import summary as summarize
+    from offline.plan.make import make_plan
+    from offline.plan.make import summary as summarize
     from offline.plan.resources import estimate_seconds
     from offline.source.dense import open_dense
 

@@ -42,7 +42,7 @@ def compare(
     ratio: Annotated[list[float], typer.Option(help="Shares of the source's bytes to remove: --ratio 0.2 0.4 0.6.")],
     text: Annotated[list[Path], typer.Option(help="Texts to measure perplexity on: UTF-8, or JSONL with `text`.")],
     method: Annotated[
-        list[str] | None, typer.Option(help="d2, moe-svd, mobe; each by its default recipe (default: all three).")
+        list[str] | None, typer.Option(help="Methods, each by its default recipe (default: all of docs/methods.md).")
     ] = None,
     baseline: Annotated[
         list[str] | None,
@@ -77,6 +77,7 @@ def compare(
     from offline.compare.comparison import compare as run
     from offline.compare.html import check_page, write_page
     from offline.compare.settings import Settings
+    from offline.methods import METHODS
 
     if calibration is None:
         raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
@@ -85,7 +86,7 @@ def compare(
     if html is not None:
         check_page(html)
     # One that is asked for nothing but baselines gets nothing but baselines.
-    methods = list(method or ()) if method or baseline else ["d2", "moe-svd", "mobe"]
+    methods = list(method or ()) if method or baseline else list(METHODS)
     settings = Settings(
         source=source,
         methods=methods,

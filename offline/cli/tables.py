@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offline.io.units import duration, size
+from offline.methods import find_method
 
 ROLES = ("gate", "up", "down")
 PROBLEMS_SHOWN = 20
@@ -57,12 +58,6 @@ def _specialties(layer: dict[str, Any]) -> str:
     return "; ".join(found)
 
 
-NOT_FINAL = {
-    "d2": "These are uniform ranks and one kind of base; calibration decides them layer by layer, in no more bytes.",
-    "moe-svd": "Which layers are decomposed calibration decides.",
-}
-
-
 def plan_table(console: Console, summary: dict[str, Any]) -> None:
     _sizes(console, summary["source"], summary["result"])
     console.print()
@@ -70,7 +65,7 @@ def plan_table(console: Console, summary: dict[str, Any]) -> None:
     if dense := summary["result"]["dense_layers"]:
         console.print(f"{summary['result']['layers']} layers like this, {dense} stay dense", highlight=False)
     if not summary["result"]["final"]:
-        console.print(NOT_FINAL[summary["recipe"]["method"]], style="dim")
+        console.print(find_method(summary["recipe"]["method"]).until, style="dim")
     console.print()
     shares = ", ".join(f"{role} {100 * share:.2f} %" for role, share in summary["kept_share_of_deltas"].items())
     console.print(f"kept share of the deltas: {shares}", highlight=False)

@@ -22,8 +22,10 @@ from offline.compare.rewriting import Rewrite, dense_shards
 from offline.errors import InputError, UnreachableError
 from offline.io.progress import Steps
 from offline.methods.layer import LayerJob
-from offline.plan.plan import Plan, make_plan
-from offline.plan.recipe import Calibration, Recipe, load_recipe
+from offline.methods.settings import Calibration
+from offline.plan.make import make_plan
+from offline.plan.plan import Plan
+from offline.plan.recipe import Recipe, load_recipe
 from offline.plan.resources import layer_work
 from offline.run.sweep import Run
 from offline.source.dense import DenseModel

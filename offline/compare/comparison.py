@@ -32,7 +32,8 @@ from offline.errors import InputError, UnreachableError, reason
 from offline.io.memory import forget_peak, peak_memory
 from offline.io.progress import Steps
 from offline.io.shards import Reader
-from offline.plan.plan import Plan, make_plan
+from offline.plan.make import make_plan
+from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
 from offline.run import compress as jobs
 from offline.run.evaluate import evaluate

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from offline.checkpoint.card import METHODS
 from offline.compare.baselines import BASELINES, RECIPES
 from offline.compare.throughput import check_vllm
 from offline.errors import InputError
 from offline.io.naming import labels
+from offline.methods import METHODS
 from offline.plan.recipe import Recipe, load_recipe
 
 

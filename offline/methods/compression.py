@@ -12,16 +12,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import ROLES, Method, Role
-from offline.algebra.factorization import DELTAS, column_factors, error_curve, svd_base, whitened_energy
+from d2moe_vllm.format.config import ROLES, Role
+from offline.algebra.factorization import error_curve, svd_base, whitened_energy
 from offline.algebra.merging import MERGES, Merge, MergeOptions
 from offline.algebra.pruning import column_scores, select_columns
 from offline.errors import InputError
-from offline.methods.joint import JointFactors, Together
+from offline.methods import METHODS
+from offline.methods.factors import Factors
 from offline.methods.layer import LayerJob
-from offline.methods.mobe import MixedFactors
-from offline.methods.moe_svd import SharedVFactors
-from offline.plan.budget import Option
+from offline.methods.options import Option
 from offline.source.sites import SELECTIONS, Site
 from offline.work.statistics import gradients
 
@@ -103,7 +102,7 @@ def build_bases(job: LayerJob) -> None:
     if not all(torch.isfinite(energy).all() for energy in job.energy.values()):
         raise InputError(f"layer {job.number}: activations overflow float32 on the calibration text; use another")
     if job.work.group.first:
-        for option in job.plan.problem.options:
+        for option in job.plan.recipe.options:
             if option != "none" and not job.work.has_part(job.number, f"base-{option}"):
                 tensors: dict[str, Tensor] = {}
                 for site in SELECTIONS:
@@ -114,19 +113,18 @@ def build_bases(job: LayerJob) -> None:
 
 def _base(job: LayerJob, option: Option, site: Site) -> dict[str, Tensor]:
     merged = job.work.load_part(job.number, "merged", *SELECTIONS[site])
-    problem, dtype = job.plan.problem, job.plan.torch_dtype
+    recipe, shape, dtype = job.plan.recipe, job.plan.model.shape, job.plan.torch_dtype
     tensors: dict[str, Tensor] = {}
     if option == "svd":
         for role in SELECTIONS[site]:
             base = merged[role]
-            rank = problem.projection(role, option, problem.rank_multiple).base_rank
-            u, v = svd_base(base.to(job.routing.device), job.energy[site], rank)
+            u, v = svd_base(base.to(job.routing.device), job.energy[site], recipe.base_rank(shape, role))
             tensors |= {f"{role}.base_u": u.to(dtype).cpu(), f"{role}.base_v": v.to(dtype).cpu()}
         return tensors
     joint = torch.stack([base.double().square().sum(dim=0) for base in merged.values()]).sum(dim=0).sqrt()
-    kept = problem.columns(SELECTIONS[site][0], option).kept
+    kept = recipe.base.columns(len(joint), option).kept
     scores = column_scores(joint, job.energy[site].sqrt())
-    columns = select_columns(scores, kept, job.plan.recipe.base.groups)
+    columns = select_columns(scores, kept, recipe.base.groups)
     for role in SELECTIONS[site]:
         stored = merged[role][:, columns.long()].to(dtype)
         tensors |= {
@@ -139,66 +137,40 @@ def _base(job: LayerJob, option: Option, site: Site) -> dict[str, Tensor]:
 
 def factor_experts(job: LayerJob, advance: Advance) -> None:
     """Writes a part per expert: factors at the largest rank they may get, and their error at every rank."""
-    joint = TOGETHER[job.plan.recipe.method](job) if job.plan.recipe.joint else None
-    share = joint.share if joint else 0.0
-    if joint:
-        joint.write(lambda done: advance(share * done))
+    factors = METHODS[job.plan.recipe.method].factors(job)
+    factors.write(lambda done: advance(factors.share * done))
     for expert in job.own:
         if not job.work.has_part(job.number, f"{expert:05d}"):
-            job.save(f"{expert:05d}", _factor_expert(job, expert, joint))
-        advance((1 - share) / len(job.own))
+            job.save(f"{expert:05d}", _factor_expert(job, expert, factors))
+        advance((1 - factors.share) / len(job.own))
     job.work.group.barrier()
 
 
-TOGETHER: Mapping[Method, Callable[[LayerJob], Together]] = {
-    "d2": JointFactors,
-    "moe-svd": SharedVFactors,
-    "mobe": MixedFactors,
-}
-"""Method -> how it factors a layer's experts together."""
-
-
-def _factor_expert(job: LayerJob, expert: int, joint: Together | None) -> dict[str, Tensor]:
+def _factor_expert(job: LayerJob, expert: int, factors: Factors) -> dict[str, Tensor]:
+    recipe, shape = job.plan.recipe, job.plan.model.shape
     weights = job.weights(expert)
     tensors: dict[str, Tensor] = {}
     for site, roles in SELECTIONS.items():
-        if job.plan.problem.keeps(roles[0]):
+        if METHODS[recipe.method].keeps(recipe, shape, roles[0]):
             zero = torch.zeros(1, dtype=torch.float64)
             tensors |= {f"none.{role}.{kind}": zero.clone() for role in roles for kind in ("curve", "energy")}
             continue
         gram = job.shrunk_gram(expert, weights, site)
         for role in roles:
             energy = whitened_energy(weights[role].float(), gram)
-            for option in job.plan.problem.options:
+            for option in recipe.options:
                 delta = job.delta(option, role, weights[role])
-                if joint and expert not in job.trimmed:
-                    factors = joint.factors(option, role, expert, delta, gram)
-                    found = {kind: factors[kind] for kind in joint.kept}
-                else:
-                    factors = found = _deltas(job, delta, gram, role, expert)
-                found["curve"] = _curve(job, delta, gram, role, factors)
+                made = {} if expert in job.trimmed else factors.factors(option, role, expert, delta, gram)
+                found = {kind: made[kind] for kind in factors.kept if kind in made}
+                found["curve"] = _curve(job, delta, gram, role, made)
                 found["energy"] = torch.tensor([energy], dtype=torch.float64)
                 tensors |= {f"{option}.{role}.{kind}": value.cpu() for kind, value in found.items()}
     return tensors
 
 
-def _deltas(job: LayerJob, delta: Tensor, gram: Tensor, role: Role, expert: int) -> dict[str, Tensor]:
-    """Rounded as they will be stored; nothing for an expert that is trimmed."""
-    recipe, dtype, cap = job.plan.recipe, job.plan.torch_dtype, job.plan.cap(job.number, role)
-    if expert in job.trimmed:
-        return {}
-    if recipe.delta.method == "prune":
-        u, columns = column_factors(delta, gram, cap, recipe.base.groups)
-        best = _best_first(u.norm(dim=0) * gram.diagonal()[columns.long()].sqrt(), recipe.base.groups)
-        return {"u": u[:, best].to(dtype), "columns": columns[best]}
-    u, v = DELTAS[recipe.delta.method](delta, gram, cap)
-    return {"u": u.to(dtype), "v": v.to(dtype)}
-
-
 def _curve(job: LayerJob, delta: Tensor, gram: Tensor, role: Role, found: Mapping[str, Tensor]) -> Tensor:
     """float64 [steps + 1]: squared whitened error at 0, 1, 2, ... rank multiples."""
-    multiple = job.plan.problem.rank_multiple
-    cap = job.plan.cap(job.number, role)
+    multiple, cap = job.plan.recipe.rank_multiple, job.cap(role)
     if "u" not in found:
         return whitened_energy(delta, gram) * torch.ones(-(-cap // multiple) + 1, dtype=torch.float64)
     if "columns" in found:
@@ -209,13 +181,3 @@ def _curve(job: LayerJob, delta: Tensor, gram: Tensor, role: Role, found: Mappin
     curve = error_curve(delta, gram, found["u"], v)
     picks = torch.arange(0, cap + multiple, multiple).clamp(max=cap).unique()
     return curve.cpu()[picks]
-
-
-def _best_first(scores: Tensor, groups: int) -> Tensor:
-    """An order in which the first r of scored columns, r a multiple of groups, are the best r, evenly over groups.
-
-    scores: [kept], the groups' columns one after the other.
-    """
-    ranked = scores.view(groups, -1).argsort(dim=1, descending=True, stable=True)
-    starts = torch.arange(groups, device=scores.device).unsqueeze(1) * ranked.shape[1]
-    return (ranked + starts).T.flatten()

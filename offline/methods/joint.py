@@ -8,9 +8,9 @@ will be stored. An expert's own part holds what it does not share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,31 +19,13 @@ from d2moe_vllm.format.config import Role
 from offline.algebra.factorization import input_moment, output_moment
 from offline.algebra.sharing import least, mean_u, merged_u, seed_experts, shared_v, unexplained
 from offline.methods.layer import LayerJob
-from offline.plan.budget import Option
+from offline.methods.options import Option
 from offline.source.sites import SELECTIONS, SITES, Site
 
 SHARED_PART = "shared"
 
 Common = Mapping[str, Tensor]
 """What all experts of a projection share, by the names in the part."""
-
-
-class Together(Protocol):
-    """How a method factors a layer's experts together."""
-
-    @property
-    def share(self) -> float:
-        """Of the work, how much `write` does."""
-
-    @property
-    def kept(self) -> Sequence[str]:
-        """Which of the factors are an expert's own, and go into its part."""
-
-    def write(self, advance: Callable[[float], None]) -> None:
-        """Writes what the experts share, before any expert's own factors are asked for; tells what share is done."""
-
-    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        """An expert's u and v, and what else is kept, as stored, on the device; delta: [out, in]; gram: [in, in]."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +55,7 @@ class JointFactors:
             return
         tensors: dict[str, Tensor] = {}
         for site, roles in SELECTIONS.items():
-            for option in job.plan.problem.options:
+            for option in job.plan.recipe.options:
                 common = {role: self._share_v(option, role) for role in roles} if delta.share_v else {}
                 kinds = self.common_kinds[:1] if delta.distinct_u else self.common_kinds
                 for role, found in common.items():
@@ -142,7 +124,7 @@ class JointFactors:
             gram.add_(own_gram, alpha=self._weight(expert, self._members))
             moment += input_moment(delta, torch.float64)
         job.work.group.sum([gram, moment])
-        v, projector = shared_v(gram, moment, job.plan.cap(job.number, role), len(self._members))
+        v, projector = shared_v(gram, moment, job.cap(role), len(self._members))
         return {"shared_v": v.to(job.plan.torch_dtype), "projector": projector}
 
     def _merge_u(self, option: Option, site: Site, common: Mapping[Role, Common]) -> dict[str, Tensor]:
@@ -183,7 +165,7 @@ class JointFactors:
         _, delta, gram = next(self._each(option, role, [seed]))
         if common:
             return self._own_u(common[role], delta, gram)
-        return merged_u(output_moment(delta, gram, torch.float64), self.job.plan.cap(self.job.number, role))
+        return merged_u(output_moment(delta, gram, torch.float64), self.job.cap(role))
 
     def _common_u(
         self, option: Option, role: Role, members: list[int], common: Mapping[Role, Common]
@@ -197,7 +179,7 @@ class JointFactors:
         for expert, delta, gram in self._each(option, role, self._own(members)):
             moment.add_(output_moment(delta, gram, torch.float64), alpha=self._weight(expert, members))
         job.work.group.sum([moment])
-        u = merged_u(moment, job.plan.cap(job.number, role))
+        u = merged_u(moment, job.cap(role))
         squares = torch.zeros(u.shape[1], dtype=torch.float64, device=u.device)
         for expert in self._own(members):
             squares += (u.T @ job.delta(option, role, job.weights(expert)[role]).double()).square().sum(dim=1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,11 +12,31 @@ from torch import Tensor
 from d2moe_vllm.format.config import ROLES, Role
 from offline.algebra.factorization import shrink_gram
 from offline.errors import InputError
-from offline.plan.budget import Option
-from offline.plan.plan import Plan
+from offline.methods.options import Option
+from offline.methods.settings import Settings
+from offline.source.dense import DenseModel
 from offline.source.sites import Site
 from offline.work.statistics import Activation, Routing, Weights, mean_gram
 from offline.work.workdir import WorkDir
+
+
+class Plan(Protocol):
+    """What methods know of the plan. caps: the largest rank that a projection may get, by layer: factors are computed
+    up to it, then cut; torch_dtype: of the experts as they are stored; hold_layer: there is memory for a layer;
+    processes: on this machine."""
+
+    @property
+    def model(self) -> DenseModel: ...
+    @property
+    def recipe(self) -> Settings: ...
+    @property
+    def caps(self) -> Mapping[tuple[int, Role], int]: ...
+    @property
+    def torch_dtype(self) -> torch.dtype: ...
+    @property
+    def hold_layer(self) -> bool: ...
+    @property
+    def processes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +55,7 @@ class LayerJob:
     trimmed: tuple[int, ...]
     energy: Mapping[Site, Tensor]
     activation: Activation
+    _bases: dict[tuple[Option, Role], list[Tensor]] = field(default_factory=dict)
 
     @property
     def experts(self) -> int:
@@ -43,6 +65,10 @@ class LayerJob:
     def own(self) -> list[int]:
         """The experts of this process."""
         return self.work.group.own(range(self.experts))
+
+    def cap(self, role: Role) -> int:
+        """The largest rank that a projection of this layer may get."""
+        return self.plan.caps[self.number, role]
 
     def weights(self, expert: int) -> Weights:
         model, device = self.plan.model, self.routing.device
@@ -60,16 +86,22 @@ class LayerJob:
         """The whole base [out, in] as it will be stored, float32; None where the option has none."""
         if option == "none":
             return None
-        device = self.routing.device
+        first, second = self._base_parts(option, role)
         if option == "svd":
-            parts = self.work.load_part(self.number, "base-svd", f"{role}.base_u", f"{role}.base_v")
-            u, v = (part.to(device).float() for part in parts.values())
-            return u @ v
-        parts = self.work.load_part(self.number, f"base-{option}", f"{role}.base", f"{role}.base_columns")
-        whole = torch.zeros(self.plan.model.shape.projection(role), device=device)
-        return whole.index_copy_(
-            1, parts[f"{role}.base_columns"].long().to(device), parts[f"{role}.base"].to(device).float()
-        )
+            return first.float() @ second.float()
+        whole = torch.zeros(self.plan.model.shape.projection(role), device=first.device)
+        return whole.index_copy_(1, second.long(), first.float())
+
+    def _base_parts(self, option: Option, role: Role) -> list[Tensor]:
+        """What a base is stored as, on the device; where the plan has room for a layer, read once while it lasts."""
+        if (found := self._bases.get((option, role))) is None:
+            kinds = ("base_u", "base_v") if option == "svd" else ("base", "base_columns")
+            keys = [f"{role}.{kind}" for kind in kinds]
+            parts = self.work.load_part(self.number, f"base-{option}", *keys)
+            found = [parts[key].to(self.routing.device) for key in keys]
+            if self.plan.hold_layer:
+                self._bases[option, role] = found
+        return found
 
     def delta(self, option: Option, role: Role, weight: Tensor) -> Tensor:
         """W_i - W_b, float32 [out, in]."""

@@ -1,7 +1,7 @@
-"""MoBE's factors of one layer (METHODS 3): gate and up mixed from bases, down as it is.
+"""MoBE (METHODS 3): gate and up mixed from bases, down as it is.
 
-The algebra is in mixing.py; this is its order of work over experts. A part `fit-<role>` holds a projection's bases and
-alphas as they will be stored, and how the fit went; an expert's own part its A and its alphas.
+The algebra is in mixing.py; this is its order of work over experts, and what it declares. A part `fit-<role>` holds a
+projection's bases and alphas as they will be stored, and how the fit went; an expert's own part its A and its alphas.
 """
 
 from __future__ import annotations
@@ -9,22 +9,48 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from d2moe_vllm.format.config import Role
+from d2moe_vllm.format.config import Function, Projection, Role
 from offline.algebra.factorization import input_moment, whitened_energy
 from offline.algebra.mixing import Fit, Target, add_gradient, clusters, fit, mix, start
 from offline.algebra.sharing import fitted_u, shared_v
 from offline.errors import InputError
-from offline.methods.layer import LayerJob
-from offline.plan.budget import Option
+from offline.methods.base import WITHOUT_BASE, Asked, Method
+from offline.methods.factors import Factors
+from offline.methods.layer import LayerJob, Plan
+from offline.methods.options import Option
+from offline.methods.settings import Section, Settings
+from offline.source.families import MoEShape
 from offline.source.sites import SELECTIONS
+from offline.work.workdir import WorkDir
 
 ROLES: tuple[Role, ...] = SELECTIONS["input"]
 ENDED = ("converged", "max_steps", "diverged")
+FLOAT32, FLOAT64 = 4, 8
+
+
+class MoBE(Section):
+    """MoBE (METHODS 3). bases: matrices per layer and projection that experts mix from; `auto` is a quarter of the
+    experts, at least two. groups: experts mix from the bases of their own group only, of so many. weighting: what the
+    error is measured by: each expert's `own` second moment of inputs, one `pooled` over all experts, or `none`.
+
+    learning_rate: Adam's, relative to the size of what it changes. A fit ends after max_steps, or where `window` steps
+    lowered the squared error by less than this `tolerance`, relative.
+    """
+
+    bases: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    function: Function = "silu"
+    groups: int = Field(default=1, ge=1)
+    weighting: Literal["own", "pooled", "none"] = "own"
+    learning_rate: float = Field(default=0.07, gt=0)
+    max_steps: int = Field(default=400, ge=0)
+    window: int = Field(default=25, ge=1)
+    tolerance: float = Field(default=1e-3, ge=0)
 
 
 def fit_part(role: Role) -> str:
@@ -67,16 +93,16 @@ class MixedFactors:
         part = job.work.load_part(job.number, fit_part(role), "bases", "alpha")
         alpha = part["alpha"][expert]
         device = delta.device
-        v = mix(part["bases"].to(device).float(), alpha.to(device).float(), job.plan.recipe.mobe.function)
+        v = mix(part["bases"].to(device).float(), alpha.to(device).float(), job.plan.recipe.own(MoBE).function)
         metric = gram if self._weighted else torch.eye(len(gram), device=device)
         return {"u": fitted_u(delta, metric, v).to(job.plan.torch_dtype), "v": v, "alpha": alpha}
 
     @property
     def _weighted(self) -> bool:
-        return self.job.plan.recipe.mobe.weighting != "none"
+        return self.job.plan.recipe.own(MoBE).weighting != "none"
 
     def _fit(self, role: Role, advance: Callable[[float], None]) -> Fit:
-        job, settings = self.job, self.job.plan.recipe.mobe
+        job, settings = self.job, self.job.plan.recipe.own(MoBE)
         if not self._counts:
             self._prepare()
         bases, logits = start(self._vs(role), job.experts, settings.function, settings.groups)
@@ -111,7 +137,7 @@ class MixedFactors:
 
     def _prepare(self) -> None:
         """What experts count, and their second moments. Unweighted, an expert counts as any other."""
-        job, weighting = self.job, self.job.plan.recipe.mobe.weighting
+        job, weighting = self.job, self.job.plan.recipe.own(MoBE).weighting
         if weighting == "none":
             self._counts.update(dict.fromkeys(range(job.experts), 1.0))
             return
@@ -133,9 +159,9 @@ class MixedFactors:
     def _vs(self, role: Role) -> Tensor:
         """float64 [m, r, in], of each starting cluster the V of the best factors with one V for all its experts."""
         job, device = self.job, self.job.routing.device
-        size, rank = job.plan.model.shape.hidden_size, job.plan.cap(job.number, role)
+        size, rank = job.plan.model.shape.hidden_size, job.cap(role)
         own, found = set(job.own), []
-        for members in clusters(job.experts, int(job.plan.recipe.mobe.bases)):
+        for members in clusters(job.experts, int(job.plan.recipe.own(MoBE).bases)):
             gram, moment = (torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(2))
             for expert in members:
                 if expert in own:
@@ -158,6 +184,92 @@ class MixedFactors:
         job = self.job
         if (found := self._weights.get((expert, role))) is None:
             found = job.plan.model.weight(job.number, expert, role).to(job.routing.device)
-            if job.plan.resources.hold_layer:
+            if job.plan.hold_layer:
                 self._weights[expert, role] = found
         return found.float()
+
+
+class _Method(Method):
+    def resolve(self, recipe: Asked, experts: int) -> Asked:
+        settings = recipe.own(MoBE)
+        if settings.bases != "auto":
+            return recipe
+        return recipe.model_copy(update={self.section: settings.model_copy(update={"bases": max(experts // 4, 2)})})
+
+    def check(self, recipe: Settings, experts: int) -> None:
+        settings = recipe.own(MoBE)
+        bases, groups = int(settings.bases), settings.groups
+        if bases > experts:
+            raise InputError(f"mobe.bases {bases} exceeds the {experts} experts that mix from them; choose fewer")
+        if bases % groups:
+            raise InputError(f"mobe.groups {groups} does not divide mobe.bases {bases}; choose a divisor")
+
+    def joint(self, recipe: Settings) -> bool:
+        return True
+
+    def projection(self, recipe: Settings, shape: MoEShape, role: Role, option: Option, rank: int) -> Projection:
+        if role not in ROLES:
+            return Projection(rank=0, kept_columns=0, used_columns=0, delta="dense")
+        settings = recipe.own(MoBE)
+        return Projection(
+            rank=rank,
+            kept_columns=0,
+            used_columns=0,
+            delta="bases",
+            bases=int(settings.bases),
+            function=settings.function,
+        )
+
+    def phases(self, plan: Plan) -> dict[str, int]:
+        """Bases with gradients and Adam's moments, the best so far, second moments of inputs, one expert at work."""
+        shape, settings, rank = plan.model.shape, plan.recipe.own(MoBE), max(plan.caps.values())
+        hidden, matrix = shape.hidden_size, shape.hidden_size * shape.intermediate_size
+        own = -(-shape.num_experts // plan.processes)
+        bases = FLOAT32 * (8 * int(settings.bases) + 8) * rank * hidden
+        starting = FLOAT64 * (3 * int(settings.bases) * rank * hidden + 6 * hidden**2)
+        grams = FLOAT32 * hidden**2 * {"own": own, "pooled": 1, "none": 0}[settings.weighting]
+        held = 2 * own * matrix * plan.torch_dtype.itemsize if plan.hold_layer else 0
+        working = FLOAT32 * 5 * matrix + FLOAT64 * (5 * rank**2 + 2 * rank * shape.intermediate_size)
+        return {"fit": max(bases, starting) + grams + held + working}
+
+    def operations(self, plan: Plan) -> float:
+        """Steps over gate and up, where none ends early."""
+        shape, settings, rank = plan.model.shape, plan.recipe.own(MoBE), max(plan.caps.values())
+        hidden, middle = shape.hidden_size, shape.intermediate_size
+        grams = 0 if settings.weighting == "none" else 2 * rank * hidden**2 + middle * hidden**2
+        small = rank**2 * (3 * hidden + 2 * middle + rank)
+        each = 2 * (2 * rank * hidden * middle + grams + small + 4 * int(settings.bases) * rank * hidden)
+        return 2.0 * settings.max_steps * shape.num_experts * each
+
+    def factors(self, job: LayerJob) -> Factors:
+        return MixedFactors(job)
+
+    def place(self, stored: Projection, kind: str, expert: int, role: Role, option: Option) -> tuple[str, str]:
+        if kind == "bases":
+            return fit_part(role), kind
+        return super().place(stored, "u" if kind == "a" else kind, expert, role, option)
+
+    def report(self, work: WorkDir, layer: int) -> dict[str, Any]:
+        """How the fits went; errors are relative, before rounding, over all experts together."""
+        fits = {}
+        for role in ROLES:
+            start, end, steps, halvings, ended = work.load_part(layer, fit_part(role), "log")["log"].tolist()
+            fits[role] = {
+                "start_error": start**0.5,
+                "error": end**0.5,
+                "steps": int(steps),
+                "learning_rate_halved": int(halvings),
+                "ended": ENDED[int(ended)],
+            }
+        return {"fit": fits}
+
+
+MOBE = _Method(
+    name="mobe",
+    title="MoBE",
+    made="every expert's gate and up are a product of a factor of its own and one that is mixed from bases which all "
+    "experts of the layer share (MoBE, arXiv 2508.05257); down is unchanged.",
+    settings=MoBE,
+    fixed={**WITHOUT_BASE, "delta.share_v": False, "delta.distinct_u": 0},
+    hint=", fewer mobe.bases or another method: MoBE leaves `down` as it is",
+)

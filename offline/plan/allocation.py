@@ -16,7 +16,8 @@ from torch import Tensor
 
 from d2moe_vllm.format.config import ROLES, Role
 from offline.errors import InputError
-from offline.plan.budget import Budget, Choices, Option, Problem, Ranks, fill
+from offline.methods.options import Option
+from offline.plan.budget import Budget, Choices, Problem, Ranks, fill
 from offline.source.sites import SELECTIONS, SITES
 
 Curves = Mapping[tuple[int, Option, Role], Tensor]

@@ -7,14 +7,15 @@ that dynamic pruning merely skips.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from d2moe_vllm.format.config import ROLES, CheckpointConfig, Layer, Method, Projection, Role, TensorSpec
+from d2moe_vllm.format.config import ROLES, CheckpointConfig, Layer, Projection, Role, TensorSpec
 from offline.errors import InputError, UnreachableError
 from offline.io.shards import SHARD_BYTES, Shard, plan_shards
+from offline.methods import METHODS
+from offline.methods.base import Method
+from offline.methods.options import Option
 from offline.plan.recipe import Recipe
 from offline.source.families import MoEShape
 from offline.source.sites import SITES, Site
@@ -39,49 +40,6 @@ def paper_kept_share(shape: MoEShape, parameters: int, ratio: float, sparsity: f
     return rho
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Base columns of one projection: kept on disk, and used per forward pass under dynamic selection."""
-
-    kept: int
-    used: int
-
-
-def base_columns(in_features: int, sparsity: float, groups: int, multiple: int, *, static: bool = False) -> Columns:
-    """Columns left when `sparsity` of them is unused in total, half of it (or all) statically (METHODS 1.2, 1.5).
-
-    Evenly over `groups`, rounded down to `multiple` per group. Raises InputError where groups do not
-    divide the columns or nothing would be left.
-    """
-    if in_features % groups:
-        raise InputError(f"{groups} groups do not divide {in_features} input columns; choose base.groups to divide")
-    size = in_features // groups
-
-    def per_group(share: float) -> int:
-        # The small term keeps e.g. (1 - 0.9) * 10 from becoming 0 in floating point.
-        return groups * (int(size * share + 1e-9) // multiple * multiple)
-
-    used = in_features if sparsity == 0 else per_group(1 - sparsity)
-    kept = in_features if sparsity == 0 else per_group(1 - sparsity / 2)
-    kept = used if static else kept
-    if used == 0:
-        raise InputError(
-            f"base.sparsity {sparsity:g} leaves no column in groups of {size} at column_multiple {multiple}; "
-            "lower the sparsity, the groups or the multiple"
-        )
-    return Columns(kept, used)
-
-
-Option = Literal["none", "pruned", "full", "svd"]
-"""What a selection's base is: not there, column-pruned, all columns, low-rank."""
-OPTIONS: Mapping[str, tuple[Option, ...]] = {
-    "semi-dynamic": ("pruned",),
-    "static": ("pruned",),
-    "svd": ("svd",),
-    "none": ("none",),
-    "auto": ("none", "pruned", "full"),
-}
-"""base.kind -> the options that the budget may choose from."""
 Ranks = dict[tuple[int, Role], int]
 Choices = dict[tuple[int, Site], Option]
 
@@ -130,16 +88,16 @@ class Problem:
     shard_bytes: int = SHARD_BYTES
 
     @property
+    def method(self) -> Method:
+        return METHODS[self.recipe.method]
+
+    @property
     def options(self) -> tuple[Option, ...]:
-        """The kinds of base to choose from; trimmed experts run on the base alone, so with them there is one."""
-        options = OPTIONS[self.recipe.base.kind]
-        return tuple(option for option in options if option != "none") if self.recipe.delta.trim else options
+        return self.recipe.options
 
     @property
     def rank_multiple(self) -> int:
-        """Ranks are multiples of it; deltas that are columns also spread evenly over the groups."""
-        multiple = int(self.recipe.delta.rank_multiple)
-        return math.lcm(multiple, self.recipe.base.groups) if self.recipe.delta.method == "prune" else multiple
+        return self.recipe.rank_multiple
 
     def rank(self, role: Role, kept_share: float) -> int:
         """k = floor(rho m n / (m + n)), or floor(rho n) columns, rounded down to the multiple, at least one."""
@@ -157,7 +115,7 @@ class Problem:
 
     def keeps(self, role: Role) -> bool:
         """Whether a projection is stored as it is."""
-        return self.projection(role, self.options[0], self.rank_multiple).delta == "dense"
+        return self.method.keeps(self.recipe, self.shape, role)
 
     def uniform(self, kept_share: float) -> Ranks:
         return {(layer, role): self.rank(role, kept_share) for layer in self.shape.layers for role in ROLES}
@@ -166,54 +124,9 @@ class Problem:
         """One kind of base everywhere."""
         return {(layer, site): option for layer in self.shape.layers for site in ("input", "middle")}
 
-    def columns(self, role: Role, option: Option) -> Columns:
-        """Base columns of a projection under an option; (0, 0) where the base is not made of columns."""
-        in_features = self.shape.projection(role)[1]
-        if option == "full":
-            return Columns(in_features, in_features)
-        if option != "pruned":
-            return Columns(0, 0)
-        base = self.recipe.base
-        return base_columns(
-            in_features, base.sparsity, base.groups, int(base.column_multiple), static=base.kind == "static"
-        )
-
     def projection(self, role: Role, option: Option, rank: int) -> Projection:
         """What would be stored of one projection."""
-        return PROJECTIONS[self.recipe.method](self, role, option, rank)
-
-    def factored(self, role: Role, option: Option, rank: int) -> Projection:
-        """A base and deltas, or whole experts as deltas from nothing."""
-        columns, delta = self.columns(role, option), self.recipe.delta
-        base_rank = 0
-        if option == "svd":  # as many parameters as a statically pruned base has
-            out_features, in_features = self.shape.projection(role)
-            whole = (1 - self.recipe.base.sparsity) * out_features * in_features / (out_features + in_features)
-            multiple = int(delta.rank_multiple)
-            base_rank = max(int(whole) // multiple, 1) * multiple
-        return Projection(
-            rank=rank,
-            kept_columns=columns.kept,
-            used_columns=columns.used,
-            base_rank=base_rank,
-            delta="columns" if delta.method == "prune" else "factors",
-            shared_v=delta.share_v,
-            distinct_u=delta.distinct_u,
-        )
-
-    def mixed(self, role: Role, option: Option, rank: int) -> Projection:
-        """MoBE's: gate and up mixed from bases, down as it is."""
-        mobe = self.recipe.mobe
-        if role == "down":
-            return Projection(rank=0, kept_columns=0, used_columns=0, delta="dense")
-        return Projection(
-            rank=rank,
-            kept_columns=0,
-            used_columns=0,
-            delta="bases",
-            bases=int(mobe.bases),
-            function=mobe.function,
-        )
+        return self.method.projection(self.recipe, self.shape, role, option, rank)
 
     def layers(self, choices: Choices, ranks: Ranks) -> dict[int, Layer]:
         return {
@@ -274,20 +187,6 @@ class Problem:
         return sum(rank * each[role] for (_, role), rank in ranks.items())
 
 
-PROJECTIONS: Mapping[Method, Callable[[Problem, Role, Option, int], Projection]] = {
-    "d2": Problem.factored,
-    "moe-svd": Problem.factored,
-    "mobe": Problem.mixed,
-}
-"""Method -> what it stores of one projection at a rank."""
-HINTS: Mapping[Method, str] = {
-    "d2": " or a higher base.sparsity",
-    "moe-svd": "",
-    "mobe": ", fewer mobe.bases or another method: MoBE leaves `down` as it is",
-}
-"""Method -> what else helps where a ratio cannot be reached."""
-
-
 def solve_paper(problem: Problem, ratio: float) -> Budget:
     """Ranks by the paper's nominal accounting."""
     base = problem.recipe.base
@@ -309,7 +208,7 @@ def solve_stored(problem: Problem, ratio: float, option: Option | None = None) -
     if smallest.nbytes > target:
         raise UnreachableError(
             f"ratio {ratio:g} cannot be reached: even at rank {problem.rank_multiple} the ratio is "
-            f"{smallest.stored_ratio:.3f}; choose a lower ratio{HINTS[problem.recipe.method]}",
+            f"{smallest.stored_ratio:.3f}; choose a lower ratio{problem.method.hint}",
             smallest.stored_ratio,
         )
     # Names and offsets take the most room at full rank, so this bound on everything but deltas is safe.

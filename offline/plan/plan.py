@@ -1,28 +1,39 @@
-"""What a compression will give and cost, before any work is done."""
+"""What is to be done: a recipe for a model, with all that could be decided before any work."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from d2moe_vllm.format.config import DTYPE_BYTES, DTYPES, ROLES, CheckpointConfig, Pruning, Role, Source
-from offline.algebra.merging import MERGES
-from offline.errors import InputError
-from offline.io.shards import SHARD_BYTES, TORCH_DTYPES
-from offline.plan.budget import Budget, Option, Problem, solve_paper, solve_stored
+from d2moe_vllm.format.config import DTYPES, CheckpointConfig, Role
+from offline.io.shards import TORCH_DTYPES
+from offline.methods import METHODS
+from offline.methods.base import Method
+from offline.plan.budget import Budget, Problem
 from offline.plan.recipe import Recipe
-from offline.plan.resources import Resources, check_resources, peak_memory, phases, work_bytes
 from offline.source.dense import DenseModel
+
+BATCH_TOKENS = 4096
+"""Tokens that run through a layer at once during calibration and evaluation, where memory allows."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """batch_tokens: that run through a layer at once (at least one window); rows: of one expert at once; hold_layer:
+    a layer's experts are all in memory while it runs, else each is read when it is needed."""
+
+    batch_tokens: int = BATCH_TOKENS
+    rows: int = BATCH_TOKENS
+    hold_layer: bool = True
+    processes: int = 1
 
 
 @dataclass(frozen=True)
 class Plan:
     """recipe: with every `auto` decided; budget: exact files, bytes and ranks where ranks do not wait for measured
-    errors, else those of the uniform allocation; resources: how much is in memory at once."""
+    errors, else those of the uniform allocation; caps: by layer the largest rank that a projection may get, up to which
+    factors are computed, then cut; resources: how much is in memory at once."""
 
     model: DenseModel
     recipe: Recipe
@@ -36,10 +47,13 @@ class Plan:
         return self.budget.config
 
     @property
+    def method(self) -> Method:
+        return METHODS[self.recipe.method]
+
+    @property
     def needs_gradient(self) -> bool:
-        """Whether the calibration runs backwards: for Fisher information, or for what errors cost."""
-        merges = self.recipe.base.kind != "none" and MERGES[self.recipe.base.merge].needs_fisher
-        return merges or self.recipe.allocation == "adaptive"
+        """Whether the calibration runs backwards."""
+        return self.method.needs_gradient(self.recipe)
 
     @property
     def follows(self) -> bool:
@@ -54,11 +68,15 @@ class Plan:
     @property
     def selects(self) -> bool:
         """Whether calibration chooses the layers that are compressed (METHODS 2)."""
-        return self.recipe.method == "moe-svd"
+        return self.method.choice is not None
 
-    def cap(self, layer: int, role: Role) -> int:
-        """The largest rank that a projection may get: factors are computed up to it, then cut."""
-        return self.caps[layer, role]
+    @property
+    def hold_layer(self) -> bool:
+        return self.resources.hold_layer
+
+    @property
+    def processes(self) -> int:
+        return self.resources.processes
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -73,174 +91,3 @@ class Plan:
     @property
     def tokens(self) -> int:
         return self.windows[0] * self.windows[1]
-
-
-def make_plan(
-    model: DenseModel,
-    recipe: Recipe,
-    *,
-    memory: int | None = None,
-    processes: int = 1,
-    allow_larger: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-) -> Plan:
-    """Decide ranks, columns and how much is in memory at once.
-
-    memory: bytes that all processes of this machine may hold together, None for all it has; processes: on this
-    machine; allow_larger: a result no smaller than the source is what the user wants (an fp8 original, under the
-    paper's accounting). Raises InputError where the ratio cannot be reached or the memory does not suffice.
-    """
-    recipe = recipe.resolve(model.shape.hidden_size, model.max_positions, model.shape.num_experts)
-    base, shape = recipe.base, model.shape
-    for role in ROLES:
-        if shape.projection(role)[1] % base.groups:
-            raise InputError(f"base.groups {base.groups} does not divide {role}'s {shape.projection(role)[1]} inputs")
-    _check_counts(recipe, shape.num_experts)
-    problem = _problem(model, recipe, shard_bytes)
-    if recipe.method == "moe-svd":
-        problem = first_selection(problem, model)
-    budget = solve_paper(problem, recipe.ratio) if recipe.accounting == "paper" else _uniform(problem, recipe.ratio)
-    if budget.nbytes >= model.reader.nbytes and not allow_larger:
-        raise InputError(
-            f"ratio {recipe.ratio:g} would not make the model smaller: {budget.nbytes:,} bytes instead of "
-            f"{model.reader.nbytes:,} (an original in fp8 is written in bfloat16); choose a higher ratio, or add "
-            "--allow-larger"
-        )
-    plan = Plan(model, recipe, problem, budget, _caps(problem, budget), Resources())
-    return check_resources(plan, memory, processes)
-
-
-def _check_counts(recipe: Recipe, experts: int) -> None:
-    delta = recipe.delta
-    if delta.trim >= experts:
-        raise InputError(f"delta.trim {delta.trim} leaves none of {experts} experts a delta; choose a smaller number")
-    if delta.distinct_u > experts - delta.trim:
-        raise InputError(
-            f"delta.distinct_u {delta.distinct_u} exceeds the {experts - delta.trim} experts that have deltas"
-        )
-    if recipe.method != "mobe":
-        return
-    bases, groups = int(recipe.mobe.bases), recipe.mobe.groups
-    if bases > experts:
-        raise InputError(f"mobe.bases {bases} exceeds the {experts} experts that mix from them; choose fewer")
-    if bases % groups:
-        raise InputError(f"mobe.groups {groups} does not divide mobe.bases {bases}; choose a divisor")
-
-
-def _problem(model: DenseModel, recipe: Recipe, shard_bytes: int) -> Problem:
-    shape = model.shape
-    draft = CheckpointConfig.model_construct(
-        method=recipe.method,
-        family=model.family.model_type,
-        experts=model.family.experts,
-        projections=dict(model.family.projections),
-        num_experts=shape.num_experts,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        dtype=model.dtype,
-        pruning=Pruning(scope=recipe.scope, groups=recipe.base.groups),
-        layers={},
-        source=Source(
-            name=model.name, revision=model.revision, parameters=model.reader.parameters, bytes=model.reader.nbytes
-        ),
-    )
-    trimmed = dict.fromkeys(shape.layers, tuple(range(recipe.delta.trim)))
-    return Problem(draft, shape, model.other_tensors, recipe, trimmed, shard_bytes)
-
-
-def restrict(problem: Problem, model: DenseModel, layers: tuple[int, ...]) -> Problem:
-    """The same problem with only these layers to compress: the experts of the others are kept as they are."""
-    others = dict(model.other_tensors)
-    for layer in model.shape.layers:
-        if layer not in layers:
-            others |= model.kept_experts(layer)
-    return replace(problem, shape=replace(model.shape, layers=layers), other_tensors=others)
-
-
-def first_selection(problem: Problem, model: DenseModel) -> Problem:
-    """As few layers as reach the ratio when each gives up moe_svd.layer_ratio of its bytes (METHODS 2); the last
-    ones, as long as it is not known which. Raises InputError where not even all of them do.
-
-    Fewer than that, where full ranks leave some of the budget over, as with few distinct U's.
-    """
-    ratio, layers = problem.recipe.ratio, model.shape.layers
-    each = model.shape.num_experts * model.shape.expert_parameters * DTYPE_BYTES[DTYPES[model.dtype]]
-    least = ratio * model.reader.nbytes / (problem.recipe.moe_svd.layer_ratio * each)
-
-    def solved(count: int) -> tuple[Problem, Budget] | None:
-        found = problem if count == len(layers) else restrict(problem, model, layers[-count:])
-        with contextlib.suppress(InputError):
-            return found, solve_stored(found, ratio)
-        return None
-
-    counts = range(min(math.ceil(least), len(layers)), len(layers) + 1)
-    count, chosen = next(((count, found) for count in counts if (found := solved(count))), (0, None))
-    if chosen is None:
-        return problem
-    while count > 1 and _full(*chosen) and (fewer := solved(count - 1)):
-        count, chosen = count - 1, fewer
-    return chosen[0]
-
-
-def _full(problem: Problem, budget: Budget) -> bool:
-    """Whether no rank could be higher."""
-    layers = budget.config.layers
-    return all(layers[layer][role].rank >= problem.limit(role) for layer in problem.shape.layers for role in ROLES)
-
-
-def _uniform(problem: Problem, ratio: float) -> Budget:
-    """The uniform allocation; where the kind of base is left open, with the first kind that fits."""
-    preferred = [option for option in ("pruned", "svd", "none") if option in problem.options]
-    for option in preferred[:-1]:
-        try:
-            return solve_stored(problem, ratio, option)
-        except InputError:
-            continue
-    return solve_stored(problem, ratio, preferred[-1])
-
-
-def _caps(problem: Problem, budget: Budget) -> dict[tuple[int, Role], int]:
-    ranks = {(layer, role): budget.config.layers[layer][role].rank for layer in problem.shape.layers for role in ROLES}
-    recipe, multiple = problem.recipe, problem.rank_multiple
-    if recipe.allocation == "uniform":
-        # Which experts are trimmed changes the length of names, and that may be worth one more rank.
-        more = multiple if recipe.delta.trim or recipe.method == "moe-svd" else 0
-        return {key: min(rank + more, problem.limit(key[1])) for key, rank in ranks.items()}
-    smallest: Option = "none" if "none" in problem.options else problem.options[0]
-    richest = solve_stored(problem, recipe.ratio, smallest)
-    most = {role: max(richest.config.layers[layer][role].rank for layer in problem.shape.layers) for role in ROLES}
-    # Twice the uniform rank leaves the budget room to move, and bounds the working folder.
-    return {
-        (layer, role): min(math.ceil(2 * most[role] / multiple) * multiple, problem.limit(role))
-        for layer, role in ranks
-    }
-
-
-def summary(plan: Plan, seconds: float) -> dict[str, Any]:
-    """What `plan --json` prints; seconds: `resources.estimate_seconds`, which takes a measurement."""
-    source, shape, config = plan.config.source, plan.model.shape, plan.config
-    experts = shape.num_experts * shape.expert_parameters * len(config.layers)
-    kept = sum(spec.numel for spec in config.expert_tensors().values())
-    first = config.layers[min(config.layers)]
-    return {
-        "source": {"name": source.name, "parameters": source.parameters, "bytes": source.bytes},
-        "result": {
-            "parameters": plan.budget.parameters,
-            "bytes": plan.budget.nbytes,
-            "stored_ratio": plan.budget.stored_ratio,
-            "expert_ratio": 1 - kept / experts,
-            "files": len(plan.budget.shards),
-            "layers": len(config.layers),
-            "dense_layers": len(shape.layers) - len(config.layers),
-            "final": plan.settled,
-        },
-        "kept_share_of_deltas": {role: plan.budget.kept_share[role] for role in ROLES},
-        "first_layer": {role: first[role].model_dump() for role in ROLES},
-        "peak_memory_bytes": peak_memory(plan),
-        "memory_phases": phases(plan),
-        "tokens_at_once": plan.resources.batch_tokens,
-        "rows_at_once": plan.resources.rows,
-        "disk_bytes": {"work": work_bytes(plan), "result": plan.budget.nbytes},
-        "estimated_seconds": seconds,
-        "recipe": plan.recipe.to_json(),
-    }

@@ -11,35 +11,19 @@ import itertools
 import os
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from d2moe_vllm.format.config import ROLES
 from offline.errors import InputError
+from offline.plan.plan import Plan, Resources
 
-if TYPE_CHECKING:
-    from offline.plan.plan import Plan
-
-BATCH_TOKENS = 4096
-"""Tokens that run through a layer at once during calibration and evaluation, where memory allows."""
 ROWS = (4096, 2048, 1024, 512, 256)
 """Of one expert at once, by how much memory there is."""
 PROCESS_BYTES = 690_000_000
 """A Python process with torch and transformers imported, and with scikit-learn and pandas, which transformers imports
 where they are installed (lm-eval brings them)."""
 FLOAT32, FLOAT64 = 4, 8
-
-
-@dataclass(frozen=True)
-class Resources:
-    """batch_tokens: that run through a layer at once (at least one window); rows: of one expert at once; hold_layer:
-    a layer's experts are all in memory while it runs, else each is read when it is needed."""
-
-    batch_tokens: int = BATCH_TOKENS
-    rows: int = BATCH_TOKENS
-    hold_layer: bool = True
-    processes: int = 1
 
 
 def check_resources(plan: Plan, memory: int | None, processes: int) -> Plan:
@@ -117,8 +101,7 @@ def phases(plan: Plan) -> dict[str, int]:
     if recipe.base.kind != "none" or backwards:
         result["merge"] = _merge_bytes(plan)
     result["factor"] = _factor_bytes(plan)
-    if recipe.method == "mobe":
-        result["fit"] = _fit_bytes(plan)
+    result |= {name: size + _rows(plan) for name, size in plan.method.phases(plan).items()}
     return {name: PROCESS_BYTES + size for name, size in result.items()}
 
 
@@ -156,7 +139,8 @@ def _merge_bytes(plan: Plan) -> int:
 
 
 def _factor_bytes(plan: Plan) -> int:
-    """One expert's weights, a delta and its base, one site's Gram matrix, an eigenproblem, factors, their error."""
+    """One expert's weights, a delta and its base, one site's Gram matrix, an eigenproblem, factors, their error; the
+    layer's bases, where there is room for a layer."""
     shape, width = plan.model.shape, plan.torch_dtype.itemsize
     hidden, middle = shape.hidden_size, shape.intermediate_size
     matrix, large = hidden * middle, max(hidden, middle)
@@ -165,21 +149,9 @@ def _factor_bytes(plan: Plan) -> int:
     cap = max(plan.caps.values())
     factors = (FLOAT64 + FLOAT32 + width) * cap * (hidden + middle) + FLOAT64 * cap * middle
     products = FLOAT64 * (2 * matrix + large * 1024)
-    joint = FLOAT64 * 5 * large**2 if plan.recipe.joint else 0
-    return 3 * matrix * (width + FLOAT32) + grams + eigen + factors + products + joint + _rows(plan)
-
-
-def _fit_bytes(plan: Plan) -> int:
-    """Bases with gradients and Adam's moments, the best so far, second moments of inputs, one expert at work."""
-    shape, settings = plan.model.shape, plan.recipe.mobe
-    hidden, matrix, rank = shape.hidden_size, shape.hidden_size * shape.intermediate_size, max(plan.caps.values())
-    own = -(-shape.num_experts // plan.resources.processes)
-    bases = FLOAT32 * (8 * int(settings.bases) + 8) * rank * hidden
-    starting = FLOAT64 * (3 * int(settings.bases) * rank * hidden + 6 * hidden**2)
-    grams = FLOAT32 * hidden**2 * {"own": own, "pooled": 1, "none": 0}[settings.weighting]
-    held = 2 * own * matrix * plan.torch_dtype.itemsize if plan.resources.hold_layer else 0
-    working = FLOAT32 * 5 * matrix + FLOAT64 * (5 * rank**2 + 2 * rank * shape.intermediate_size)
-    return max(bases, starting) + grams + held + working + _rows(plan)
+    joint = FLOAT64 * 5 * large**2 if plan.method.joint(plan.recipe) else 0
+    bases = 3 * matrix * width * sum(option != "none" for option in plan.recipe.options) if plan.hold_layer else 0
+    return 3 * matrix * (width + FLOAT32) + bases + grams + eigen + factors + products + joint + _rows(plan)
 
 
 def _rows(plan: Plan) -> int:
@@ -238,19 +210,7 @@ def layer_work(plan: Plan) -> Work:
     small = min(hidden, middle)
     # Per projection an eigenproblem of about 15 n^3 and the products around it, in float64.
     eigen = 2 * shape.num_experts * 3 * (15 * small**3 + 4 * matrix * (hidden + middle)) * len(plan.problem.options)
-    return Work(forward, record, merge, grams + eigen + _fit_work(plan))
-
-
-def _fit_work(plan: Plan) -> float:
-    """MoBE's steps over gate and up of one layer, where none ends early."""
-    if plan.recipe.method != "mobe":
-        return 0.0
-    shape, settings, rank = plan.model.shape, plan.recipe.mobe, max(plan.caps.values())
-    hidden, middle = shape.hidden_size, shape.intermediate_size
-    grams = 0 if settings.weighting == "none" else 2 * rank * hidden**2 + middle * hidden**2
-    small = rank**2 * (3 * hidden + 2 * middle + rank)
-    each = 2 * (2 * rank * hidden * middle + grams + small + 4 * int(settings.bases) * rank * hidden)
-    return 2.0 * settings.max_steps * shape.num_experts * each
+    return Work(forward, record, merge, grams + eigen + plan.method.operations(plan))
 
 
 def total_work(plan: Plan) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2moe_vllm.format.config import ROLES, Role
+from offline.methods import find_method
 from offline.report.pictures import Figure, Heat, Lines, Missing, Panel, Scale, Series, Table, describe, short
 
 TABLE_LIMIT = 5000
@@ -19,7 +20,7 @@ def sensitivity(content: dict[str, Any]) -> Figure | Missing | None:
     reports = content["checkpoint"]["statistics"]["layers"]
     layers = {number: report["sensitivity"] for number, report in reports.items() if "sensitivity" in report}
     if not layers:
-        if content["checkpoint"]["method"] != "d2":
+        if not find_method(content["checkpoint"]["method"]).has_base:
             return None
         why = "Not recorded: this recipe needed no gradients. One with `allocation: adaptive` records it."
         return Missing("sensitivity", title, why)

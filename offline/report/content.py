@@ -17,6 +17,7 @@ from offline.errors import InputError
 from offline.io.naming import labels
 from offline.io.progress import Steps
 from offline.io.shards import Reader
+from offline.methods import find_method
 from offline.report.records import check_statistics
 from offline.run.evaluate import evaluate, text_windows
 from offline.source.dense import read_model_config
@@ -114,7 +115,7 @@ def _parts(folder: Path, config: CheckpointConfig) -> dict[str, dict[str, dict[s
         "rest": {"parameters": source.parameters - experts, "bytes": source.bytes - nbytes},
     }
     after = {kind: {"parameters": 0, "bytes": 0} for kind in ("base", "deltas", "factors", "bases", "kept")}
-    others = "deltas" if config.method == "d2" else "factors"
+    others = "deltas" if find_method(config.method).has_base else "factors"
     for name in config.expert_tensors():
         part = after[KINDS.get(name.rpartition(".")[2], others)]
         part["parameters"] += reader.specs[name].numel

@@ -7,6 +7,7 @@ from typing import Any
 
 from d2moe_vllm.format.config import ROLES
 from offline.io.units import size
+from offline.methods import find_method
 from offline.report import analysed, sisters
 from offline.report.pictures import (
     Bars,
@@ -252,7 +253,7 @@ def routing(content: Content) -> Figure:
 def trimming(content: Content) -> Figure | Missing | None:
     found = content["trimming"]
     title = "What trimming experts would cost"
-    if content["checkpoint"]["method"] != "d2":
+    if not find_method(content["checkpoint"]["method"]).has_base:
         return None
     if not found["points"]:
         return Missing("trimming", title, "No layer has a base of its own for all three projections, so no expert "

@@ -10,8 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from d2moe_vllm import __version__
-from offline.checkpoint.card import METHODS
 from offline.io.units import size
+from offline.methods import find_method
 from offline.report.pictures import Figure, Report, short
 from offline.report.plots import png, svg
 
@@ -29,7 +29,7 @@ def page(content: dict[str, Any], report: Report) -> str:
     checkpoint = content["checkpoint"]
     return environment.get_template("page.html").render(
         name=checkpoint["source"]["name"],
-        method=METHODS[checkpoint["method"]][0],
+        method=find_method(checkpoint["method"]).title,
         version=__version__,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         tiles=tiles(content),
@@ -98,7 +98,7 @@ def facts(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("Original", source["name"]),
         ("Revision", source["revision"] or "none recorded: it was a local folder"),
         ("Family", checkpoint["family"]),
-        ("Method", METHODS[checkpoint["method"]][0]),
+        ("Method", find_method(checkpoint["method"]).title),
         ("Ratio", f"{recipe.get('ratio', UNKNOWN)} asked for ({recipe.get('accounting', 'stored')}), "
                   f"{checkpoint['stored_ratio']:.4f} of the bytes gone"),
         ("Parameters", f"{source['parameters']:,} → {checkpoint['parameters']:,}"),

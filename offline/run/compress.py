@@ -19,7 +19,8 @@ from offline.errors import InputError
 from offline.io.console import plain_console
 from offline.io.folders import check_new_folder
 from offline.io.progress import Steps
-from offline.plan.plan import Plan, make_plan, summary
+from offline.plan.make import make_plan, summary
+from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
 from offline.plan.resources import estimate_seconds, peak_memory, total_work, work_bytes
 from offline.run.sweep import Run

@@ -23,9 +23,10 @@ from offline.checkpoint.experts import compressed_experts
 from offline.io.progress import Steps
 from offline.methods.compression import build_bases, factor_experts, merge_experts
 from offline.methods.layer import LayerJob
-from offline.methods.selection import PART, look_at, settle_layers
-from offline.plan.plan import Plan
-from offline.plan.resources import BATCH_TOKENS, layer_work
+from offline.methods.selection import PART, look_at
+from offline.plan.plan import BATCH_TOKENS, Plan
+from offline.plan.resources import layer_work
+from offline.plan.selection import settle_layers
 from offline.source.layerwise import LayerwiseModel, next_token_loss, read_hf_config
 from offline.source.sites import Site
 from offline.work.activations import Rows

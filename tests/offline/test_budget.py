@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source, TensorSpec
 from offline.errors import InputError
-from offline.plan.budget import Problem, base_columns, paper_kept_share, solve_stored
+from offline.methods.options import base_columns
+from offline.plan.budget import Problem, paper_kept_share, solve_stored
 from offline.plan.recipe import Recipe
 from offline.source.families import FAMILIES, MoEShape
 

@@ -25,7 +25,7 @@ from offline.compare.channels import (
 )
 from offline.compare.rewriting import RECORD_FILE
 from offline.errors import UnreachableError
-from offline.plan.recipe import Calibration
+from offline.methods.settings import Calibration
 from offline.source.dense import DenseModel, open_dense
 from offline.source.text import Windows
 

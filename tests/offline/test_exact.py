@@ -28,9 +28,9 @@ from offline.checkpoint.reconstruction import Reconstruction
 from offline.io.progress import Steps
 from offline.io.shards import Reader
 from offline.plan.budget import FULL, Choices, solve_stored
-from offline.plan.plan import Plan, make_plan
+from offline.plan.make import make_plan
+from offline.plan.plan import Plan, Resources
 from offline.plan.recipe import Recipe
-from offline.plan.resources import Resources
 from offline.run.sweep import Run
 from offline.source.dense import open_dense
 from offline.source.text import Windows, choose_windows, read_text, tokenize

@@ -12,9 +12,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from offline.io.progress import Steps
 from offline.methods.layer import LayerJob
-from offline.plan.plan import make_plan
+from offline.plan.make import make_plan
+from offline.plan.plan import Resources
 from offline.plan.recipe import Recipe
-from offline.plan.resources import Resources
 from offline.run.sweep import Run
 from offline.source.dense import open_dense
 from offline.source.layerwise import next_token_loss

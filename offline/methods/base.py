@@ -1,0 +1,133 @@
+"""What a method of compression declares. A new one is a file beside this with a `Method`, and its row in METHODS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from d2moe_vllm.format.config import Projection, Role
+from offline.algebra.merging import MERGES
+from offline.methods.factors import Factors, OwnFactors
+from offline.methods.joint import SHARED_PART, JointFactors
+from offline.methods.layer import LayerJob, Plan
+from offline.methods.options import Option
+from offline.methods.settings import Section, Settings
+from offline.source.families import MoEShape
+from offline.work.workdir import WorkDir
+
+Asked = TypeVar("Asked", bound=Settings)
+
+WITHOUT_BASE: Mapping[str, Any] = {
+    "base.kind": "none",
+    "allocation": "uniform",
+    "accounting": "stored",
+    "calibration.inputs": "dense",
+    "delta.method": "whitened",
+}
+"""`fixed` of methods that store whole experts at uniform ranks."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of methods that compress some layers only. layer_ratio: share of its bytes that one of these gives up at least;
+    sensitivity: how much a layer matters, summed over this process's experts: those that matter least are taken."""
+
+    layer_ratio: Callable[[Settings], float]
+    sensitivity: Callable[[LayerJob], float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: by default D2-MoE's, a base and deltas or whole experts as deltas from nothing.
+
+    name: in recipes and checkpoints; title: as people write it; made: what it makes of a model, for the card ({dense}
+    of {layers} MoE layers are left as they were). settings: its own section of a recipe; fixed: dotted fields of the
+    other sections -> the only value that goes with the method, which is their default then. hint: what else helps
+    where a ratio cannot be reached; until: what a plan cannot know before calibration. choice: None, all layers are
+    compressed.
+    """
+
+    name: str
+    title: str
+    made: str
+    settings: type[Section] | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    hint: str = ""
+    until: str = ""
+    choice: Choice | None = None
+
+    @property
+    def section(self) -> str:
+        """The key of its section in a recipe."""
+        return self.name.replace("-", "_")
+
+    @property
+    def has_base(self) -> bool:
+        """Whether a recipe may ask for a shared base, from which the experts differ by deltas."""
+        return self.fixed.get("base.kind") != "none"
+
+    # Before calibration
+
+    def resolve(self, recipe: Asked, experts: int) -> Asked:
+        """The recipe with every `auto` of the method's own section decided."""
+        return recipe
+
+    def check(self, recipe: Settings, experts: int) -> None:
+        """Raises InputError for a resolved recipe whose counts do not fit so many experts."""
+
+    def needs_gradient(self, recipe: Settings) -> bool:
+        """Whether the calibration runs backwards: for Fisher information, or for what errors cost."""
+        merges = recipe.base.kind != "none" and MERGES[recipe.base.merge].needs_fisher
+        return merges or recipe.allocation == "adaptive"
+
+    def joint(self, recipe: Settings) -> bool:
+        """Whether experts are factored together."""
+        return recipe.delta.joint
+
+    def projection(self, recipe: Settings, shape: MoEShape, role: Role, option: Option, rank: int) -> Projection:
+        """What is stored of one projection; of one that stays as it is a `dense` delta of rank 0."""
+        columns, delta = recipe.base.columns(shape.projection(role)[1], option), recipe.delta
+        return Projection(
+            rank=rank,
+            kept_columns=columns.kept,
+            used_columns=columns.used,
+            base_rank=recipe.base_rank(shape, role) if option == "svd" else 0,
+            delta="columns" if delta.method == "prune" else "factors",
+            shared_v=delta.share_v,
+            distinct_u=delta.distinct_u,
+        )
+
+    def keeps(self, recipe: Settings, shape: MoEShape, role: Role) -> bool:
+        """Whether a projection is stored as it is."""
+        return self.projection(recipe, shape, role, recipe.options[0], recipe.rank_multiple).delta == "dense"
+
+    def phases(self, plan: Plan) -> dict[str, int]:
+        """Bytes that its own phases hold at their worst moment, by name, besides some rows of one expert."""
+        return {}
+
+    def operations(self, plan: Plan) -> float:
+        """Floating-point operations per layer, as float32 ones, besides one factorization per matrix."""
+        return 0.0
+
+    # One layer
+
+    def factors(self, job: LayerJob) -> Factors:
+        """How a layer's experts are factored."""
+        return JointFactors(job) if job.plan.recipe.delta.joint else OwnFactors(job)
+
+    # The result
+
+    def place(self, stored: Projection, kind: str, expert: int, role: Role, option: Option) -> tuple[str, str]:
+        """(part, key) of a stored tensor among the layer's parts; factors lie there at the largest rank."""
+        if kind.startswith("base"):
+            return f"base-{option}", f"{role}.{kind}"
+        if kind == "delta_u" and stored.shares_u:
+            return SHARED_PART, f"{option}.{role}.{kind}.{expert}"
+        if kind in ("shared_v", "u_index"):
+            return SHARED_PART, f"{option}.{role}.{kind}"
+        return f"{expert:05d}", f"{option}.{role}.{kind.removeprefix('delta_')}"
+
+    def report(self, work: WorkDir, layer: int) -> dict[str, Any]:
+        """What d2moe_stats.json tells of a layer besides tokens and errors."""
+        return {}

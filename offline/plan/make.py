@@ -1,0 +1,143 @@
+"""What a compression will give and cost, before any work is done."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from d2moe_vllm.format.config import ROLES, CheckpointConfig, Pruning, Role, Source
+from offline.errors import InputError
+from offline.io.shards import SHARD_BYTES
+from offline.methods import METHODS
+from offline.methods.options import Option
+from offline.plan.budget import Budget, Problem, solve_paper, solve_stored
+from offline.plan.plan import Plan, Resources
+from offline.plan.recipe import Recipe
+from offline.plan.resources import check_resources, peak_memory, phases, work_bytes
+from offline.plan.selection import first_selection
+from offline.source.dense import DenseModel
+
+
+def make_plan(
+    model: DenseModel,
+    recipe: Recipe,
+    *,
+    memory: int | None = None,
+    processes: int = 1,
+    allow_larger: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Plan:
+    """Decide ranks, columns and how much is in memory at once.
+
+    memory: bytes that all processes of this machine may hold together, None for all it has; processes: on this
+    machine; allow_larger: a result no smaller than the source is what the user wants (an fp8 original, under the
+    paper's accounting). Raises InputError where the ratio cannot be reached or the memory does not suffice.
+    """
+    recipe = recipe.resolve(model.shape.hidden_size, model.max_positions, model.shape.num_experts)
+    base, shape = recipe.base, model.shape
+    for role in ROLES:
+        if shape.projection(role)[1] % base.groups:
+            raise InputError(f"base.groups {base.groups} does not divide {role}'s {shape.projection(role)[1]} inputs")
+    _check_counts(recipe, shape.num_experts)
+    problem = _problem(model, recipe, shard_bytes)
+    if choice := problem.method.choice:
+        problem = first_selection(problem, model, choice)
+    budget = solve_paper(problem, recipe.ratio) if recipe.accounting == "paper" else _uniform(problem, recipe.ratio)
+    if budget.nbytes >= model.reader.nbytes and not allow_larger:
+        raise InputError(
+            f"ratio {recipe.ratio:g} would not make the model smaller: {budget.nbytes:,} bytes instead of "
+            f"{model.reader.nbytes:,} (an original in fp8 is written in bfloat16); choose a higher ratio, or add "
+            "--allow-larger"
+        )
+    plan = Plan(model, recipe, problem, budget, _caps(problem, budget), Resources())
+    return check_resources(plan, memory, processes)
+
+
+def _check_counts(recipe: Recipe, experts: int) -> None:
+    delta = recipe.delta
+    if delta.trim >= experts:
+        raise InputError(f"delta.trim {delta.trim} leaves none of {experts} experts a delta; choose a smaller number")
+    if delta.distinct_u > experts - delta.trim:
+        raise InputError(
+            f"delta.distinct_u {delta.distinct_u} exceeds the {experts - delta.trim} experts that have deltas"
+        )
+    METHODS[recipe.method].check(recipe, experts)
+
+
+def _problem(model: DenseModel, recipe: Recipe, shard_bytes: int) -> Problem:
+    shape = model.shape
+    draft = CheckpointConfig.model_construct(
+        method=recipe.method,
+        family=model.family.model_type,
+        experts=model.family.experts,
+        projections=dict(model.family.projections),
+        num_experts=shape.num_experts,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        dtype=model.dtype,
+        pruning=Pruning(scope=recipe.scope, groups=recipe.base.groups),
+        layers={},
+        source=Source(
+            name=model.name, revision=model.revision, parameters=model.reader.parameters, bytes=model.reader.nbytes
+        ),
+    )
+    trimmed = dict.fromkeys(shape.layers, tuple(range(recipe.delta.trim)))
+    return Problem(draft, shape, model.other_tensors, recipe, trimmed, shard_bytes)
+
+
+def _uniform(problem: Problem, ratio: float) -> Budget:
+    """The uniform allocation; where the kind of base is left open, with the first kind that fits."""
+    preferred = [option for option in ("pruned", "svd", "none") if option in problem.options]
+    for option in preferred[:-1]:
+        try:
+            return solve_stored(problem, ratio, option)
+        except InputError:
+            continue
+    return solve_stored(problem, ratio, preferred[-1])
+
+
+def _caps(problem: Problem, budget: Budget) -> dict[tuple[int, Role], int]:
+    ranks = {(layer, role): budget.config.layers[layer][role].rank for layer in problem.shape.layers for role in ROLES}
+    recipe, multiple = problem.recipe, problem.rank_multiple
+    if recipe.allocation == "uniform":
+        # Which experts are trimmed changes the length of names, and that may be worth one more rank.
+        more = multiple if recipe.delta.trim or problem.method.choice else 0
+        return {key: min(rank + more, problem.limit(key[1])) for key, rank in ranks.items()}
+    smallest: Option = "none" if "none" in problem.options else problem.options[0]
+    richest = solve_stored(problem, recipe.ratio, smallest)
+    most = {role: max(richest.config.layers[layer][role].rank for layer in problem.shape.layers) for role in ROLES}
+    # Twice the uniform rank leaves the budget room to move, and bounds the working folder.
+    return {
+        (layer, role): min(math.ceil(2 * most[role] / multiple) * multiple, problem.limit(role))
+        for layer, role in ranks
+    }
+
+
+def summary(plan: Plan, seconds: float) -> dict[str, Any]:
+    """What `plan --json` prints; seconds: `resources.estimate_seconds`, which takes a measurement."""
+    source, shape, config = plan.config.source, plan.model.shape, plan.config
+    experts = shape.num_experts * shape.expert_parameters * len(config.layers)
+    kept = sum(spec.numel for spec in config.expert_tensors().values())
+    first = config.layers[min(config.layers)]
+    return {
+        "source": {"name": source.name, "parameters": source.parameters, "bytes": source.bytes},
+        "result": {
+            "parameters": plan.budget.parameters,
+            "bytes": plan.budget.nbytes,
+            "stored_ratio": plan.budget.stored_ratio,
+            "expert_ratio": 1 - kept / experts,
+            "files": len(plan.budget.shards),
+            "layers": len(config.layers),
+            "dense_layers": len(shape.layers) - len(config.layers),
+            "final": plan.settled,
+        },
+        "kept_share_of_deltas": {role: plan.budget.kept_share[role] for role in ROLES},
+        "first_layer": {role: first[role].model_dump() for role in ROLES},
+        "peak_memory_bytes": peak_memory(plan),
+        "memory_phases": phases(plan),
+        "tokens_at_once": plan.resources.batch_tokens,
+        "rows_at_once": plan.resources.rows,
+        "disk_bytes": {"work": work_bytes(plan), "result": plan.budget.nbytes},
+        "estimated_seconds": seconds,
+        "recipe": plan.recipe.to_json(),
+    }
