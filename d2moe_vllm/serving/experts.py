@@ -24,11 +24,12 @@ from d2moe_vllm.compat import (
     tokens_from_other_ranks,
 )
 from d2moe_vllm.format.config import ROLES, CheckpointConfig, CheckpointError, Scope
+from d2moe_vllm.format.kinds import BASE_NAMES
 from d2moe_vllm.observability import recorder
 from d2moe_vllm.observability.metrics import columns_used_ratio
 from d2moe_vllm.ops import selfcheck
 from d2moe_vllm.ops.reference import ACTIVATIONS
-from d2moe_vllm.serving.loading import BASE_KINDS, LayerLoader, options
+from d2moe_vllm.serving.loading import LayerLoader, options
 
 logger = init_logger(__name__)
 
@@ -80,7 +81,7 @@ class D2MoEMethod(FusedMoEMethodBase):
             layer.register_parameter(name, parameter)
             kind = name.split("_", 1)[1]
             set_weight_attrs(parameter, {"weight_loader": self.loader.weight_loader(kind)})
-            delta_bytes += 0 if kind in BASE_KINDS else tensor.nbytes
+            delta_bytes += 0 if kind in BASE_NAMES else tensor.nbytes
         distributed = parallel.use_ep and parallel.ep_size > 1
         if distributed and self.scope != "off":
             logger.info_once("d2moe: no dynamic column selection on down projections under expert parallelism")
