@@ -113,12 +113,13 @@ class Projection(_Model):
     A f(sum_j alpha_j B_j) with `rank` columns of A, of `bases` matrices B_j and f the `function`; "dense": the matrix
     itself, at rank 0.
     shared_v: one V for all experts (METHODS 1.7). distinct_u: how many U's are stored, shared by all experts; 0
-    means that every expert has its own.
+    means that every expert has its own. base_storage, delta_storage: of the matrices of base and deltas; None: in the
+    checkpoint's dtype.
     """
 
-    rank: int = Field(ge=0)
-    kept_columns: int = Field(ge=0)
-    used_columns: int = Field(ge=0)
+    rank: int = Field(default=0, ge=0)
+    kept_columns: int = Field(default=0, ge=0)
+    used_columns: int = Field(default=0, ge=0)
     base_rank: int = Field(default=0, ge=0)
     delta: Delta = "factors"
     shared_v: bool = False

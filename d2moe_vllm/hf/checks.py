@@ -48,7 +48,9 @@ def check_files(folder: str, settings: Mapping[str, Any]) -> None:
             f"{folder}: {MANIFEST} lacks other_tensors or files, or they are damaged; copy it again"
         ) from None
     for number in settings["layers"]:
-        expected.update({name: (one.spec.dtype, one.spec.shape) for name, one in _layer_tensors(settings, str(number)).items()})
+        expected.update(
+            {name: (one.spec.dtype, one.spec.shape) for name, one in _layer_tensors(settings, str(number)).items()}
+        )
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     paths: dict[str, str] = {}
     for file in sorted(sizes):

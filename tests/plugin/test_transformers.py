@@ -274,7 +274,9 @@ def test_a_dense_model_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
 def test_experts_load_from_checkpoint_names(checkpoint: Path) -> None:
     """The way offline/ evaluates: one layer at a time, no transformers config."""
     settings = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
-    experts = D2Experts(8, 128, 256, settings["layers"]["0"], groups=8, projections=NAMES, scope="token")
+    experts = D2Experts(
+        8, 128, 256, settings["layers"]["0"], groups=8, projections=NAMES, dtype="float32", scope="token"
+    )
     prefix = "model.layers.0.block_sparse_moe.experts."
     stored = load_file(checkpoint / "model-00002-of-00002.safetensors")
     experts.load_state_dict({n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)})
