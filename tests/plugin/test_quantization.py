@@ -115,7 +115,7 @@ def test_ours_and_not_ours(content: dict[str, Any], vllm_config: VllmConfig) -> 
     ("change", "words"),
     [
         (lambda c: c.pop("format_version"), '--additional-config \'{"d2moe": {"scope": "token"}}\''),
-        (lambda c: c.update(format_version=2), "format version 2 is not supported"),
+        (lambda c: c.update(format_version=1), "format version 1 is not supported"),
         (lambda c: c["layers"]["0"]["gate"].update(rank=999), "rank 999 exceeds the matrix"),
         (lambda c: c["pruning"].update(scope="request"), "pruning.scope"),
         (lambda c: c.update(surprise=1), "surprise"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -295,7 +296,9 @@ def test_a_snapshot_in_the_hubs_cache(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust_remote_code: bool
 ) -> None:
     """Found by its id, without network; its manifest, which transformers itself would not fetch, is asked for."""
-    repository, commit = tmp_path / "models--someone--tiny-d2", "0123456789" * 4
+    # transformers keeps the code of a commit in the user's cache: another text is another commit.
+    commit = hashlib.sha1((checkpoint / "modeling_d2moe.py").read_bytes()).hexdigest()
+    repository = tmp_path / "models--someone--tiny-d2"
     shutil.copytree(checkpoint, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
