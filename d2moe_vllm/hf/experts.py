@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2moe_vllm.ops.reference import Weights, fused_experts
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights, fused_experts
 
 INDEX_KINDS = ("base_columns", "delta_columns", "u_index")
 """The tensors that say which columns, or whose U; all others but base_norms (float32) have the weights' dtype."""
@@ -174,7 +174,6 @@ class D2Experts(nn.Module):
         mask = self.padding_mask if self.scope == "batch" else None
         if mask is not None and mask.shape[0] != rows.shape[0]:
             raise ValueError(f"padding mask for {mask.shape[0]} rows, but {rows.shape[0]} tokens reach the experts")
-        gate, down = self.layer["gate"], self.layer["down"]
         output = fused_experts(
             rows,
             top_k_weights,
@@ -182,19 +181,24 @@ class D2Experts(nn.Module):
             self._weights(rows.device, "gate", "up"),
             self._weights(rows.device, "down"),
             mask,
-            num_experts=self.num_experts,
-            intermediate_size=self.intermediate_size,
-            ranks=[self.layer[role]["rank"] for role in ("gate", "up", "down")],
-            base_ranks=[self.layer[role].get("base_rank", 0) for role in ("gate", "up", "down")],
-            groups=[self.groups] * 2,
-            used=[gate["used_columns"], down["used_columns"]],
-            activation=self.activation,
-            scope=self.scope,
-            function=gate.get("function") or "",
-            batch_invariant=self.scope == "token",
-            static_shapes=self.static_shapes,
+            LayerSpec(
+                num_experts=self.num_experts,
+                intermediate_size=self.intermediate_size,
+                w13=self._half("gate", "up"),
+                w2=self._half("down"),
+                activation=self.activation,
+                scope=self.scope,
+                function=self.layer["gate"].get("function") or "",
+                batch_invariant=self.scope == "token",
+                static_shapes=self.static_shapes,
+            ),
         )
         return output.reshape(hidden_states.shape)
+
+    def _half(self, *roles: str) -> HalfSpec:
+        own = [self.layer[role] for role in roles]
+        ranks, base_ranks = (tuple(entry.get(kind, 0) for entry in own) for kind in ("rank", "base_rank"))
+        return HalfSpec(ranks, base_ranks, self.groups, own[0]["used_columns"])
 
     def _weights(self, device: torch.device, *roles: str) -> Weights:
         """fused_experts' view of gate and up, or of down."""
