@@ -24,7 +24,7 @@ from d2moe_vllm.format.kinds import (
     projection_of,
     stored_tensors,
 )
-from d2moe_vllm.ops.reference import Weights, fused_experts
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights, fused_experts
 
 
 class D2Projection(nn.Module):
@@ -148,7 +148,6 @@ class D2Experts(nn.Module):
         mask = self.padding_mask if self.scope == "batch" else None
         if mask is not None and mask.shape[0] != rows.shape[0]:
             raise ValueError(f"padding mask for {mask.shape[0]} rows, but {rows.shape[0]} tokens reach the experts")
-        gate, down = self.layer["gate"], self.layer["down"]
         output = fused_experts(
             rows,
             top_k_weights,
@@ -156,19 +155,24 @@ class D2Experts(nn.Module):
             self._weights(rows.device, "gate", "up"),
             self._weights(rows.device, "down"),
             mask,
-            num_experts=self.num_experts,
-            intermediate_size=self.intermediate_size,
-            ranks=[self.layer[role].rank for role in ROLES],
-            base_ranks=[self.layer[role].base_rank for role in ROLES],
-            groups=[self.groups] * 2,
-            used=[gate.used_columns, down.used_columns],
-            activation=self.activation,
-            scope=self.scope,
-            function=gate.function or "",
-            batch_invariant=self.scope == "token",
-            static_shapes=self.static_shapes,
+            LayerSpec(
+                num_experts=self.num_experts,
+                intermediate_size=self.intermediate_size,
+                w13=self._half("gate", "up"),
+                w2=self._half("down"),
+                activation=self.activation,
+                scope=self.scope,
+                function=self.layer["gate"].function or "",
+                batch_invariant=self.scope == "token",
+                static_shapes=self.static_shapes,
+            ),
         )
         return output.reshape(hidden_states.shape)
+
+    def _half(self, *roles: Role) -> HalfSpec:
+        own = [self.layer[role] for role in roles]
+        ranks, base_ranks = tuple(entry.rank for entry in own), tuple(entry.base_rank for entry in own)
+        return HalfSpec(ranks, base_ranks, self.groups, own[0].used_columns)
 
     def _weights(self, device: torch.device, *roles: Role) -> Weights:
         """fused_experts' view of gate and up, or of down; without static shapes an expert's matrices are put together

@@ -11,15 +11,15 @@ Under expert parallelism a rank has what its own experts have; what experts shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import CheckpointConfig, CheckpointError
+from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, Projection
 from d2moe_vllm.format.files import check_index, differ_message
 from d2moe_vllm.format.kinds import HALVES, KINDS, ROLES, Kind, Role, Stored, is_cut
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec
 
 SHARD_ROLES: dict[str, Role] = {"w1": "gate", "w3": "up", "w2": "down"}
 """vLLM's shard ids."""
@@ -119,7 +119,7 @@ class LayerLoader:
         distinct = self._projection(role).distinct_u if kind.owner == "slot" else 0
         return distinct or len(self.places)
 
-    def _projection(self, role: Role) -> Any:
+    def _projection(self, role: Role) -> Projection:
         return self.config.layers[self.layer][role]
 
     def _size(self, size: str, role: Role) -> int:
@@ -234,21 +234,35 @@ class LayerLoader:
         return one
 
 
-def options(config: CheckpointConfig, layer: int, tp_size: int, scope: str, *, prune_down: bool) -> Mapping[str, Any]:
-    """What ops.fused_experts needs to know of a layer on one rank, besides num_experts and activation.
+def layer_spec(
+    config: CheckpointConfig,
+    layer: int,
+    tp_size: int,
+    scope: str,
+    *,
+    num_experts: int,
+    activation: str,
+    prune_down: bool,
+    batch_invariant: bool = False,
+    static_shapes: bool = False,
+) -> LayerSpec:
+    """What backends are told of a layer on one rank that has num_experts of its experts.
 
     prune_down False: use all kept columns of down (expert parallelism, METHODS 1.5).
     """
-    projections, groups = config.layers[layer], config.pruning.groups
+    gate, up, down = (config.layers[layer][role] for role in ROLES)
+    groups = config.pruning.groups
     # A delta's columns are shared out like the inputs that they name.
-    down_rank = projections.down.rank // (tp_size if projections.down.delta == "columns" else 1)
-    down_used = projections.down.used_columns if prune_down else projections.down.kept_columns
-    return {
-        "intermediate_size": config.intermediate_size // tp_size,
-        "ranks": [projections.gate.rank, projections.up.rank, down_rank],
-        "base_ranks": [projections[role].base_rank for role in ROLES],
-        "groups": [groups, groups // tp_size],
-        "used": [projections.gate.used_columns, down_used // tp_size],
-        "scope": scope,
-        "function": projections.gate.function or "",
-    }
+    down_rank = down.rank // (tp_size if down.delta == "columns" else 1)
+    down_used = down.used_columns if prune_down else down.kept_columns
+    return LayerSpec(
+        num_experts=num_experts,
+        intermediate_size=config.intermediate_size // tp_size,
+        w13=HalfSpec((gate.rank, up.rank), (gate.base_rank, up.base_rank), groups, gate.used_columns),
+        w2=HalfSpec((down_rank,), (down.base_rank,), groups // tp_size, down_used // tp_size),
+        activation=activation,
+        scope=scope,
+        function=gate.function or "",
+        batch_invariant=batch_invariant,
+        static_shapes=static_shapes,
+    )
