@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from offline.cli.options import Json, Memory, Revision, Seed, SeqLen, Src, WindowsOption, parse_size
+from offline.cli.tables import show
 from offline.errors import InputError
 from offline.io.console import plain_console
 
@@ -77,6 +77,7 @@ def compare(
     from offline.compare.comparison import compare as run
     from offline.compare.html import check_page, write_page
     from offline.compare.settings import Settings
+    from offline.compare.table import compare_table
 
     if calibration is None:
         raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
@@ -104,12 +105,7 @@ def compare(
         serve=_arguments(vllm_args) if serve else None,
     )
     result = run(settings, plain_console(stderr=True))
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    else:
-        from offline.compare.table import compare_table
-
-        compare_table(plain_console(), result)
+    show(result, as_json, compare_table)
     # Last: a page that cannot be written must not take the table with it.
     if html is not None:
         write_page(html, result)

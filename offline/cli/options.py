@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from d2moe_vllm.format.config import Scope
 from offline.errors import InputError
+
+if TYPE_CHECKING:
+    from offline.plan.recipe import Recipe
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Src = Annotated[str, typer.Argument(metavar="SRC", help="Model folder, or a Hub id (owner/name).")]
@@ -35,6 +39,9 @@ Seed = Annotated[int | None, typer.Option(help="Which windows of the text are dr
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory to stay within, e.g. 24GB (default: what the machine has).")
 ]
+AllowLarger = Annotated[
+    bool, typer.Option("--allow-larger", help="Go on where the result would not be smaller than an fp8 source.")
+]
 
 
 def parse_size(text: str | None) -> int | None:
@@ -49,6 +56,12 @@ def parse_size(text: str | None) -> int | None:
     return int(float(match[1]) * base ** ("bkmgt".index(unit)))
 
 
-AllowLarger = Annotated[
-    bool, typer.Option("--allow-larger", help="Go on where the result would not be smaller than an fp8 source.")
-]
+def read_recipe(given: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe that --recipe names, or else the default one, with the command's other options on top.
+
+    Raises InputError, see `find_recipe` and `load_recipe`.
+    """
+    from offline.plan.recipe import load_recipe
+    from offline.plan.recipes import find_recipe
+
+    return load_recipe(find_recipe(given) if given else None, overrides)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from offline.cli.options import Ckpt, Json, Original, SeqLen, parse_size
+from offline.cli.tables import show
 from offline.errors import InputError
 from offline.io.console import plain_console
 from offline.io.folders import check_new_folder, new_file, new_folder
@@ -48,7 +48,6 @@ def report(
     """What a compressed checkpoint is and what it lost, as one HTML page that needs nothing else."""
     _check_libraries()
     from offline.checkpoint.card import check_card, record
-    from offline.cli.tables import report_table
     from offline.io.progress import Steps
     from offline.report.content import Request, collect
     from offline.report.figures import make_report
@@ -72,10 +71,7 @@ def report(
         "left_out": [missing.to_json() for missing in made.missing],
         "content": content,
     }
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    else:
-        report_table(plain_console(), result)
+    show(result, as_json, report_table)
 
 
 def _check_libraries() -> None:
@@ -106,3 +102,10 @@ def _write(out: Path, figures: Path | None, content: dict[str, Any], made: Any) 
             names = write_figures(folder, made)
     new_file(out, text)
     return [os.fspath(figures / name) for name in names] if figures is not None else []
+
+
+def report_table(console: Console, result: dict[str, Any]) -> None:
+    for one in result["left_out"]:
+        console.print(f"left out: {one['title']}. {one['why']}", highlight=False, soft_wrap=True)
+    pictures = f", {len(result['pictures'])} pictures" if result["pictures"] else ""
+    console.print(f"{result['page']}: {len(result['figures'])} figures{pictures}", highlight=False, soft_wrap=True)

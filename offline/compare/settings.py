@@ -42,9 +42,7 @@ class Settings:
         """Of a method, or of a baseline: of one that is no recipe only ratio and calibration count."""
         chosen = {"method": name} if name in self.methods else RECIPES.get(name, {})
         calibration = {"windows": self.windows, "seq_len": self.seq_len, "seed": self.seed}
-        return load_recipe(
-            None, {"ratio": ratio, **chosen, **{f"calibration.{key}": value for key, value in calibration.items()}}
-        )
+        return load_recipe(None, {"ratio": ratio, "calibration": calibration, **chosen})
 
     def kind(self, name: str) -> str:
         return "method" if name in self.methods else "baseline"
