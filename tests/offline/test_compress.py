@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from compression import COMPRESS, TINY, d2moe, d2moe_here, script
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -220,12 +221,9 @@ def test_refusals_before_any_work(texts: tuple[Path, Path], tmp_path: Path) -> N
 
 
 def test_a_second_run_on_the_same_folder_is_refused(texts: tuple[Path, Path], tmp_path: Path) -> None:
-    import fcntl
-
     work = tmp_path / "tiny.d2moe-work"
     work.mkdir()
-    with (work / ".d2moe-work").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(work / ".d2moe-work"):
         done = d2moe("compress", TINY, tmp_path / "tiny", "--calibration", texts[0], *COMPRESS)
     refused(done, "another run")
 
