@@ -21,7 +21,7 @@ Ckpt = Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a compress
 Ratio = Annotated[float | None, typer.Option(help="Share of the source's bytes to remove, e.g. 0.4.")]
 RecipeFile = Annotated[
     str | None,
-    typer.Option("--recipe", help="A YAML file, or a shipped recipe like mixtral-40; options given here win over it."),
+    typer.Option("--recipe", help="A YAML file, or a shipped recipe like mixtral; options given here win over it."),
 ]
 Original = Annotated[str | None, typer.Option("--source", metavar="SRC", help="The dense original to compare with.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
