@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,3 +66,12 @@ def read_recipe(given: str | None, overrides: Mapping[str, Any]) -> Recipe:
     from offline.plan.recipes import find_recipe
 
     return load_recipe(find_recipe(given) if given else None, overrides)
+
+
+def need_libraries(what: str, *names: str) -> None:
+    """Raises InputError where libraries that only some commands need are missing."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise InputError(
+            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"pip install {' '.join(missing)} (d2moe-vllm's extra `report`)"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from offline.cli.options import Ckpt, Json, Original, SeqLen, parse_size
+from offline.cli.options import Ckpt, Json, Original, SeqLen, need_libraries, parse_size
 from offline.cli.tables import show
 from offline.errors import InputError
 from offline.io.console import plain_console
 from offline.io.folders import check_new_folder, new_file, new_folder
-
-NEEDED = ("matplotlib", "jinja2")
 
 
 def report(
@@ -46,7 +43,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """What a compressed checkpoint is and what it lost, as one HTML page that needs nothing else."""
-    _check_libraries()
+    need_libraries("report", "matplotlib", "jinja2")
     from offline.checkpoint.card import check_card, record
     from offline.io.progress import Steps
     from offline.report.content import Request, collect
@@ -72,14 +69,6 @@ def report(
         "content": content,
     }
     show(result, as_json, report_table)
-
-
-def _check_libraries() -> None:
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise InputError(
-            f"report needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
-            f"pip install {' '.join(missing)} (d2moe-vllm's extra `report`)"
-        )
 
 
 def _check_places(out: Path, figures: Path | None) -> None:

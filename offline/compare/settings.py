@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from offline.plan.recipe import Recipe, load_recipe
 @dataclass(frozen=True)
 class Settings:
     """What to compare. ratios: of stored bytes; seq_len: tokens per window, of the calibration and of the texts (None:
-    2048, or the model's limit if less); memory: bytes to stay within; keep: what was written stays in `workdir`; serve:
+    2048, or the model's limit if less); memory: bytes to stay within; keep: what was written stays in `folder()`; serve:
     speed is measured too, with these further arguments of `vllm serve`, None for not at all."""
 
     source: str
@@ -28,7 +30,7 @@ class Settings:
     ratios: Sequence[float]
     texts: Sequence[Path]
     calibration: Path
-    workdir: Path
+    workdir: Path | None = None
     windows: int | None = None
     seq_len: int | None = None
     seed: int | None = None
@@ -68,6 +70,20 @@ class Settings:
                 raise InputError(f"--{option} {twice} is given twice")
         if self.serve is not None:
             check_vllm()
+
+    def folder(self) -> Path:
+        """Where rows are remembered: `workdir`, or else a folder in the user's cache, called after the model and after
+        what all rows are made from, so that the same command finds it from anywhere."""
+        if self.workdir is not None:
+            return self.workdir.expanduser().resolve()
+        source = Path(self.source).expanduser()
+        made_from = [
+            str(source.resolve()) if source.is_dir() else self.source, self.revision, str(self.calibration.resolve()),
+            self.windows, self.seq_len, self.seed, self.memory, self.device,
+        ]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().resolve()
+        return cache / "d2moe" / "compare" / f"{source.resolve().name}-{digest[:12]}"
 
     def labels(self) -> dict[str, Path]:
         """Texts by what they are called in the table."""
