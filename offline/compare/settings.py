@@ -21,8 +21,8 @@ from offline.plan.recipe import Recipe, load_recipe
 @dataclass(frozen=True)
 class Settings:
     """What to compare. ratios: of stored bytes; seq_len: tokens per window, of the calibration and of the texts (None:
-    2048, or the model's limit if less); memory: bytes to stay within; keep: what was written stays in `folder()`; serve:
-    speed is measured too, with these further arguments of `vllm serve`, None for not at all."""
+    2048, or the model's limit if less); memory: bytes to stay within; keep: what was written stays in `folder()`;
+    serve: speed is measured too, with these further arguments of `vllm serve`, None for not at all."""
 
     source: str
     methods: Sequence[str]

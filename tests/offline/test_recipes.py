@@ -15,8 +15,8 @@ from offline.plan.recipes import SHIPPED, find_recipe
 from offline.source.families import FAMILIES
 
 
-def test_there_is_one_for_every_family() -> None:
-    assert set(SHIPPED) == set(FAMILIES)
+def test_each_is_called_after_a_family() -> None:
+    assert set(SHIPPED) <= set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

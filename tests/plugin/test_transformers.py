@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from synthetic import NAMES, Synthetic, every_variant, write_checkpoint, write_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
+from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
 from d2moe_vllm.format.config import CheckpointError
 from d2moe_vllm.format.files import check_checkpoint
-from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source
 from d2moe_vllm.hf.experts import D2Experts
 from d2moe_vllm.hf.modeling_d2moe import D2MixtralForCausalLM
 
