@@ -95,7 +95,7 @@ def _routers(model: DenseModel) -> dict[str, int]:
     """Name of every tensor that has a row per expert -> its layer."""
     found: dict[str, int] = {}
     for layer in model.shape.layers:
-        parent = model.family.experts_prefix(layer).rpartition(".")[0]
+        parent = model.family.experts_prefix(layer).removesuffix(".experts")
         names = [f"{parent}.{name}" for name in ROUTERS if f"{parent}.{name}" in model.other_tensors]
         if not names or any(model.other_tensors[name].shape[0] != model.shape.num_experts for name in names):
             raise InputError(f"layer {layer}: no router with a row per expert under {parent}; leave the baseline out")
