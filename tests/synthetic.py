@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source
+from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
 
 SOURCE = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
 NAMES = {"gate": "w1", "up": "w3", "down": "w2"}

@@ -23,7 +23,7 @@ from offline.errors import InputError, UnreachableError
 from offline.io.progress import Steps
 from offline.methods.layer import LayerJob
 from offline.plan.plan import Plan, make_plan
-from offline.plan.recipe import Calibration, Recipe, load_recipe
+from offline.plan.recipe import Base, Calibration, Recipe
 from offline.plan.resources import layer_work
 from offline.run.sweep import Run
 from offline.source.dense import DenseModel
@@ -89,12 +89,9 @@ def scoring_plan(model: DenseModel, calibration: Calibration, memory: int | None
     InputError where memory does not suffice."""
     shape = model.shape
     share = len(shape.layers) * shape.num_experts * shape.intermediate_size * channel_bytes(model) / model.reader.nbytes
-    recipe: Recipe = load_recipe(
-        None,
-        # Any ratio that can be reached.
-        {"ratio": round(min(share, 1) / 2, 3), "base.kind": "none", "base.groups": 1}
-        | {f"calibration.{key}": value for key, value in calibration.model_dump().items()},
-    )
+    # Any ratio that can be reached.
+    ratio = round(min(share, 1) / 2, 3)
+    recipe = Recipe(ratio=ratio, base=Base(kind="none", groups=1), calibration=calibration)
     return make_plan(model, recipe, memory=memory, allow_larger=True)
 
 

@@ -73,7 +73,7 @@ class Comparison:
         tokens = tokenize(self.model.folder, read_text(settings.calibration))
         self.windows = choose_windows(tokens, calibration.windows, self.seq_len, calibration.seed)
         self.device = jobs.choose_device(settings.device)
-        self.folder = settings.workdir.expanduser().resolve()
+        self.folder = settings.folder()
         source = self.model.folder
         if self.folder == source or self.folder in source.parents or source in self.folder.parents:
             raise InputError(f"--workdir {self.folder} and the source lie inside one another; choose another --workdir")
@@ -87,6 +87,7 @@ class Comparison:
         if all(row and row["failed"] for row in refused.values()):
             raise InputError(next(row["failed"] for row in refused.values() if row))
         with own_folder(self.folder):
+            self._say(f"working folder: {self.folder}")
             for left in self.folder.glob("count-*"):  # activations of a run that was killed
                 shutil.rmtree(left)
             rows = [self._source_row()]

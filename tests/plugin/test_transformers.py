@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from synthetic import NAMES, Synthetic, every_variant, write_checkpoint, write_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
+from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
 from d2moe_vllm.format.config import CheckpointError
 from d2moe_vllm.format.files import check_checkpoint
-from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source
+from d2moe_vllm.hf import modeling_d2moe
 from d2moe_vllm.hf.experts import D2Experts
 from d2moe_vllm.hf.modeling_d2moe import D2MixtralForCausalLM
 
@@ -286,5 +287,7 @@ def test_experts_load_from_checkpoint_names(checkpoint: Path) -> None:
 
 def test_families() -> None:
     assert auto_map("mixtral") == {"AutoModelForCausalLM": "modeling_d2moe.D2MixtralForCausalLM"}
+    assert auto_map("kimi_k2")["AutoConfig"] == "modeling_d2moe.KimiK2Config"
+    assert not hasattr(modeling_d2moe, "D2NoSuchForCausalLM")
     with pytest.raises(KeyError):
-        auto_map("gpt2")
+        auto_map("no_such_model")
