@@ -23,7 +23,7 @@ from rich.console import Console
 import d2moe_vllm
 from d2moe_vllm.format.config import CheckpointError
 from offline.compare.baselines import CHANNELS, FEWER_EXPERTS, RECIPES, fewer_experts, write_fewer
-from offline.compare.channels import channels_to_prune, lowest, score_channels, scoring_plan, write_pruned
+from offline.compare.channels import channels_to_prune, lowest, write_pruned
 from offline.compare.rewriting import RECORD_FILE
 from offline.compare.settings import Settings
 from offline.compare.state import RowState, own_folder
@@ -36,6 +36,7 @@ from offline.plan.plan import Plan, make_plan
 from offline.plan.recipe import Recipe
 from offline.run import compress as jobs
 from offline.run.evaluate import evaluate
+from offline.run.scores import score_channels, scoring_plan
 from offline.run.usage import count_usage
 from offline.source.dense import DenseModel, open_dense
 from offline.source.text import Windows, choose_windows, read_text, tokenize
