@@ -10,8 +10,6 @@ import pytest
 # As the d2moe command does: threads that wait must sleep, spinning ones starve each other on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 HERE = Path(__file__).parent
-EVERY_TEST = pytest.StashKey[list[str]]()
-"""The ids of all tests that were collected, before any is left out."""
 sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("benchmarks", "examples"))]
 
 
@@ -20,7 +18,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """The tiers, and which tests one worker of xdist runs together, the longest first."""
     import tiers
 
-    config.stash[EVERY_TEST] = [item.nodeid for item in items]
+    config.stash[tiers.EVERY_TEST] = [item.nodeid for item in items]
     for item in items:
         if tiers.is_slow(item.nodeid):
             item.add_marker(pytest.mark.slow)

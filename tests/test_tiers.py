@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import tiers
-from conftest import EVERY_TEST
 
 
 def test_every_pattern_has_a_test(pytestconfig: pytest.Config) -> None:
-    nodes = pytestconfig.stash[EVERY_TEST]
+    nodes = pytestconfig.stash[tiers.EVERY_TEST]
     files = {node.partition("::")[0] for node in nodes}
     here = [pattern for pattern in tiers.unmatched(nodes) if pattern.partition("::")[0] in files]
     assert here == []

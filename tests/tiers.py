@@ -10,6 +10,10 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 
+import pytest
+
+EVERY_TEST = pytest.StashKey[list[str]]()
+"""Where a session keeps the ids of all tests that were collected, before any is left out."""
 SLOW: Mapping[str, tuple[str, ...]] = {
     "starts a vLLM of its own; the fast tier serves the default recipe compiled, eager and on two ranks": (
         "tests/serve/test_demo.py::*",
