@@ -23,7 +23,7 @@ from layer_shapes import GROUPS, SCOPES, SHAPES, Shape, dense_expert_bytes, size
 from torch import Tensor
 
 from d2moe_vllm.ops import BACKENDS
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = BACKENDS["triton" if DEVICE == "cuda" else "cpu"]
@@ -48,8 +48,15 @@ class Ours:
     def __init__(self, shape: Shape, ratio: float, scope: str) -> None:
         found = sizes(shape, ratio, scope)
         hidden, inner, experts, _ = shape
-        rank, kept, self.used = found.rank, found.kept, list(found.used)
-        self.ranks, self.shape, self.scope = [rank] * 3, shape, scope
+        rank, kept, used = found.rank, found.kept, found.used
+        self.spec = LayerSpec(
+            num_experts=experts,
+            intermediate_size=inner,
+            w13=HalfSpec((rank, rank), groups=GROUPS, used=used[0]),
+            w2=HalfSpec((rank,), groups=GROUPS, used=used[1]),
+            activation="silu",
+            scope=scope,
+        )
         self.base_bytes, self.expert_bytes = found.base_bytes, found.expert_bytes
 
         halves = []
@@ -63,15 +70,10 @@ class Ours:
                     base_norms=torch.rand(columns) + 0.5,
                 )
             )
-        options = {"ranks": self.ranks, "base_ranks": [0, 0, 0], "used": self.used, "scope": scope}
-        self.halves = halves if OURS.pack is None else OURS.pack(*halves, **options)
+        self.halves = halves if OURS.pack is None else OURS.pack(*halves, self.spec)
 
     def __call__(self, x: Tensor, gates: Tensor, ids: Tensor) -> Tensor:
-        return OURS.fused_experts(
-            x, gates, ids, *self.halves, None, num_experts=self.shape.experts,
-            intermediate_size=self.shape.intermediate, ranks=self.ranks, base_ranks=[0, 0, 0],
-            groups=[GROUPS, GROUPS], used=self.used, activation="silu", scope=self.scope,
-        )  # fmt: skip
+        return OURS.fused_experts(x, gates, ids, *self.halves, None, self.spec)
 
 
 class Dense:

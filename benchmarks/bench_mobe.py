@@ -23,7 +23,7 @@ from layer_shapes import BYTES, SHAPES, Shape, dense_expert_bytes, multiple
 from torch import Tensor
 
 from d2moe_vllm.ops import cpu, reference
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "mobe.json"
 TOLERANCE = 0.02
@@ -61,21 +61,18 @@ class Layer:
         )
         w13 = w13._replace(a=w13.a * hidden**-0.5)  # type: ignore[operator]
         self.halves = (w13, Weights(dense=random(experts, hidden, inner)))
-        self.options: dict[str, Any] = {
-            "num_experts": experts, "intermediate_size": inner, "ranks": [rank, rank, 0], "base_ranks": [0, 0, 0],
-            "groups": [1, 1], "used": [0, 0], "activation": "silu", "scope": "off", "function": function,
-        }  # fmt: skip
+        self.spec = LayerSpec(experts, inner, HalfSpec((rank, rank)), HalfSpec((0,)), "silu", "off", function)
         # Packing takes the storage of what it packs, which the reference still needs.
         copies = [Weights(*(None if t is None else t.clone() for t in half)) for half in self.halves]
-        self.packed = cpu.pack(*copies, ranks=[rank, rank, 0], base_ranks=[0, 0, 0], used=[0, 0], scope="off")
+        self.packed = cpu.pack(*copies, self.spec)
         self.base_bytes = m * 2 * rank * hidden * BYTES
         self.expert_bytes = (2 * rank * inner + hidden * inner) * BYTES
 
     def ours(self, *inputs: Tensor) -> Tensor:
-        return cpu.fused_experts(*inputs, *self.packed, None, **self.options)
+        return cpu.fused_experts(*inputs, *self.packed, None, self.spec)
 
     def reference(self, *inputs: Tensor) -> Tensor:
-        return reference.fused_experts(*inputs, *self.halves, None, **self.options)
+        return reference.fused_experts(*inputs, *self.halves, None, self.spec)
 
 
 def measure(shape: Shape, layer: Layer, dense: Dense, tokens: int, seconds: float) -> dict[str, Any]:
@@ -94,8 +91,8 @@ def measure(shape: Shape, layer: Layer, dense: Dense, tokens: int, seconds: floa
     ms = {name: statistics.median(values) for name, values in times.items()}
     our_bytes = layer.base_bytes + active * layer.expert_bytes
     return {
-        "tokens": tokens, "experts_in_use": active, "rank": layer.options["ranks"][0], "bases": bases_of(shape),
-        "function": layer.options["function"], "ms": ms, "runs": {name: len(values) for name, values in times.items()},
+        "tokens": tokens, "experts_in_use": active, "rank": layer.spec.w13.ranks[0], "bases": bases_of(shape),
+        "function": layer.spec.function, "ms": ms, "runs": {name: len(values) for name, values in times.items()},
         "ms_min_max": {name: [min(values), max(values)] for name, values in times.items()}, "difference": error,
         "byte_ratio": active * dense_expert_bytes(shape) / our_bytes,
     }  # fmt: skip

@@ -29,7 +29,7 @@ from layer_shapes import GROUPS, SHAPES, SPARSITY, Shape, multiple
 from torch import Tensor
 
 from d2moe_vllm.ops import cpu, reference
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "peers.json"
 TOLERANCE = 0.02
@@ -55,6 +55,9 @@ class Layer:
         self.shape, self.rank = shape, multiple(room / (experts * 3 * (hidden + inner)), 16)
         self.w13 = self._half(hidden, inner, 2, kept[0])
         self.w2 = self._half(inner, hidden, 1, kept[1])
+        w13 = HalfSpec((self.rank, self.rank), groups=GROUPS, used=kept[0])
+        w2 = HalfSpec((self.rank,), groups=GROUPS, used=kept[1])
+        self.spec = LayerSpec(experts, inner, w13, w2, activation="silu", scope="off")
         self.bases = [
             base.new_zeros(base.shape[1], v.shape[1]).index_copy_(1, columns.long(), base.t())
             for base, columns, _, v in self.factors(0)
@@ -126,28 +129,17 @@ def per_expert(compute: Callable[[int, Tensor], Tensor]) -> Call:
 
 
 def ours(layer: Layer) -> Call:
-    ranks, none = [layer.rank] * 3, [0, 0, 0]
     # pack takes over the storage of what it packs where sizes are equal, and the others still need it.
     copies = [
         w._replace(base=w.base.clone(), delta_u=w.delta_u.clone(), delta_v=w.delta_v.clone())  # type: ignore[union-attr]
         for w in (layer.w13, layer.w2)
     ]
-    used = options(layer)["used"]
-    halves = cpu.pack(*copies, ranks=ranks, base_ranks=none, used=used, scope="off")
-    return lambda x, gates, ids: cpu.fused_experts(x, gates, ids, *halves, None, **options(layer))
-
-
-def options(layer: Layer) -> dict[str, Any]:
-    used = [w.base.shape[0] for w in (layer.w13, layer.w2)]  # type: ignore[union-attr]
-    return {
-        "num_experts": layer.shape.experts, "intermediate_size": layer.shape.intermediate,
-        "ranks": [layer.rank] * 3, "base_ranks": [0, 0, 0], "groups": [GROUPS, GROUPS], "used": used,
-        "activation": "silu", "scope": "off",
-    }  # fmt: skip
+    halves = cpu.pack(*copies, layer.spec)
+    return lambda x, gates, ids: cpu.fused_experts(x, gates, ids, *halves, None, layer.spec)
 
 
 def plain_torch(layer: Layer) -> Call:
-    return lambda x, gates, ids: reference.fused_experts(x, gates, ids, layer.w13, layer.w2, None, **options(layer))
+    return lambda x, gates, ids: reference.fused_experts(x, gates, ids, layer.w13, layer.w2, None, layer.spec)
 
 
 def authors(layer: Layer) -> Call:

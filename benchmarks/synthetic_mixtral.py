@@ -88,7 +88,7 @@ class Size:
             for expert in range(self.experts):
                 for role in ROLES:
                     out_in = (hidden, self.intermediate) if role == "down" else (self.intermediate, hidden)
-                    shapes[family.weight_name(layer, expert, role)] = out_in
+                    shapes[family.layouts[0].name(layer, expert, role)] = out_in
         return {name: TensorSpec("BF16", shape) for name, shape in shapes.items()}
 
 

@@ -10,24 +10,8 @@ from pathlib import Path
 from typing import Any
 
 MODELING_FILE = "modeling_d2moe.py"
-MODEL_CLASSES = {
-    "mixtral": "D2MixtralForCausalLM",
-    "phimoe": "D2PhimoeForCausalLM",
-    "qwen2_moe": "D2Qwen2MoeForCausalLM",
-    "qwen3_moe": "D2Qwen3MoeForCausalLM",
-    "olmoe": "D2OlmoeForCausalLM",
-    "deepseek": "D2DeepseekForCausalLM",
-    "deepseek_v2": "D2DeepseekV2ForCausalLM",
-    "deepseek_v3": "D2DeepseekV3ForCausalLM",
-    "kimi_k2": "D2KimiK2ForCausalLM",
-    "granitemoe": "D2GraniteMoeForCausalLM",
-}
-"""Model family -> class in MODELING_FILE."""
-CONFIG_CLASSES = {
-    "deepseek": "DeepseekConfig",
-    "kimi_k2": "KimiK2Config",
-}
-"""Family that transformers has no configuration of -> class in MODELING_FILE."""
+OWN_CLASSES = {"deepseek": "Deepseek", "kimi_k2": "KimiK2"}
+"""Family that transformers has none of -> what the names of its classes in MODELING_FILE begin with."""
 
 _PACKAGE = Path(__file__).parent
 _INLINED = (
@@ -37,15 +21,19 @@ _INLINED = (
     "hf/modeling_deepseek.py",
     "configuration_deepseek.py",
     "ops/reference.py",
+    "format/kinds.py",
 )
 """Our own files whose source takes the place of the modeling code's imports of them, importers first."""
 
 
 def auto_map(family: str) -> dict[str, str]:
-    """`auto_map` of config.json for a family of MODEL_CLASSES. Raises KeyError for any other."""
-    classes = {"AutoModelForCausalLM": MODEL_CLASSES[family]}
-    if family in CONFIG_CLASSES:
-        classes["AutoConfig"] = CONFIG_CLASSES[family]
+    """`auto_map` of config.json: D2 and the dense class's name. Raises KeyError for a family that has no such class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if own := OWN_CLASSES.get(family):
+        classes = {"AutoModelForCausalLM": f"D2{own}ForCausalLM", "AutoConfig": f"{own}Config"}
+    else:
+        classes = {"AutoModelForCausalLM": f"D2{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}"}
     return {auto: f"{Path(MODELING_FILE).stem}.{name}" for auto, name in classes.items()}
 
 

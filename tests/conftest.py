@@ -13,6 +13,20 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("benchmarks", "examples"))]
 
 
+@pytest.hookimpl(tryfirst=True)  # before a worker writes its groups into the ids
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The tiers, and which tests one worker of xdist runs together, the longest first."""
+    import tiers
+
+    config.stash[tiers.EVERY_TEST] = [item.nodeid for item in items]
+    for item in items:
+        if tiers.is_slow(item.nodeid):
+            item.add_marker(pytest.mark.slow)
+        item.add_marker(pytest.mark.xdist_group(tiers.group(item.nodeid)))
+    place = {name: number for number, name in enumerate(tiers.FIRST)}
+    items.sort(key=lambda item: place.get(tiers.group(item.nodeid), len(place)))
+
+
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Calibration and held-out text: Python's language reference, split by topic."""

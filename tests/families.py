@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import d2moe_vllm.hf  # noqa: F401 - registers
+from d2moe_vllm.families import (
+    MODELING_FILE,
+    auto_map,
+    checkpoint_modeling_source,
+    stock_config_class,
+    stock_model_class,
+)
 from d2moe_vllm.format.config import ROLES, CheckpointConfig, Layer, Manifest, Projection, Source
-from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source, stock_config_class, stock_model_class
 from offline.io.shards import plan_shards, write_shards
 from offline.source.dense import open_dense
+from offline.source.families import FAMILIES
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
 VOCABULARY = 4096
@@ -36,54 +45,80 @@ DEEPSEEK_V3 = {
     "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
     "norm_topk_prob": True, "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0,
 }  # fmt: skip
-CONFIGS: dict[str, dict[str, Any]] = {
-    "mixtral": {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
-    "phimoe": {
-        "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.01,
-        "lm_head_bias": True, "attention_bias": True, "num_hidden_layers": 2,
-    },
-    "qwen2_moe": {
-        "intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80, "num_experts": 8,
-        "num_experts_per_tok": 2, "norm_topk_prob": False, "mlp_only_layers": [0], "decoder_sparse_step": 1,
-    },
-    "qwen3_moe": {
-        "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
-        "head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": [0], "decoder_sparse_step": 1,
-    },
-    "olmoe": {"intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2},
-    "deepseek": {
-        "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "n_shared_experts": 2,
-        "num_experts_per_tok": 2, "first_k_dense_replace": 1, "norm_topk_prob": False,
-    },
-    "deepseek_v2": {
-        **MLA, "q_lora_rank": None, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
-        "n_shared_experts": 2, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
-        "topk_method": "group_limited_greedy", "norm_topk_prob": False, "routed_scaling_factor": 2.0,
-    },
-    "deepseek_v3": DEEPSEEK_V3,
-    "kimi_k2": {**DEEPSEEK_V3, "n_group": 1},
-    "granitemoe": {
-        "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,
-        "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0, "num_hidden_layers": 2,
-    },
+DEEPSEEK_V3_WRITTEN = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+
+
+class Small(NamedTuple):
+    """A family's small model. config: what its configuration adds to COMMON; written: what released config.json files
+    say beside, which transformers does not write but vLLM reads."""
+
+    config: dict[str, Any]
+    written: Mapping[str, Any] = MappingProxyType({})
+
+
+SMALL = {
+    "mixtral": Small(
+        {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
+    ),
+    "phimoe": Small(
+        {
+            "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.01,
+            "lm_head_bias": True, "attention_bias": True, "num_hidden_layers": 2,
+        },
+        written={"architectures": ["PhiMoEForCausalLM"]},
+    ),
+    "qwen2_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
+            "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": False, "mlp_only_layers": [0],
+            "decoder_sparse_step": 1,
+        },
+    ),
+    "qwen3_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+            "head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": [0], "decoder_sparse_step": 1,
+        },
+    ),
+    "olmoe": Small({"intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2}),
+    "deepseek": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "n_shared_experts": 2,
+            "num_experts_per_tok": 2, "first_k_dense_replace": 1, "norm_topk_prob": False,
+        },
+        written={"scoring_func": "softmax"},
+    ),
+    "deepseek_v2": Small(
+        {
+            **MLA, "q_lora_rank": None, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
+            "n_shared_experts": 2, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+            "topk_method": "group_limited_greedy", "norm_topk_prob": False, "routed_scaling_factor": 2.0,
+        },
+        written={"scoring_func": "softmax", "moe_layer_freq": 1},
+    ),
+    "deepseek_v3": Small(DEEPSEEK_V3, written=DEEPSEEK_V3_WRITTEN),
+    "kimi_k2": Small({**DEEPSEEK_V3, "n_group": 1}, written={**DEEPSEEK_V3_WRITTEN, "model_type": "kimi_k2"}),
+    "granitemoe": Small(
+        {
+            "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,
+            "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0, "num_hidden_layers": 2,
+        },
+    ),
 }  # fmt: skip
-"""model_type -> what its configuration adds to COMMON."""
-WRITTEN: dict[str, dict[str, Any]] = {
-    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
-    "deepseek": {"scoring_func": "softmax"},
-    "deepseek_v2": {"scoring_func": "softmax", "moe_layer_freq": 1},
-    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
-    "kimi_k2": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "model_type": "kimi_k2"},
-}
-"""What released config.json files say beside, which transformers does not write but vLLM reads."""
-STOCK = {"kimi_k2": "deepseek_v3"}
+"""By model_type: all that the tests have to be told of a family."""
+CONFIGS = {name: small.config for name, small in SMALL.items()}
 STACKABLE = sorted(set(CONFIGS) - {"deepseek"})
 """Families of which transformers can also write its own modules' stacked experts."""
 
 
+def stock_name(family: str) -> str:
+    """transformers' model_type."""
+    return FAMILIES[family].stock or family
+
+
 def stock_config(family: str, **changes: Any) -> Any:
     """transformers' configuration of the small model; `changes` go over CONFIGS."""
-    return stock_config_class(STOCK.get(family, family))(**{**COMMON, **CONFIGS[family], **changes})
+    return stock_config_class(stock_name(family))(**{**COMMON, **CONFIGS[family], **changes})
 
 
 def stock_model(config: Any, seed: int = 0) -> Any:
@@ -110,7 +145,7 @@ def write_family(
     """Writes the family's small checkpoint with a tokenizer; stacked: by transformers' modules, not as released."""
     model = stock_model(stock_config(family, **changes)).to(dtype)
     model.save_pretrained(folder, save_original_format=not stacked)
-    change_config(folder, **WRITTEN.get(family, {}))
+    change_config(folder, **SMALL[family].written)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TOKENIZER / name, folder / name)
     return folder

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source
+from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
 
 SOURCE = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
 NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -281,7 +281,7 @@ def _quantization_config(config: dict, what: Synthetic) -> dict:
 
     return {
         "quant_method": "d2moe",
-        "format_version": 1,
+        "format_version": 2,
         "method": "d2",
         "family": "mixtral",
         "experts": PREFIX,
@@ -306,7 +306,7 @@ def _write(folder: Path, config: dict, others: dict[str, Tensor], experts: dict[
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     manifest = {
-        "format_version": 1,
+        "format_version": 2,
         "other_tensors": {name: [names[tensor.dtype], list(tensor.shape)] for name, tensor in others.items()},
         "files": {file: _entry(folder / file) for file in shards},
     }

@@ -1,7 +1,7 @@
-"""The d2moe checkpoint format, version 1: configuration, tensor names, dtypes and shapes.
+"""The d2moe checkpoint format, version 2: what config.json and the manifest say, and what tensors follow from it.
 
-docs/checkpoint-format.md is the prose of this file and of checkfiles.py, which reads the files. Both halves of
-the project use it, so it knows neither vLLM nor any compression method.
+docs/checkpoint-format.md is the prose of this file, of kinds.py, which has the table of tensors, and of files.py, which
+reads the files. Both halves of the project use it, so it knows neither vLLM nor any compression method.
 """
 
 from __future__ import annotations
@@ -10,19 +10,47 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-FORMAT_VERSION = 1
+from d2moe_vllm.format.kinds import (
+    DTYPE_BYTES as DTYPE_BYTES,
+)
+from d2moe_vllm.format.kinds import (
+    DTYPES as DTYPES,
+)
+from d2moe_vllm.format.kinds import (
+    FORMAT_VERSION as FORMAT_VERSION,
+)
+from d2moe_vllm.format.kinds import (
+    KINDS,
+    READABLE,
+    STORAGES,
+    Shape,
+    Stored,
+    owners,
+    stored_tensors,
+)
+from d2moe_vllm.format.kinds import (
+    ROLES as ROLES,
+)
+from d2moe_vllm.format.kinds import (
+    Dtype as Dtype,
+)
+from d2moe_vllm.format.kinds import (
+    Role as Role,
+)
+from d2moe_vllm.format.kinds import (
+    TensorSpec as TensorSpec,
+)
+
 QUANT_METHOD = "d2moe"
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "d2moe_manifest.json"
 RECIPE_FILE = "d2moe_recipe.yaml"
 STATS_FILE = "d2moe_stats.json"
 
-Role = Literal["gate", "up", "down"]
-ROLES: tuple[Role, ...] = ("gate", "up", "down")
 Scope = Literal["batch", "token", "off"]
 """Who shares one dynamic selection of base columns: a forward pass, a token, or nobody (METHODS 1.5)."""
 
@@ -32,14 +60,6 @@ that is mixed from bases (MoBE, METHODS 3), or whole."""
 
 Function = Literal["silu", "tanh"]
 """What is applied to each element of a mix of bases."""
-
-Dtype = Literal["bfloat16", "float16", "float32"]
-DTYPES: dict[Dtype, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""config.json's dtype names -> safetensors' names."""
-DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -57,29 +77,26 @@ _LONGEST = 2000
 """Characters of a message."""
 
 
-class TensorSpec(NamedTuple):
-    """dtype by safetensors' name ("BF16") and shape of one stored tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * DTYPE_BYTES[self.dtype]
-
-    @property
-    def numel(self) -> int:
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
-
-
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Storage(_Model):
+    """How a matrix is stored. type: of kinds.STORAGES; group_size: inputs of a row that share a scale, where packed.
+
+    Sizes are defined for all types; this release reads those of kinds.READABLE.
+    """
+
+    type: str
+    group_size: int = Field(default=64, ge=1, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _known(self) -> Storage:
+        if self.type not in STORAGES:
+            raise ValueError(f"storage type {self.type!r} is none of {', '.join(STORAGES)}")
+        if self.type not in READABLE:
+            raise ValueError(f"storage {self.type!r} is not read by this d2moe-vllm; install a newer one")
+        return self
 
 
 class Projection(_Model):
@@ -93,18 +110,21 @@ class Projection(_Model):
     A f(sum_j alpha_j B_j) with `rank` columns of A, of `bases` matrices B_j and f the `function`; "dense": the matrix
     itself, at rank 0.
     shared_v: one V for all experts (METHODS 1.7). distinct_u: how many U's are stored, shared by all experts; 0
-    means that every expert has its own.
+    means that every expert has its own. base_storage, delta_storage: of the matrices of base and deltas; None: in the
+    checkpoint's dtype.
     """
 
-    rank: int = Field(ge=0)
-    kept_columns: int = Field(ge=0)
-    used_columns: int = Field(ge=0)
+    rank: int = Field(default=0, ge=0)
+    kept_columns: int = Field(default=0, ge=0)
+    used_columns: int = Field(default=0, ge=0)
     base_rank: int = Field(default=0, ge=0)
     delta: Delta = "factors"
     shared_v: bool = False
     distinct_u: int = Field(default=0, ge=0)
     bases: int = Field(default=0, ge=0, le=100_000)
     function: Function | None = None
+    base_storage: Storage | None = None
+    delta_storage: Storage | None = None
 
     @property
     def has_base(self) -> bool:
@@ -150,7 +170,7 @@ class Layer(_Model):
         gate, up = self.gate, self.up
         if (gate.kept_columns, gate.used_columns) != (up.kept_columns, up.used_columns):
             raise ValueError("gate and up share one selection of base columns, their column counts must agree")
-        for field in ("delta", "shared_v", "distinct_u", "bases", "function"):
+        for field in ("delta", "shared_v", "distinct_u", "bases", "function", "base_storage", "delta_storage"):
             if getattr(gate, field) != getattr(up, field):
                 raise ValueError(f"gate and up have different {field}; they must agree")
         if "dense" in (gate.delta, up.delta) or self.down.delta == "bases":
@@ -237,11 +257,14 @@ class CheckpointConfig(_Model):
             return f"distinct_u {projection.distinct_u} exceeds the {untrimmed} experts that have deltas"
         return None
 
+    @property
+    def sizes(self) -> Shape:
+        """What the table of kinds needs to know of the model."""
+        return Shape(self.num_experts, self.hidden_size, self.intermediate_size, self.dtype)
+
     def shape(self, role: Role) -> tuple[int, int]:
         """(out, in) features of one expert's projection."""
-        if role == "down":
-            return self.hidden_size, self.intermediate_size
-        return self.intermediate_size, self.hidden_size
+        return self.sizes.matrix(role)
 
     def experts_prefix(self, layer: int) -> str:
         """What every expert tensor of a layer begins with; {layer} is replaced literally."""
@@ -251,58 +274,24 @@ class CheckpointConfig(_Model):
         """`P.{expert}.{projection}.{kind}`; what the experts share rides with expert 0."""
         return f"{self.experts_prefix(layer)}.{expert}.{self.projections[role]}.{kind}"
 
+    def stored(self, layer: int, *roles: Role) -> dict[str, Stored]:
+        """Every tensor that is stored of some projections of a layer, all by default, by full name."""
+        entry = self.layers[layer]
+        return {
+            self.tensor_name(layer, one.expert, role, one.name): one
+            for role in roles or ROLES
+            for one in stored_tensors(self.sizes, role, entry[role], entry.trimmed)
+        }
+
     def projection_tensors(self, layer: int, role: Role) -> dict[str, TensorSpec]:
         """Every tensor stored for one projection of one layer, by full name."""
-        out_features, in_features = self.shape(role)
-        projection = self.layers[layer][role]
-        dtype = DTYPES[self.dtype]
-        shared: dict[str, TensorSpec] = {}
-        if kept := projection.kept_columns:
-            shared["base"] = TensorSpec(dtype, (out_features, kept))
-            shared["base_columns"] = TensorSpec("I32", (kept,))
-            shared["base_norms"] = TensorSpec("F32", (kept,))
-        if base_rank := projection.base_rank:
-            shared["base_u"] = TensorSpec(dtype, (out_features, base_rank))
-            shared["base_v"] = TensorSpec(dtype, (base_rank, in_features))
-        if (rank := projection.rank) and projection.shared_v:
-            shared["shared_v"] = TensorSpec(dtype, (rank, in_features))
-        if projection.shares_u:
-            shared["u_index"] = TensorSpec("I32", (self.num_experts,))
-        tensors = {self.tensor_name(layer, 0, role, kind): spec for kind, spec in shared.items()}
-        own = self.untrimmed(layer)
-        if projection.delta in ("bases", "dense"):
-            return self._whole_matrices(layer, role, own)
-        if not rank:
-            return tensors
-        for j in range(projection.distinct_u) if projection.distinct_u else own:
-            tensors[self.tensor_name(layer, j, role, "delta_u")] = TensorSpec(dtype, (out_features, rank))
-        for expert in () if projection.shared_v else own:
-            if projection.delta == "columns":
-                tensors[self.tensor_name(layer, expert, role, "delta_columns")] = TensorSpec("I32", (rank,))
-            else:
-                tensors[self.tensor_name(layer, expert, role, "delta_v")] = TensorSpec(dtype, (rank, in_features))
-        return tensors
-
-    def _whole_matrices(self, layer: int, role: Role, own: list[int]) -> dict[str, TensorSpec]:
-        """What is stored of matrices that stand on no base: mixed from bases, or whole."""
-        (out_features, in_features), dtype = self.shape(role), DTYPES[self.dtype]
-        rank, bases = self.layers[layer][role].rank, self.layers[layer][role].bases
-        if not bases:
-            spec = TensorSpec(dtype, (out_features, in_features))
-            return {self.tensor_name(layer, expert, role, "dense"): spec for expert in own}
-        tensors = {self.tensor_name(layer, 0, role, "bases"): TensorSpec(dtype, (bases, rank, in_features))}
-        for expert in own:
-            tensors[self.tensor_name(layer, expert, role, "a")] = TensorSpec(dtype, (out_features, rank))
-            tensors[self.tensor_name(layer, expert, role, "alpha")] = TensorSpec(dtype, (bases,))
-        return tensors
+        return {name: one.spec for name, one in self.stored(layer, role).items()}
 
     def tensors_at_least(self, layer: int, role: Role) -> int:
         """A bound that is told without making any name: how many experts have a tensor of their own."""
-        projection = self.layers[layer][role]
-        own = projection.delta in ("bases", "dense") or (
-            projection.rank and not (projection.shared_v and projection.distinct_u)
-        )
-        return self.num_experts - len(self.layers[layer].trimmed) if own else 0
+        entry = self.layers[layer]
+        owned = [kind for kind in KINDS if kind.present(entry[role]) and kind.owner != "layer"]
+        return max((len(owners(kind, entry[role], self.num_experts, entry.trimmed)) for kind in owned), default=0)
 
     def untrimmed(self, layer: int) -> list[int]:
         """The experts of a layer that have deltas, in ascending order."""
@@ -311,12 +300,7 @@ class CheckpointConfig(_Model):
 
     def expert_tensors(self) -> dict[str, TensorSpec]:
         """Every expert tensor of the checkpoint, by full name."""
-        return {
-            name: spec
-            for layer in self.layers
-            for role in ROLES
-            for name, spec in self.projection_tensors(layer, role).items()
-        }
+        return {name: one.spec for layer in self.layers for name, one in self.stored(layer).items()}
 
 
 class FileEntry(_Model):

@@ -19,21 +19,15 @@ from pydantic import ValidationError
 from d2moe_vllm.format.config import (
     INDEX_FILE,
     MANIFEST_FILE,
-    ROLES,
     CheckpointConfig,
     CheckpointError,
     FileEntry,
     Manifest,
-    Role,
-    TensorSpec,
     first_error,
     parse_config,
     refuse_version,
 )
-
-INDEX_KINDS = (".base_columns", ".delta_columns", ".u_index")
-"""How the names of the integer tensors end."""
-
+from d2moe_vllm.format.kinds import HALVES, ROLES, Stored, TensorSpec, index_problem
 
 MAX_JSON = 1 << 28
 """Bytes: ten times the index of the largest models there are."""
@@ -215,7 +209,7 @@ def check_checkpoint(folder: Path, config: CheckpointConfig | None = None) -> Ch
         raise CheckpointError(f"{folder}: {MANIFEST_FILE} lists expert tensors: {_names(both)}; copy it again")
     weight_map = check_tensors(folder, others | experts, manifest.files)
     for layer in config.layers:
-        names = [name for role in ROLES for name in config.projection_tensors(layer, role) if _is_index(name)]
+        names = [name for name, one in config.stored(layer).items() if one.kind.is_index]
         check_indices(config, layer, _read_integers(folder, weight_map, names))
     return config
 
@@ -237,10 +231,6 @@ def _expert_tensors(folder: Path, config: CheckpointConfig) -> dict[str, TensorS
     return expected
 
 
-def _is_index(name: str) -> bool:
-    return name.endswith(INDEX_KINDS)
-
-
 def _read_integers(folder: Path, weight_map: Mapping[str, str], names: Iterable[str]) -> dict[str, list[int]]:
     """The named integer tensors, each file opened once."""
     from safetensors import SafetensorError, safe_open
@@ -258,42 +248,23 @@ def _read_integers(folder: Path, weight_map: Mapping[str, str], names: Iterable[
 
 def check_indices(config: CheckpointConfig, layer: int, values: Mapping[str, list[int]]) -> None:
     """Check a layer's integer tensors, by full name. Raises CheckpointError, naming the first that is wrong."""
-    for role in ROLES:
-        for name in config.projection_tensors(layer, role):
-            if name.endswith("u_index"):
-                check_u_index(name, values[name], config, layer, role)
-            elif _is_index(name):
-                check_columns(name, values[name], config, role)
-    for kind in ("base_columns", "u_index"):
-        names = [config.tensor_name(layer, 0, role, kind) for role in ("gate", "up")]
-        if all(name in values for name in names) and values[names[0]] != values[names[1]]:
-            raise CheckpointError(differ_message(*names))
+    both: dict[str, list[int]] = {}
+    for name, one in config.stored(layer).items():
+        if not one.kind.is_index:
+            continue
+        check_index(name, values[name], config, layer, one)
+        # What has no side of its own at run time gate and up share.
+        if one.role != "down" and one.kind.joined is None and both.setdefault(one.name, values[name]) != values[name]:
+            raise CheckpointError(differ_message(*(config.tensor_name(layer, 0, r, one.name) for r in HALVES["w13"])))
+
+
+def check_index(name: str, values: list[int], config: CheckpointConfig, layer: int, one: Stored) -> None:
+    """Raises CheckpointError unless an index tensor's values are what `kinds.index_problem` says they have to be."""
+    entry, groups = config.layers[layer], config.pruning.groups
+    inputs = config.shape(one.role)[1]
+    if problem := index_problem(one.kind, values, entry[one.role], inputs, groups, entry.trimmed):
+        raise CheckpointError(f"{name}: {problem}; copy the checkpoint again")
 
 
 def differ_message(gate: str, up: str) -> str:
     return f"{gate} and {up} differ, gate and up share one; copy the checkpoint again"
-
-
-def check_columns(name: str, columns: list[int], config: CheckpointConfig, role: Role) -> None:
-    """Raises CheckpointError unless columns of a base or delta ascend, are in range and as many in every group."""
-    groups, inputs = config.pruning.groups, config.shape(role)[1]
-    ascending = all(left < right for left, right in itertools.pairwise(columns))
-    per_group = len(columns) // groups
-    expected = [group for group in range(groups) for _ in range(per_group)]
-    if not ascending or [column // (inputs // groups) for column in columns] != expected:
-        raise CheckpointError(
-            f"{name}: columns must ascend, lie in 0..{inputs - 1} and be spread evenly over {groups} groups; "
-            "copy the checkpoint again"
-        )
-
-
-def check_u_index(name: str, index: list[int], config: CheckpointConfig, layer: int, role: Role) -> None:
-    """Raises CheckpointError unless trimmed experts have -1 and all others one of the stored U's."""
-    stored, trimmed = config.layers[layer][role].distinct_u, set(config.layers[layer].trimmed)
-    for expert, slot in enumerate(index):
-        if expert in trimmed and slot != -1:
-            raise CheckpointError(f"{name}: expert {expert} is trimmed and needs -1, not {slot}; copy it again")
-        if expert not in trimmed and not 0 <= slot < stored:
-            raise CheckpointError(
-                f"{name}: expert {expert} has U {slot}, but 0..{stored - 1} are stored; copy the checkpoint again"
-            )

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from d2moe_vllm.hf.experts import INDEX_KINDS, projection_shapes
+from d2moe_vllm.format.kinds import FORMAT_VERSION, Shape, Stored, index_problem, projection_of, stored_tensors
 
-FORMAT_VERSION = 1
 MANIFEST = "d2moe_manifest.json"
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def d2moe_config(config: Any) -> dict[str, Any] | None:
@@ -34,7 +30,7 @@ def d2moe_config(config: Any) -> dict[str, Any] | None:
             f"d2moe format version {content.get('format_version')!r} is not supported (this file reads version "
             f"{FORMAT_VERSION}); use the modeling_d2moe.py that came with the checkpoint"
         )
-    if lacking := {"layers", "projections", "pruning", "experts", "num_experts"} - set(content):
+    if lacking := {"layers", "projections", "pruning", "experts", "num_experts", "dtype"} - set(content):
         raise ValueError(f"quantization_config lacks {', '.join(sorted(lacking))}; restore the original config.json")
     return content
 
@@ -51,7 +47,10 @@ def check_files(folder: str, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{folder}: {MANIFEST} lacks other_tensors or files, or they are damaged; copy it again"
         ) from None
-    expected.update(_expert_tensors(settings))
+    for number in settings["layers"]:
+        expected.update(
+            {name: (one.spec.dtype, one.spec.shape) for name, one in _layer_tensors(settings, str(number)).items()}
+        )
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     paths: dict[str, str] = {}
     for file in sorted(sizes):
@@ -79,58 +78,35 @@ def check_files(folder: str, settings: Mapping[str, Any]) -> None:
     for file, size in sizes.items():
         if os.path.getsize(os.path.join(folder, file)) != size:
             raise ValueError(f"{folder}: weight file {file} is truncated or replaced; copy it again")
-    with torch.device("cpu"):  # transformers makes models under meta
-        for number in settings["layers"]:
-            _check_indices(folder, settings, str(number), paths)
+    for number in settings["layers"]:
+        _check_indices(folder, settings, str(number), paths)
 
 
 def _check_indices(folder: str, settings: Mapping[str, Any], number: str, paths: Mapping[str, str]) -> None:
     """A layer's columns and U indices are what the format says, and the same for gate and up where these share them."""
     layer, groups = settings["layers"][number], settings["pruning"].get("groups", 8)
-    trimmed = torch.tensor([expert in layer.get("trimmed", ()) for expert in range(settings["num_experts"])])
-    tensors = [(name, role, kind) for name, role, kind, _ in _layer_tensors(settings, number) if kind in INDEX_KINDS]
-    indices: dict[str, Tensor] = {}
-    for path in sorted({paths[name] for name, _, _ in tensors}):
-        with safe_open(path, framework="pt") as handle:
-            indices.update({name: handle.get_tensor(name).long() for name, _, _ in tensors if paths[name] == path})
-    shared: dict[str, Tensor] = {}
-    for name, role, kind in tensors:
-        values = indices[name]
-        if kind == "u_index":
-            stored = layer[role]["distinct_u"]
-            if not (torch.where(trimmed, values == -1, (values >= 0) & (values < stored))).all():
-                raise ValueError(
-                    f"{folder}: {name}: must be -1 for trimmed experts and lie in 0..{stored - 1} for all others; "
-                    "copy the checkpoint again"
-                )
-        else:
-            inputs = settings["intermediate_size" if role == "down" else "hidden_size"]
-            expected = torch.arange(groups).repeat_interleave(len(values) // groups)
-            if not (values.diff() > 0).all() or not torch.equal(values * groups // inputs, expected):
-                raise ValueError(
-                    f"{folder}: {name}: columns must ascend, lie in 0..{inputs - 1} and be spread evenly over "
-                    f"{groups} groups; copy the checkpoint again"
-                )
-        if role != "down" and kind != "delta_columns" and not torch.equal(values, shared.setdefault(kind, values)):
+    indices = {name: one for name, one in _layer_tensors(settings, number).items() if one.kind.is_index}
+    both: dict[str, list[int]] = {}
+    for name, one in indices.items():
+        with safe_open(paths[name], framework="numpy") as handle:
+            values = handle.get_tensor(name).tolist()
+        inputs = settings["intermediate_size" if one.role == "down" else "hidden_size"]
+        trimmed = layer.get("trimmed", ())
+        if problem := index_problem(one.kind, values, projection_of(layer[one.role]), inputs, groups, trimmed):
+            raise ValueError(f"{folder}: {name}: {problem}; copy the checkpoint again")
+        if one.role != "down" and one.kind.joined is None and both.setdefault(one.name, values) != values:
             raise ValueError(f"{folder}: {name} differs between gate and up, which share it; copy it again")
 
 
-def _layer_tensors(settings: Mapping[str, Any], number: str) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
-    """(name, role, kind, shape) of all of a layer's expert tensors."""
-    hidden, intermediate = settings["hidden_size"], settings["intermediate_size"]
+def _layer_tensors(settings: Mapping[str, Any], number: str) -> dict[str, Stored]:
+    """All of a layer's expert tensors, by full name."""
+    shape = Shape(*(settings[field] for field in Shape._fields))
     prefix, layer = settings["experts"].replace("{layer}", number), settings["layers"][number]
-    for role, projection in settings["projections"].items():
-        sizes = (hidden, intermediate) if role == "down" else (intermediate, hidden)
-        shapes = projection_shapes(layer[role], layer.get("trimmed", ()), settings["num_experts"], *sizes)
-        for expert, kind, shape in shapes:
-            yield f"{prefix}.{expert}.{projection}.{kind}", role, kind, shape
-
-
-def _expert_tensors(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    dtypes = {**dict.fromkeys(INDEX_KINDS, "I32"), "base_norms": "F32"}
-    for number in settings["layers"]:
-        for name, _, kind, shape in _layer_tensors(settings, str(number)):
-            yield name, (dtypes.get(kind, DTYPES[settings["dtype"]]), shape)
+    return {
+        f"{prefix}.{one.expert}.{projection}.{one.name}": one
+        for role, projection in settings["projections"].items()
+        for one in stored_tensors(shape, role, projection_of(layer[role]), layer.get("trimmed", ()))
+    }
 
 
 def _read_json(folder: str, name: str) -> Any:

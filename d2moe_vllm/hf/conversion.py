@@ -68,6 +68,7 @@ def _replace_experts(
         layer,
         groups=settings["pruning"].get("groups", 8),
         projections=settings["projections"],
+        dtype=settings["dtype"],
         activation=activation,
         scope=settings["pruning"].get("scope", "off"),
     )

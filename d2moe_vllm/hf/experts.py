@@ -6,71 +6,42 @@ Used by modeling_d2moe.py, into which it is copied for checkpoints, and layer by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2moe_vllm.ops.reference import Weights, fused_experts
-
-INDEX_KINDS = ("base_columns", "delta_columns", "u_index")
-"""The tensors that say which columns, or whose U; all others but base_norms (float32) have the weights' dtype."""
-
-
-def projection_shapes(
-    projection: Mapping[str, Any], trimmed: Sequence[int], num_experts: int, out_features: int, in_features: int
-) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    """(expert, kind, shape) of every tensor a checkpoint stores of one projection of one layer.
-
-    projection: the layer's entry of `quantization_config` for one role. trimmed: experts without deltas.
-    """
-    if kept := projection["kept_columns"]:
-        yield 0, "base", (out_features, kept)
-        yield 0, "base_columns", (kept,)
-        yield 0, "base_norms", (kept,)
-    if base_rank := projection.get("base_rank", 0):
-        yield 0, "base_u", (out_features, base_rank)
-        yield 0, "base_v", (base_rank, in_features)
-    own = [expert for expert in range(num_experts) if expert not in trimmed]
-    if projection.get("delta") == "dense":
-        for expert in own:
-            yield expert, "dense", (out_features, in_features)
-    if not (rank := projection["rank"]):
-        return
-    if bases := projection.get("bases", 0):
-        yield 0, "bases", (bases, rank, in_features)
-        for expert in own:
-            yield expert, "a", (out_features, rank)
-            yield expert, "alpha", (bases,)
-        return
-    shared_v, distinct_u = projection.get("shared_v", False), projection.get("distinct_u", 0)
-    if shared_v:
-        yield 0, "shared_v", (rank, in_features)
-    if distinct_u:
-        yield 0, "u_index", (num_experts,)
-    for j in range(distinct_u) if distinct_u else own:
-        yield j, "delta_u", (out_features, rank)
-    for expert in () if shared_v else own:
-        if projection.get("delta", "factors") == "columns":
-            yield expert, "delta_columns", (rank,)
-        else:
-            yield expert, "delta_v", (rank, in_features)
+from d2moe_vllm.format.kinds import (
+    KINDS,
+    ROLES,
+    Dtype,
+    Kind,
+    Role,
+    Shape,
+    Stored,
+    owners,
+    projection_of,
+    stored_tensors,
+)
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights, fused_experts
 
 
 class D2Projection(nn.Module):
     """One expert's tensors for one projection, by the names they have in a checkpoint.
 
-    Which these are, projection_shapes says. Contents are undefined until loaded.
+    Which these are, the table of kinds says. Contents are undefined until loaded.
     """
 
-    def add(self, kind: str, shape: tuple[int, ...]) -> None:
-        if kind in INDEX_KINDS:
-            self.register_buffer(kind, torch.zeros(shape, dtype=torch.int32))
-        elif kind == "base_norms":
-            self.register_buffer(kind, torch.zeros(shape, dtype=torch.float32))
+    def add(self, one: Stored, projection: Any) -> None:
+        shape, storage = one.spec.shape, one.kind.storage(projection)
+        if one.kind.is_index:
+            self.register_buffer(one.name, torch.zeros(shape, dtype=torch.int32))
+        elif one.kind.content == "norms":
+            self.register_buffer(one.name, torch.zeros(shape, dtype=torch.float32))
         else:
-            self.register_parameter(kind, nn.Parameter(torch.empty(shape), requires_grad=False))
+            dtype = None if storage is None else getattr(torch, storage.type)
+            self.register_parameter(one.name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
 
     def forward(self, kind: str) -> Tensor:
         """The tensor of that kind. Asked for by a call, since accelerate brings offloaded weights when a module is
@@ -105,7 +76,8 @@ class _PerExpert(Sequence[Tensor]):
 class D2Experts(nn.Module):
     """The routed experts of one layer, in place of transformers' own module.
 
-    layer: its entry of `quantization_config`, per role ("gate", "up", "down") and with `trimmed`.
+    layer: its entry of `quantization_config`, per role ("gate", "up", "down") and with `trimmed`. dtype: the
+    checkpoint's.
     projections: role -> submodule name (Mixtral: w1, w3, w2); state-dict names are `{expert}.{name}.{kind}`.
     activation: a name of `ops.reference.ACTIVATIONS` or a callable. scope: "batch", "token" or "off".
 
@@ -124,13 +96,15 @@ class D2Experts(nn.Module):
         layer: Mapping[str, Any],
         *,
         groups: int,
-        projections: Mapping[str, str],
+        projections: Mapping[Role, str],
+        dtype: Dtype,
         activation: str | Callable[[Tensor], Tensor] = "silu",
         scope: str = "off",
     ) -> None:
         super().__init__()
         self.num_experts, self.intermediate_size = num_experts, intermediate_size
-        self.layer, self.groups, self.projections = layer, groups, dict(projections)
+        self.layer = {role: projection_of(layer[role]) for role in ROLES}
+        self.groups, self.projections = groups, dict(projections)
         self.activation, self.scope = activation, scope
         self.trimmed = tuple(layer.get("trimmed", ()))
         self.padding_mask: Tensor | None = None
@@ -141,12 +115,12 @@ class D2Experts(nn.Module):
             for name in self.projections.values():
                 modules.add_module(name, D2Projection())
             self.add_module(str(expert), modules)
-        for role in self.projections:
-            sizes = (hidden_size, intermediate_size) if role == "down" else (intermediate_size, hidden_size)
-            for expert, kind, shape in projection_shapes(layer[role], self.trimmed, num_experts, *sizes):
-                self.projection(expert, role).add(kind, shape)
+        shape = Shape(num_experts, hidden_size, intermediate_size, dtype)
+        for role, entry in self.layer.items():
+            for one in stored_tensors(shape, role, entry, self.trimmed):
+                self.projection(one.expert, role).add(one, entry)
 
-    def projection(self, expert: int, role: str) -> D2Projection:
+    def projection(self, expert: int, role: Role) -> D2Projection:
         return getattr(getattr(self, str(expert)), self.projections[role])
 
     def __len__(self) -> int:
@@ -174,7 +148,6 @@ class D2Experts(nn.Module):
         mask = self.padding_mask if self.scope == "batch" else None
         if mask is not None and mask.shape[0] != rows.shape[0]:
             raise ValueError(f"padding mask for {mask.shape[0]} rows, but {rows.shape[0]} tokens reach the experts")
-        gate, down = self.layer["gate"], self.layer["down"]
         output = fused_experts(
             rows,
             top_k_weights,
@@ -182,60 +155,51 @@ class D2Experts(nn.Module):
             self._weights(rows.device, "gate", "up"),
             self._weights(rows.device, "down"),
             mask,
-            num_experts=self.num_experts,
-            intermediate_size=self.intermediate_size,
-            ranks=[self.layer[role]["rank"] for role in ("gate", "up", "down")],
-            base_ranks=[self.layer[role].get("base_rank", 0) for role in ("gate", "up", "down")],
-            groups=[self.groups] * 2,
-            used=[gate["used_columns"], down["used_columns"]],
-            activation=self.activation,
-            scope=self.scope,
-            function=gate.get("function") or "",
-            batch_invariant=self.scope == "token",
-            static_shapes=self.static_shapes,
+            LayerSpec(
+                num_experts=self.num_experts,
+                intermediate_size=self.intermediate_size,
+                w13=self._half("gate", "up"),
+                w2=self._half("down"),
+                activation=self.activation,
+                scope=self.scope,
+                function=self.layer["gate"].function or "",
+                batch_invariant=self.scope == "token",
+                static_shapes=self.static_shapes,
+            ),
         )
         return output.reshape(hidden_states.shape)
 
-    def _weights(self, device: torch.device, *roles: str) -> Weights:
-        """fused_experts' view of gate and up, or of down."""
-        first = self.layer[roles[0]]
+    def _half(self, *roles: Role) -> HalfSpec:
+        own = [self.layer[role] for role in roles]
+        ranks, base_ranks = tuple(entry.rank for entry in own), tuple(entry.base_rank for entry in own)
+        return HalfSpec(ranks, base_ranks, self.groups, own[0].used_columns)
+
+    def _weights(self, device: torch.device, *roles: Role) -> Weights:
+        """fused_experts' view of gate and up, or of down; without static shapes an expert's matrices are put together
+        when it is visited."""
         tensors: dict[str, Any] = {}
-        if ranked := [role for role in roles if self.layer[role]["rank"]]:
-            tensors |= self._deltas(device, ranked)
-        if first.get("delta") == "dense":
-            tensors["dense"] = self._per_expert(range(self.num_experts), list(roles), "dense", 1)
-        based = [self.projection(0, role) for role in roles]
-        if first["kept_columns"]:
-            norms = [projection("base_norms") for projection in based]
-            tensors["base"] = self._join(0, list(roles), "base", 0).t()
-            tensors["base_columns"] = based[0]("base_columns")
-            tensors["base_norms"] = norms[0] if len(norms) == 1 else (norms[0].square() + norms[1].square()).sqrt()
-        if low_rank := [role for role in roles if self.layer[role].get("base_rank", 0)]:
-            tensors["base_u"] = self._join(0, low_rank, "base_u", 1)
-            tensors["base_v"] = self._join(0, low_rank, "base_v", 0)
+        for kind in KINDS:
+            if having := [role for role in roles if kind.present(self.layer[role])]:
+                tensors[kind.name] = self._at_run_time(kind, having)
+        if self.trimmed and "delta_u" in tensors:
+            places = self._places(device, [e for e in range(self.num_experts) if e not in self.trimmed])
+            tensors = {"u_index": places, **tensors}
+            if "shared_v" not in tensors:
+                tensors["v_index"] = places
         return Weights(**tensors)
 
-    def _deltas(self, device: torch.device, roles: list[str]) -> dict[str, Any]:
-        """Weights' delta fields; without static shapes an expert's matrices are put together when it is visited."""
-        first = self.layer[roles[0]]
-        own = [expert for expert in range(self.num_experts) if expert not in self.trimmed]
-        if first.get("bases", 0):
-            return {
-                "bases": self._join(0, roles, "bases", 1),
-                "alpha": self._per_expert(own, roles, "alpha", 0),
-                "a": self._per_expert(own, roles, "a", 1),
-            }
-        places = self._places(device, own) if self.trimmed else None
-        distinct = first.get("distinct_u", 0)
-        fields: dict[str, Any] = {
-            "delta_u": self._per_expert(range(distinct) if distinct else own, roles, "delta_u", 1),
-            "u_index": self.projection(0, roles[0])("u_index") if distinct else places,
-        }
-        if first.get("delta", "factors") == "columns":
-            return fields | {"delta_columns": self._per_expert(own, roles, "delta_columns", 0), "v_index": places}
-        if first.get("shared_v", False):
-            return fields | {"shared_v": self._join(0, roles, "shared_v", 0)}
-        return fields | {"delta_v": self._per_expert(own, roles, "delta_v", 0), "v_index": places}
+    def _at_run_time(self, kind: Kind, roles: list[Role]) -> Any:
+        """One kind's tensors of some projections side by side, or the one that these have in common."""
+        if kind.axis is None:
+            found = [self.projection(0, role)(kind.name) for role in roles]
+            joint = kind.content == "norms" and len(found) > 1
+            return (found[0].square() + found[1].square()).sqrt() if joint else found[0]
+        if kind.owner == "layer":
+            joined = self._join(0, roles, kind)
+            return joined.mT if kind.input_major else joined
+        experts = owners(kind, self.layer[roles[0]], self.num_experts, self.trimmed)
+        matrices = _PerExpert(len(experts), lambda place: self._join(experts[place], roles, kind))
+        return torch.stack(list(matrices)) if self.static_shapes and experts else matrices
 
     def _places(self, device: torch.device, own: list[int]) -> Tensor:
         """Of each expert among those that have deltas, -1 for none; kept on the device only where it is used there."""
@@ -245,15 +209,11 @@ class D2Experts(nn.Module):
             self._places_on[where] = torch.tensor(index, device=where)
         return self._places_on[where]
 
-    def _per_expert(self, experts: Sequence[int], roles: list[str], kind: str, axis: int) -> Tensor | _PerExpert:
-        matrices = _PerExpert(len(experts), lambda place: self._join(experts[place], roles, kind, axis))
-        return torch.stack(list(matrices)) if self.static_shapes and experts else matrices
-
-    def _join(self, expert: int, roles: list[str], kind: str, axis: int) -> Tensor:
-        parts = [self.projection(expert, role)(kind) for role in roles]
+    def _join(self, expert: int, roles: list[Role], kind: Kind) -> Tensor:
+        parts, axis = [self.projection(expert, role)(kind.name) for role in roles], kind.axis or 0
         if len(parts) == 1:
             return parts[0]
-        if self.in_place and kind not in INDEX_KINDS and not torch.compiler.is_compiling():
+        if self.in_place and not kind.is_index and not torch.compiler.is_compiling():
             return _side_by_side(parts, axis)
         return torch.cat(parts, dim=axis)
 

@@ -15,23 +15,12 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from d2moe_vllm.hf.conversion import d2_class
 from d2moe_vllm.hf.modeling_deepseek import DeepseekForCausalLM
 
-STOCK_CLASSES = {
-    "D2MixtralForCausalLM": "MixtralForCausalLM",
-    "D2PhimoeForCausalLM": "PhimoeForCausalLM",
-    "D2Qwen2MoeForCausalLM": "Qwen2MoeForCausalLM",
-    "D2Qwen3MoeForCausalLM": "Qwen3MoeForCausalLM",
-    "D2OlmoeForCausalLM": "OlmoeForCausalLM",
-    "D2DeepseekForCausalLM": DeepseekForCausalLM,
-    "D2DeepseekV2ForCausalLM": "DeepseekV2ForCausalLM",
-    "D2DeepseekV3ForCausalLM": "DeepseekV3ForCausalLM",
-    "D2KimiK2ForCausalLM": "DeepseekV3ForCausalLM",
-    "D2GraniteMoeForCausalLM": "GraniteMoeForCausalLM",
-}
-"""Class of a checkpoint's auto_map -> the dense class, or its name in transformers."""
+OWN = ("D2DeepseekForCausalLM", "D2KimiK2ForCausalLM")
+"""Of families that transformers lacks."""
 
 
 def __getattr__(name: str) -> Any:
-    """Makes the class that a checkpoint asks for: transformers may be too old for the other families."""
+    """Makes the class that a checkpoint asks for: D2 before the name of a dense class of transformers, or of OWN."""
     if name == "KimiK2Config":
         made = type(name, (transformers.DeepseekV3Config,), {"model_type": "kimi_k2", "__module__": __name__})
         # The modules are DeepSeek-V3's, and so are the names on disk.
@@ -39,11 +28,12 @@ def __getattr__(name: str) -> Any:
     elif name == "KimiK2ForCausalLM":
         content = {"config_class": __getattr__("KimiK2Config"), "__module__": __name__}
         made = type(name, (transformers.DeepseekV3ForCausalLM,), content)
+    elif name == "D2DeepseekForCausalLM":
+        made = d2_class(DeepseekForCausalLM)
     elif name == "D2KimiK2ForCausalLM":
         made = d2_class(__getattr__("KimiK2ForCausalLM"))
-    elif name in STOCK_CLASSES:
-        stock = STOCK_CLASSES[name]
-        made = d2_class(getattr(transformers, stock) if isinstance(stock, str) else stock)
+    elif name.startswith("D2") and name.endswith("ForCausalLM") and hasattr(transformers, name.removeprefix("D2")):
+        made = d2_class(getattr(transformers, name.removeprefix("D2")))
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals().setdefault(name, made)

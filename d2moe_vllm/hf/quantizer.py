@@ -90,7 +90,7 @@ def register() -> None:
         register_quantization_config(METHOD)(D2MoEQuantizationConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(D2MoEQuantizer)
-    for name in ("D2DeepseekForCausalLM", "D2KimiK2ForCausalLM"):
+    for name in modeling_d2moe.OWN:
         model_class = getattr(modeling_d2moe, name)
         config_class = model_class.config_class
         family = config_class.model_type

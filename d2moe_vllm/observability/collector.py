@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from filelock import FileLock
 from prometheus_client import REGISTRY, Metric
 from prometheus_client.registry import Collector
 
@@ -27,8 +27,8 @@ PREFIX = "d2moe-metrics-"
 LOCK = "lock"
 
 _folder: str | None = None
-_held: int | None = None
-"""The open lock of _folder."""
+_held: FileLock | None = None
+"""The lock of _folder."""
 
 
 def prepare() -> str | None:
@@ -54,10 +54,10 @@ def prepare() -> str | None:
 
 
 def _lock(folder: Path) -> None:
-    """Marks a folder as in use for as long as this process, or a child that it forked, lives."""
+    """Marks a folder as in use for as long as this process lives."""
     global _held
-    _held = os.open(folder / "lock.new", os.O_CREAT | os.O_RDWR, 0o600)
-    fcntl.flock(_held, fcntl.LOCK_EX)
+    _held = FileLock(folder / "lock.new")
+    _held.acquire()
     # Only now under its name: whoever finds a lock can tell whether it is held.
     (folder / "lock.new").rename(folder / LOCK)
 
@@ -66,8 +66,8 @@ def _remove_abandoned() -> None:
     """What servers left behind that were killed before they could tidy up."""
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
         with contextlib.suppress(OSError):  # another user's, or still in use
-            with lock.open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with FileLock(lock, blocking=False):
+                pass
             shutil.rmtree(lock.parent, ignore_errors=True)
 
 

@@ -47,7 +47,6 @@ SECONDS = Metric(
     ("layers", "rank"),
     "Seconds the rank spent in routed experts and how often; on CPUs only.",
 )
-METRICS = (EXPERT_TOKENS, COLUMNS_USED, DELTA_BYTES, SECONDS)
 
 
 def layer_groups(config: CheckpointConfig) -> dict[int, str]:

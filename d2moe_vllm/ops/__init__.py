@@ -1,53 +1,40 @@
 """Backends of the MoE layer: one signature, `reference.fused_experts`, that every backend has.
 
-A backend is a row in BACKENDS. A torch custom op knows no structures: experts.py builds its schema from INPUTS,
-PARAMETERS and OPTIONS, and `fused_experts` puts the flat list together again.
+A backend is a row in BACKENDS. A torch custom op knows no structures: it is given the layer's tensors one by one, by
+PARAMETERS (`flat`, `halves`), and its LayerSpec as a text (`encoded`, `decoded`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from d2moe_vllm.ops import cpu, reference, triton
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 
-INPUTS = ("x", "topk_weights", "topk_ids")
-PARAMETERS = tuple(f"{half}_{field}" for half in ("w13", "w2") for field in reference.Weights._fields)
+PARAMETERS = tuple(f"{half}_{field}" for half in ("w13", "w2") for field in Weights._fields)
 """The layer's own tensors, by their names in a vLLM layer; each may be None."""
-
-OPTIONS = {
-    "num_experts": "int",
-    "intermediate_size": "int",
-    "ranks": "int[]",
-    "base_ranks": "int[]",
-    "groups": "int[]",
-    "used": "int[]",
-    "activation": "str",
-    "scope": "str",
-    "function": "str",
-    "batch_invariant": "bool",
-    "backend": "str",
-}
-"""Keyword arguments that are constants of a layer, with their schema types; static_shapes follows x's device."""
-
-PACK_OPTIONS = ("ranks", "base_ranks", "used", "scope")
-"""Those that a backend's `pack` is told."""
+FusedExperts = Callable[[Tensor, Tensor, Tensor, Weights, Weights, Tensor | None, LayerSpec], Tensor]
+"""The signature of `reference.fused_experts`."""
+Pack = Callable[[Weights, Weights, LayerSpec], tuple[Weights, Weights]]
 
 
 class Backend(NamedTuple):
     """fused_experts: see `reference.fused_experts`. devices: torch's device types it runs on, None for all.
 
-    pack: (w13, w2, **PACK_OPTIONS) -> the halves in the backend's own layout, called once after loading; None where it
-    takes them as they are. missing: why it cannot be used on this machine, in one line; None if it can.
+    pack: the halves in the backend's own layout, called once after loading; None where it takes them as they are.
+    missing: why it cannot be used on this machine, in one line; None if it can.
     check: hold it against the reference when a model is loaded (selfcheck.py), as it has never run on such devices.
     lacks: kinds of deltas (checkpoint.Delta) that it cannot compute with.
     """
 
-    fused_experts: Callable[..., Tensor]
+    fused_experts: FusedExperts
     devices: tuple[str, ...] | None = None
-    pack: Callable[..., tuple[reference.Weights, reference.Weights]] | None = None
+    pack: Pack | None = None
     missing: Callable[[], str | None] = lambda: None
     check: bool = False
     lacks: frozenset[str] = frozenset()
@@ -81,34 +68,50 @@ def choose_backend(
     raise ValueError(reasons[0])
 
 
-def halves(parameters: Sequence[Tensor | None]) -> tuple[reference.Weights, reference.Weights]:
+def halves(parameters: Sequence[Tensor | None]) -> tuple[Weights, Weights]:
     """Tensors in the order of PARAMETERS as gate's and up's and down's."""
     half = len(PARAMETERS) // 2
-    return reference.Weights._make(parameters[:half]), reference.Weights._make(parameters[half:])
+    return Weights._make(parameters[:half]), Weights._make(parameters[half:])
 
 
-def flat(w13: reference.Weights, w2: reference.Weights) -> list[Any]:
+def flat(w13: Weights, w2: Weights) -> list[Any]:
     """The reverse of `halves`."""
     return [*w13, *w2]
 
 
+def encoded(spec: LayerSpec) -> str:
+    """A spec whose activation is a name, as JSON: by the names of all its fields, in their order."""
+
+    def plain(value: Any) -> Any:
+        return {k: plain(v) for k, v in value._asdict().items()} if hasattr(value, "_asdict") else value
+
+    return json.dumps(plain(spec), separators=(",", ":"))
+
+
+@cache
+def decoded(text: str) -> LayerSpec:
+    """The reverse of `encoded`, parsed once. Raises KeyError for a text whose fields are not those of today."""
+    kinds: dict[frozenset[str], Any] = {frozenset(kind._fields): kind for kind in (LayerSpec, HalfSpec)}
+
+    def structure(fields: dict[str, Any]) -> Any:
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        return kinds[frozenset(fields)](**values)
+
+    return json.loads(text, object_hook=structure)
+
+
 def fused_experts(
+    backend: str,
     x: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    *parameters: Tensor | None,
-    padding_mask: Tensor | None = None,
-    backend: str,
-    **options: Any,
+    w13: Weights,
+    w2: Weights,
+    padding_mask: Tensor | None,
+    spec: LayerSpec,
 ) -> Tensor:
-    """`reference.fused_experts` by the named backend, parameters in the order of PARAMETERS.
-
-    Shapes are static wherever a graph may be captured. Raises ValueError for weights it has no kernel for.
-    """
-    w13, w2 = halves(parameters)
+    """`reference.fused_experts` by the named backend. Raises ValueError for weights it has no kernel for."""
     for kind in BACKENDS[backend].lacks:
         if getattr(w13, kind) is not None or getattr(w2, kind) is not None:
             raise ValueError(f"backend {backend!r} has no kernel for {kind!r}; use 'reference'")
-    return BACKENDS[backend].fused_experts(
-        x, topk_weights, topk_ids, w13, w2, padding_mask, **options, static_shapes=x.device.type != "cpu"
-    )
+    return BACKENDS[backend].fused_experts(x, topk_weights, topk_ids, w13, w2, padding_mask, spec)

@@ -87,6 +87,41 @@ class Weights(NamedTuple):
     dense: Tensor | Sequence[Tensor] | None = None
 
 
+class HalfSpec(NamedTuple):
+    """What is constant of one half on one rank: of gate and up ("w13", in this order), or of down ("w2").
+
+    ranks: of each projection's deltas. base_ranks: of each one's low-rank base, () without one. groups: of consecutive
+    kept columns of the base. used: how many of these columns are used in all; a low-rank base has none to choose from.
+    """
+
+    ranks: tuple[int, ...]
+    base_ranks: tuple[int, ...] = ()
+    groups: int = 1
+    used: int = 0
+
+
+class LayerSpec(NamedTuple):
+    """What is constant of a layer on one rank: all that a backend is told beside tensors. Hashable.
+
+    num_experts, intermediate_size: I and the number of experts as they are here. activation: of ACTIVATIONS, or, for
+    this backend alone, any function. scope: "batch", "token" or "off", see select_columns. function: of FUNCTIONS,
+    where there are bases. batch_invariant: with scope "off" or "token", every bit of a row of the result depends on
+    that row alone; on a GPU only where torch.matmul is so itself (vLLM makes it so under VLLM_BATCH_INVARIANT=1).
+    static_shapes: visit every expert with all rows instead of its own rows: more work, but no shape and no control flow
+    depends on data (CUDA graphs, tracing).
+    """
+
+    num_experts: int
+    intermediate_size: int
+    w13: HalfSpec
+    w2: HalfSpec
+    activation: str | Activation
+    scope: str
+    function: str = ""
+    batch_invariant: bool = False
+    static_shapes: bool = False
+
+
 def fused_experts(
     x: Tensor,
     topk_weights: Tensor,
@@ -94,18 +129,7 @@ def fused_experts(
     w13: Weights,
     w2: Weights,
     padding_mask: Tensor | None,
-    *,
-    num_experts: int,
-    intermediate_size: int,
-    ranks: Sequence[int],
-    base_ranks: Sequence[int],
-    groups: Sequence[int],
-    used: Sequence[int],
-    activation: str | Activation,
-    scope: str,
-    function: str = "",
-    batch_invariant: bool = False,
-    static_shapes: bool = False,
+    spec: LayerSpec,
 ) -> Tensor:
     """Routed experts of one layer, the base computed once per token.
 
@@ -113,41 +137,31 @@ def fused_experts(
     anything else outside 0..num_experts-1) is an expert that is not here and adds nothing.
     padding_mask: bool [T], True for rows that are no tokens. They get some output but influence no other.
 
-    intermediate_size: I, as it is here. ranks, base_ranks: of gate, up and down, likewise. groups, used: of w13 and
-    w2, groups of kept columns, and how many columns are used in all; a low-rank base has none to choose from. scope:
-    "batch", "token" or "off", see select_columns. function: of FUNCTIONS, where there are bases. batch_invariant:
-    with scope "off" or "token", every bit of a row of the result depends on that row alone; on a GPU only where
-    torch.matmul is so itself (vLLM makes it so under VLLM_BATCH_INVARIANT=1). static_shapes: visit every expert with
-    all rows instead of its own rows: more work, but no shape and no control flow depends on data (CUDA graphs,
-    tracing).
-
     Returns [T, H] in x's dtype. Sums over experts are float32 (float64 for float64 inputs), rounded once.
     """
-    act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+    act = ACTIVATIONS[spec.activation] if isinstance(spec.activation, str) else spec.activation
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     product: Product = torch.matmul
-    if batch_invariant and not static_shapes:
+    if spec.batch_invariant and not spec.static_shapes:
         product, act = tiled_product, partial(_row_by_row, act)
-    base = partial(base_product, padding_mask=padding_mask, scope=scope, product=product)
-    z = base(x, w13, groups=groups[0], used=used[0], base_gate_rank=base_ranks[0])
+    z = base_product(x, w13, spec.w13, padding_mask, spec.scope, product)
     # A V that all experts share needs each token once, however many experts it goes to.
     shrunk = None if w13.shared_v is None else product(x, w13.shared_v.t())
-    factors13 = _factors(w13, num_experts, static_shapes, function, ranks[0])
-    factors2 = _factors(w2, num_experts, static_shapes)
+    factors13, factors2 = _factors(w13, spec), _factors(w2, spec)
     has_base = w2.base is not None or w2.base_u is not None
-    mix = x.new_zeros((x.shape[0], intermediate_size), dtype=accumulate) if has_base else None
+    mix = x.new_zeros((x.shape[0], spec.intermediate_size), dtype=accumulate) if has_base else None
     output = torch.zeros_like(x, dtype=accumulate)
-    visits = _visit_all if static_shapes else _visit_routed
-    for expert, rows, gates in visits(topk_ids, topk_weights.to(accumulate), num_experts):
-        own_x, own_z, own_shrunk = (t if static_shapes or t is None else t[rows] for t in (x, z, shrunk))
-        hidden = _hidden(own_x, own_z, own_shrunk, factors13(expert), ranks[0], act, accumulate, product)
+    visits = _visit_all if spec.static_shapes else _visit_routed
+    for expert, rows, gates in visits(topk_ids, topk_weights.to(accumulate), spec.num_experts):
+        own_x, own_z, own_shrunk = (t if spec.static_shapes or t is None else t[rows] for t in (x, z, shrunk))
+        hidden = _hidden(own_x, own_z, own_shrunk, factors13(expert), spec.w13.ranks[0], act, accumulate, product)
         if mix is not None:
             _add(mix, rows, gates, hidden)
         if (factors := factors2(expert)) is not None:
             delta = product(_shrink(hidden.to(x.dtype), factors.v, product), factors.u.t())
             _add(output, rows, gates, factors.where_present(delta.to(accumulate)))
     if mix is not None:
-        output += base(mix, w2, groups=groups[1], used=used[1])
+        output += base_product(mix, w2, spec.w2, padding_mask, spec.scope, product)
     return output.to(x.dtype)
 
 
@@ -161,29 +175,18 @@ def tiled_product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def base_product(
-    x: Tensor,
-    weights: Weights,
-    padding_mask: Tensor | None,
-    *,
-    scope: str,
-    groups: int,
-    used: int,
-    base_gate_rank: int | None = None,
-    product: Product = torch.matmul,
+    x: Tensor, weights: Weights, half: HalfSpec, padding_mask: Tensor | None, scope: str, product: Product
 ) -> Tensor | None:
-    """`W_b[:, J] x[J]`, or `U_b V_b x`, for rows x [T, in]: [T, out] in the base's dtype; None without a base.
-
-    base_gate_rank: gate's share of the base's rank, for w13 only.
-    """
+    """`W_b[:, J] x[J]`, or `U_b V_b x`, for rows x [T, in]: [T, out] in the base's dtype; None without a base."""
     if weights.base_u is not None and weights.base_v is not None:
         shrunk = product(x.to(weights.base_v.dtype), weights.base_v.t())
-        if base_gate_rank is None:
+        if len(half.base_ranks) == 1:
             return product(shrunk, weights.base_u.t())
-        return torch.cat(_expand(shrunk, weights.base_u, base_gate_rank, product), dim=-1)
+        return torch.cat(_expand(shrunk, weights.base_u, half.base_ranks[0], product), dim=-1)
     if weights.base is None or weights.base_columns is None or weights.base_norms is None:
         return None
     kept = x.index_select(1, weights.base_columns)
-    mask = select_columns(kept, weights.base_norms, padding_mask, scope=scope, groups=groups, used=used)
+    mask = select_columns(kept, weights.base_norms, padding_mask, half, scope)
     if mask is not None:
         # where, not a product: what is left out may be infinite or NaN in a padding row.
         kept = torch.where(mask, kept, 0)
@@ -191,7 +194,7 @@ def base_product(
 
 
 def select_columns(
-    kept: Tensor, norms: Tensor, padding_mask: Tensor | None, *, scope: str, groups: int, used: int
+    kept: Tensor, norms: Tensor, padding_mask: Tensor | None, half: HalfSpec, scope: str
 ) -> Tensor | None:
     """Dynamic pruning (METHODS 1.5): which of the kept columns this forward pass uses.
 
@@ -201,7 +204,7 @@ def select_columns(
 
     Returns bool [1 or T, kept], or None where all are used. Raises ValueError for an unknown scope.
     """
-    if scope == "off" or used >= norms.numel():
+    if scope == "off" or half.used >= norms.numel():
         return None
     # float32, so that every backend and dtype makes the same choice; float64 only for the oracle's sake.
     magnitude = kept.abs().to(torch.float64 if kept.dtype == torch.float64 else torch.float32)
@@ -211,9 +214,9 @@ def select_columns(
         magnitude = magnitude.square().sum(dim=0, keepdim=True).sqrt()
     elif scope != "token":
         raise ValueError(f"scope is {scope!r}, not batch, token or off")
-    scores = (magnitude * norms).unflatten(1, (groups, -1))
+    scores = (magnitude * norms).unflatten(1, (half.groups, -1))
     # A stable sort, not topk: of equal scores the lowest column wins, on every device.
-    best = scores.argsort(dim=-1, descending=True, stable=True)[..., : used // groups]
+    best = scores.argsort(dim=-1, descending=True, stable=True)[..., : half.used // half.groups]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True).flatten(1)
 
 
@@ -255,19 +258,16 @@ class _Factors(NamedTuple):
         return delta if self.present is None else torch.where(self.present, delta, 0)
 
 
-def _factors(
-    weights: Weights, num_experts: int, static_shapes: bool, function: str = "", gate_rank: int = 0
-) -> Callable[[int], _Factors | None]:
+def _factors(weights: Weights, spec: LayerSpec) -> Callable[[int], _Factors | None]:
     """A function that finds an expert's factors when they are needed; None where it is known to have none."""
     if weights.dense is not None or weights.bases is not None:
-        return _whole(weights, function, gate_rank)
+        return _whole(weights, spec)
     us, shared_v, u_index = weights.delta_u, weights.shared_v, weights.u_index
     vs = weights.delta_v if weights.delta_columns is None else weights.delta_columns
     # A rank may have a layer's trimmed experts only, and so nothing stored.
     if us is None or len(us) == 0 or (shared_v is None and (vs is None or len(vs) == 0)):
         return lambda expert: None
-    u_places = _places(u_index, num_experts, static_shapes)
-    v_places = _places(weights.v_index, num_experts, static_shapes)
+    u_places, v_places = _places(u_index, spec), _places(weights.v_index, spec)
 
     def find(expert: int) -> _Factors | None:
         place = u_places[expert]
@@ -280,7 +280,7 @@ def _factors(
     return find
 
 
-def _whole(weights: Weights, function: str, gate_rank: int) -> Callable[[int], _Factors]:
+def _whole(weights: Weights, spec: LayerSpec) -> Callable[[int], _Factors]:
     """`_factors` of experts that are mixed from bases, or stored whole; they stand at their own number's place."""
     if (dense := weights.dense) is not None:
         return lambda expert: _Factors(_at(dense, expert), None)
@@ -289,16 +289,17 @@ def _whole(weights: Weights, function: str, gate_rank: int) -> Callable[[int], _
         raise ValueError("bases need a and alpha, and the other way round")
 
     def find(expert: int) -> _Factors:
-        return _Factors(_at(a, expert), _Mixed(bases, _at(alpha, expert), FUNCTIONS[function], gate_rank))
+        v = _Mixed(bases, _at(alpha, expert), FUNCTIONS[spec.function], spec.w13.ranks[0])
+        return _Factors(_at(a, expert), v)
 
     return find
 
 
-def _places(index: Tensor | None, num_experts: int, static_shapes: bool) -> Sequence[int | Tensor]:
+def _places(index: Tensor | None, spec: LayerSpec) -> Sequence[int | Tensor]:
     """Per expert its index; with static shapes one that stays on the device, int [1], and is never negative."""
     if index is None:
-        return range(num_experts)
-    return index.clamp(min=0).split(1) if static_shapes else index.tolist()
+        return range(spec.num_experts)
+    return index.clamp(min=0).split(1) if spec.static_shapes else index.tolist()
 
 
 def _at(matrices: Tensor | Sequence[Tensor], place: int | Tensor) -> Tensor:

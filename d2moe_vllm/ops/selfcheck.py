@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm import ops
+from d2moe_vllm.ops.reference import LayerSpec
 
 ROWS = (1, 17, 300)
 """Batches to compare: backends treat one token, a few and many differently."""
@@ -46,31 +47,29 @@ _DONE: set[tuple[object, ...]] = set()
 
 @contextmanager
 def against_reference(
-    read: Callable[[], Sequence[Tensor | None]], options: Mapping[str, Any], *, hidden_size: int, top_k: int
+    read: Callable[[], Sequence[Tensor | None]], backend: str, spec: LayerSpec, *, hidden_size: int, top_k: int
 ) -> Iterator[None]:
     """Around the packing of a layer's weights: computes with them before and after, and compares.
 
     Does nothing for backends that need no check (`Backend.check`) and for a kind of layer checked before.
-    read: the layer's parameters as they are now, in the order of ops.PARAMETERS. options: with the keys
-    of ops.OPTIONS and maybe others. Leaves torch's random state alone. Raises SelfCheckError.
+    read: the layer's parameters as they are now, in the order of ops.PARAMETERS. Leaves torch's
+    random state alone. Raises SelfCheckError.
     """
-    options = {name: options[name] for name in ops.OPTIONS}
-    backend = options.pop("backend")
     parameters = read()
     # Triton compiles sizes that are multiples of 16 for themselves.
-    even = tuple(size % 16 == 0 for size in (*options["ranks"], *options["base_ranks"], *options["used"]))
+    even = tuple(size % 16 == 0 for half in (spec.w13, spec.w2) for size in (*half.ranks, *half.base_ranks, half.used))
     # So many bases are mixed in one loop, and more of them in two.
     bases = None if (found := ops.halves(parameters)[0].bases) is None else len(found)
-    kind = (backend, even, options["function"], bases, *(None if t is None else t.dtype for t in parameters))
+    kind = (backend, even, spec.function, bases, *(None if t is None else t.dtype for t in parameters))
     if not ops.BACKENDS[backend].check or kind in _DONE:
         yield
         return
     # Before packing, which may take the storage of the original.
     packed = ops.BACKENDS[backend].pack is not None
-    examples = list(_examples(parameters, hidden_size, top_k, options, packed))
+    examples = list(_examples(parameters, hidden_size, top_k, spec, packed))
     yield
     for example in examples:
-        if (wrong := _difference(backend, example, read(), options)) is not None:
+        if (wrong := _difference(backend, example, read(), spec)) is not None:
             raise SelfCheckError(
                 f"backend {backend!r} does not compute what the reference does on {_device(example.x)} ({wrong}): "
                 f"not serving; start with {SWITCH} and report it"
@@ -79,21 +78,20 @@ def against_reference(
 
 
 def _examples(
-    parameters: Sequence[Tensor | None], hidden_size: int, top_k: int, options: dict[str, Any], packed: bool
+    parameters: Sequence[Tensor | None], hidden_size: int, top_k: int, spec: LayerSpec, packed: bool
 ) -> Iterator[Example]:
     weights = next(t for t in parameters if t is not None and t.is_floating_point())
     # Weights that --load-format dummy invented may have norms below zero, by which nothing is selected.
     sane = all(half.base_norms is None or bool((half.base_norms >= 0).all()) for half in ops.halves(parameters))
-    experts = options["num_experts"]
     # Explicitly: while a model is loaded, torch's defaults are the model's.
     random: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
     # What is packed is packed for the scope that is served.
-    scopes = {options["scope"]: None} if packed else dict.fromkeys(("off", options["scope"] if sane else "off"))
+    scopes = {spec.scope: None} if packed else dict.fromkeys(("off", spec.scope if sane else "off"))
     for scope in scopes:
         for rows in ROWS:
             # Experts that this rank does not have, where there are too few here or by chance, of one row all.
-            ids = torch.rand(rows, max(experts, top_k), **random).argsort(dim=1)[:, :top_k].int()
-            absent = (ids >= experts) | (torch.rand(rows, top_k, **random) < 0.2)
+            ids = torch.rand(rows, max(spec.num_experts, top_k), **random).argsort(dim=1)[:, :top_k].int()
+            absent = (ids >= spec.num_experts) | (torch.rand(rows, top_k, **random) < 0.2)
             absent[rows // 2 + 1 : rows // 2 + 2] = True
             example = Example(
                 scope,
@@ -102,26 +100,23 @@ def _examples(
                 ids.masked_fill(absent, -1).to(weights.device),
                 (torch.arange(rows, device="cpu") >= max(1, rows - 2)).to(weights.device) if scope == "batch" else None,
             )
-            expected = _compute("reference", example, parameters, options)
+            expected = _compute("reference", example, parameters, spec)
             if not bool(expected.isfinite().all()):
                 raise SelfCheckError("a layer's outputs are not finite in the reference; look with `d2moe verify`")
             yield example._replace(expected=expected)
 
 
-def _compute(backend: str, example: Example, parameters: Sequence[Tensor | None], options: dict[str, Any]) -> Tensor:
-    settings = {**options, "scope": example.scope, "backend": backend}
-    inputs = (example.x, example.gates, example.ids)
-    output = ops.fused_experts(*inputs, *parameters, padding_mask=example.padding, **settings)
+def _compute(backend: str, example: Example, parameters: Sequence[Tensor | None], spec: LayerSpec) -> Tensor:
+    inputs = (example.x, example.gates, example.ids, *ops.halves(parameters), example.padding)
+    output = ops.fused_experts(backend, *inputs, spec._replace(scope=example.scope))
     return (output if example.padding is None else output[~example.padding]).float()
 
 
-def _difference(
-    backend: str, example: Example, parameters: Sequence[Tensor | None], options: dict[str, Any]
-) -> str | None:
+def _difference(backend: str, example: Example, parameters: Sequence[Tensor | None], spec: LayerSpec) -> str | None:
     """What is wrong, in a few words; None if nothing is."""
     rows, where = len(example.x), f"{len(example.x)} rows, scope {example.scope!r}"
     try:
-        output = _compute(backend, example, parameters, options)
+        output = _compute(backend, example, parameters, spec)
     except Exception as failure:  # whatever a compiler, a driver or a kernel raises
         return f"{where}: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
     if output.shape != example.expected.shape:

@@ -19,16 +19,18 @@ from d2moe_vllm.compat import (
     load_format,
     local_expert,
     lora_on_experts,
+    on_cpu,
     padding_mask,
     set_weight_attrs,
     tokens_from_other_ranks,
 )
 from d2moe_vllm.format.config import ROLES, CheckpointConfig, CheckpointError, Scope
+from d2moe_vllm.format.kinds import BASE_NAMES
 from d2moe_vllm.observability import recorder
 from d2moe_vllm.observability.metrics import columns_used_ratio
 from d2moe_vllm.ops import selfcheck
 from d2moe_vllm.ops.reference import ACTIVATIONS
-from d2moe_vllm.serving.loading import BASE_KINDS, LayerLoader, options
+from d2moe_vllm.serving.loading import LayerLoader, layer_spec
 
 logger = init_logger(__name__)
 
@@ -43,7 +45,6 @@ class D2MoEMethod(FusedMoEMethodBase):
         super().__init__(moe)
         self.config, self.layer, self.scope, self.backend = config, layer, scope, backend
         self.load_format = load_format()
-        self.options: dict[str, Any] = {}
         _refuse_unsupported(moe, config, layer, scope, self.load_format)
 
     def create_weights(
@@ -80,19 +81,24 @@ class D2MoEMethod(FusedMoEMethodBase):
             layer.register_parameter(name, parameter)
             kind = name.split("_", 1)[1]
             set_weight_attrs(parameter, {"weight_loader": self.loader.weight_loader(kind)})
-            delta_bytes += 0 if kind in BASE_KINDS else tensor.nbytes
+            delta_bytes += 0 if kind in BASE_NAMES else tensor.nbytes
         distributed = parallel.use_ep and parallel.ep_size > 1
         if distributed and self.scope != "off":
             logger.info_once("d2moe: no dynamic column selection on down projections under expert parallelism")
-        self.options = {
-            "num_experts": num_experts,
-            "activation": self.moe.activation.value,
+        self.spec = layer_spec(
+            self.config,
+            self.layer,
+            parallel.tp_size,
+            self.scope,
+            num_experts=num_experts,
+            activation=self.moe.activation.value,
+            prune_down=not distributed,
             # Scope "token" promises that a request's output never depends on its neighbours: to the last bit.
-            "batch_invariant": self.scope == "token" or batch_invariant(),
-            "backend": self.backend,
-            **options(self.config, self.layer, parallel.tp_size, self.scope, prune_down=not distributed),
-        }
-        self.options["layer"] = recorder.add_layer(
+            batch_invariant=self.scope == "token" or batch_invariant(),
+            # Wherever a graph may be captured.
+            static_shapes=not on_cpu(),
+        )
+        recorded = recorder.add_layer(
             self.config,
             self.layer,
             # Tensor-parallel ranks all see the same tokens.
@@ -101,6 +107,9 @@ class D2MoEMethod(FusedMoEMethodBase):
             used=columns_used_ratio(self.config, self.layer, self.scope, prune_down=not distributed),
             masked=not tokens_from_other_ranks(self.moe),
         )
+        # The operator's constants. A text, and not a number that a table of this process gives a meaning: vLLM keeps
+        # compiled graphs with their constants on disk, and another process would fill its table in another order.
+        self.constants: dict[str, Any] = {"backend": self.backend, "spec": ops.encoded(self.spec), "layer": recorded}
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Refuses a layer that is not complete: vLLM itself drops unknown names and misses none."""
@@ -112,13 +121,12 @@ class D2MoEMethod(FusedMoEMethodBase):
                 "copy the checkpoint again"
             )
         sizes = {"hidden_size": self.config.hidden_size, "top_k": self.moe.experts_per_token}
-        with selfcheck.against_reference(lambda: _parameters(layer), self.options, **sizes):
+        with selfcheck.against_reference(lambda: _parameters(layer), self.backend, self.spec, **sizes):
             self._pack(layer)
 
     def _pack(self, layer: nn.Module) -> None:
         if (pack := ops.BACKENDS[self.backend].pack) is not None:
-            options = {name: self.options[name] for name in ops.PACK_OPTIONS}
-            packed = ops.flat(*pack(*ops.halves(_parameters(layer)), **options))
+            packed = ops.flat(*pack(*ops.halves(_parameters(layer)), self.spec))
             for name, tensor in zip(ops.PARAMETERS, packed, strict=True):
                 if tensor is not None and tensor is not getattr(layer, name):
                     setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
@@ -146,7 +154,7 @@ class D2MoEMethod(FusedMoEMethodBase):
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if (expert_map := layer.expert_map) is not None:
             topk_ids = torch.where(topk_ids >= 0, expert_map[topk_ids.clamp(min=0).long()], -1)
-        return torch.ops.d2moe.fused_experts(x, topk_weights, topk_ids, *_parameters(layer), **self.options)
+        return torch.ops.d2moe.fused_experts(x, topk_weights, topk_ids, *_parameters(layer), **self.constants)
 
 
 def _parameters(layer: nn.Module) -> list[Tensor | None]:
@@ -185,28 +193,34 @@ def _refuse_unsupported(
 
 
 def _fused_experts(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *parameters: Tensor | None, layer: int, **layer_options: Any
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *parameters: Tensor | None,
+    backend: str,
+    spec: str,
+    layer: int,
 ) -> Tensor:
     started = time.perf_counter()
+    known = ops.decoded(spec)
     # Read here and not passed in: a traced graph would take it for a constant. Only a selection that the
     # batch shares can be influenced by padding rows.
-    mask = padding_mask(x.shape[0]) if layer_options["scope"] == "batch" else None
-    output = ops.fused_experts(x, topk_weights, topk_ids, *parameters, padding_mask=mask, **layer_options)
+    mask = padding_mask(x.shape[0]) if known.scope == "batch" else None
+    output = ops.fused_experts(backend, x, topk_weights, topk_ids, *ops.halves(parameters), mask, known)
     recorder.record(layer, topk_ids, time.perf_counter() - started)
     return output
 
 
-def _fused_experts_fake(x: Tensor, *args: Any, **layer_options: Any) -> Tensor:
+def _fused_experts_fake(x: Tensor, *args: Any, **constants: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _register_operator() -> torch.library.Library:
     """Defines torch.ops.d2moe.fused_experts: opaque to compilation, which on CPU traces through apply."""
-    required = ", ".join(f"Tensor {name}" for name in ops.INPUTS)
-    optional = ", ".join(f"Tensor? {name}" for name in ops.PARAMETERS)
-    constants = ", ".join(f"{kind} {name}" for name, kind in ops.OPTIONS.items())
+    inputs = "Tensor x, Tensor topk_weights, Tensor topk_ids"
+    parameters = ", ".join(f"Tensor? {name}" for name in ops.PARAMETERS)
     library = torch.library.Library("d2moe", "FRAGMENT")
-    library.define(f"fused_experts({required}, {optional}, *, int layer, {constants}) -> Tensor")
+    library.define(f"fused_experts({inputs}, {parameters}, *, str backend, str spec, int layer) -> Tensor")
     library.impl("fused_experts", _fused_experts, "CompositeExplicitAutograd")
     torch.library.register_fake("d2moe::fused_experts", _fused_experts_fake, lib=library)
     return library

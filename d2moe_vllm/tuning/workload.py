@@ -14,7 +14,7 @@ from d2moe_vllm import ops
 from d2moe_vllm.format.config import CheckpointConfig, Layer, Projection, Pruning, Scope, Source
 from d2moe_vllm.ops.shapes import GROUPS, Shape, sizes
 from d2moe_vllm.ops.triton import tiles
-from d2moe_vllm.serving.loading import LayerLoader, options
+from d2moe_vllm.serving.loading import LayerLoader, layer_spec
 
 Timer = Callable[[Callable[[], object]], float]
 """Milliseconds that a call takes."""
@@ -64,27 +64,24 @@ class Workload:
         for name, tensor in found.items():
             if tensor.is_floating_point() and not name.endswith("norms"):
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
-        self.parameters = [found.get(name) for name in ops.PARAMETERS]
-        self.options = {
-            "num_experts": experts,
-            "activation": "silu",
-            "batch_invariant": False,
-            **options(config, number, 1, config.pruning.scope, prune_down=True),
-        }
+        self.halves = ops.halves([found.get(name) for name in ops.PARAMETERS])
+        self.spec = layer_spec(
+            config, number, 1, config.pruning.scope, num_experts=experts, activation="silu", prune_down=True
+        )
         self.hidden_size = config.hidden_size
         self._batches: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def batch(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """x, gates, ids: every token goes to top_k different experts, all equally likely."""
         if tokens not in self._batches:
-            ids = torch.rand(tokens, self.options["num_experts"], device=self.device).argsort(dim=1)
+            ids = torch.rand(tokens, self.spec.num_experts, device=self.device).argsort(dim=1)
             x = torch.randn(tokens, self.hidden_size, device=self.device).to(self.dtype)
             gates = torch.rand(tokens, self.top_k, device=self.device)
             self._batches[tokens] = x, gates, ids[:, : self.top_k].int()
         return self._batches[tokens]
 
     def run(self, tokens: int) -> Tensor:
-        return ops.fused_experts(*self.batch(tokens), *self.parameters, backend="triton", **self.options)
+        return ops.fused_experts("triton", *self.batch(tokens), *self.halves, None, self.spec)
 
     def kernels(self, tokens: int) -> set[str]:
         """Those whose tiles such a batch asks for."""

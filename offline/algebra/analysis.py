@@ -15,22 +15,13 @@ SHARES = (1, 2, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 def unit_gram(samples: Tensor) -> Tensor:
     """H K H / ||H K H||_F as a vector [n * n], for samples [n, features], K = samples samplesᵀ, H the centring matrix.
 
-    Zero where all samples are equal. In the dtype of `samples`. The scalar product of two such vectors is linear CKA.
+    Zero where all samples are equal. In the dtype of `samples`. The scalar product of two such vectors is linear CKA,
+    tr(HKHL) / sqrt(tr(HKHK) tr(HLHL)) (D2-MoE eq. 11), between 0 and 1; 0 where one side does not vary at all.
     """
     centred = samples - samples.mean(dim=0)
     gram = (centred @ centred.T).flatten()
     norm = torch.linalg.vector_norm(gram)
     return gram / norm if norm > 0 else gram
-
-
-def linear_cka(first: Tensor, second: Tensor) -> float:
-    """tr(HKHL) / sqrt(tr(HKHK) tr(HLHL)) (D2-MoE eq. 11) of [n, p] and [n, q], whose rows are samples.
-
-    Between 0 and 1; 0 where one side does not vary at all. Raises ValueError for different numbers of samples.
-    """
-    if first.shape[0] != second.shape[0]:
-        raise ValueError(f"{first.shape[0]} samples against {second.shape[0]}")
-    return float(unit_gram(first) @ unit_gram(second))
 
 
 def cka_matrix(matrix: Callable[[int], Tensor], count: int, block: int) -> Tensor:

@@ -261,20 +261,6 @@ def column_factors(delta: Tensor, gram: Tensor, rank: int, groups: int) -> Facto
     return delta[:, columns.long()], columns
 
 
-def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor, total: float | None = None) -> float:
-    """||(W - W') X||_F / ||W X||_F for inputs with second moment `gram`; 0 where W X is 0, NaN on overflow.
-
-    weight, approximation: [out, in], computed in the wider of their dtypes and float32, as `whitened_energy`.
-    total: `whitened_energy(weight, gram)`, where the caller has it already.
-    """
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, approximation.dtype), torch.float32)
-    weight = weight.to(dtype)
-    total = whitened_energy(weight, gram) if total is None else total
-    if not math.isfinite(total):
-        return math.nan
-    return (whitened_energy(weight - approximation, gram) / total) ** 0.5 if total > 0 else 0.0
-
-
 def error_curve(delta: Tensor, gram: Tensor, u: Tensor, v: Tensor, total: float | None = None) -> Tensor:
     """||(delta - u[:, :r] v[:r]) G^(1/2)||_F^2 for every r = 0..rank: float64 [rank + 1], for any factors.
 

@@ -27,12 +27,13 @@ def compressed_experts(
             config.layers[layer].model_dump(),
             groups=config.pruning.groups,
             projections=dict(config.projections.items()),
+            dtype=config.dtype,
             activation=activation,
             scope=scope,
         )
     prefix = config.experts_prefix(layer) + "."
     state = {}
-    for name in (name for role in config.projections for name in config.projection_tensors(layer, role)):
+    for name in config.stored(layer):
         found = tensor(name)
         state[name.removeprefix(prefix)] = found.float() if found.is_floating_point() else found
     experts.load_state_dict(state, strict=True, assign=True)

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from d2moe_vllm.format.config import DTYPES, ROLES, CheckpointConfig, CheckpointError, Role, TensorSpec
+from d2moe_vllm.format.config import DTYPES, CheckpointConfig, CheckpointError, Role, TensorSpec
 from d2moe_vllm.format.files import check_checkpoint, read_manifest
 from offline.checkpoint.card import source_metadata
 from offline.checkpoint.inspect import read_statistics
@@ -23,11 +23,9 @@ from offline.io.progress import Steps
 from offline.io.shards import TORCH_DTYPES, Reader, plan_shards, sync_file, write_file, write_shards
 from offline.methods import find_method
 from offline.source.dense import open_dense, read_model_config
-from offline.source.families import Layout, find_family, read_shape
+from offline.source.families import find_family, read_shape
 from offline.source.stored import expert_tensors
 
-Part = tuple[int, int, Role]
-"""Layer, expert and role of one matrix."""
 CARD = """---
 {metadata}---
 
@@ -56,21 +54,28 @@ def export(folder: Path, out: Path, steps: Callable[[float], Steps]) -> dict[str
     reader = Reader(folder)
     original = _original_config(folder)
     family = find_family(original)
-    layout, shape = family.layouts[0], read_shape(family, original)
-    experts = dense_experts(config, layout)
+    stored = DTYPES[config.dtype]
+    dtype = TORCH_DTYPES[stored]
+    experts = dict(expert_tensors(read_shape(family, original), family.layouts[0], config.layers))
     specs = {name: reader.specs[name] for name in read_manifest(folder).other_tensors}
-    specs |= {
-        name: TensorSpec(DTYPES[config.dtype], size) for name, size in expert_tensors(shape, layout, config.layers)
-    }
+    specs |= {name: TensorSpec(stored, tensor.shape) for name, tensor in experts.items()}
     shards = plan_shards(specs)
     nbytes = sum(shard.nbytes for shard in shards)
     check_space(out.parent, nbytes)
     rebuilt = Reconstruction(reader, config)
+
+    def rounded(layer: int, expert: int, role: Role) -> Tensor:
+        """Summed in float32 and rounded once. Raises CheckpointError where that overflows."""
+        weight = rebuilt.weight(layer, expert, role).to(dtype)
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"layer {layer}, expert {expert}, {role}: the rebuilt weight is beyond {stored}")
+        return weight
+
     with new_folder(out) as target, steps(nbytes) as progress:
 
         def produce(name: str) -> Tensor:
             progress.advance(specs[name].nbytes)
-            return _assemble(rebuilt, layout, experts[name], specs[name]) if name in experts else reader.tensor(name)
+            return experts[name].assemble(rounded, dtype) if name in experts else reader.tensor(name)
 
         progress.label("writing the checkpoint")
 
@@ -90,31 +95,6 @@ def export(folder: Path, out: Path, steps: Callable[[float], Steps]) -> dict[str
         "files": len(shards),
         "compressed_bytes": reader.nbytes,
     }
-
-
-def dense_experts(config: CheckpointConfig, layout: Layout) -> dict[str, list[Part]]:
-    """Disk name of every dense tensor of compressed layers -> the matrices in it, in order."""
-    tensors: dict[str, list[Part]] = {}
-    for layer in config.layers:
-        for expert in range(config.num_experts):
-            for role in ROLES:
-                tensors.setdefault(layout.name(layer, expert, role), []).append((layer, expert, role))
-    return tensors
-
-
-def _assemble(rebuilt: Reconstruction, layout: Layout, parts: list[Part], spec: TensorSpec) -> Tensor:
-    """Each matrix summed in float32 and rounded once. Raises CheckpointError where that overflows."""
-    tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
-    row = 0
-    # Role by role: what the experts share is then read once.
-    for layer, expert, role in sorted(parts, key=lambda part: (ROLES.index(part[2]), part[1])):
-        weight = rebuilt.weight(layer, expert, role).to(tensor.dtype)
-        if not torch.isfinite(weight).all():
-            raise CheckpointError(f"layer {layer}, expert {expert}, {role}: the rebuilt weight is beyond {spec.dtype}")
-        if expert == 0 and role == "up" and layout.fused:
-            row = len(weight)  # gate is in place
-        (tensor[expert] if layout.stacked else tensor)[row : row + len(weight)] = weight
-    return tensor
 
 
 def _original_config(folder: Path) -> dict[str, Any]:

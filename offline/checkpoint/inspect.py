@@ -33,6 +33,12 @@ def inspect(folder: Path) -> dict[str, Any]:
     experts = config.expert_tensors()
     stored = sum(reader.specs[name].numel for name in experts)
     stored_bytes = sum(reader.specs[name].nbytes for name in experts)
+    kinds: dict[str, dict[str, int]] = {}
+    for layer in config.layers:
+        for name, one in config.stored(layer).items():
+            total = kinds.setdefault(one.name, {"tensors": 0, "bytes": 0})
+            total["tensors"] += 1
+            total["bytes"] += reader.specs[name].nbytes
     dense = config.num_experts * 3 * config.hidden_size * config.intermediate_size * len(config.layers)
     return {
         "path": str(folder),
@@ -49,6 +55,7 @@ def inspect(folder: Path) -> dict[str, Any]:
             "bytes": stored_bytes,
             "dense_parameters": dense,
             "ratio": 1 - stored / dense,
+            "kinds": kinds,
         },
         "layers": {str(number): layer.model_dump(mode="json") for number, layer in config.layers.items()},
         "statistics": read_statistics(folder),

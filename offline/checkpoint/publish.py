@@ -86,6 +86,11 @@ def publish(
 
 def _model_config(plan: Plan, budget: Budget) -> dict[str, Any]:
     quantization = budget.config.model_dump(mode="json")
+    # What a projection does not have is left out.
+    quantization["layers"] = {
+        str(number): layer.model_dump(mode="json", exclude_defaults=True)
+        for number, layer in budget.config.layers.items()
+    }
     return {
         **plan.model.config,
         "auto_map": auto_map(plan.model.family.model_type),

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from d2moe_vllm.families import MODEL_CLASSES, MODELING_FILE, auto_map, checkpoint_modeling_source
+from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
 from d2moe_vllm.format.config import MANIFEST_FILE, CheckpointConfig, Manifest
+from offline.source.families import FAMILIES
 
 
 def modeling_sha256() -> str:
@@ -39,7 +40,7 @@ def check_code(folder: Path, config: CheckpointConfig | None, manifest: Manifest
                 f"{modeling} is not this d2moe-vllm's: another release wrote it, or somebody changed it; "
                 "trust_remote_code would run it"
             )
-    if config and config.family in MODEL_CLASSES:
+    if config and config.family in FAMILIES:
         named = _auto_map(folder / "config.json")
         if named is not None and named != auto_map(config.family):
             problems.append(

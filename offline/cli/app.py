@@ -1,44 +1,28 @@
-"""The `d2moe` command. Thin: parse, call, print; tables are in offline/cli/tables.py."""
+"""The `d2moe` command: its commands together, and how each ends."""
 
 from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import sys
-import time
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 import d2moe_vllm
 from d2moe_vllm.format.config import CheckpointError
 from offline.cli.compare import compare, spread
-from offline.cli.options import (
-    Accounting,
-    AllowLarger,
-    Ckpt,
-    Json,
-    Memory,
-    Method,
-    Original,
-    Ratio,
-    RecipeFile,
-    Revision,
-    ScopeOption,
-    Seed,
-    SeqLen,
-    Src,
-    WindowsOption,
-    parse_size,
-)
+from offline.cli.compress import compress
+from offline.cli.evaluate import evaluate
+from offline.cli.export import export
+from offline.cli.inspect import inspect
+from offline.cli.plan import plan
 from offline.cli.report import report
+from offline.cli.tune import tune
+from offline.cli.verify import verify
 from offline.errors import InputError, PeerError
-from offline.io.console import plain_console
-from offline.io.memory import peak_memory
-from offline.work.distributed import is_first, speaks
+from offline.work.distributed import speaks
 
 app = typer.Typer(
     help="Compress Mixture-of-Experts models with D2-MoE; serve the result with `vllm serve`.",
@@ -61,223 +45,8 @@ def _root(
     pass
 
 
-def _print_json(content: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(content, indent=2) + "\n")
-
-
-def _recipe(given: str | None, **overrides: Any) -> Any:
-    from offline.plan.recipe import load_recipe
-    from offline.plan.recipes import find_recipe
-
-    path = find_recipe(given) if given else None
-    return load_recipe(path, {name.replace("__", "."): value for name, value in overrides.items()})
-
-
-@app.command()
-def plan(
-    source: Src,
-    ratio: Ratio = None,
-    recipe: RecipeFile = None,
-    method: Method = None,
-    accounting: Accounting = None,
-    windows: WindowsOption = None,
-    seq_len: SeqLen = None,
-    memory: Memory = None,
-    allow_larger: AllowLarger = False,
-    processes: Annotated[int, typer.Option(min=1, help="Processes on one machine, as torchrun would start.")] = 1,
-    revision: Revision = None,
-    as_json: Json = False,
-) -> None:
-    """Ranks, sizes, memory, disk and time, before any work."""
-    from offline.plan.make import make_plan
-    from offline.plan.make import summary as summarize
-    from offline.plan.resources import estimate_seconds
-    from offline.source.dense import open_dense
-
-    chosen = _recipe(
-        recipe,
-        ratio=ratio,
-        method=method,
-        accounting=accounting,
-        calibration__windows=windows,
-        calibration__seq_len=seq_len,
-    )
-    options: dict[str, Any] = {"processes": processes, "allow_larger": allow_larger}
-    planned = make_plan(open_dense(source, revision), chosen, memory=parse_size(memory), **options)
-    summary = summarize(planned, estimate_seconds(planned))
-    if as_json:
-        _print_json(summary)
-    else:
-        from offline.cli.tables import plan_table
-
-        plan_table(plain_console(), summary)
-
-
-@app.command()
-def compress(
-    source: Src,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist yet.")],
-    ratio: Ratio = None,
-    calibration: Annotated[Path | None, typer.Option(help="Calibration text: UTF-8, or JSONL with `text`.")] = None,
-    recipe: RecipeFile = None,
-    method: Method = None,
-    accounting: Accounting = None,
-    scope: ScopeOption = None,
-    windows: WindowsOption = None,
-    seq_len: SeqLen = None,
-    seed: Seed = None,
-    revision: Revision = None,
-    workdir: Annotated[Path | None, typer.Option(help="For intermediate files (default OUT.d2moe-work).")] = None,
-    memory: Memory = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
-    allow_larger: AllowLarger = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Start over what was begun on another machine.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Compress SRC into OUT, layer by layer; a run that was interrupted is continued."""
-    from offline.run.compress import compress as run
-
-    started = time.monotonic()
-    chosen = _recipe(
-        recipe,
-        ratio=ratio,
-        method=method,
-        accounting=accounting,
-        scope=scope,
-        calibration__windows=windows,
-        calibration__seq_len=seq_len,
-        calibration__seed=seed,
-    )
-    if calibration is None:
-        raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
-    options: dict[str, Any] = {"revision": revision, "workdir": workdir, "restart": restart, "device": device}
-    options["allow_larger"] = allow_larger
-    console = plain_console(stderr=True, quiet=not is_first())
-    result = run(source, out, chosen, calibration, **options, memory=parse_size(memory), console=console)
-    result["seconds"] = round(time.monotonic() - started, 1)
-    result["peak_memory_bytes"] = peak_memory()
-    if not is_first():
-        return  # one of several processes speaks for all
-    if as_json:
-        _print_json(result)
-    else:
-        from offline.cli.tables import compress_table
-
-        compress_table(plain_console(), result)
-
-
-@app.command()
-def inspect(
-    checkpoint: Ckpt,
-    analyses: Annotated[
-        bool, typer.Option("--analyses", help="Also CKA between experts, energy retention, layer sensitivity (slow).")
-    ] = False,
-    source: Original = None,
-    as_json: Json = False,
-) -> None:
-    """What is in a compressed checkpoint: parameters and bytes stored, ranks and errors per layer."""
-    from offline.checkpoint.inspect import analyse
-    from offline.checkpoint.inspect import inspect as look
-
-    if source and not analyses:
-        raise InputError("inspect uses --source for its analyses only; add --analyses, or use `d2moe verify`")
-    content = look(checkpoint)
-    if analyses:
-        from offline.io.progress import Steps
-
-        content["analyses"] = analyse(checkpoint, source, Steps)
-    if as_json:
-        _print_json(content)
-    else:
-        from offline.cli.tables import analyses_table, inspect_table
-
-        inspect_table(plain_console(), content)
-        if analyses:
-            analyses_table(plain_console(), content["analyses"])
-
-
-@app.command()
-def verify(checkpoint: Ckpt, source: Original = None, as_json: Json = False) -> None:
-    """Is a compressed checkpoint whole, unchanged and finite, and how close is it to its source? Exit 0 if sound."""
-    from offline.checkpoint.verify import verify as run
-    from offline.io.progress import Steps
-
-    result = run(checkpoint, source, Steps)
-    if as_json:
-        _print_json(result)
-    else:
-        from offline.cli.tables import verify_table
-
-        verify_table(plain_console(), result)
-    if problems := result["problems"]:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise CheckpointError(f"{checkpoint} is not sound: {problems[0]}{more}")
-
-
-@app.command()
-def export(
-    checkpoint: Ckpt,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist yet.")],
-    as_json: Json = False,
-) -> None:
-    """Write the dense checkpoint that CKPT stands for: loads anywhere without d2moe, as large as the original."""
-    from offline.checkpoint.export import export as run
-    from offline.io.progress import Steps
-
-    result = run(checkpoint, out, Steps)
-    if as_json:
-        _print_json(result)
-    else:
-        from offline.cli.tables import export_table
-
-        export_table(plain_console(), result)
-
-
-@app.command(name="eval")
-def evaluate(
-    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Dense or compressed model folder, or a Hub id.")],
-    text: Annotated[Path, typer.Option(help="Text to measure on: UTF-8, or JSONL with `text`.")],
-    seq_len: SeqLen = None,
-    scope: ScopeOption = None,
-    as_json: Json = False,
-) -> None:
-    """Token perplexity over non-overlapping windows, layer by layer, for dense and compressed models alike."""
-    from offline.io.progress import Steps
-    from offline.run.evaluate import evaluate as run
-
-    result = run(checkpoint, text, seq_len, scope, Steps)
-    if as_json:
-        _print_json(result.to_json())
-    else:
-        from offline.cli.tables import eval_table
-
-        eval_table(plain_console(), result.to_json())
-
-
-app.command()(compare)
-app.command()(report)
-
-
-@app.command()
-def tune(
-    checkpoint: Annotated[Path | None, typer.Argument(metavar="CKPT", help="Tune for this checkpoint.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Instead of CKPT: a model by name, as Mixtral-8x7B.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="With --shape: share of the bytes removed (default 0.4).")] = None,
-    scope: ScopeOption = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the table (default: where serving looks).")] = None,
-    as_json: Json = False,
-) -> None:
-    """Find the fastest tiles of the Triton kernels on this machine's GPU, and write them where serving finds them."""
-    from offline.io.progress import Steps
-    from offline.run.tune import tune as run
-
-    result = run(checkpoint, shape, ratio, scope, output, Steps)
-    if as_json:
-        _print_json(result)
-    else:
-        from offline.cli.tables import tune_table
-
-        tune_table(plain_console(), result)
+for command in (plan, compress, inspect, verify, export, evaluate, compare, report, tune):
+    app.command("eval" if command is evaluate else None)(command)
 
 
 def _fail(message: str, code: int) -> NoReturn:

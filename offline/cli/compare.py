@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from offline.cli.options import Json, Memory, Revision, Seed, SeqLen, Src, WindowsOption, parse_size
+from offline.cli.options import Json, Memory, Revision, Seed, SeqLen, Src, WindowsOption, need_libraries, parse_size
+from offline.cli.tables import show
 from offline.errors import InputError
 from offline.io.console import plain_console
 
@@ -54,7 +54,8 @@ def compare(
     seed: Seed = None,
     revision: Revision = None,
     workdir: Annotated[
-        Path | None, typer.Option(help="For results and finished rows (default NAME.d2moe-compare).")
+        Path | None,
+        typer.Option(help="For finished rows (default: HTML.d2moe-compare, or without --html in the user's cache)."),
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave what was compressed in the working folder.")] = False,
     memory: Memory = None,
@@ -75,8 +76,8 @@ def compare(
 ) -> None:
     """Compress SRC by several methods at several ratios, on one calibration, and compare what comes out."""
     from offline.compare.comparison import compare as run
-    from offline.compare.html import check_page, write_page
     from offline.compare.settings import Settings
+    from offline.compare.table import compare_table
     from offline.methods import METHODS
 
     if calibration is None:
@@ -84,6 +85,9 @@ def compare(
     if vllm_args is not None and not serve:
         raise InputError("--vllm-args says how to serve; add --serve, or leave it out")
     if html is not None:
+        need_libraries("compare --html", "jinja2")
+        from offline.compare.html import check_page
+
         check_page(html)
     # One that is asked for nothing but baselines gets nothing but baselines.
     methods = list(method or ()) if method or baseline else list(METHODS)
@@ -94,7 +98,7 @@ def compare(
         ratios=ratio,
         texts=text,
         calibration=calibration,
-        workdir=workdir or Path(f"{Path(source).name or 'model'}.d2moe-compare"),
+        workdir=workdir or (html and html.with_name(f"{html.name}.d2moe-compare")),
         windows=windows,
         seq_len=seq_len,
         seed=seed,
@@ -105,14 +109,11 @@ def compare(
         serve=_arguments(vllm_args) if serve else None,
     )
     result = run(settings, plain_console(stderr=True))
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    else:
-        from offline.compare.table import compare_table
-
-        compare_table(plain_console(), result)
+    show(result, as_json, compare_table)
     # Last: a page that cannot be written must not take the table with it.
     if html is not None:
+        from offline.compare.html import write_page
+
         write_page(html, result)
     if failed := sum(1 for row in result["rows"] if row["failed"]):
         sys.stderr.write(f"d2moe: {failed} of {len(result['rows'])} rows failed; the same command tries them again\n")

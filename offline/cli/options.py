@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from d2moe_vllm.format.config import Scope
 from offline.errors import InputError
+
+if TYPE_CHECKING:
+    from offline.plan.recipe import Recipe
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Src = Annotated[str, typer.Argument(metavar="SRC", help="Model folder, or a Hub id (owner/name).")]
@@ -17,7 +22,7 @@ Ckpt = Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a compress
 Ratio = Annotated[float | None, typer.Option(help="Share of the source's bytes to remove, e.g. 0.4.")]
 RecipeFile = Annotated[
     str | None,
-    typer.Option("--recipe", help="A YAML file, or a shipped recipe like mixtral-40; options given here win over it."),
+    typer.Option("--recipe", help="A YAML file, or a shipped recipe like mixtral; options given here win over it."),
 ]
 Original = Annotated[str | None, typer.Option("--source", metavar="SRC", help="The dense original to compare with.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
@@ -35,6 +40,9 @@ Seed = Annotated[int | None, typer.Option(help="Which windows of the text are dr
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory to stay within, e.g. 24GB (default: what the machine has).")
 ]
+AllowLarger = Annotated[
+    bool, typer.Option("--allow-larger", help="Go on where the result would not be smaller than an fp8 source.")
+]
 
 
 def parse_size(text: str | None) -> int | None:
@@ -49,6 +57,21 @@ def parse_size(text: str | None) -> int | None:
     return int(float(match[1]) * base ** ("bkmgt".index(unit)))
 
 
-AllowLarger = Annotated[
-    bool, typer.Option("--allow-larger", help="Go on where the result would not be smaller than an fp8 source.")
-]
+def read_recipe(given: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe that --recipe names, or else the default one, with the command's other options on top.
+
+    Raises InputError, see `find_recipe` and `load_recipe`.
+    """
+    from offline.plan.recipe import load_recipe
+    from offline.plan.recipes import find_recipe
+
+    return load_recipe(find_recipe(given) if given else None, overrides)
+
+
+def need_libraries(what: str, *names: str) -> None:
+    """Raises InputError where libraries that only some commands need are missing."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise InputError(
+            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"pip install {' '.join(missing)} (d2moe-vllm's extra `report`)"
+        )

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from offline.cli.options import Ckpt, Json, Original, SeqLen, parse_size
+from offline.cli.options import Ckpt, Json, Original, SeqLen, need_libraries, parse_size
+from offline.cli.tables import show
 from offline.errors import InputError
 from offline.io.console import plain_console
 from offline.io.folders import check_new_folder, new_file, new_folder
-
-NEEDED = ("matplotlib", "jinja2")
 
 
 def report(
@@ -46,9 +43,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """What a compressed checkpoint is and what it lost, as one HTML page that needs nothing else."""
-    _check_libraries()
+    need_libraries("report", "matplotlib", "jinja2")
     from offline.checkpoint.card import check_card, record
-    from offline.cli.tables import report_table
     from offline.io.progress import Steps
     from offline.report.content import Request, collect
     from offline.report.figures import make_report
@@ -72,18 +68,7 @@ def report(
         "left_out": [missing.to_json() for missing in made.missing],
         "content": content,
     }
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    else:
-        report_table(plain_console(), result)
-
-
-def _check_libraries() -> None:
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise InputError(
-            f"report needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
-            f"pip install {' '.join(missing)} (d2moe-vllm's extra `report`)"
-        )
+    show(result, as_json, report_table)
 
 
 def _check_places(out: Path, figures: Path | None) -> None:
@@ -106,3 +91,10 @@ def _write(out: Path, figures: Path | None, content: dict[str, Any], made: Any) 
             names = write_figures(folder, made)
     new_file(out, text)
     return [os.fspath(figures / name) for name in names] if figures is not None else []
+
+
+def report_table(console: Console, result: dict[str, Any]) -> None:
+    for one in result["left_out"]:
+        console.print(f"left out: {one['title']}. {one['why']}", highlight=False, soft_wrap=True)
+    pictures = f", {len(result['pictures'])} pictures" if result["pictures"] else ""
+    console.print(f"{result['page']}: {len(result['figures'])} figures{pictures}", highlight=False, soft_wrap=True)

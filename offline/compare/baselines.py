@@ -143,7 +143,7 @@ FEWER_EXPERTS: Mapping[str, Choose] = {
 }
 """Name -> which of a layer's experts remain, and from what."""
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "svd": {"allocation": "uniform", "base.kind": "none"},
+    "svd": {"allocation": "uniform", "base": {"kind": "none"}},
 }
 """Name -> settings of a recipe: what the project's own pipeline can do."""
 CHANNELS = "channels"

@@ -13,31 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from d2moe_vllm.format.config import DTYPE_BYTES, DTYPES, Role
 from offline.compare.baselines import CHANNELS
 from offline.compare.rewriting import Rewrite, dense_shards
-from offline.errors import InputError, UnreachableError
-from offline.io.progress import Steps
-from offline.methods.layer import LayerJob
-from offline.methods.settings import Calibration
-from offline.plan.make import make_plan
-from offline.plan.plan import Plan
-from offline.plan.recipe import Recipe, load_recipe
-from offline.plan.resources import layer_work
-from offline.run.sweep import Run
+from offline.errors import UnreachableError
+from offline.run.scores import Scores
 from offline.source.dense import DenseModel
-from offline.source.text import Windows
-from offline.work.statistics import channel_scores
-from offline.work.workdir import WorkDir, fingerprint
 
-PART = "channels"
-"""A layer's part that holds its scores."""
-
-Scores = Mapping[int, Tensor]
-"""Layer -> float64 [experts, intermediate]."""
 Pruned = Mapping[int, Tensor]
 """Layer -> bool [experts, intermediate], true for channels that go."""
 
@@ -63,58 +47,6 @@ def channels_to_prune(model: DenseModel, ratio: float) -> int:
             most,
         )
     return count
-
-
-# Scores
-
-
-class ChannelScores(Run):
-    """A compression's sweep backwards, at which every layer's channels are scored; nothing is merged or factored."""
-
-    def _merge(self, job: LayerJob) -> None:
-        self.steps.label(f"layer {job.number + 1}/{self.layers}: channel scores")
-        scores = []
-        for expert in range(job.experts):
-            scores.append(channel_scores(job.weights(expert), job.routing, expert, job.activation).cpu())
-            self.steps.advance(self.costs.merge / job.experts)
-        found = torch.stack(scores)
-        if not torch.isfinite(found).all():
-            raise InputError(f"layer {job.number}: gradients overflow on the calibration text; use another")
-        self.work.save_part(job.number, PART, {"scores": found})
-
-    def _factor(self, job: LayerJob) -> None:
-        pass
-
-
-def scoring_plan(model: DenseModel, calibration: Calibration, memory: int | None) -> Plan:
-    """How the sweep runs: as that of a compression that needs gradients, of which nothing else counts. Raises
-    InputError where memory does not suffice."""
-    shape = model.shape
-    share = len(shape.layers) * shape.num_experts * shape.intermediate_size * channel_bytes(model) / model.reader.nbytes
-    recipe: Recipe = load_recipe(
-        None,
-        # Any ratio that can be reached.
-        {"ratio": round(min(share, 1) / 2, 3), "base.kind": "none", "base.groups": 1}
-        | {f"calibration.{key}": value for key, value in calibration.model_dump().items()},
-    )
-    return make_plan(model, recipe, memory=memory, allow_larger=True)
-
-
-def score_channels(plan: Plan, windows: Windows, folder: Path, device: torch.device, console: Console) -> Scores:
-    """Scores of all channels over the calibration windows, by the plan of `scoring_plan`; activations lie in `folder`,
-    where an interrupted run is continued. Raises InputError where gradients overflow."""
-    model, costs = plan.model, layer_work(plan)
-    mark = fingerprint(model, plan.recipe.to_json(), windows.sha256, {"device": device.type}) | {"what": PART}
-    work = WorkDir(folder, mark, restart=True)
-    try:
-        total = model.num_layers * (costs.forward + costs.record) + len(model.shape.layers) * costs.merge
-        with Steps(total, console) as steps:
-            ChannelScores(plan, windows.tokens, work, steps, device).compress_layers()
-        found = {layer: work.load_part(layer, PART)["scores"] for layer in model.shape.layers}
-        work.remove()
-    finally:
-        work.close()
-    return found
 
 
 def lowest(scores: Scores, count: int) -> Pruned:

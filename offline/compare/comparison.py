@@ -23,7 +23,7 @@ from rich.console import Console
 import d2moe_vllm
 from d2moe_vllm.format.config import CheckpointError
 from offline.compare.baselines import CHANNELS, FEWER_EXPERTS, RECIPES, fewer_experts, write_fewer
-from offline.compare.channels import channels_to_prune, lowest, score_channels, scoring_plan, write_pruned
+from offline.compare.channels import channels_to_prune, lowest, write_pruned
 from offline.compare.rewriting import RECORD_FILE
 from offline.compare.settings import Settings
 from offline.compare.state import RowState, own_folder
@@ -37,6 +37,7 @@ from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
 from offline.run import compress as jobs
 from offline.run.evaluate import evaluate
+from offline.run.scores import score_channels, scoring_plan
 from offline.run.usage import count_usage
 from offline.source.dense import DenseModel, open_dense
 from offline.source.text import Windows, choose_windows, read_text, tokenize
@@ -74,7 +75,7 @@ class Comparison:
         tokens = tokenize(self.model.folder, read_text(settings.calibration))
         self.windows = choose_windows(tokens, calibration.windows, self.seq_len, calibration.seed)
         self.device = jobs.choose_device(settings.device)
-        self.folder = settings.workdir.expanduser().resolve()
+        self.folder = settings.folder()
         source = self.model.folder
         if self.folder == source or self.folder in source.parents or source in self.folder.parents:
             raise InputError(f"--workdir {self.folder} and the source lie inside one another; choose another --workdir")
@@ -88,6 +89,7 @@ class Comparison:
         if all(row and row["failed"] for row in refused.values()):
             raise InputError(next(row["failed"] for row in refused.values() if row))
         with own_folder(self.folder):
+            self._say(f"working folder: {self.folder}")
             for left in self.folder.glob("count-*"):  # activations of a run that was killed
                 shutil.rmtree(left)
             rows = [self._source_row()]

@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import DTYPES, ROLES, Role, TensorSpec
+from d2moe_vllm.format.config import DTYPES, Role, TensorSpec
 from offline.checkpoint.publish import companion_files
 from offline.errors import InputError
 from offline.io.folders import check_new_folder, check_space, new_folder
 from offline.io.shards import TORCH_DTYPES, Shard, plan_shards, sync_file, write_file, write_shards
 from offline.source.dense import DenseModel, open_dense
-from offline.source.stored import expert_tensors
+from offline.source.stored import ExpertTensor, expert_tensors
 
 RECORD_FILE = "d2moe_baseline.json"
 """Says what was done to the source's experts."""
@@ -64,15 +63,8 @@ class Rewrite:
         return _routers(self.model) if self.router else {}
 
     @cached_property
-    def _parts(self) -> dict[str, tuple[int, list[int], list[Role]]]:
-        """Name of a tensor of experts -> layer, experts and roles that it holds."""
-        layout, found = self.model.family.layouts[0], dict[str, tuple[int, list[int], list[Role]]]()
-        for layer in self.model.shape.layers:
-            for expert in range(1 if layout.stacked else self.experts):
-                numbers = list(range(self.experts)) if layout.stacked else [expert]
-                for role in ROLES:
-                    found.setdefault(layout.name(layer, expert, role), (layer, numbers, []))[2].append(role)
-        return found
+    def _parts(self) -> dict[str, ExpertTensor]:
+        return dict(_expert_tensors(self.model, self.experts))
 
     def _tensor(self, name: str) -> Tensor:
         """By the name and in the layout of released checkpoints."""
@@ -80,10 +72,13 @@ class Rewrite:
             return self.router(self._routers[name], self.model.other_tensor(name))
         if name not in self._parts:
             return self.model.other_tensor(name)
-        layer, experts, roles = self._parts[name]
-        dtype = TORCH_DTYPES[DTYPES[self.model.dtype]]
-        found = [torch.cat([self.weight(layer, expert, role).to(dtype) for role in roles]) for expert in experts]
-        return torch.stack(found) if self.model.family.layouts[0].stacked else found[0]
+        return self._parts[name].assemble(self.weight, TORCH_DTYPES[DTYPES[self.model.dtype]])
+
+
+def _expert_tensors(model: DenseModel, experts: int) -> Iterator[tuple[str, ExpertTensor]]:
+    """Those of the model with so many experts a layer, in the layout of released checkpoints."""
+    shape = replace(model.shape, num_experts=experts)
+    return expert_tensors(shape, model.family.layouts[0], shape.layers)
 
 
 def dense_shards(model: DenseModel, experts: int) -> list[Shard]:
@@ -91,10 +86,8 @@ def dense_shards(model: DenseModel, experts: int) -> list[Shard]:
     specs = dict(model.other_tensors)
     for name in _routers(model) if experts != model.shape.num_experts else ():
         specs[name] = TensorSpec(specs[name].dtype, (experts, *specs[name].shape[1:]))
-    shape = replace(model.shape, num_experts=experts)
-    stored = DTYPES[model.dtype]
-    for name, size in expert_tensors(shape, model.family.layouts[0], model.shape.layers):
-        specs[name] = TensorSpec(stored, size)
+    for name, tensor in _expert_tensors(model, experts):
+        specs[name] = TensorSpec(DTYPES[model.dtype], tensor.shape)
     return plan_shards(specs)
 
 
@@ -102,7 +95,7 @@ def _routers(model: DenseModel) -> dict[str, int]:
     """Name of every tensor that has a row per expert -> its layer."""
     found: dict[str, int] = {}
     for layer in model.shape.layers:
-        parent = model.family.experts_prefix(layer).rpartition(".")[0]
+        parent = model.family.experts_prefix(layer).removesuffix(".experts")
         names = [f"{parent}.{name}" for name in ROUTERS if f"{parent}.{name}" in model.other_tensors]
         if not names or any(model.other_tensors[name].shape[0] != model.shape.num_experts for name in names):
             raise InputError(f"layer {layer}: no router with a row per expert under {parent}; leave the baseline out")

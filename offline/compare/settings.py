@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +21,8 @@ from offline.plan.recipe import Recipe, load_recipe
 @dataclass(frozen=True)
 class Settings:
     """What to compare. ratios: of stored bytes; seq_len: tokens per window, of the calibration and of the texts (None:
-    2048, or the model's limit if less); memory: bytes to stay within; keep: what was written stays in `workdir`; serve:
-    speed is measured too, with these further arguments of `vllm serve`, None for not at all."""
+    2048, or the model's limit if less); memory: bytes to stay within; keep: what was written stays in `folder()`;
+    serve: speed is measured too, with these further arguments of `vllm serve`, None for not at all."""
 
     source: str
     methods: Sequence[str]
@@ -28,7 +30,7 @@ class Settings:
     ratios: Sequence[float]
     texts: Sequence[Path]
     calibration: Path
-    workdir: Path
+    workdir: Path | None = None
     windows: int | None = None
     seq_len: int | None = None
     seed: int | None = None
@@ -42,9 +44,7 @@ class Settings:
         """Of a method, or of a baseline: of one that is no recipe only ratio and calibration count."""
         chosen = {"method": name} if name in self.methods else RECIPES.get(name, {})
         calibration = {"windows": self.windows, "seq_len": self.seq_len, "seed": self.seed}
-        return load_recipe(
-            None, {"ratio": ratio, **chosen, **{f"calibration.{key}": value for key, value in calibration.items()}}
-        )
+        return load_recipe(None, {"ratio": ratio, "calibration": calibration, **chosen})
 
     def kind(self, name: str) -> str:
         return "method" if name in self.methods else "baseline"
@@ -70,6 +70,20 @@ class Settings:
                 raise InputError(f"--{option} {twice} is given twice")
         if self.serve is not None:
             check_vllm()
+
+    def folder(self) -> Path:
+        """Where rows are remembered: `workdir`, or else a folder in the user's cache, called after the model and after
+        what all rows are made from, so that the same command finds it from anywhere."""
+        if self.workdir is not None:
+            return self.workdir.expanduser().resolve()
+        source = Path(self.source).expanduser()
+        made_from = [
+            str(source.resolve()) if source.is_dir() else self.source, self.revision, str(self.calibration.resolve()),
+            self.windows, self.seq_len, self.seed, self.memory, self.device,
+        ]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().resolve()
+        return cache / "d2moe" / "compare" / f"{source.resolve().name}-{digest[:12]}"
 
     def labels(self) -> dict[str, Path]:
         """Texts by what they are called in the table."""

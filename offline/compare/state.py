@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from offline.errors import InputError
+from offline.io.locks import hold
 from offline.io.shards import write_file
 
 MARKER_FILE = ".d2moe-compare"
@@ -50,12 +50,10 @@ def own_folder(path: Path) -> Iterator[None]:
         if path.is_dir() and not (path / MARKER_FILE).exists() and any(path.iterdir()):
             raise InputError(f"working folder {path} is not empty and not of d2moe compare; choose another --workdir")
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / MARKER_FILE).open("a")
+        lock = hold(path / MARKER_FILE, f"another run is using {path}; wait for it, or choose another --workdir")
     except OSError as error:
         raise InputError(f"working folder {path} cannot be used ({error.strerror}); choose another") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another run is using {path}; wait for it, or choose another --workdir") from None
+    try:
         yield
+    finally:
+        lock.release()

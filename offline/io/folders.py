@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from offline.errors import InputError
+from offline.io.locks import hold
 
 
 def check_new_folder(out: Path, what: str = "folder") -> None:
@@ -36,20 +36,15 @@ def new_folder(out: Path) -> Iterator[Path]:
     What a killed run left is replaced. Raises InputError where another process writes the same folder just now, or
     `out` has come into being meanwhile.
     """
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
+    partial, beside = (out.with_name(f".{out.name}.{end}") for end in ("partial", "lock"))
+    lock = hold(beside, f"another run is writing {out}; wait for it, or choose another folder")
     try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(descriptor), partial.stat()):  # renamed before we got the lock
-                raise FileExistsError(partial)
-        except OSError:
-            raise InputError(f"another run is writing {out}; wait for it, or choose another folder") from None
-        try:
-            _empty(partial)
             yield partial
-            os.fsync(descriptor)
+            sync_folder(partial)
             if os.path.lexists(out):
                 raise InputError(f"{out} has appeared meanwhile; choose another folder or remove it")
             partial.rename(out)
@@ -64,7 +59,8 @@ def new_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     finally:
-        os.close(descriptor)
+        beside.unlink(missing_ok=True)
+        lock.release()
 
 
 def new_file(out: Path, content: str) -> None:
@@ -84,11 +80,6 @@ def new_file(out: Path, content: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(out.parent)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

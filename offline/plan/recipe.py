@@ -129,11 +129,11 @@ def _decide(value: int | str, automatic: int) -> int:
     return automatic if value == "auto" else int(value)
 
 
-def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
+def load_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Recipe:
     """A recipe file (or the defaults) with command-line values on top.
 
-    overrides: dotted field -> value; None means not given. Raises InputError, naming the nearest valid key
-    for an unknown one.
+    overrides: field -> value, of a section a mapping of its fields; None means not given. Raises InputError, naming
+    the nearest valid key for an unknown one.
     """
     content: Any = {}
     if path is not None:
@@ -144,20 +144,22 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
             raise InputError(f"recipe {path} cannot be read: {reason}") from None
         if not isinstance(content, dict):
             raise InputError(f"recipe {path}: expected `key: value` lines, found {type(content).__name__}")
-    for dotted, value in overrides.items():
-        if value is not None:
-            *sections, key = dotted.split(".")
-            target = content
-            for section in sections:
-                target = target.setdefault(section, {})
-                if not isinstance(target, dict):
-                    raise InputError(f"recipe {path}: {section} must be a section of `key: value` lines")
-            target[key] = value
+    _override(content, overrides, f"recipe {path}: ")
     where = f"recipe {path}: " if path else ""
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(where + _explain(error)) from None
+
+
+def _override(content: dict[str, Any], overrides: Mapping[str, Any], where: str) -> None:
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            if not isinstance(section := content.setdefault(key, {}), dict):
+                raise InputError(f"{where}{key} must be a section of `key: value` lines")
+            _override(section, value, where)
+        elif value is not None:
+            content[key] = value
 
 
 def _explain(error: ValidationError) -> str:

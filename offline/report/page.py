@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from d2moe_vllm import __version__
@@ -14,8 +13,8 @@ from offline.io.units import size
 from offline.methods import find_method
 from offline.report.pictures import Figure, Report, short
 from offline.report.plots import png, svg
+from offline.report.template import render
 
-HERE = Path(__file__).parent
 UNKNOWN = "not recorded"
 ENOUGH = 18
 """Letters of a panel's title that says by itself what it shows."""
@@ -23,15 +22,15 @@ ENOUGH = 18
 
 def page(content: dict[str, Any], report: Report) -> str:
     """The page; the same bytes for the same content."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     checkpoint = content["checkpoint"]
-    return environment.get_template("page.html").render(
-        name=checkpoint["source"]["name"],
-        method=find_method(checkpoint["method"]).title,
+    name, method = checkpoint["source"]["name"], find_method(checkpoint["method"]).title
+    return render(
+        Path(__file__).with_name("page.html"),
+        command="report",
+        title=f"{name}, compressed by {method}: report",
+        name=name,
+        method=method,
         version=__version__,
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         tiles=tiles(content),
         facts=facts(content),
         recipe=yaml.safe_dump(content["recipe"], sort_keys=False),

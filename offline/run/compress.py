@@ -23,7 +23,7 @@ from offline.plan.make import make_plan, summary
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
 from offline.plan.resources import estimate_seconds, peak_memory, total_work, work_bytes
-from offline.run.sweep import Run
+from offline.run.calibration import compress_layers
 from offline.source.dense import open_dense
 from offline.source.text import choose_windows, read_text, tokenize
 from offline.work.distributed import is_first, join
@@ -91,7 +91,7 @@ def compress(
     )
     try:
         with Steps(total_work(plan), console) as steps:
-            Run(plan, windows.tokens, work, steps, chosen).compress_layers()
+            compress_layers(plan, windows.tokens, work, steps, chosen)
             if group.first:
                 refuse_changed_source(plan.model, mark)
             steps.label("writing the checkpoint")

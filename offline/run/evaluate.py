@@ -11,20 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from d2moe_vllm.format.config import CheckpointConfig, Layer, Scope
 from d2moe_vllm.format.files import check_checkpoint
 from offline.checkpoint.experts import compressed_experts
 from offline.errors import InputError
 from offline.io.progress import Steps
-from offline.run.sweep import batches
+from offline.run.sweep import Experts, Scratch, Sweep, Visitor
 from offline.source.dense import open_dense, read_model_config, resolve_folder
 from offline.source.families import FAMILIES, Family, read_shape
-from offline.source.layerwise import LayerwiseModel, next_token_loss, read_hf_config
+from offline.source.layerwise import LayerwiseModel, read_hf_config
 from offline.source.stored import SourceReader, find_experts
 from offline.source.text import all_windows, read_text, tokenize
-from offline.work.activations import Rows
 from offline.work.statistics import DenseExperts
 
 LARGEST_LOSS = 700.0
@@ -55,8 +53,7 @@ class Evaluated:
 
     folder: Path
     model: LayerwiseModel
-    experts: Callable[[int], nn.Module | None]
-    hidden_size: int
+    experts: Experts
     scope: Scope | None
 
 
@@ -76,8 +73,11 @@ def evaluate(
     tokens = text_windows(source, text, seq_len)
     length = tokens.shape[1]
     evaluated = open_evaluated(source, scope, trim)
-    with steps((evaluated.model.num_layers + 1) * len(tokens)) as progress:
-        total = _loss(evaluated, tokens, progress)
+    layers = evaluated.model.num_layers
+    with steps((layers + 1) * len(tokens)) as progress, tempfile.TemporaryDirectory(prefix="d2moe-eval-") as folder:
+        sweep = Sweep(evaluated.model, evaluated.experts, tokens, Scratch(Path(folder)), progress, len(tokens))
+        sweep.run(Visitor(), layers)
+        total = sweep.loss()
     count = tokens.shape[0] * (tokens.shape[1] - 1)
     mean = total / count
     if not math.isfinite(mean) or mean > LARGEST_LOSS:
@@ -105,8 +105,7 @@ def open_evaluated(
     """
     folder = resolve_folder(source)
     quantization = read_model_config(folder).get("quantization_config") or {}
-    hf_config = read_hf_config(folder)
-    activation, cpu = ACT2FN[hf_config.hidden_act], torch.device("cpu")
+    hf_config, cpu = read_hf_config(folder), torch.device("cpu")
     if quantization.get("quant_method") == "d2moe":
         config = _trimmed(check_checkpoint(folder), trim or {})
         reader, family = SourceReader(folder), _family(config)
@@ -118,23 +117,23 @@ def open_evaluated(
 
         def compressed(layer: int) -> nn.Module | None:
             if layer in config.layers:
-                return compressed_experts(config, layer, reader.finite, activation, scope)
-            return DenseExperts(shape, kept.held(layer, cpu), activation) if kept and layer in left else None
+                return compressed_experts(config, layer, reader.finite, layerwise.activation, scope)
+            return DenseExperts(shape, kept.held(layer, cpu), layerwise.activation) if kept and layer in left else None
 
-        return Evaluated(folder, layerwise, compressed, config.hidden_size, scope)
+        return Evaluated(folder, layerwise, compressed, scope)
     if scope is not None:
         raise InputError(f"--scope {scope} makes no sense for the dense model {source}")
     model = open_dense(source)
+    layerwise = LayerwiseModel(model.reader, model.family, hf_config)
 
     def dense(layer: int) -> nn.Module | None:
         return (
-            DenseExperts(model.shape, model.experts.held(layer, cpu), activation)
+            DenseExperts(model.shape, model.experts.held(layer, cpu), layerwise.activation)
             if layer in model.shape.layers
             else None
         )
 
-    layerwise = LayerwiseModel(model.reader, model.family, hf_config)
-    return Evaluated(folder, layerwise, dense, model.shape.hidden_size, None)
+    return Evaluated(folder, layerwise, dense, None)
 
 
 def _trimmed(config: CheckpointConfig, trim: Mapping[int, Sequence[int]]) -> CheckpointConfig:
@@ -150,35 +149,3 @@ def _family(config: CheckpointConfig) -> Family:
     if config.family not in FAMILIES:
         raise InputError(f"family {config.family!r} is not supported; this d2moe-vllm is older than the checkpoint")
     return FAMILIES[config.family]
-
-
-@torch.no_grad()
-def _loss(evaluated: Evaluated, tokens: Tensor, progress: Steps) -> float:
-    """Summed negative log-likelihood of all windows; hidden states lie in one temporary file."""
-    count, length = tokens.shape
-    with tempfile.TemporaryDirectory(prefix="d2moe-eval-") as folder:
-        hidden = Rows(Path(folder) / "hidden.rows", count * length, evaluated.hidden_size)
-        hidden.allocate()
-
-        def rows(batch: slice) -> slice:
-            return slice(batch.start * length, batch.stop * length)
-
-        def read(batch: slice) -> Tensor:
-            return hidden.read(rows(batch)).view(batch.stop - batch.start, length, -1)
-
-        for batch in batches(count, length):
-            hidden.write(rows(batch), evaluated.model.embed(tokens[batch]).flatten(0, 1))
-        evaluated.model.release()
-        for number in range(evaluated.model.num_layers):
-            progress.label(f"layer {number + 1}/{evaluated.model.num_layers}")
-            layer = evaluated.model.load_layer(number, evaluated.experts(number))
-            for batch in batches(count, length):
-                hidden.write(rows(batch), evaluated.model.run_layer(number, layer, read(batch)).flatten(0, 1))
-                progress.advance(batch.stop - batch.start)
-        progress.label("head")
-        total = 0.0
-        for window in range(count):
-            one = slice(window, window + 1)
-            total += float(next_token_loss(evaluated.model.logits(read(one)), tokens[one]))
-            progress.advance(1)
-    return total

@@ -1,37 +1,94 @@
-"""The loop over layers. One decoder layer's weights are in memory at a time, one expert's statistics.
+"""The sweep over layers: a model runs over windows of text with one decoder layer's weights in memory at a time, and a
+visitor does what the sweep is made for.
 
-Where gradients are needed (Fisher information, adaptive ranks) two sweeps: forwards to store every layer's input,
-then backwards, where each layer is run once more with its experts watched, merged and factored, and its input's
-gradient handed down. A layer's statistics and result exist only while it is the current one.
-Without gradients one sweep forwards does it. Where calibration follows the compression, factors are left to a
-last sweep forwards, in which every layer sees what the compressed layers before it give. Where calibration chooses
-the layers, a sweep forwards looks at them all, and the chosen ones are then watched once more.
+Forwards, every layer's output becomes the next one's input. Backwards, every layer's input is stored on a sweep
+forwards; then each layer is run once more from the last one down, and its input's gradient handed to the layer below.
+Hidden states and gradients lie in files: in the working folder of a run that can be continued, which goes on with what
+is there, else in a temporary folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-from d2moe_vllm.hf.experts import D2Experts
-from offline.checkpoint.assembly import Assembly, trimmed_experts
-from offline.checkpoint.experts import compressed_experts
 from offline.io.progress import Steps
-from offline.methods.compression import build_bases, factor_experts, merge_experts
-from offline.methods.layer import LayerJob
-from offline.methods.selection import PART, look_at
-from offline.plan.plan import BATCH_TOKENS, Plan
-from offline.plan.resources import layer_work
-from offline.plan.selection import settle_layers
-from offline.source.layerwise import LayerwiseModel, next_token_loss, read_hf_config
-from offline.source.sites import Site
+from offline.plan.plan import BATCH_TOKENS
+from offline.source.layerwise import LayerwiseModel, next_token_loss
 from offline.work.activations import Rows
-from offline.work.statistics import DenseExperts, Recorder, Routing
+from offline.work.distributed import Group
 from offline.work.workdir import WorkDir
+
+Experts = Callable[[int], nn.Module | None]
+"""Builds what runs as a layer's experts."""
+Entered = Callable[[slice], None]
+
+
+class Visitor:
+    """What a sweep does at its layers; as it stands, nothing: the model runs as it is.
+
+    name: what has been done to a finished layer, for a user; layers: those there is work at, ascending; backwards:
+    whether a layer runs backwards too, with the log-likelihood's gradient at its output; replaces: whether the layers
+    above see what `replacement` gives instead of what the layer gave while it was visited (forwards only).
+    """
+
+    name = "visited"
+    layers: Sequence[int] = ()
+    backwards = False
+    replaces = False
+
+    def done(self, layer: int) -> bool:
+        """Whether an earlier run has finished the layer."""
+        return False
+
+    def recorded(self, layer: int) -> bool:
+        """Whether an earlier run left all that running an unfinished layer gives: it is not run again."""
+        return False
+
+    def experts(self, layer: int) -> nn.Module | None:
+        """What takes the place of the layer's experts while it is visited; None for a layer that has none."""
+        raise NotImplementedError
+
+    def entered(self, rows: slice) -> None:
+        """Before the layer runs over each batch; rows: of all windows' tokens."""
+
+    def visited(self, layer: int) -> None:
+        """The layer has run over all windows and is not in memory any more."""
+
+    def replacement(self, layer: int) -> nn.Module:
+        """The experts that the layers above are to see in a finished layer."""
+        raise NotImplementedError
+
+
+class Scratch:
+    """Holds the hidden states of a run that is not continued, as a WorkDir does: in one file of `folder`, overwritten
+    batch by batch with the next layer's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.group = Group()
+        self._path, self._name = folder / "hidden.rows", ""
+
+    def has(self, name: str) -> bool:
+        return name == self._name
+
+    def rows(self, name: str, rows: int, width: int) -> Rows:
+        return Rows(self._path, rows, width)
+
+    def create(self, name: str, rows: int, width: int) -> Rows:
+        array = self.rows(name, rows, width)
+        if not self._name:
+            array.allocate()
+        return array
+
+    def publish(self, name: str, array: Rows) -> None:
+        self._name = name
+
+    def discard(self, *names: str) -> None:
+        """The next layer's states need the place."""
 
 
 def batches(windows: int, length: int, tokens: int = BATCH_TOKENS) -> Iterator[slice]:
@@ -41,356 +98,191 @@ def batches(windows: int, length: int, tokens: int = BATCH_TOKENS) -> Iterator[s
         yield slice(start, min(start + step, windows))
 
 
-def _hidden(layer: int) -> str:
-    return f"hidden-{layer:05d}"
-
-
-def _gradient(layer: int) -> str:
-    return f"gradient-{layer:05d}"
-
-
-def _following(layer: int) -> str:
-    return f"following-{layer:05d}"
-
-
-Name = Callable[[int], str]
+def _name(what: str, layer: int) -> str:
+    """Of an array: hidden states at a layer's input, or the log-likelihood's gradient there."""
+    return f"{what}-{layer:05d}"
 
 
 @dataclass
-class Run:
-    """One compression, from tokens to the parts of every layer in the working folder."""
+class Sweep:
+    """A model that runs over windows, layer by layer; several processes share the windows out.
 
-    plan: Plan
+    experts: a layer's experts, None for one that has none; tokens: int64 [windows, seq]; forward_work, backward_work:
+    what running one layer over all windows counts in `steps`.
+    """
+
+    model: LayerwiseModel
+    experts: Experts
     tokens: Tensor
-    work: WorkDir
+    arrays: WorkDir | Scratch
     steps: Steps
-    device: torch.device
-    streamed: LayerwiseModel = field(init=False)
+    forward_work: float
+    backward_work: float = 0.0
+    batch_tokens: int = BATCH_TOKENS
+    batches: list[slice] = field(init=False)
 
     def __post_init__(self) -> None:
-        model = self.plan.model
-        config = read_hf_config(model.folder)
-        self.streamed = LayerwiseModel(model.reader, model.family, config, self.device)
-        self.activation = ACT2FN[config.hidden_act]
-        self.layers = model.num_layers
-        self.moe = set(model.shape.layers)
-        self.costs = layer_work(self.plan)
         # Windows are shared out in whole batches, so that every process count makes the same sums.
-        every = list(batches(*self.plan.windows, self.plan.resources.batch_tokens))
-        self.batches = [every[number] for number in self.work.group.own(range(len(every)))]
+        every = list(batches(len(self.tokens), self.tokens.shape[1], self.batch_tokens))
+        self.batches = [every[number] for number in self.arrays.group.own(range(len(every)))]
 
-    def compress_layers(self) -> None:
-        """Run or resume: every MoE layer ends as parts in the working folder."""
-        self.streamed.prepare((batch.stop - batch.start, self.plan.windows[1]) for batch in self.batches)
-        if self.plan.selects:
-            self._selected()
-        elif self.plan.needs_gradient:
-            self._backwards()
-            if self.plan.follows:
-                self._forwards(_following)
-        else:
-            self._forwards(_hidden)
+    def run(self, visitor: Visitor, upto: int | None = None, *, states: str = "hidden", keep: bool = False) -> None:
+        """Runs, or resumes, until the visitor has finished all of its layers.
 
-    # Sweeps
+        upto: without layers to visit, the layer whose input is wanted (their number for the last one's output); states:
+        name of the hidden states; keep: whether a layer's input stays when its output is there (forwards only).
+        """
+        work = self.forward_work + (self.backward_work if visitor.backwards else 0)
+        pending = self._pending(visitor, self.model.num_layers * work)
+        if pending and visitor.backwards:
+            self._backwards(visitor, pending)
+        elif pending or upto is not None:
+            self._forwards(visitor, pending, pending[-1] if upto is None else upto, states, keep=keep)
 
-    def _backwards(self) -> None:
-        """Fisher information and merges need the gradient: the dense model forwards, then backwards."""
-        merged = "merged" if self.plan.follows else "factored"
-        pending = [layer for layer in sorted(self.moe) if not self._done(layer, merged)]
-        if not pending:
-            self.steps.skip(self.layers * (self.costs.forward + self.costs.record), "resuming: calibration is done")
-            return
-        if len(pending) < len(self.moe):
-            self.steps.skip(0, f"resuming: {len(self.moe) - len(pending)} of {len(self.moe)} MoE layers are done")
-        self._store_inputs(pending[-1])
-        for layer in range(self._top(pending[-1]), pending[0] - 1, -1):
-            if layer in self.moe and not self._done(layer, merged):
-                self._record(layer, _hidden, gradient=layer > pending[0])
-                job = self._job(layer)
-                if not self.work.has_part(layer, "sensitivity"):
-                    self._merge(job)
-                if self.plan.follows:
-                    self._discard_part(layer, "facts")  # the last sweep records anew
-                else:
-                    self._factor(job)
-                self._finish(layer, merged)
-            else:
-                self._pass_gradient(layer)
-            self.work.discard(_gradient(layer + 1), _hidden(layer))
-        self.work.discard(_gradient(pending[0]), *(_hidden(layer) for layer in range(pending[0])))
+    def revisit(self, visitor: Visitor) -> None:
+        """As `run`, where a sweep forwards has kept every layer's input: only the layers to visit run, forwards."""
+        for layer in self._pending(visitor, len(visitor.layers) * self.forward_work):
+            self._visit(visitor, layer, "hidden", None)
 
-    def _forwards(self, name: Name) -> None:
-        """Every layer in turn: watched, merged unless it is already, factored; then its output for the next one."""
-        pending = [layer for layer in sorted(self.moe) if not self._done(layer, "factored")]
-        if not pending:
-            return
-        # A layer's input is discarded when its output is there.
-        start = next((layer for layer in range(self.layers) if self.work.has(name(layer))), 0)
-        if start == 0:
-            self._embed(name)
-        for layer in range(start, pending[-1] + 1):
-            if layer not in self.moe:
-                self._plain_forward(layer, name)
-            elif not self._done(layer, "factored"):
-                self._record(layer, name, gradient=False, forward=not self.plan.follows)
-                job = self._job(layer)
-                if self.plan.recipe.base.kind != "none" and not self.work.has_part(layer, "merged"):
-                    self._merge(job)
-                self._factor(job)
-                self._finish(layer, "factored")
-            if self.plan.follows and layer in self.moe and layer < pending[-1] and not self.work.has(name(layer + 1)):
-                self._compressed_forward(layer, name)
-            self.work.discard(name(layer))
-        self.work.discard(name(pending[-1] + 1))
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Summed negative log-likelihood of all windows, once the last layer's output is there."""
+        self.steps.label("head")
+        total = 0.0
+        for window, _, loss in self._losses():
+            total += float(loss)
+            self._advance(window, self.forward_work)
+        return total
 
-    def _selected(self) -> None:
-        """Every layer is looked at, forwards; then those that matter least are watched once more, and factored."""
-        if self.work.has_part(max(self.moe), f"{PART}-done"):
-            self.steps.skip(self.layers * self.costs.record, "resuming: layers are chosen")
-        else:
-            self._embed(_hidden)
-            for layer in range(max(self.moe) + 1):
-                self._look(layer)
-        self.plan = settle_layers(self.plan, self.work)
-        for layer in self.plan.problem.shape.layers:
-            if not self._done(layer, "factored"):
-                self._record(layer, _hidden, gradient=False)
-                self._factor(self._job(layer))
-                self._finish(layer, "factored")
+    def label(self, layer: int, what: str) -> None:
+        self.steps.label(f"layer {layer + 1}/{self.model.num_layers}: {what}")
 
-    def _look(self, layer: int) -> None:
-        """One layer forwards; of one with experts, how much it matters."""
-        if layer in self.moe and not self._done(layer, PART):
-            self._record(layer, _hidden, gradient=False, forward=True)
-            look_at(self._job(layer))
-            self._discard_part(layer, "facts")  # chosen layers are recorded anew
-            self._finish(layer, PART)
-        elif layer not in self.moe and not self.work.has(_hidden(layer + 1)):
-            self._plain_forward(layer, _hidden)
-        else:
-            self.steps.skip(self.costs.record)
+    def _pending(self, visitor: Visitor, work: float) -> list[int]:
+        pending = [layer for layer in visitor.layers if not visitor.done(layer)]
+        if finished := len(visitor.layers) - len(pending):
+            note = f"resuming: {finished} of {len(visitor.layers)} MoE layers are {visitor.name}"
+            self.steps.skip(0 if pending else work, note)
+        return pending
 
-    def _top(self, last: int) -> int:
-        """The layer from which gradients have to come down to layer `last`."""
-        return next(layer for layer in range(last, self.layers) if self.work.has(_gradient(layer + 1)))
+    def _forwards(self, visitor: Visitor, pending: Sequence[int], upto: int, states: str, *, keep: bool) -> None:
+        # Where inputs are not kept, one is discarded when the next is there.
+        start = next((layer for layer in range(upto + 1) if self.arrays.has(_name(states, layer))), None)
+        if start is None:
+            start = 0
+            self._embed(_name(states, 0))
+        for layer in range(start, upto + 1):
+            above = _name(states, layer + 1)
+            if layer in pending:
+                into = None if layer == upto or visitor.replaces or self.arrays.has(above) else above
+                self._visit(visitor, layer, states, into)
+            elif layer < upto and self.arrays.has(above):
+                self.steps.skip(self.forward_work)
+            if layer < upto and not self.arrays.has(above):
+                replaced = visitor.replaces and layer in visitor.layers
+                self.label(layer, "compressed forward" if replaced else "forward")
+                self._run(layer, visitor.replacement if replaced else self.experts, states, above)
+            if not keep:
+                self.arrays.discard(_name(states, layer))
 
-    # Activations
-
-    def _embed(self, name: Name) -> None:
-        if self.work.has(name(0)):
-            return
-        self.steps.label("embeddings")
-        array = self._create(name(0))
-        for batch in self.batches:
-            self._write(array, batch, self.streamed.embed(self.tokens[batch]))
-        self.work.publish(name(0), array)
-        self.streamed.release()
-
-    def _store_inputs(self, last: int) -> None:
-        """The input of layers 0 to `last`; where no gradient is at hand, of all layers, and the head's gradient."""
-        resumed = any(self.work.has(_gradient(layer + 1)) for layer in range(last, self.layers))
-        upto = last if resumed else self.layers
-        self._embed(_hidden)
-        for layer in range(upto):
-            if self.work.has(_hidden(layer + 1)):
-                self.steps.skip(self.costs.forward)
-            else:
-                self._plain_forward(layer, _hidden)
-        if upto == self.layers:
+    def _backwards(self, visitor: Visitor, pending: Sequence[int]) -> None:
+        """A layer's input and the gradient at its output are discarded when it is done."""
+        lowest, highest, layers = pending[0], pending[-1], self.model.num_layers
+        # Where gradients have to come down from: the lowest that an earlier run left, else the head's.
+        known = [layer for layer in range(highest, layers) if self.arrays.has(_name("gradient", layer + 1))]
+        self._forwards(Visitor(), (), highest if known else layers, "hidden", keep=True)
+        if not known:
             self._head_gradient()
+        for layer in range(min(known, default=layers - 1), lowest - 1, -1):
+            into = _name("gradient", layer) if layer > lowest else None
+            if layer in pending:
+                self._visit(visitor, layer, None, into)
+            else:
+                self.label(layer, "gradient")
+                self._run(layer, self.experts, None, into)
+            self.arrays.discard(_name("gradient", layer + 1), _name("hidden", layer))
+        self.arrays.discard(*(_name("hidden", layer) for layer in range(lowest)))
 
-    def _plain_forward(self, layer: int, name: Name) -> None:
-        """The dense layer's output."""
-        self.steps.label(f"layer {layer + 1}/{self.layers}: forward")
-        experts = self._experts(layer) if layer in self.moe else None
-        self._run(layer, experts, name, self.costs.forward)
+    def _visit(self, visitor: Visitor, layer: int, states: str | None, into: str | None) -> None:
+        if visitor.recorded(layer):
+            self.steps.skip(self._work(states))
+        else:
+            self.label(layer, "calibration")
+            self._run(layer, visitor.experts, states, into, visitor.entered)
+        visitor.visited(layer)
 
-    def _compressed_forward(self, layer: int, name: Name) -> None:
-        """The output of the layer as it is compressed."""
-        self.steps.label(f"layer {layer + 1}/{self.layers}: compressed forward")
-        self._run(layer, self._compressed_experts(layer), name, self.costs.forward)
-
-    def _run(self, layer: int, experts: nn.Module | None, name: Name, cost: float) -> None:
-        module = self.streamed.load_layer(layer, experts)
-        hidden, array = self._array(name(layer)), self._create(name(layer + 1))
+    def _run(
+        self, layer: int, experts: Experts, states: str | None, into: str | None, entered: Entered | None = None
+    ) -> None:
+        """One layer over all windows: forwards on these hidden states, or, where they are None, backwards. into: name
+        under which its output, or the gradient at its input, is kept."""
+        # Embeddings and head are not to be in memory together with a layer.
+        self.model.prepare((batch.stop - batch.start, self.tokens.shape[1]) for batch in self.batches)
+        module = self.model.load_layer(layer, experts(layer))
+        array = self._create(into) if into else None
         for batch in self.batches:
-            with torch.no_grad():
-                self._write(array, batch, self.streamed.run_layer(layer, module, self._read(hidden, batch)))
-            self._advance(batch, cost)
-        self.work.publish(name(layer + 1), array)
+            if entered:
+                entered(self._rows(batch))
+            values = self._forward(layer, module, states, batch) if states else self._backward(layer, module, batch)
+            if array:
+                self._write(array, batch, values)
+            self._advance(batch, self._work(states))
+        if into and array:
+            self.arrays.publish(into, array)
+
+    @torch.no_grad()
+    def _forward(self, layer: int, module: nn.Module, states: str, batch: slice) -> Tensor:
+        return self.model.run_layer(layer, module, self._read(states, layer, batch))
+
+    def _backward(self, layer: int, module: nn.Module, batch: slice) -> Tensor:
+        inputs = self._read("hidden", layer, batch).requires_grad_()
+        output = self.model.run_layer(layer, module, inputs)
+        return torch.autograd.grad(output, inputs, self._read("gradient", layer + 1, batch))[0]
+
+    def _embed(self, name: str) -> None:
+        self.steps.label("embeddings")
+        array = self._create(name)
+        for batch in self.batches:
+            self._write(array, batch, self.model.embed(self.tokens[batch]))
+        self.arrays.publish(name, array)
 
     def _head_gradient(self) -> None:
         """Gradient of every window's summed log-likelihood at the last layer's output."""
-        if self.work.has(_gradient(self.layers)):
-            return
         self.steps.label("head gradient")
-        hidden, array = self._array(_hidden(self.layers)), self._create(_gradient(self.layers))
-        for batch in self.batches:
-            for window in range(batch.start, batch.stop):  # one at a time: logits are as wide as the vocabulary
-                one = slice(window, window + 1)
-                inputs = self._read(hidden, one).requires_grad_()
-                loss = next_token_loss(self.streamed.logits(inputs), self.tokens[one].to(self.device))
-                self._write(array, one, torch.autograd.grad(-loss, inputs)[0])
-        self.work.publish(_gradient(self.layers), array)
-        self.work.discard(_hidden(self.layers))
-        self.streamed.release()
+        last = self.model.num_layers
+        array = self._create(_name("gradient", last))
+        for window, hidden, loss in self._losses():
+            self._write(array, window, torch.autograd.grad(-loss, hidden)[0])
+        self.arrays.publish(_name("gradient", last), array)
+        self.arrays.discard(_name("hidden", last))
 
-    def _pass_gradient(self, layer: int) -> None:
-        """The gradient at the input of a layer that is not to be compressed (any more)."""
-        if self.work.has(_gradient(layer)):
-            return
-        self.steps.label(f"layer {layer + 1}/{self.layers}: gradient")
-        experts = self._experts(layer) if layer in self.moe else None
-        module = self.streamed.load_layer(layer, experts)
-        array = self._create(_gradient(layer))
-        for batch in self.batches:
-            self._through(layer, module, batch, array)
-            self._advance(batch, self.costs.record)
-        self.work.publish(_gradient(layer), array)
+    def _losses(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Every window, the last layer's output, and its summed negative log-likelihood: logits of more than one would
+        be too many, they are as wide as the vocabulary."""
+        for number in (number for batch in self.batches for number in range(batch.start, batch.stop)):
+            window = slice(number, number + 1)
+            hidden = self._read("hidden", self.model.num_layers, window).requires_grad_(torch.is_grad_enabled())
+            yield window, hidden, next_token_loss(self.model.logits(hidden), self.tokens[window].to(hidden.device))
 
-    def _through(self, layer: int, module: nn.Module, batch: slice, array: Rows | None) -> None:
-        """One batch forwards and backwards; the input's gradient goes into `array`."""
-        inputs = self._read(self._array(_hidden(layer)), batch).requires_grad_()
-        with torch.enable_grad():
-            output = self.streamed.run_layer(layer, module, inputs)
-        upper = self._read(self._array(_gradient(layer + 1)), batch)
-        (gradient,) = torch.autograd.grad(output, inputs, upper)
-        if array is not None:
-            self._write(array, batch, gradient)
+    # Arrays
 
-    # One MoE layer
-
-    def _record(self, layer: int, name: Name, *, gradient: bool, forward: bool = False) -> None:
-        """Runs a layer with its experts watched. gradient: its input's gradient is kept for the layer below;
-        forward: its output is kept for the layer above."""
-        if self.work.has_part(layer, "facts"):
-            self.steps.skip(self.costs.record)
-            return
-        self.steps.label(f"layer {layer + 1}/{self.layers}: calibration")
-        backwards = name is _hidden and self.plan.needs_gradient
-        recorder = self._recorder(backwards)
-        module = self.streamed.load_layer(layer, self._experts(layer, recorder))
-        below = self._create(_gradient(layer)) if gradient else None
-        above = self._create(name(layer + 1)) if forward and layer + 1 < self.layers else None
-        length = self.plan.windows[1]
-        for batch in self.batches:
-            recorder.at = slice(batch.start * length, batch.stop * length)
-            if backwards:
-                self._through(layer, module, batch, below)
-            else:
-                with torch.no_grad():
-                    output = self.streamed.run_layer(layer, module, self._read(self._array(name(layer)), batch))
-                if above is not None:
-                    self._write(above, batch, output)
-            self._advance(batch, self.costs.record)
-        for array, title in ((below, _gradient(layer)), (above, name(layer + 1))):
-            if array is not None:
-                self.work.publish(title, array)
-        self._finish_recording(layer, recorder)
-
-    def _recorder(self, backwards: bool) -> Recorder:
-        shape, tokens = self.plan.model.shape, self.plan.tokens
-        sizes: dict[Site, int] = {"input": shape.hidden_size, "middle": shape.intermediate_size}
-        return Recorder(
-            self.work.create("inputs", tokens, shape.hidden_size),
-            self.work.create("choice", tokens, shape.experts_per_token, torch.int32),
-            self.work.create("gates", tokens, shape.experts_per_token),
-            self.work.create("upstream", tokens, shape.hidden_size) if backwards else None,
-            sizes,
-        )
-
-    def _finish_recording(self, layer: int, recorder: Recorder) -> None:
-        arrays = {"inputs": recorder.inputs, "choice": recorder.choice, "gates": recorder.gates}
-        if recorder.upstream is not None:
-            arrays["upstream"] = recorder.upstream
-        for name, array in arrays.items():
-            self.work.publish(name, array)
-        self.work.group.sum(recorder.energy.values())
-        choice = self._whole("choice", torch.int32)
-        tokens = torch.bincount(choice.flatten(), minlength=self.plan.model.shape.num_experts)
-        facts = {"tokens": tokens, **{f"energy.{site}": energy for site, energy in recorder.energy.items()}}
-        least = tokens.argsort(stable=True)[: self.plan.recipe.delta.trim].sort().values
-        if self.work.group.first:
-            self.work.save_part(layer, "facts", {**facts, "trimmed": least})
-        self.work.group.barrier()
-
-    def _whole(self, name: str, dtype: torch.dtype) -> Tensor:
-        width = self.plan.model.shape.experts_per_token
-        return self.work.rows(name, self.plan.tokens, width, dtype).read(slice(0, self.plan.tokens))
-
-    def _job(self, layer: int) -> LayerJob:
-        hidden, tokens = self.plan.model.shape.hidden_size, self.plan.tokens
-        routing = Routing(
-            self.work.rows("inputs", tokens, hidden),
-            self._whole("choice", torch.int32),
-            self._whole("gates", torch.float32),
-            self.work.rows("upstream", tokens, hidden) if self.work.has("upstream") else None,
-            self.plan.resources.rows,
-            self.device,
-        )
-        facts = self.work.load_part(layer, "facts")
-        energy: dict[Site, Tensor] = {"input": facts["energy.input"], "middle": facts["energy.middle"]}
-        trimmed = tuple(facts["trimmed"].tolist())
-        return LayerJob(layer, self.plan, self.work, routing, facts["tokens"], trimmed, energy, self.activation)
-
-    def _merge(self, job: LayerJob) -> None:
-        self.steps.label(f"layer {job.number + 1}/{self.layers}: merge")
-        merge_experts(job, lambda share: self.steps.advance(self.costs.merge * share))
-
-    def _factor(self, job: LayerJob) -> None:
-        self.steps.label(f"layer {job.number + 1}/{self.layers}: prune, factor")
-        build_bases(job)
-        factor_experts(job, lambda share: self.steps.advance(self.costs.factor * share))
-
-    def _finish(self, layer: int, what: str) -> None:
-        """Marks a layer as done, and only then discards what it was made from."""
-        if self.work.group.first:
-            self.work.save_part(layer, f"{what}-done", {"done": torch.ones(1)})
-        self.work.discard("inputs", "choice", "gates", "upstream")
-        if what == "factored":
-            self._discard_part(layer, "merged")
-        self.work.group.barrier()
-
-    def _discard_part(self, layer: int, part: str) -> None:
-        if self.work.group.first:
-            self.work.discard_part(layer, part)
-        self.work.group.barrier()
-
-    def _compressed_experts(self, layer: int) -> D2Experts:
-        """The layer as the plan's own budget makes it: final where ranks do not wait for all layers' errors."""
-        plan = self.plan
-        # Which experts are trimmed is known by now.
-        problem = replace(plan.problem, trimmed={**plan.problem.trimmed, layer: trimmed_experts(self.work, layer)})
-        budget = problem.solve(plan.budget.choices, plan.budget.ranks)
-        config, assembly = budget.config, Assembly(plan, budget, self.work)
-        return compressed_experts(config, layer, assembly.tensor, self.activation, "off")
-
-    # Bookkeeping
-
-    def _done(self, layer: int, what: str) -> bool:
-        return self.work.has_part(layer, f"{what}-done")
-
-    def _experts(self, layer: int, recorder: Recorder | None = None) -> DenseExperts:
-        """A layer's dense experts: held in memory where there is room, else read when they are needed."""
-        stored = self.plan.model.experts
-        take = stored.held if self.plan.resources.hold_layer else stored.fetched
-        return DenseExperts(self.plan.model.shape, take(layer, self.device), self.activation, recorder)
+    def _rows(self, batch: slice) -> slice:
+        length = self.tokens.shape[1]
+        return slice(batch.start * length, batch.stop * length)
 
     def _create(self, name: str) -> Rows:
-        return self.work.create(name, self.plan.tokens, self.plan.model.shape.hidden_size)
+        return self.arrays.create(name, self.tokens.numel(), self.model.hidden_size)
 
-    def _array(self, name: str) -> Rows:
-        return self.work.rows(name, self.plan.tokens, self.plan.model.shape.hidden_size)
-
-    def _read(self, array: Rows, batch: slice) -> Tensor:
-        length = self.plan.windows[1]
-        rows = array.read(slice(batch.start * length, batch.stop * length))
-        return rows.view(batch.stop - batch.start, length, -1).to(self.device)
+    def _read(self, what: str, layer: int, batch: slice) -> Tensor:
+        """[windows, seq, hidden], on the model's device."""
+        array = self.arrays.rows(_name(what, layer), self.tokens.numel(), self.model.hidden_size)
+        rows = array.read(self._rows(batch))
+        return rows.view(batch.stop - batch.start, self.tokens.shape[1], -1).to(self.model.device)
 
     def _write(self, array: Rows, batch: slice, values: Tensor) -> None:
-        length = self.plan.windows[1]
-        array.write(slice(batch.start * length, batch.stop * length), values.flatten(0, 1))
+        array.write(self._rows(batch), values.flatten(0, 1))
 
-    def _advance(self, batch: slice, cost: float) -> None:
-        share = (batch.stop - batch.start) / self.plan.windows[0] * self.work.group.size
-        self.steps.advance(cost * share)
+    def _work(self, states: str | None) -> float:
+        return self.forward_work if states else self.backward_work
+
+    def _advance(self, batch: slice, work: float) -> None:
+        self.steps.advance(work * (batch.stop - batch.start) / len(self.tokens) * self.arrays.group.size)

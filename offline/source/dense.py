@@ -10,14 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import DTYPES, ROLES, Dtype, Role, TensorSpec
+from d2moe_vllm.format.config import DTYPES, Dtype, Role, TensorSpec
 from offline.errors import InputError
+from offline.io.shards import TORCH_DTYPES
 from offline.source.families import Family, MoEShape, find_family, read_shape
 from offline.source.layerwise import check_parameters, read_hf_config
-from offline.source.stored import SourceReader, StoredExperts, expert_tensors, find_experts, read_fp8_blocks
+from offline.source.stored import (
+    ExpertTensor,
+    SourceReader,
+    StoredExperts,
+    expert_tensors,
+    find_experts,
+    read_fp8_blocks,
+)
 
 PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "*.py"]
 
@@ -102,7 +109,7 @@ class DenseModel:
         """The expert weights of a layer that stays dense, as they will be written: in the released layout."""
         stored = DTYPES[self.dtype]
         tensors = expert_tensors(self.shape, self.family.layouts[0], [layer])
-        return {name: TensorSpec(stored, shape) for name, shape in tensors}
+        return {name: TensorSpec(stored, tensor.shape) for name, tensor in tensors}
 
     def other_tensor(self, name: str) -> Tensor:
         """A tensor of other_tensors or of some layer's kept_experts. Raises CheckpointError, KeyError."""
@@ -110,21 +117,12 @@ class DenseModel:
             return self.reader.tensor(self._others[name])
         if name in self.experts.names and self.experts.layout == self.family.layouts[0] and not self.experts.transposed:
             return self.reader.tensor(name)
-        layer, expert, roles = self._released[name]
-        if not self.family.layouts[0].stacked:
-            return self.weight(layer, expert, roles[0])
-        experts = range(self.shape.num_experts)
-        return torch.stack([torch.cat([self.weight(layer, e, role) for role in roles]) for e in experts])
+        return self._released[name].assemble(self.weight, TORCH_DTYPES[DTYPES[self.dtype]])
 
     @cached_property
-    def _released(self) -> Mapping[str, tuple[int, int, list[Role]]]:
-        """Name of an expert tensor in the released layout -> layer, (first) expert and roles that it holds."""
-        layout, found = self.family.layouts[0], dict[str, tuple[int, int, list[Role]]]()
-        for layer in self.shape.layers:
-            for expert in range(1 if layout.stacked else self.shape.num_experts):
-                for role in ROLES:
-                    found.setdefault(layout.name(layer, expert, role), (layer, expert, []))[2].append(role)
-        return found
+    def _released(self) -> Mapping[str, ExpertTensor]:
+        """The expert tensors of the released layout by their names."""
+        return dict(expert_tensors(self.shape, self.family.layouts[0], self.shape.layers))
 
 
 def open_dense(source: str, revision: str | None = None) -> DenseModel:

@@ -76,10 +76,6 @@ class Family:
         """`experts` of one layer."""
         return self.experts.replace("{layer}", str(layer))
 
-    def weight_name(self, layer: int, expert: int, role: Role) -> str:
-        """Disk name of one expert's dense weight where every expert has its own tensors."""
-        return f"{self.experts_prefix(layer)}.{expert}.{self.projections[role]}.weight"
-
     @property
     def layouts(self) -> tuple[Layout, ...]:
         """How experts may lie on disk, the released form first; transformers 5 can write its modules' own stack."""

@@ -115,13 +115,17 @@ def _tied(model: Any) -> set[str]:
 class LayerwiseModel:
     """Runs a causal language model of `reader`'s checkpoint in float32 on `device`, layer by layer.
 
-    Embeddings and head are read when they are first needed and dropped by `release`.
+    Embeddings and head are read when they are first needed and dropped by `prepare`. activation: of the experts.
     Raises InputError where transformers has no such model or a tensor is missing.
     """
 
     def __init__(self, reader: Reader, family: Family, hf_config: Any, device: torch.device | None = None) -> None:
+        from transformers.activations import ACT2FN
+
         self._reader, self._family, self._config = reader, family, hf_config
-        self._device = device or torch.device("cpu")
+        self.device = device or torch.device("cpu")
+        self.hidden_size: int = hf_config.hidden_size
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[hf_config.hidden_act]
         self._blueprints = list(blueprint(hf_config).model.layers)
         self._recorders = nn.ModuleList(_Recorder() for _ in self._blueprints)
         self._injector = _Injector()
@@ -140,12 +144,8 @@ class LayerwiseModel:
             self._load(model, lambda name: not name.startswith(LAYER_PREFIX), lambda name: name, tied)
             if tied:
                 model.tie_weights()
-            self._ends = model.to(self._device)
+            self._ends = model.to(self.device)
         return self._ends
-
-    def release(self) -> None:
-        """Drops embeddings and head from memory."""
-        self._ends = None
 
     @property
     def num_layers(self) -> int:
@@ -156,18 +156,18 @@ class LayerwiseModel:
         shape = (int(tokens.shape[0]), int(tokens.shape[1]))
         self._model.model.layers = self._recorders
         with torch.no_grad():
-            self._model.model(input_ids=tokens.to(self._device))
+            self._model.model(input_ids=tokens.to(self.device))
         hidden = self._recorders[0].hidden
         # Masks and rotary tables depend on the batch's shape alone: windows are never padded.
         self._arguments.setdefault(shape, [recorder.arguments for recorder in self._recorders])
         return hidden
 
     def prepare(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Makes run_layer ready for batches of these shapes (windows, tokens). It needs the embeddings, which are not
-        to be in memory together with a layer."""
+        """Makes run_layer ready for batches of these shapes (windows, tokens), for which it needs the embeddings; then
+        drops embeddings and head: they are not to be in memory together with a layer."""
         for shape in set(shapes) - set(self._arguments):
             self.embed(torch.zeros(shape, dtype=torch.int64))
-        self.release()
+        self._ends = None
 
     def load_layer(self, number: int, experts: nn.Module | None) -> nn.Module:
         """One decoder layer in memory, its experts replaced by `experts`; None for a layer that has none."""
@@ -182,7 +182,7 @@ class LayerwiseModel:
         )
         if experts is not None:
             layer.set_submodule(self._family.experts_module, experts)
-        return layer.to(self._device)
+        return layer.to(self.device)
 
     def run_layer(self, number: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         """hidden [batch, seq, hidden] -> the layer's output, of the same shape."""
@@ -196,7 +196,7 @@ class LayerwiseModel:
         """Final norm and head: hidden [batch, seq, hidden] -> float32 [batch, seq, vocabulary]."""
         self._injector.hidden = hidden
         self._model.model.layers = nn.ModuleList([self._injector])
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
         return self._model(input_ids=tokens).logits.float()
 
     def _load(
@@ -211,7 +211,7 @@ class LayerwiseModel:
         state = {}
         for parameter in module.state_dict():
             if parameter in names:
-                state[parameter] = self._reader.finite(names[parameter]).to(self._device).float()
+                state[parameter] = self._reader.finite(names[parameter]).to(self.device).float()
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
         held = [*module.named_parameters(), *module.named_buffers()]

@@ -148,15 +148,41 @@ class StoredExperts:
         return lambda expert, role: self.weight(layer, expert, role).to(device)
 
 
-def expert_tensors(shape: MoEShape, layout: Layout, layers: Iterable[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape ([experts,] out, in) of every tensor that holds expert weights in this layout; gate and up
-    of one tensor give it twice."""
+@dataclass(frozen=True)
+class ExpertTensor:
+    """A tensor of a layout: the matrices of these experts, which lie in a stack, or of one, which does not; the output
+    rows of the first role first. shape: [experts,] rows, in."""
+
+    layer: int
+    experts: range
+    roles: tuple[Role, ...]
+    shape: tuple[int, ...]
+
+    def assemble(self, weight: Callable[[int, int, Role], Tensor], dtype: torch.dtype) -> Tensor:
+        """Of (layer, expert, role) -> [out, in], rounded to `dtype`; one matrix in memory beside the result."""
+        tensor, row = torch.empty(self.shape, dtype=dtype), 0
+        # Role by role: what the experts share is then read once.
+        for role in self.roles:
+            for expert in self.experts:
+                matrix = weight(self.layer, expert, role)
+                (tensor[expert] if len(self.shape) == 3 else tensor)[row : row + len(matrix)] = matrix
+            row += len(matrix)
+        return tensor
+
+
+def expert_tensors(shape: MoEShape, layout: Layout, layers: Iterable[int]) -> Iterator[tuple[str, ExpertTensor]]:
+    """Every tensor that holds expert weights in this layout, by its name."""
+    every = range(shape.num_experts)
     for layer in layers:
-        for expert in range(1 if layout.stacked else shape.num_experts):
+        for experts in (every,) if layout.stacked else (range(expert, expert + 1) for expert in every):
+            held: dict[str, tuple[Role, ...]] = {}
             for role in ROLES:
-                out, inputs = shape.projection(role)
-                matrix = (2 * out if layout.fused and role != "down" else out, inputs)
-                yield layout.name(layer, expert, role), (shape.num_experts, *matrix) if layout.stacked else matrix
+                name = layout.name(layer, experts[0], role)
+                held[name] = (*held.get(name, ()), role)
+            for name, roles in held.items():
+                matrix = (sum(shape.projection(role)[0] for role in roles), shape.projection(roles[0])[1])
+                size = (len(experts), *matrix) if layout.stacked else matrix
+                yield name, ExpertTensor(layer, experts, roles, size)
 
 
 def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: Iterable[int]) -> StoredExperts:
@@ -168,10 +194,10 @@ def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: 
     layers, specs = tuple(layers), reader.specs
     layout = next((one for one in family.layouts if one.name(layers[0], 0, "gate") in specs), family.layouts[0])
     expected: dict[str, tuple[int, ...]] = {}
-    for name, size in expert_tensors(shape, layout, layers):
+    for name, tensor in expert_tensors(shape, layout, layers):
         if name not in specs:  # at once: absurd sizes in config.json must not fill the memory
             raise InputError(f"the source has no tensor {name}; download the model again")
-        expected[name] = size
+        expected[name] = tensor.shape
     _refuse_strangers(family, reader, expected, layers)
     shapes = {name: specs[name].shape for name in expected}
     transposed = False

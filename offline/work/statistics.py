@@ -29,22 +29,22 @@ Activation = Callable[[Tensor], Tensor]
 class Recorder:
     """Writes down what reaches the experts of a layer; `at` is set before each batch of windows.
 
-    inputs, upstream: [tokens, hidden], the experts' input and the gradient of the summed log-likelihood at their
-    output (None where no gradient is wanted); choice int32, gates float32: [tokens, k]. energy[site]: float64 [n],
+    arrays: inputs and, where the gradient is wanted, upstream: [tokens, hidden], the experts' input and the gradient of
+    the summed log-likelihood at their output; choice int32, gates float32: [tokens, k]. energy[site]: float64 [n],
     sum of x² of what the base reads there: every token's input, and the gate-weighted mix of the experts'
     activations (METHODS 1.2).
     """
 
-    def __init__(self, inputs: Rows, choice: Rows, gates: Rows, upstream: Rows | None, sizes: Mapping[Site, int]):
-        self.inputs, self.choice, self.gates, self.upstream = inputs, choice, gates, upstream
+    def __init__(self, arrays: Mapping[str, Rows], sizes: Mapping[Site, int]) -> None:
+        self.arrays = arrays
         self.energy = {site: torch.zeros(size, dtype=torch.float64) for site, size in sizes.items()}
         self.at = slice(0, 0)
 
     @torch.no_grad()
     def routed(self, hidden: Tensor, choice: Tensor, gates: Tensor) -> None:
-        self.inputs.write(self.at, hidden)
-        self.choice.write(self.at, choice.to(torch.int32))
-        self.gates.write(self.at, gates.float())
+        self.arrays["inputs"].write(self.at, hidden)
+        self.arrays["choice"].write(self.at, choice.to(torch.int32))
+        self.arrays["gates"].write(self.at, gates.float())
         self._add_energy("input", hidden)
 
     @torch.no_grad()
@@ -52,8 +52,8 @@ class Recorder:
         self._add_energy("middle", mix)
 
     def watch(self, output: Tensor) -> None:
-        if self.upstream is not None and output.requires_grad:
-            at, upstream = self.at, self.upstream
+        if "upstream" in self.arrays and output.requires_grad:
+            at, upstream = self.at, self.arrays["upstream"]
             output.register_hook(lambda gradient: upstream.write(at, gradient))
 
     def _add_energy(self, site: Site, rows: Tensor) -> None:
@@ -106,13 +106,18 @@ class DenseExperts(nn.Module):
                 continue
             rows, gates = hidden_states[token], top_k_weights[token, slot, None]
             middle = self._activation(self._project(expert, "gate", rows)) * self._project(expert, "up", rows)
-            output = output.index_add(0, token, gates * self._project(expert, "down", middle))
+            weighted = gates * self._project(expert, "down", middle)
+            self.gave(expert, weighted)
+            output = output.index_add(0, token, weighted)
             if mix is not None:
                 mix.index_add_(0, token, (gates * middle).detach())
         if recorder is not None and mix is not None:
             recorder.mixed(mix)
             recorder.watch(output)
         return output
+
+    def gave(self, expert: int, output: Tensor) -> None:
+        """Told what each expert gives, times the gates: [rows routed to it, hidden]."""
 
     def _project(self, expert: int, role: Role, rows: Tensor) -> Tensor:
         return _Project.apply(rows, partial(self._fetch, expert, role))

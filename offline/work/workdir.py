@@ -7,7 +7,6 @@ read again: what an earlier run left may have been changed by another hand or a 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -22,6 +21,7 @@ from torch import Tensor
 
 import d2moe_vllm
 from offline.errors import InputError
+from offline.io.locks import hold
 from offline.io.shards import checksum, write_file, write_tensors
 from offline.source.dense import DenseModel
 from offline.work.activations import Rows
@@ -100,16 +100,11 @@ class WorkDir:
                 raise InputError(f"working folder {path} is not empty and not ours; choose another --workdir")
             created = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = marker.open("a+")
+            self._lock = hold(marker, f"another run is using {path}; wait for it, or choose another --workdir")
         except OSError as error:
             raise InputError(f"working folder {path} cannot be used ({error.strerror}); choose another") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another run is using {path}; wait for it, or choose another --workdir") from None
         if created:
-            self._lock.write(CREATED)
-            self._lock.flush()
+            marker.write_text(CREATED)
         self._check(expected, restart)
         (path / "layers").mkdir(exist_ok=True)
 
@@ -150,16 +145,16 @@ class WorkDir:
 
     def close(self) -> None:
         if self.group.first:
-            self._lock.close()
+            self._lock.release()
 
     def remove(self) -> None:
         """Delete what is ours: the run is finished and its result published."""
         if not self.group.first:
             return
         self._clear()
-        self._lock.seek(0)
-        created = self._lock.read() == CREATED
-        (self.path / MARKER_FILE).unlink()
+        marker = self.path / MARKER_FILE
+        created = marker.read_text() == CREATED
+        marker.unlink()
         self.close()
         if created:
             with contextlib.suppress(OSError):  # somebody put a file of theirs here

@@ -15,17 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from d2moe_vllm.format.config import ROLES
 from offline.compare.channels import (
-    Scores,
     channel_bytes,
     channels_to_prune,
     lowest,
-    score_channels,
-    scoring_plan,
     write_pruned,
 )
 from offline.compare.rewriting import RECORD_FILE
 from offline.errors import UnreachableError
 from offline.methods.settings import Calibration
+from offline.run.scores import Scores, score_channels, scoring_plan
 from offline.source.dense import DenseModel, open_dense
 from offline.source.text import Windows
 

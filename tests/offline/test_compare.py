@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -339,8 +340,8 @@ def test_html_is_whole_and_says_the_same(table: dict[str, Any], command: list[ob
     parsed = _Table()
     parsed.feed(page)
     assert parsed.open == []
-    assert parsed.links == []
-    assert "http" not in page
+    assert all(link.startswith("data:") for link in parsed.links)
+    assert "://" not in page
     assert "light dark" in page
     assert len(parsed.rows) == 1 + len(table["rows"])
     for cells, found in zip(parsed.rows[1:], table["rows"], strict=True):
@@ -350,6 +351,45 @@ def test_html_is_whole_and_says_the_same(table: dict[str, Any], command: list[ob
             assert f"{found['perplexity']['held-out.txt']:.2f}" in cells
         else:
             assert cells[2].startswith("not reachable: at most ")
+
+
+def test_without_workdir_the_same_command_goes_on_from_any_folder(
+    texts: tuple[Path, Path], short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the user's cache; another calibration has a folder of its own; nothing is left where one stands."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ("compare", TINY, "--ratio", "0.2", "--baseline", "frequency", "--text", short, *FEW)
+    found = []
+    for number, more in enumerate([(), (), ("--seed", "1")]):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        done = d2moe_here(*arguments, "--calibration", texts[0], *more, "--json")
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+        assert f"working folder: {found[-1]['workdir']}\n" in done.stderr
+        assert os.listdir() == []
+    assert found[0] == found[1]
+    assert found[0]["workdir"] != found[2]["workdir"]
+    assert {Path(one["workdir"]).parent for one in found} == {tmp_path / "cache" / "d2moe" / "compare"}
+
+
+def test_beside_the_page_lies_its_working_folder(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
+    arguments = ("--text", short, "--calibration", texts[0], *FEW, "--html", tmp_path / "table.html")
+    done = d2moe_here("compare", TINY, "--ratio", "0.2", "--baseline", "frequency", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"table.html", "table.html.d2moe-compare"}
+
+
+def test_a_page_without_jinja2_is_refused_before_the_run(
+    texts: tuple[Path, Path], short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)  # as Python itself marks what cannot be imported
+    arguments = ("--text", short, "--calibration", texts[0], *FEW, "--html", tmp_path / "table.html")
+    done = d2moe_here("compare", TINY, "--ratio", "0.2", "--baseline", "frequency", *arguments)
+    assert done.returncode == 2
+    assert "pip install jinja2" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_are_escaped(table: dict[str, Any]) -> None:

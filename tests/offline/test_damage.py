@@ -90,7 +90,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "index escapes": (lambda f: edit_json(f / INDEX, lambda i: i["weight_map"].update({EXPERT: "../x"})), ["../x"]),
     "index not JSON": (lambda f: (f / INDEX).write_text("{"), [INDEX, "JSON"]),
     "manifest missing": (lambda f: (f / "d2moe_manifest.json").unlink(), ["d2moe_manifest.json", "missing"]),
-    "unknown format version": (lambda f: edit_config(f, format_version=2), ["format version 2"]),
+    "unknown format version": (lambda f: edit_config(f, format_version=1), ["format version 1"]),
     "unknown manifest version": (
         lambda f: edit_json(f / "d2moe_manifest.json", lambda m: m.update(format_version=9)), ["format version 9"]
     ),

@@ -31,7 +31,7 @@ from offline.plan.budget import FULL, Choices, solve_stored
 from offline.plan.make import make_plan
 from offline.plan.plan import Plan, Resources
 from offline.plan.recipe import Recipe
-from offline.run.sweep import Run
+from offline.run.calibration import compress_layers
 from offline.source.dense import open_dense
 from offline.source.text import Windows, choose_windows, read_text, tokenize
 from offline.work.workdir import WorkDir
@@ -55,7 +55,7 @@ def run(plan: Plan, windows: Windows, folder: Path) -> WorkDir:
     """Calibrates and factors; the working folder stays."""
     work = WorkDir(folder, {})
     with Steps(1, Console(file=StringIO())) as steps:
-        Run(plan, windows.tokens, work, steps, torch.device("cpu")).compress_layers()
+        compress_layers(plan, windows.tokens, work, steps, torch.device("cpu"))
     return work
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from compression import ROOT, TINY, d2moe_here
 from edits import accept, add_records, edit
+from filelock import FileLock
 from safetensors.torch import load_file
 from synthetic import NAMES, PREFIX, Synthetic, dense_expert, every_variant, write_checkpoint, write_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -185,17 +186,13 @@ def test_refusals_leave_nothing_behind(compressed: Path, tmp_path: Path, monkeyp
 def test_what_a_killed_run_left_is_replaced_and_a_running_one_is_not_disturbed(
     compressed: Path, tmp_path: Path
 ) -> None:
-    import fcntl
-
     left = tmp_path / ".out.partial"
     (left / "sub").mkdir(parents=True)
     (left / "model-00001-of-00009.safetensors").write_text("half")
-    descriptor = os.open(left, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    done = d2moe_here("export", compressed, tmp_path / "out")
+    with FileLock(tmp_path / ".out.lock"):
+        done = d2moe_here("export", compressed, tmp_path / "out")
     assert (done.returncode, "another run" in done.stderr) == (2, True)
     assert (left / "model-00001-of-00009.safetensors").exists()
-    os.close(descriptor)
     assert d2moe_here("export", compressed, tmp_path / "out").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1

@@ -17,7 +17,8 @@ from rich.console import Console
 from synthetic import Synthetic, write_checkpoint
 
 from offline.cli import main
-from offline.cli.tables import compress_table, export_table
+from offline.cli.compress import compress_table
+from offline.cli.export import export_table
 from offline.compare.table import compare_table
 from offline.io.console import plain_console
 from offline.io.naming import labels

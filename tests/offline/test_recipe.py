@@ -25,7 +25,7 @@ def test_auto_is_16_for_real_models_and_1_for_tiny_ones() -> None:
 def test_the_command_line_wins(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("ratio: 0.2\nbase: {merge: mean}\ncalibration: {windows: 8}\n")
-    recipe = load_recipe(path, {"ratio": 0.6, "calibration.windows": None, "calibration.seed": 3})
+    recipe = load_recipe(path, {"ratio": 0.6, "calibration": {"windows": None, "seed": 3}})
     assert (recipe.ratio, recipe.base.merge) == (0.6, "mean")
     assert (recipe.calibration.windows, recipe.calibration.seed) == (8, 3)
 
@@ -50,7 +50,7 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, text: str, message: str) ->
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(InputError) as caught:
-        load_recipe(path, {"calibration.seed": 1} if "calibration: 7" in text else {})
+        load_recipe(path, {"calibration": {"seed": 1}} if "calibration: 7" in text else {})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -14,21 +14,18 @@ from offline.plan.recipe import Recipe, load_recipe
 from offline.plan.recipes import SHIPPED, find_recipe
 from offline.source.families import FAMILIES
 
-RATIOS = (20, 40, 60)
 
-
-def test_there_is_one_for_every_family_and_ratio() -> None:
-    assert set(SHIPPED) == {f"{family}-{ratio}" for family in FAMILIES for ratio in RATIOS}
+def test_each_is_called_after_a_family() -> None:
+    assert set(SHIPPED) <= set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_it_loads_and_says_only_what_differs_from_the_default(name: str) -> None:
-    recipe = load_recipe(SHIPPED[name], {})
-    assert recipe.ratio == int(name.rpartition("-")[2]) / 100
-    default = Recipe(ratio=recipe.ratio).model_dump()
+    load_recipe(SHIPPED[name], {"ratio": 0.4})
+    default = Recipe(ratio=0.4).model_dump()
     content = yaml.safe_load(SHIPPED[name].read_text())
     for section, values in content.items():
-        for key, value in values.items() if isinstance(values, dict) else ():
+        for key, value in values.items():
             assert default[section][key] != value, f"{section}.{key} is the default"
     lines = SHIPPED[name].read_text().splitlines()
     for number, line in enumerate(lines):
@@ -53,7 +50,7 @@ SIZES = {
 
 @pytest.mark.parametrize("family", SIZES)
 def test_rounding_prunes_about_what_was_asked_for_on_the_real_sizes(family: str) -> None:
-    recipe = load_recipe(SHIPPED[f"{family}-40"], {})
+    recipe = load_recipe(SHIPPED[family], {"ratio": 0.4})
     for sizes in SIZES[family]:
         assert recipe.resolve(sizes[0], 2048, 8).base.column_multiple == 16
         for columns in sizes:
@@ -62,30 +59,40 @@ def test_rounding_prunes_about_what_was_asked_for_on_the_real_sizes(family: str)
             assert 1 - kept * recipe.base.groups / columns < 0.1
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_a_name_gives_a_plan_and_options_win(ratio: int) -> None:
-    done = d2moe_here("plan", TINY, "--recipe", f"mixtral-{ratio}", "--windows", "8", "--json")
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6])
+def test_a_name_gives_a_plan_at_any_ratio_and_options_win(ratio: float) -> None:
+    done = d2moe_here("plan", TINY, "--recipe", "mixtral", "--ratio", ratio, "--windows", "8", "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
-    assert plan["recipe"]["ratio"] == ratio / 100
+    assert plan["recipe"]["ratio"] == ratio
     assert plan["recipe"]["calibration"]["windows"] == 8
-    assert 0 <= plan["result"]["stored_ratio"] - ratio / 100 < 0.01
+    assert 0 <= plan["result"]["stored_ratio"] - ratio < 0.01
+
+
+def test_the_ratio_is_the_users() -> None:
+    done = d2moe_here("plan", TINY, "--recipe", "mixtral")
+    assert done.returncode == 2
+    assert "no ratio given; add --ratio 0.4" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_file_of_that_name_wins_and_unknown_names_list_the_near_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = d2moe_here("plan", TINY, "--recipe", "mixtrl-40")
+    done = d2moe_here("plan", TINY, "--recipe", "mixtrl")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "mixtral-40" in done.stderr
+    assert "mixtral" in done.stderr
     assert "cannot be read" in d2moe_here("plan", TINY, "--recipe", tmp_path / "zzz.yaml").stderr
     monkeypatch.chdir(tmp_path)
-    Path("mixtral-40").write_text("ratio: 0.3\n")
-    assert load_recipe(find_recipe("mixtral-40"), {}).ratio == 0.3
+    Path("mixtral").mkdir()
+    assert find_recipe("mixtral") == SHIPPED["mixtral"]
+    Path("mixtral").rmdir()
+    Path("mixtral").write_text("ratio: 0.3\n")
+    assert load_recipe(find_recipe("mixtral"), {}).ratio == 0.3
 
 
 def test_they_are_packaged() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "*.yaml" in project["tool"]["setuptools"]["package-data"]["offline.plan.recipes"]
-    assert all(path.parent == ROOT / "offline" / "recipes" for path in SHIPPED.values())
+    assert all(path.parent == ROOT / "offline" / "plan" / "recipes" for path in SHIPPED.values())

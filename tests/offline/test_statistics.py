@@ -15,7 +15,7 @@ from offline.methods.layer import LayerJob
 from offline.plan.make import make_plan
 from offline.plan.plan import Resources
 from offline.plan.recipe import Recipe
-from offline.run.sweep import Run
+from offline.run.calibration import Calibration, open_sweep
 from offline.source.dense import open_dense
 from offline.source.layerwise import next_token_loss
 from offline.work.statistics import Gradients, gradients, mean_gram
@@ -115,20 +115,22 @@ def streamed(
     plan = replace(plan, resources=Resources(batch_tokens=2 * LENGTH, rows=5))
     work = WorkDir(tmp_path_factory.mktemp("work"), {"test": 1})
 
-    def look(run: Run, job: LayerJob) -> None:
-        weighted = {"gate_weighted": request.param}
-        grads, grams = [], {"input": [], "middle": []}
-        for expert in range(EXPERTS):
-            weights = job.weights(expert)
-            grads.append(gradients(weights, job.routing, expert, job.activation, fisher=True, **weighted))
-            for site, found in grams.items():
-                found.append(mean_gram(weights, job.routing, expert, site, job.activation, **weighted))
-        seen[job.number] = Seen(job.tokens, dict(job.energy), grads, grams)
+    class Looking(Calibration):
+        backwards = True
 
-    with pytest.MonkeyPatch.context() as patch, Steps(1) as steps:
-        patch.setattr(Run, "_merge", look)
-        patch.setattr(Run, "_factor", lambda run, job: None)
-        Run(plan, tokens, work, steps, torch.device("cpu")).compress_layers()
+        def work_on(self, job: LayerJob) -> None:
+            weighted = {"gate_weighted": request.param}
+            grads, grams = [], {"input": [], "middle": []}
+            for expert in range(EXPERTS):
+                weights = job.weights(expert)
+                grads.append(gradients(weights, job.routing, expert, job.activation, fisher=True, **weighted))
+                for site, found in grams.items():
+                    found.append(mean_gram(weights, job.routing, expert, site, job.activation, **weighted))
+            seen[job.number] = Seen(job.tokens, dict(job.energy), grads, grams)
+
+    with Steps(1) as steps:
+        sweep = open_sweep(plan, tokens, work, steps, torch.device("cpu"))
+        sweep.run(Looking(plan, work, sweep))
     return request.param, seen
 
 

@@ -51,7 +51,7 @@ def test_fp8_is_dequantised_by_block(family: str, block: int, tmp_path: Path) ->
         if name in model.other_tensors:
             assert model.other_tensors[name].dtype == "BF16"
             assert torch.equal(model.other_tensor(name), expected)
-    name = model.family.weight_name(2, 5, "down")
+    name = model.family.layouts[0].name(2, 5, "down")
     assert torch.equal(model.weight(2, 5, "down"), model.reader.tensor(name))
     assert torch.equal(model.other_tensor(name), model.reader.tensor(name))
 

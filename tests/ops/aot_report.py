@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from layer_shapes import SHAPES, Shape
 
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 from d2moe_vllm.ops.triton import aot, layer, tiles
 
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
@@ -34,8 +34,8 @@ MANY = Shape(7168, 2048, 256, 8)
 VARIANTS = ("base", "low-rank base", "no base", "shared V", "columns", "trimmed", "no deltas", "bases")
 
 
-def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Weights, list[int], int]:
-    """The weights of "w13" or "w2", the ranks of their deltas, and that of their base."""
+def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Weights, HalfSpec]:
+    """The weights of "w13" or "w2", and what is constant of them."""
     inputs, out, parts = (
         (shape.hidden, shape.intermediate, 2) if name == "w13" else (shape.intermediate, shape.hidden, 1)
     )
@@ -47,10 +47,11 @@ def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Wei
     base_rank = 0
     if variant == "bases":
         if name == "w2":
-            return Weights(dense=new(stored, out, inputs)), [0], 0
+            return Weights(dense=new(stored, out, inputs)), HalfSpec((0,))
         count = max(shape.experts // 4, 2)
         bases = new(count, parts * rank, inputs)
-        return Weights(bases=bases, alpha=new(stored, parts * count), a=new(stored, out, parts * rank)), [rank] * 2, 0
+        a = new(stored, out, parts * rank)
+        return Weights(bases=bases, alpha=new(stored, parts * count), a=a), HalfSpec((rank, rank))
     if variant != "no deltas":
         fields["delta_u"] = new(stored, out, parts * rank)
         if variant == "columns":
@@ -68,7 +69,8 @@ def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Wei
         kept = inputs // 8 * 7 if variant == "base" else inputs
         fields |= {"base": new(kept, parts * out), "base_columns": integers(kept)}
         fields["base_norms"] = torch.empty(kept, dtype=torch.float32, device="meta")
-    return Weights(**fields), [0 if variant == "no deltas" else rank] * parts, base_rank
+    ranks = (0 if variant == "no deltas" else rank,) * parts
+    return Weights(**fields), HalfSpec(ranks, (base_rank,) * parts, groups=8, used=inputs // 16 * 8)
 
 
 def call(
@@ -81,17 +83,16 @@ def call(
     invariant: bool = False,
     function: str = "silu",
 ) -> None:
-    w13, ranks13, base13 = half(shape, dtype, variant, "w13")
-    w2, ranks2, base2 = half(shape, dtype, variant, "w2")
+    (w13, half13), (w2, half2) = (half(shape, dtype, variant, name) for name in ("w13", "w2"))
+    spec = LayerSpec(
+        shape.experts, shape.intermediate, half13, half2, activation, scope, function, batch_invariant=invariant
+    )
     new = partial(torch.empty, device="meta")
     layer.fused_experts(
         new(rows, shape.hidden, dtype=dtype), new(rows, shape.top_k), new(rows, shape.top_k, dtype=torch.int32),
         w13, w2,
         new(rows, dtype=torch.bool) if scope == "batch" else None,
-        num_experts=shape.experts, intermediate_size=shape.intermediate, ranks=ranks13 + ranks2,
-        base_ranks=[base13, base13, base2], groups=[8, 8],
-        used=[shape.hidden // 16 * 8, shape.intermediate // 16 * 8], activation=activation, scope=scope,
-        batch_invariant=invariant, function=function,
+        spec,
     )  # fmt: skip
 
 

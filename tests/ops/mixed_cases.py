@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from moe_oracle import silu
 
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 
 FUNCTIONS = {"silu": silu, "tanh": np.tanh}
 
@@ -30,8 +30,8 @@ def mixed_case(
     absent: float = 0.0,
     padding: int = 0,
     scale: float = 1.0,
-) -> tuple[list[Any], dict[str, Any]]:
-    """Positional arguments and options of ops.reference.fused_experts.
+) -> tuple[list[Any], LayerSpec]:
+    """Positional arguments and spec of ops.reference.fused_experts.
 
     rank: of gate and up. groups: of experts with bases of their own; others' alphas are zero. absent: share of routed
     experts that are -1. padding: rows at the end that are no tokens. scale: of the bases.
@@ -54,28 +54,18 @@ def mixed_case(
     ids = torch.rand(tokens, num_experts, generator=generator).argsort(dim=1)[:, :top_k].int()
     ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < absent, -1)
     x, gates = random(tokens, hidden, size=hidden**-0.5), torch.rand(tokens, top_k, generator=generator)
-    options = {
-        "num_experts": num_experts,
-        "intermediate_size": intermediate,
-        "ranks": [*rank, 0],
-        "base_ranks": [0, 0, 0],
-        "groups": [1, 1],
-        "used": [0, 0],
-        "activation": "silu",
-        "scope": "off",
-        "function": function,
-    }
-    return [x, gates, ids, w13, w2, torch.arange(tokens) >= tokens - padding if padding else None], options
+    spec = LayerSpec(num_experts, intermediate, HalfSpec(rank), HalfSpec((0,)), "silu", "off", function)
+    return [x, gates, ids, w13, w2, torch.arange(tokens) >= tokens - padding if padding else None], spec
 
 
-def forward(arguments: list[Any], options: dict[str, Any]) -> np.ndarray:
+def forward(arguments: list[Any], spec: LayerSpec) -> np.ndarray:
     """The layer's output for these arguments in float64; every V whole, every product by itself."""
     x, gates, ids = (tensor.double().numpy() for tensor in arguments[:3])
     bases, alpha, a = (arguments[3]._asdict()[name].double().numpy() for name in ("bases", "alpha", "a"))
-    down, (gate_rank, _, _) = arguments[4].dense.double().numpy(), options["ranks"]
-    function, output = np.vectorize(FUNCTIONS[options["function"]], otypes=[float]), np.zeros(x.shape)
+    down, gate_rank = arguments[4].dense.double().numpy(), spec.w13.ranks[0]
+    function, output = np.vectorize(FUNCTIONS[spec.function], otypes=[float]), np.zeros(x.shape)
     vs = {}
-    for expert in range(options["num_experts"]):
+    for expert in range(spec.num_experts):
         parts = (slice(gate_rank), slice(gate_rank, None))
         vs[expert] = [
             function(sum(factor * basis[part] for factor, basis in zip(factors, bases, strict=True)))
@@ -83,7 +73,7 @@ def forward(arguments: list[Any], options: dict[str, Any]) -> np.ndarray:
         ]
     for token, (row, own_gates, own_ids) in enumerate(zip(x, gates, ids.astype(int), strict=True)):
         for gate_value, expert in zip(own_gates, own_ids, strict=True):
-            if not 0 <= expert < options["num_experts"]:
+            if not 0 <= expert < spec.num_experts:
                 continue
             gate = a[expert][:, :gate_rank] @ (vs[expert][0] @ row)
             up = a[expert][:, gate_rank:] @ (vs[expert][1] @ row)
@@ -92,7 +82,7 @@ def forward(arguments: list[Any], options: dict[str, Any]) -> np.ndarray:
 
 
 @st.composite
-def mixed_cases(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
+def mixed_cases(draw: st.DrawFn) -> tuple[list[Any], LayerSpec]:
     """Any such layer in float32: one basis, one group per basis, no token at all, nobody's tokens."""
     tokens, num_experts, bases = draw(st.integers(0, 6)), draw(st.integers(2, 6)), draw(st.integers(1, 5))
     return mixed_case(

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from mixed_cases import mixed_case
 
-from d2moe_vllm.ops import PACK_OPTIONS, cpu, reference
+from d2moe_vllm.ops import cpu, reference
 
 SIZES = {"tokens": 4, "hidden": 4096, "intermediate": 512, "num_experts": 8, "bases": 2, "rank": (1024, 1024)}
 
@@ -34,15 +34,15 @@ def added(call: Callable[[], Any]) -> int:
 
 
 torch.set_num_threads(2)
-arguments, options = mixed_case(0, torch.bfloat16, **SIZES)
+arguments, spec = mixed_case(0, torch.bfloat16, **SIZES)
 arguments[2] = torch.arange(8, dtype=torch.int32).view(4, 2)
 reference.MIXED_ROWS = 1024
-small, small_options = mixed_case(0, torch.bfloat16)
+small, small_spec = mixed_case(0, torch.bfloat16)
 # Code and the threads' stacks are there before either is measured.
-reference.fused_experts(*small, **small_options)
-whole = added(lambda: reference.fused_experts(*arguments, **options))
-packed = cpu.pack(*arguments[3:5], **{name: options[name] for name in PACK_OPTIONS})
-half = cpu.pack(*small[3:5], **{name: small_options[name] for name in PACK_OPTIONS})
-cpu.fused_experts(*small[:3], *half, None, **small_options)
-ours = added(lambda: cpu.fused_experts(*arguments[:3], *packed, None, **options))
+reference.fused_experts(*small, small_spec)
+whole = added(lambda: reference.fused_experts(*arguments, spec))
+packed = cpu.pack(*arguments[3:5], spec)
+half = cpu.pack(*small[3:5], small_spec)
+cpu.fused_experts(*small[:3], *half, None, small_spec)
+ours = added(lambda: cpu.fused_experts(*arguments[:3], *packed, None, spec))
 print(2 * 1024 * 4096 * 2, ours, whole)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 
 
 @dataclass
@@ -122,8 +122,8 @@ def forward(case: Case) -> np.ndarray:
     return output + _base(case, "down", mix, case.norms.get("down"))
 
 
-def kernel_arguments(case: Case, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
-    """The same case in the layout of ops.reference.fused_experts: positional arguments, options."""
+def kernel_arguments(case: Case, dtype: torch.dtype) -> tuple[list[Any], LayerSpec]:
+    """The same case in the layout of ops.reference.fused_experts: positional arguments, spec."""
     arguments = [
         torch.from_numpy(case.x).to(dtype),
         torch.from_numpy(case.topk_weights).to(torch.float32 if dtype != torch.float64 else dtype),
@@ -132,18 +132,14 @@ def kernel_arguments(case: Case, dtype: torch.dtype) -> tuple[list[Any], dict[st
         _weights(case, ("down",), dtype),
         None if case.padding is None else torch.from_numpy(case.padding),
     ]
-    roles = ("gate", "up", "down")
-    options = {
-        "num_experts": case.num_experts,
-        "intermediate_size": case.intermediate_size,
-        "ranks": [0 if us is None else us[0].shape[1] for us in (case.delta_u[role] for role in roles)],
-        "base_ranks": [case.base_v[role].shape[0] if role in case.base_v else 0 for role in roles],
-        "groups": [case.groups, case.groups],
-        "used": [case.used["gate"], case.used["down"]],
-        "activation": "silu",
-        "scope": case.scope,
-    }
-    return arguments, options
+    halves = (_half(case, "gate", "up"), _half(case, "down"))
+    return arguments, LayerSpec(case.num_experts, case.intermediate_size, *halves, "silu", case.scope)
+
+
+def _half(case: Case, *roles: str) -> HalfSpec:
+    ranks = tuple(0 if us is None else us[0].shape[1] for us in (case.delta_u[role] for role in roles))
+    base_ranks = tuple(case.base_v[role].shape[0] if role in case.base_v else 0 for role in roles)
+    return HalfSpec(ranks, base_ranks, case.groups, case.used[roles[0]])
 
 
 def _weights(case: Case, roles: tuple[str, ...], dtype: torch.dtype) -> Weights:

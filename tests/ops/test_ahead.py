@@ -27,16 +27,16 @@ CHECK = """
 import numpy, torch
 from moe_cases import CROWDED, crowd
 from moe_oracle import forward, kernel_arguments
-from d2moe_vllm.ops import PACK_OPTIONS, choose_backend, cpu
+from d2moe_vllm.ops import choose_backend, cpu
 from d2moe_vllm.ops.cpu import compiler, library
 from d2moe_vllm.ops.reference import Weights
 print(*choose_backend("cpu"), compiler.compiled_ahead())
 for variant in CROWDED:
     for dtype, near in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
         case = crowd(variant, "off")
-        arguments, options = kernel_arguments(case, dtype)
-        packed = cpu.pack(*arguments[3:5], **{name: options[name] for name in PACK_OPTIONS})
-        y = cpu.fused_experts(*arguments[:3], *packed, arguments[5], **options).double().numpy()
+        arguments, spec = kernel_arguments(case, dtype)
+        packed = cpu.pack(*arguments[3:5], spec)
+        y = cpu.fused_experts(*arguments[:3], *packed, arguments[5], spec).double().numpy()
         exact = forward(case)
         assert numpy.linalg.norm(y - exact) <= near * numpy.linalg.norm(exact), (variant, dtype)
 """

@@ -15,37 +15,37 @@ from hypothesis import given, settings
 from moe_cases import CROWDED, cases, crowd, random_case
 from moe_oracle import Case, forward, kernel_arguments
 
-from d2moe_vllm.ops import BACKENDS, PACK_OPTIONS, PARAMETERS, choose_backend, cpu
+from d2moe_vllm.ops import BACKENDS, choose_backend, cpu
 from d2moe_vllm.ops import fused_experts as every_backend
-from d2moe_vllm.ops.reference import Weights, fused_experts
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights, fused_experts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def run(arguments: list[Any], options: dict[str, Any]) -> torch.Tensor:
+def run(arguments: list[Any], spec: LayerSpec) -> torch.Tensor:
     """Packs copies: packing takes the storage it is given."""
     copies = [Weights(*(None if t is None else t.clone() for t in half)) for half in arguments[3:5]]
-    packed = cpu.pack(*copies, **{name: options[name] for name in PACK_OPTIONS})
-    return cpu.fused_experts(*arguments[:3], *packed, arguments[5], **options)
+    packed = cpu.pack(*copies, spec)
+    return cpu.fused_experts(*arguments[:3], *packed, arguments[5], spec)
 
 
 @settings(max_examples=200, deadline=None)
 @given(cases())
 def test_float32_equals_the_oracle(case: Case) -> None:
     case.x = case.x.astype(np.float32).astype(np.float64)
-    arguments, options = kernel_arguments(case, torch.float32)
-    np.testing.assert_allclose(run(arguments, options).double().numpy(), forward(case), rtol=1e-3, atol=1e-4)
+    arguments, spec = kernel_arguments(case, torch.float32)
+    np.testing.assert_allclose(run(arguments, spec).double().numpy(), forward(case), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scope", ["off", "token", "batch"])
 @pytest.mark.parametrize("variant", CROWDED)
 def test_rounding_is_no_worse_than_the_reference(dtype: torch.dtype, scope: str, variant: str) -> None:
-    arguments, options = kernel_arguments(crowd(variant, scope), dtype)
-    exact = fused_experts(*in_float64(arguments), **options)
+    arguments, spec = kernel_arguments(crowd(variant, scope), dtype)
+    exact = fused_experts(*in_float64(arguments), spec)
     error = [
         float((y.double() - exact).norm() / exact.norm())
-        for y in (run(arguments, options), fused_experts(*arguments, **options))
+        for y in (run(arguments, spec), fused_experts(*arguments, spec))
     ]
     assert error[0] <= 1.3 * error[1] + 1e-7
 
@@ -55,12 +55,12 @@ def test_rounding_is_no_worse_than_the_reference(dtype: torch.dtype, scope: str,
 def test_a_base_that_is_folded_at_512_outputs_with_a_part_of_a_fold_left(sizes: tuple[int, int], scope: str) -> None:
     """On any number of threads: they change how the last fold is cut."""
     case = random_case(3, tokens=11, hidden=sizes[0], intermediate=sizes[1], kept=(16, 16), used=(8, 12), scope=scope)
-    arguments, options = kernel_arguments(case, torch.float32)
+    arguments, spec = kernel_arguments(case, torch.float32)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            result = run(arguments, options).double().numpy()
+            result = run(arguments, spec).double().numpy()
             np.testing.assert_allclose(result, forward(case), rtol=1e-3, atol=1e-3)
     finally:
         torch.set_num_threads(before)
@@ -80,10 +80,10 @@ def in_float64(arguments: list[Any]) -> list[Any]:
 def test_rows_are_the_same_bits_alone_in_a_crowd_and_on_any_number_of_threads(
     dtype: torch.dtype, scope: str, variant: str
 ) -> None:
-    arguments, options = kernel_arguments(crowd(variant, scope), dtype)
+    arguments, spec = kernel_arguments(crowd(variant, scope), dtype)
 
     def some(rows: torch.Tensor) -> torch.Tensor:
-        return run([*(t[rows] for t in arguments[:3]), *arguments[3:]], options)
+        return run([*(t[rows] for t in arguments[:3]), *arguments[3:]], spec)
 
     together = some(torch.arange(67))
     for size in (1, 2, 13, 31):
@@ -109,16 +109,16 @@ def test_padding_and_absent_experts(scope: str, garbage: float) -> None:
     assert torch.equal(run(*kernel_arguments(case, torch.float32))[:5], clean)
     case.topk_ids[:] = -1
     case.base = dict.fromkeys(case.base)
-    arguments, options = kernel_arguments(case, torch.float32)
-    assert not run(arguments, options)[:5].any()
-    assert run([t[:0] for t in arguments[:3]] + arguments[3:5] + [None], options).shape == (0, 8)
+    arguments, spec = kernel_arguments(case, torch.float32)
+    assert not run(arguments, spec)[:5].any()
+    assert run([t[:0] for t in arguments[:3]] + arguments[3:5] + [None], spec).shape == (0, 8)
 
 
 def test_packing_takes_no_more_memory_where_sizes_are_multiples() -> None:
-    arguments, options = kernel_arguments(
+    arguments, spec = kernel_arguments(
         random_case(2, hidden=64, intermediate=128, rank=(16, 32, 16), kept=(32, 48), used=(32, 48)), torch.bfloat16
     )
-    packed = cpu.pack(*arguments[3:5], **{name: options[name] for name in PACK_OPTIONS})
+    packed = cpu.pack(*arguments[3:5], spec)
     for before, after in zip(arguments[3:5], packed, strict=True):
         for old, new in zip(before, after, strict=True):
             assert old is None or (new.data_ptr() == old.data_ptr() and new.numel() == old.numel())
@@ -168,9 +168,10 @@ def test_without_a_compiler_it_falls_back_and_says_why(environment: dict[str, st
 def test_weights_without_a_kernel_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not left out of the sum."""
     monkeypatch.setitem(BACKENDS, "new", BACKENDS["cpu"]._replace(lacks=frozenset((kind,))))
-    parameters = [torch.ones(1) if name == f"w2_{kind}" else None for name in PARAMETERS]
+    halves = (Weights(), Weights(**{kind: torch.ones(1)}))
+    spec = LayerSpec(1, 8, HalfSpec((0, 0)), HalfSpec((0,)), "silu", "off")
     with pytest.raises(ValueError, match=f"backend 'new' has no kernel for '{kind}'; use 'reference'"):
-        every_backend(torch.ones(1, 8), torch.ones(1, 1), torch.zeros(1, 1), *parameters, backend="new")
+        every_backend("new", torch.ones(1, 8), torch.ones(1, 1), torch.zeros(1, 1), *halves, None, spec)
 
 
 def test_a_backend_that_is_asked_for_is_not_replaced() -> None:

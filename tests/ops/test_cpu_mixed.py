@@ -16,10 +16,10 @@ from moe_cases import CROWDED, crowd
 from moe_oracle import kernel_arguments
 from test_cpu import DTYPES, in_float64, run
 
-from d2moe_vllm.ops import PACK_OPTIONS, cpu
-from d2moe_vllm.ops.reference import Weights, fused_experts
+from d2moe_vllm.ops import cpu
+from d2moe_vllm.ops.reference import LayerSpec, Weights, fused_experts
 
-Case = tuple[list[Any], dict[str, Any]]
+Case = tuple[list[Any], LayerSpec]
 BIG = {"tokens": 67, "hidden": 192, "intermediate": 80, "num_experts": 8, "rank": (48, 33)}
 MIXED = {
     "few bases": {**BIG, "bases": 2},
@@ -41,9 +41,9 @@ def test_float32_equals_the_oracle(case: Case) -> None:
 @pytest.mark.parametrize("variant", MIXED)
 def test_rounding_is_no_worse_than_the_reference(dtype: torch.dtype, variant: str) -> None:
     """V is rounded once here, and twice there."""
-    arguments, options = mixed_case(1, dtype, **MIXED[variant])
-    exact = torch.from_numpy(forward(arguments, options))
-    outputs = (run(arguments, options), fused_experts(*arguments, **options))
+    arguments, spec = mixed_case(1, dtype, **MIXED[variant])
+    exact = torch.from_numpy(forward(arguments, spec))
+    outputs = (run(arguments, spec), fused_experts(*arguments, spec))
     errors = [float((y.double() - exact).norm() / exact.norm()) for y in outputs]
     # Of float32's functions 2 ulp are left, where torch's have half of one.
     assert errors[0] <= 1.3 * errors[1] + 2e-7
@@ -53,10 +53,10 @@ def test_rounding_is_no_worse_than_the_reference(dtype: torch.dtype, variant: st
 @pytest.mark.parametrize("variant", MIXED)
 def test_rows_are_the_same_bits_alone_in_a_crowd_and_on_any_number_of_threads(dtype: torch.dtype, variant: str) -> None:
     """Which experts are mixed together, and how rows of V are cut into tasks, depends on both and must not show."""
-    arguments, options = mixed_case(7, dtype, **MIXED[variant])
+    arguments, spec = mixed_case(7, dtype, **MIXED[variant])
 
     def some(rows: torch.Tensor) -> torch.Tensor:
-        return run([*(t[rows] for t in arguments[:3]), *arguments[3:]], options)
+        return run([*(t[rows] for t in arguments[:3]), *arguments[3:]], spec)
 
     together = some(torch.arange(67))
     for size in (1, 2, 13, 31):
@@ -94,31 +94,31 @@ ROUTES = {
 @pytest.mark.parametrize("route", ROUTES)
 def test_uneven_routes(route: str) -> None:
     """More rows than a tile for one expert, none for another, ids out of range."""
-    arguments, options = mixed_case(4, tokens=len(ROUTES[route]), hidden=40, rank=(9, 4))
+    arguments, spec = mixed_case(4, tokens=len(ROUTES[route]), hidden=40, rank=(9, 4))
     arguments[2] = torch.tensor(ROUTES[route], dtype=torch.int32)
-    found = run(arguments, options).double().numpy()
-    np.testing.assert_allclose(found, forward(arguments, options), rtol=1e-4, atol=1e-6)
+    found = run(arguments, spec).double().numpy()
+    np.testing.assert_allclose(found, forward(arguments, spec), rtol=1e-4, atol=1e-6)
 
 
 def test_a_basis_that_an_expert_does_not_use_does_not_touch_it() -> None:
     """Bases of another group are not even multiplied by zero: what is in them does not matter, as it may be NaN."""
-    arguments, options = mixed_case(8, tokens=30, num_experts=6, bases=6, groups=3)
+    arguments, spec = mixed_case(8, tokens=30, num_experts=6, bases=6, groups=3)
     arguments[2] %= 4  # experts of the first two groups
-    expected = run(arguments, options)
+    expected = run(arguments, spec)
     arguments[3].bases[4:] = torch.nan
-    assert torch.equal(run(arguments, options), expected)
+    assert torch.equal(run(arguments, spec), expected)
 
 
 def test_expert_parallel_ranks_add_up() -> None:
     """Each has some experts' alphas, A and down; bases are everywhere; others' experts are -1 here."""
-    arguments, options = mixed_case(5, tokens=9, num_experts=6)
-    whole, total = run(arguments, options), torch.zeros(9, 8)
+    arguments, spec = mixed_case(5, tokens=9, num_experts=6)
+    whole, total = run(arguments, spec), torch.zeros(9, 8)
     for own in (slice(0, 2), slice(2, 6)):
         count, w13, w2 = own.stop - own.start, arguments[3], arguments[4]
         ids = arguments[2] - own.start
         parts = [*arguments[:2], ids.masked_fill((ids < 0) | (ids >= count), -1)]
         halves = [w13._replace(alpha=w13.alpha[own], a=w13.a[own]), w2._replace(dense=w2.dense[own])]
-        total += run([*parts, *halves, None], {**options, "num_experts": count})
+        total += run([*parts, *halves, None], spec._replace(num_experts=count))
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-6)
 
 
@@ -127,29 +127,28 @@ def test_expert_parallel_ranks_add_up() -> None:
 @pytest.mark.parametrize("variant", [variant for variant in CROWDED if variant != "trimmed"])
 def test_beside_a_half_of_another_kind(variant: str, mixed: str, dtype: torch.dtype) -> None:
     """The format lets gate and up be mixed from bases whatever down is, and down be dense whatever gate and up are."""
-    arguments, options = kernel_arguments(crowd(variant, "off"), dtype)
+    arguments, spec = kernel_arguments(crowd(variant, "off"), dtype)
     sizes = {"hidden": 192, "intermediate": 320, "num_experts": 8, "bases": 3, "rank": (20, 37)}
-    other, others_options = mixed_case(9, dtype, **sizes)
+    other, others = mixed_case(9, dtype, **sizes)
     if mixed == "w13":
         arguments[3] = other[3]._replace(a=other[3].a * 192**-0.5)
-        options |= {"ranks": [*others_options["ranks"][:2], options["ranks"][2]], "function": "silu"}
-        options["base_ranks"] = [0, 0, options["base_ranks"][2]]
+        spec = spec._replace(w13=others.w13, function="silu")
     else:
         arguments[4] = other[4]
-        options |= {"ranks": [*options["ranks"][:2], 0], "base_ranks": [*options["base_ranks"][:2], 0]}
-    exact = fused_experts(*in_float64(arguments), **options)
-    outputs = (run(arguments, options), fused_experts(*arguments, **options))
+        spec = spec._replace(w2=others.w2)
+    exact = fused_experts(*in_float64(arguments), spec)
+    outputs = (run(arguments, spec), fused_experts(*arguments, spec))
     errors = [float((y.double() - exact).norm() / exact.norm()) for y in outputs]
     assert errors[0] <= 1.3 * errors[1] + 2e-7
 
 
 def refused(words: str, change: Any) -> None:
-    arguments, options = mixed_case(1)
+    arguments, spec = mixed_case(1)
     halves = change(*arguments[3:5])
     with pytest.raises(ValueError, match=words):
-        cpu.pack(*halves, **{name: options[name] for name in PACK_OPTIONS})
+        cpu.pack(*halves, spec)
     with pytest.raises(ValueError, match=words):
-        cpu.fused_experts(*arguments[:3], *halves, None, **options)
+        cpu.fused_experts(*arguments[:3], *halves, None, spec)
 
 
 def test_what_no_checkpoint_has_is_refused() -> None:
@@ -164,8 +163,8 @@ def test_what_no_checkpoint_has_is_refused() -> None:
 def test_packing_takes_no_more_memory_where_sizes_are_multiples(bases: int) -> None:
     """Also with a basis that has no partner for bfloat16's products."""
     sizes = {"hidden": 64, "intermediate": 128, "rank": (16, 32), "bases": bases}
-    arguments, options = mixed_case(2, torch.bfloat16, **sizes)
-    packed = cpu.pack(*arguments[3:5], **{name: options[name] for name in PACK_OPTIONS})
+    arguments, spec = mixed_case(2, torch.bfloat16, **sizes)
+    packed = cpu.pack(*arguments[3:5], spec)
     for before, after in zip(arguments[3:5], packed, strict=True):
         for old, new in zip(before, after, strict=True):
             assert old is None or (new.data_ptr() == old.data_ptr() and new.numel() == old.numel())

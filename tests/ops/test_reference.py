@@ -13,14 +13,14 @@ from moe_oracle import Case, delta_matrix, forward, kernel_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from d2moe_vllm.ops.reference import fused_experts, select_columns
+from d2moe_vllm.ops.reference import HalfSpec, fused_experts, select_columns
 
 SCOPES = ("batch", "token", "off")
 
 
 def run(case: Case, dtype: torch.dtype = torch.float64, **changes: Any) -> torch.Tensor:
-    tensors, options = kernel_arguments(case, dtype)
-    return fused_experts(*tensors, **{**options, **changes})
+    tensors, spec = kernel_arguments(case, dtype)
+    return fused_experts(*tensors, spec._replace(**changes))
 
 
 @settings(max_examples=150, deadline=None)
@@ -72,10 +72,10 @@ def test_batch_invariant_rows_are_the_same_bits_alone_and_in_a_crowd(
 ) -> None:
     """Also where a row stands in its batch, and how many neighbours its experts have, must not show."""
     case = crowd(variant, scope)
-    arguments, options = kernel_arguments(case, dtype)
+    arguments, spec = kernel_arguments(case, dtype)
 
     def some(rows: torch.Tensor) -> torch.Tensor:
-        return fused_experts(*(t[rows] for t in arguments[:3]), *arguments[3:], **options, batch_invariant=True)
+        return fused_experts(*(t[rows] for t in arguments[:3]), *arguments[3:], spec._replace(batch_invariant=True))
 
     together = some(torch.arange(67))
     for size in (1, 2, 5, 16, 31):
@@ -90,16 +90,13 @@ def test_batch_invariant_activations(activation: str, intermediate: int, threads
     """Sizes and numbers of threads with which torch computes some values of a batch by scalars, others by vectors."""
     sizes = {"hidden": 32, "intermediate": intermediate, "num_experts": 2, "rank": (8, 8, 8)}
     case = random_case(3, tokens=40, kept=(0, 0), used=(0, 0), **sizes)
-    arguments, options = kernel_arguments(case, torch.float32)
-    options["activation"] = activation
+    arguments, spec = kernel_arguments(case, torch.float32)
+    spec = spec._replace(activation=activation, batch_invariant=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        alone = [
-            fused_experts(*(t[row : row + 1] for t in arguments[:3]), *arguments[3:], **options, batch_invariant=True)
-            for row in range(40)
-        ]
-        together = fused_experts(*arguments, **options, batch_invariant=True)
+        alone = [fused_experts(*(t[row : row + 1] for t in arguments[:3]), *arguments[3:], spec) for row in range(40)]
+        together = fused_experts(*arguments, spec)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(torch.cat(alone), together)
@@ -119,14 +116,14 @@ def test_using_every_kept_column_is_no_selection() -> None:
 def test_ties_go_to_the_lowest_column() -> None:
     kept = torch.ones(3, 8)
     for scope in ("batch", "token"):
-        mask = select_columns(kept, torch.ones(8), None, scope=scope, groups=2, used=4)
+        mask = select_columns(kept, torch.ones(8), None, HalfSpec((0, 0), groups=2, used=4), scope)
         assert mask is not None
         assert mask[0].tolist() == [True, True, False, False] * 2
 
 
 def test_unknown_scope() -> None:
     with pytest.raises(ValueError, match="scope is 'tokens'"):
-        select_columns(torch.ones(1, 4), torch.ones(4), None, scope="tokens", groups=1, used=2)
+        select_columns(torch.ones(1, 4), torch.ones(4), None, HalfSpec((0,), used=2), "tokens")
 
 
 def test_experts_that_are_not_here_add_nothing() -> None:
@@ -140,18 +137,18 @@ def test_experts_that_are_not_here_add_nothing() -> None:
 
 @pytest.mark.parametrize("delta", ["factors", "columns"])
 def test_deltas_may_be_lists(delta: str) -> None:
-    arguments, options = kernel_arguments(random_case(6, delta=(delta, delta), trimmed=(1,)), torch.float64)
+    arguments, spec = kernel_arguments(random_case(6, delta=(delta, delta), trimmed=(1,)), torch.float64)
     lists = list(arguments)
     for place in (3, 4):
         stacked = {kind: getattr(arguments[place], kind) for kind in ("delta_u", "delta_v", "delta_columns")}
         lists[place] = arguments[place]._replace(**{k: list(t) for k, t in stacked.items() if t is not None})
-    assert torch.equal(fused_experts(*lists, **options), fused_experts(*arguments, **options))
+    assert torch.equal(fused_experts(*lists, spec), fused_experts(*arguments, spec))
 
 
 def test_sharing_and_trimming_are_exactly_what_they_stand_for() -> None:
     """A layer that stores every expert's factors for itself, and zeros for trimmed experts."""
     shared = random_case(10, tokens=9, delta=("shared V", "factors"), distinct_u=(2, 3), trimmed=(1,))
-    arguments, options = kernel_arguments(shared, torch.float32)
+    arguments, spec = kernel_arguments(shared, torch.float32)
     spread = list(arguments)
     for place in (3, 4):
         weights = arguments[place]
@@ -162,15 +159,15 @@ def test_sharing_and_trimming_are_exactly_what_they_stand_for() -> None:
         else:
             vs = vs[weights.v_index.clamp(min=0).long()]
         spread[place] = weights._replace(delta_u=us, delta_v=vs, shared_v=None, u_index=None, v_index=None)
-    expected = fused_experts(*spread, **options)
+    expected = fused_experts(*spread, spec)
     for static_shapes in (False, True):
-        output = fused_experts(*arguments, **options, static_shapes=static_shapes)
+        output = fused_experts(*arguments, spec._replace(static_shapes=static_shapes))
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_shared_v_meets_each_token_once() -> None:
     """Not once per expert: counted by the rows that any product with it has."""
-    arguments, options = kernel_arguments(random_case(11, tokens=7, delta=("shared V", "factors")), torch.float32)
+    arguments, spec = kernel_arguments(random_case(11, tokens=7, delta=("shared V", "factors")), torch.float32)
     shared_v = arguments[3].shared_v
     rows = []
 
@@ -182,7 +179,7 @@ def test_a_shared_v_meets_each_token_once() -> None:
 
     for static_shapes in (False, True):
         with Counting():
-            fused_experts(*arguments, **options, static_shapes=static_shapes)
+            fused_experts(*arguments, spec._replace(static_shapes=static_shapes))
     assert rows == [7, 7]
 
 
@@ -192,22 +189,22 @@ def test_a_rank_may_have_trimmed_experts_only() -> None:
     alone = random_case(12, trimmed=(0, 1, 2, 3))
     case.topk_ids %= 3
     alone.topk_ids %= 3
-    arguments, options = kernel_arguments(case, torch.float64)
-    expected = fused_experts(*arguments, **options)
+    arguments, spec = kernel_arguments(case, torch.float64)
+    expected = fused_experts(*arguments, spec)
     np.testing.assert_allclose(expected.numpy(), forward(alone), rtol=1e-9, atol=1e-9)
     for place in (3, 4):
         weights = arguments[place]
         arguments[place] = weights._replace(delta_u=weights.delta_u[:0], delta_v=weights.delta_v[:0])
     for static_shapes in (False, True):
-        output = fused_experts(*arguments, **options, static_shapes=static_shapes)
+        output = fused_experts(*arguments, spec._replace(static_shapes=static_shapes))
         torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_tensor_parallel_slices_add_up() -> None:
     """Gate and up by output rows, down by input columns: two ranks' outputs sum to the whole, selections included."""
     for scope in SCOPES:
-        arguments, options = kernel_arguments(random_case(7, tokens=6, scope=scope), torch.float64)
-        whole = fused_experts(*arguments, **options)
+        arguments, spec = kernel_arguments(random_case(7, tokens=6, scope=scope), torch.float64)
+        whole = fused_experts(*arguments, spec)
         total = torch.zeros_like(whole)
         for rank in range(2):
             own, parts = slice(rank * 8, rank * 8 + 8), list(arguments)
@@ -221,9 +218,7 @@ def test_tensor_parallel_slices_add_up() -> None:
                 base_columns=w2.base_columns[kept] - rank * 8,
                 base_norms=w2.base_norms[kept],
             )
-            total += fused_experts(
-                *parts, **{**options, "intermediate_size": 8, "groups": [2, 1], "used": [options["used"][0], 3]}
-            )
+            total += fused_experts(*parts, spec._replace(intermediate_size=8, w2=spec.w2._replace(groups=1, used=3)))
         torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
 
 
@@ -240,11 +235,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_static_path_has_no_data_dependent_shape(scope: str, dtype: torch.dtype, variant: str) -> None:
     case = random_case(8, tokens=6, scope=scope, padding=1, **VARIANTS[variant])
-    arguments, options = kernel_arguments(case, dtype)
+    arguments, spec = kernel_arguments(case, dtype)
     inputs = [*arguments[:3], arguments[-1]]
 
     def layer(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return fused_experts(x, weights, ids, *arguments[3:-1], mask, **options, static_shapes=True)
+        return fused_experts(x, weights, ids, *arguments[3:-1], mask, spec._replace(static_shapes=True))
 
     graph = make_fx(layer, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     torch.testing.assert_close(graph(*inputs), layer(*inputs))
@@ -253,7 +248,7 @@ def test_static_path_has_no_data_dependent_shape(scope: str, dtype: torch.dtype,
         fakes = torch.utils._pytree.tree_map(
             lambda t: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t, arguments
         )
-        output = fused_experts(*fakes, **options, static_shapes=True)
+        output = fused_experts(*fakes, spec._replace(static_shapes=True))
     assert (output.shape, output.dtype) == (arguments[0].shape, dtype)
 
 

@@ -11,7 +11,7 @@ from bench_layer import Ours
 from layer_shapes import BYTES, SCOPES, SHAPES, Shape, dense_expert_bytes, experts_in_use, sizes
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2moe_vllm.ops.reference import Weights, fused_experts
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights, fused_experts
 
 SMALL = Shape(256, 384, 8, 2)
 RATIOS = (0.2, 0.4, 0.6, 0.8)
@@ -23,7 +23,10 @@ def test_weights_are_those_of_the_real_tensors(ratio: float, scope: str) -> None
     """Every expert in use: the bytes of all deltas, and of the base's columns that are used."""
     layer = Ours(SMALL, ratio, scope)
     works = {work.kernel: work for work in roofline.ours(sizes(SMALL, ratio, scope), 5, active=8)}
-    share = [used / half.base_columns.numel() for used, half in zip(layer.used, layer.halves, strict=True)]
+    share = [
+        own.used / half.base_columns.numel()
+        for own, half in zip((layer.spec.w13, layer.spec.w2), layer.halves, strict=True)
+    ]
     for half, name, part in zip(layer.halves, ("13", "2"), share, strict=True):
         assert works[f"base {name}"].weights == pytest.approx(half.base.nbytes * (1 if scope == "off" else part))
         assert works[f"shrink {name}"].weights == half.delta_v.nbytes
@@ -52,11 +55,12 @@ def test_operations_are_those_that_torch_counts() -> None:
         base_norms=torch.ones(mixed),
     )
     ids = torch.stack([torch.randperm(8)[:2] for _ in range(16)])
+    halves = (HalfSpec((rank, rank), used=kept), HalfSpec((rank,), used=mixed))
+    spec = LayerSpec(8, shape.intermediate, *halves, activation="silu", scope="off")
     with FlopCounterMode(display=False) as counter:
         fused_experts(
             torch.randn(16, shape.hidden), torch.rand(16, 2), ids, w13, w2, None,
-            num_experts=8, intermediate_size=shape.intermediate, ranks=[rank] * 3, base_ranks=[0] * 3,
-            groups=[8, 8], used=[kept, mixed], activation="silu", scope="off",
+            spec,
         )  # fmt: skip
     products = [work for work in roofline.ours(layer, 16, 8) if work.kernel.startswith(("base", "shrink", "expand"))]
     assert sum(work.flops for work in products) == counter.get_total_flops()
@@ -84,8 +88,7 @@ def test_mixed_layers_are_counted_likewise() -> None:
     with FlopCounterMode(display=False) as counter:
         fused_experts(
             torch.randn(16, SMALL.hidden), torch.rand(16, 2), ids, w13, w2, None,
-            num_experts=8, intermediate_size=SMALL.intermediate, ranks=[rank, rank, 0], base_ranks=[0] * 3,
-            groups=[1, 1], used=[0, 0], activation="silu", scope="off", function="silu",
+            LayerSpec(8, SMALL.intermediate, HalfSpec((rank, rank)), HalfSpec((0,)), "silu", "off", "silu"),
         )  # fmt: skip
     products = sum(work.flops for work in works if work.kernel != "combine")
     in_use = len(ids.unique())

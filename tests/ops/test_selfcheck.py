@@ -13,6 +13,7 @@ from torch import Tensor
 
 from d2moe_vllm import ops
 from d2moe_vllm.ops import Backend, cpu, reference, selfcheck
+from d2moe_vllm.ops.reference import LayerSpec
 from d2moe_vllm.ops.selfcheck import SelfCheckError, against_reference
 
 Change = Callable[..., Tensor]
@@ -29,15 +30,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Backend], None]:
     return lambda backend: monkeypatch.setitem(ops.BACKENDS, "new", backend._replace(check=True))
 
 
-def load(arguments: list[Any], options: dict[str, Any], **changes: Any) -> list[Tensor | None]:
+def load(arguments: list[Any], spec: LayerSpec) -> list[Tensor | None]:
     """Packs as a layer that is loaded does, within the check."""
     parameters = [None if t is None else t.clone() for t in ops.flat(*arguments[3:5])]
-    options = {"batch_invariant": False, "function": "", "layer": 3, **options, "backend": "new", **changes}
     hidden, top_k = arguments[0].shape[1], arguments[2].shape[1]
-    with against_reference(lambda: parameters, options, hidden_size=hidden, top_k=top_k):
+    with against_reference(lambda: parameters, "new", spec, hidden_size=hidden, top_k=top_k):
         if (pack := ops.BACKENDS["new"].pack) is not None:
-            sizes = {name: options[name] for name in ops.PACK_OPTIONS}
-            parameters = ops.flat(*pack(*ops.halves(parameters), **sizes))
+            parameters = ops.flat(*pack(*ops.halves(parameters), spec))
     return parameters
 
 
@@ -59,44 +58,45 @@ def wrong_column(output: Tensor) -> Tensor:
     return torch.cat([output[:, :-1], output[:, -2:-1]], dim=1)
 
 
-def without_gates(*inputs: Any, **options: Any) -> Tensor:
-    return reference.fused_experts(inputs[0], torch.ones_like(inputs[1]), *inputs[2:], **options)
+def without_gates(*inputs: Any) -> Tensor:
+    return reference.fused_experts(inputs[0], torch.ones_like(inputs[1]), *inputs[2:])
 
 
-def without_deltas(*inputs: Any, **options: Any) -> Tensor:
+def without_deltas(*inputs: Any) -> Tensor:
     halves = (half._replace(delta_u=None) for half in inputs[3:5])
-    return reference.fused_experts(*inputs[:3], *halves, inputs[5], **options)
+    return reference.fused_experts(*inputs[:3], *halves, *inputs[5:])
 
 
-def absent_are_expert_0(*inputs: Any, **options: Any) -> Tensor:
-    return reference.fused_experts(*inputs[:2], inputs[2].clamp(min=0), *inputs[3:], **options)
+def absent_are_expert_0(*inputs: Any) -> Tensor:
+    return reference.fused_experts(*inputs[:2], inputs[2].clamp(min=0), *inputs[3:])
 
 
-def nothing_selected(*inputs: Any, **options: Any) -> Tensor:
-    used = [part // 4 for part in options.pop("used")]
-    return reference.fused_experts(*inputs, used=used, **options)
+def nothing_selected(*inputs: Any) -> Tensor:
+    *inputs, spec = inputs
+    w13, w2 = (half._replace(used=half.used // 4) for half in (spec.w13, spec.w2))
+    return reference.fused_experts(*inputs, spec._replace(w13=w13, w2=w2))
 
 
-def many_rows_wrong(*inputs: Any, **options: Any) -> Tensor:
-    output = reference.fused_experts(*inputs, **options)
+def many_rows_wrong(*inputs: Any) -> Tensor:
+    output = reference.fused_experts(*inputs)
     output[256:] = 0
     return output
 
 
-def fails(*inputs: Any, **options: Any) -> Tensor:
+def fails(*inputs: Any) -> Tensor:
     raise RuntimeError("out of resource: shared memory,\nRequired: 300000")
 
 
 WRONG = {
-    "a column": (lambda *i, **o: wrong_column(reference.fused_experts(*i, **o)), "17 rows|1 rows"),
-    "three per cent": (lambda *i, **o: reference.fused_experts(*i, **o) * 1.03, "by up to 0.0[23]"),
-    "NaN": (lambda *i, **o: reference.fused_experts(*i, **o).index_fill(1, torch.tensor([5]), torch.nan), "differ"),
+    "a column": (lambda *i: wrong_column(reference.fused_experts(*i)), "17 rows|1 rows"),
+    "three per cent": (lambda *i: reference.fused_experts(*i) * 1.03, "by up to 0.0[23]"),
+    "NaN": (lambda *i: reference.fused_experts(*i).index_fill(1, torch.tensor([5]), torch.nan), "differ"),
     "gates": (without_gates, "differ"),
     "deltas": (without_deltas, "differ"),
     "absent experts": (absent_are_expert_0, "differ"),
     "selection": (nothing_selected, "scope 'batch'"),
     "many rows": (many_rows_wrong, "of 300 differ"),
-    "shape": (lambda *i, **o: reference.fused_experts(*i, **o)[:, :-1], "shape"),
+    "shape": (lambda *i: reference.fused_experts(*i)[:, :-1], "shape"),
     "an error": (fails, "RuntimeError: out of resource: shared memory, Required: 300000"),
 }
 
@@ -118,9 +118,9 @@ def test_only_what_is_new_is_checked(install: Callable[[Backend], None], monkeyp
     """One layer of a kind, and layers of every kind; never the backends that have run on their hardware."""
     calls = []
 
-    def count(*inputs: Any, **options: Any) -> Tensor:
+    def count(*inputs: Any) -> Tensor:
         calls.append(len(inputs[0]))
-        return reference.fused_experts(*inputs, **options)
+        return reference.fused_experts(*inputs)
 
     install(Backend(count))
     for _ in range(3):
@@ -137,19 +137,20 @@ def test_fewer_experts_here_than_a_token_is_routed_to(install: Callable[[Backend
     install(Backend(cpu.fused_experts, ("cpu",), cpu.pack))
     torch.set_default_dtype(torch.bfloat16)
     try:
-        load(*kernel_arguments(random_case(3, num_experts=2, top_k=2), torch.float32), num_experts=1)
+        arguments, spec = kernel_arguments(random_case(3, num_experts=2, top_k=2), torch.float32)
+        load(arguments, spec._replace(num_experts=1))
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def invented(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+def invented(dtype: torch.dtype) -> tuple[list[Any], LayerSpec]:
     """A layer as --load-format dummy fills it: floats, norms too, between -0.001 and 0.001."""
-    arguments, options = kernel_arguments(crowd("pruned base", "batch"), dtype)
+    arguments, spec = kernel_arguments(crowd("pruned base", "batch"), dtype)
     for half in arguments[3:5]:
         for tensor in half:
             if tensor is not None and tensor.is_floating_point():
                 tensor.uniform_(-1e-3, 1e-3)
-    return arguments, options
+    return arguments, spec
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,10 +167,10 @@ def test_invented_weights_are_checked(install: Callable[[Backend], None]) -> Non
 
 def test_damaged_weights_are_not_the_backends_fault(install: Callable[[Backend], None]) -> None:
     install(ops.BACKENDS["cpu"])
-    arguments, options = kernel_arguments(crowd("pruned base", "off"), torch.float32)
+    arguments, spec = kernel_arguments(crowd("pruned base", "off"), torch.float32)
     arguments[3].base[0, 0] = torch.nan
     with pytest.raises(SelfCheckError, match="not finite in the reference; look with `d2moe verify`"):
-        load(arguments, options)
+        load(arguments, spec)
 
 
 @pytest.mark.gpu
@@ -178,10 +179,9 @@ def test_damaged_weights_are_not_the_backends_fault(install: Callable[[Backend],
 @pytest.mark.parametrize("scope", ["off", "token", "batch"])
 @pytest.mark.parametrize("variant", CROWDED)
 def test_the_triton_backend_is_let_through_on_a_gpu(variant: str, scope: str, dtype: torch.dtype) -> None:
-    arguments, options = kernel_arguments(crowd(variant, scope), dtype)
+    arguments, spec = kernel_arguments(crowd(variant, scope), dtype)
     parameters = [None if t is None else t.cuda() for t in ops.flat(*arguments[3:5])]
-    options = {"batch_invariant": False, **options, "backend": "triton"}
-    with against_reference(lambda: parameters, options, hidden_size=arguments[0].shape[1], top_k=2):
+    with against_reference(lambda: parameters, "triton", spec, hidden_size=arguments[0].shape[1], top_k=2):
         pass
     assert selfcheck._DONE
 

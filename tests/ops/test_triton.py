@@ -19,7 +19,7 @@ from moe_oracle import Case, forward, kernel_arguments
 from triton_kernels import DEVICES, Backend, Shapes, products_by_rows
 
 from d2moe_vllm.ops import BACKENDS, choose_backend
-from d2moe_vllm.ops.reference import Weights, fused_experts, select_columns
+from d2moe_vllm.ops.reference import HalfSpec, Weights, fused_experts, select_columns
 
 SCOPES = ("off", "token", "batch")
 
@@ -44,10 +44,10 @@ def test_float32_equals_the_oracle(backend: Backend, case: Case) -> None:
 
 
 def rounding_is_no_worse(backend: Backend, variant: str, scope: str, dtype: torch.dtype, tokens: int) -> None:
-    arguments, options = kernel_arguments(crowd(variant, scope), dtype)
+    arguments, spec = kernel_arguments(crowd(variant, scope), dtype)
     arguments[:3] = [t[:tokens] for t in arguments[:3]]
-    exact = fused_experts(*in_float64(arguments), **options)
-    outputs = (backend.run(arguments, options), fused_experts(*arguments, **options))
+    exact = fused_experts(*in_float64(arguments), spec)
+    outputs = (backend.run(arguments, spec), fused_experts(*arguments, spec))
     errors = [float((y.double() - exact).norm() / exact.norm()) for y in outputs]
     assert errors[0] <= 1.3 * errors[1] + 1e-7
 
@@ -77,11 +77,11 @@ def test_rounding_is_no_worse_in_a_crowd(backend: Backend, variant: str, scope: 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_activations(backend: Backend, activation: str) -> None:
-    arguments, options = kernel_arguments(random_case(3, tokens=4), torch.float32)
-    options["activation"] = activation
+    arguments, spec = kernel_arguments(random_case(3, tokens=4), torch.float32)
+    spec = spec._replace(activation=activation)
     arguments[0] *= 8
-    expected = fused_experts(*arguments, **options)
-    torch.testing.assert_close(backend.run(arguments, options), expected, rtol=1e-4, atol=1e-5)
+    expected = fused_experts(*arguments, spec)
+    torch.testing.assert_close(backend.run(arguments, spec), expected, rtol=1e-4, atol=1e-5)
 
 
 ROUTES = {
@@ -96,28 +96,28 @@ ROUTES = {
 def test_uneven_routes(backend: Backend, route: str) -> None:
     """More rows than a block for one expert, none for another, ids out of range."""
     case = in_float32(random_case(4, tokens=21, delta=("factors", "shared V"), trimmed=(3,)))
-    arguments, options = kernel_arguments(case, torch.float32)
+    arguments, spec = kernel_arguments(case, torch.float32)
     arguments[2] = torch.tensor(ROUTES[route], dtype=torch.int32)
     # The reference takes an expert that comes twice in a row for one row of its own; count its choices one by one.
     expected = sum(
-        fused_experts(arguments[0], arguments[1][:, k : k + 1], arguments[2][:, k : k + 1], *arguments[3:], **options)
+        fused_experts(arguments[0], arguments[1][:, k : k + 1], arguments[2][:, k : k + 1], *arguments[3:], spec)
         for k in range(2)
     )
-    torch.testing.assert_close(backend.run(arguments, options), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(backend.run(arguments, spec), expected, rtol=1e-4, atol=1e-5)
     alone = [t[:1] for t in arguments[:3]]
-    expected = backend.run(arguments, options)[:1]
-    torch.testing.assert_close(backend.run(alone + arguments[3:], options), expected, rtol=1e-5, atol=1e-6)
+    expected = backend.run(arguments, spec)[:1]
+    torch.testing.assert_close(backend.run(alone + arguments[3:], spec), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("variant", "scope"), [("pruned base", "token"), ("trimmed", "off"), ("shared V", "off")])
 def test_batch_invariant_rows_are_the_same_bits_alone_and_in_a_crowd(
     backend: Backend, variant: str, scope: str
 ) -> None:
-    arguments, options = kernel_arguments(crowd(variant, scope), backend.dtypes[-1])
-    options["batch_invariant"] = True
+    arguments, spec = kernel_arguments(crowd(variant, scope), backend.dtypes[-1])
+    spec = spec._replace(batch_invariant=True)
 
     def some(rows: torch.Tensor) -> torch.Tensor:
-        return backend.run([*(t[rows] for t in arguments[:3]), *arguments[3:]], options)
+        return backend.run([*(t[rows] for t in arguments[:3]), *arguments[3:]], spec)
 
     with products_by_rows():
         together = some(torch.arange(20))
@@ -128,11 +128,11 @@ def test_batch_invariant_rows_are_the_same_bits_alone_and_in_a_crowd(
 
 
 def test_the_same_bits_on_every_call(backend: Backend) -> None:
-    arguments, options = kernel_arguments(crowd("pruned base", "batch"), backend.dtypes[-1])
+    arguments, spec = kernel_arguments(crowd("pruned base", "batch"), backend.dtypes[-1])
     arguments[:3] = [t[:5] for t in arguments[:3]]
-    first = backend.run(arguments, options)
+    first = backend.run(arguments, spec)
     for _ in range(1 if backend.device == "cpu" else 20):
-        assert torch.equal(backend.run(arguments, options), first)
+        assert torch.equal(backend.run(arguments, spec), first)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_padding_rows_influence_nobody(backend: Backend, scope: str, tokens: int
 
 def test_tensor_parallel_slices_add_up(backend: Backend) -> None:
     """Gate and up by output rows, down by input columns: two ranks' outputs sum to the whole, selections included."""
-    arguments, options = kernel_arguments(in_float32(random_case(7, tokens=6, scope="token")), torch.float32)
-    whole = backend.run(arguments, options)
+    arguments, spec = kernel_arguments(in_float32(random_case(7, tokens=6, scope="token")), torch.float32)
+    whole = backend.run(arguments, spec)
     total = torch.zeros_like(whole)
     for rank in range(2):
         own, parts = slice(rank * 8, rank * 8 + 8), list(arguments)
@@ -167,9 +167,7 @@ def test_tensor_parallel_slices_add_up(backend: Backend) -> None:
             base_columns=w2.base_columns[kept] - rank * 8,
             base_norms=w2.base_norms[kept],
         )
-        total += backend.run(
-            parts, {**options, "intermediate_size": 8, "groups": [2, 1], "used": [options["used"][0], 3]}
-        )
+        total += backend.run(parts, spec._replace(intermediate_size=8, w2=spec.w2._replace(groups=1, used=3)))
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -192,15 +190,15 @@ def test_selection_is_the_references(backend: Backend, scope: str, rows: int, si
         x[0, columns[1]], x[1, columns[3]], x[0, columns[-1]] = torch.inf, torch.nan, torch.nan
     padding = torch.arange(rows) == rows - 1 if rows > 2 else None
     kept = x[:, columns]
-    mask = select_columns(kept, norms, padding, scope=scope, groups=groups, used=some * groups)
+    half = HalfSpec((0, 0), groups=groups, used=some * groups)
+    mask = select_columns(kept, norms, padding, half, scope)
     packed, chosen = batch_of(backend, rows).used_inputs(
         x.to(backend.device),
         columns.int().to(backend.device),
         norms.to(backend.device),
         None if padding is None else padding.view(torch.uint8).to(backend.device),
-        scope=scope,
-        groups=groups,
-        used=some * groups,
+        half,
+        scope,
     )
     if scope == "token":
         torch.testing.assert_close(packed.cpu(), torch.where(mask, kept, 0), rtol=0, atol=0, equal_nan=True)
@@ -249,15 +247,13 @@ def check_routing(backend: Backend, num_experts: int, ids: torch.Tensor, invaria
     [("pruned base", "batch"), ("pruned base", "token"), ("low-rank base", "off"), ("column deltas", "off")],
 )
 def test_no_shape_depends_on_data_and_nothing_is_waited_for(backend: Backend, variant: str, scope: str) -> None:
-    arguments, options = kernel_arguments(crowd(variant, scope), torch.float32)
+    arguments, spec = kernel_arguments(crowd(variant, scope), torch.float32)
     arguments = backend.to([*(t[:3] for t in arguments[:3]), *arguments[3:]])
     seen = []
     for ids, scale in (([[0, 1]] * 3, 1.0), ([[-1, 7], [7, 7], [2, 5]], 0.0)):
         with Shapes() as shapes:
             new_ids = torch.tensor(ids, dtype=torch.int32, device=backend.device)
-            backend.modules.layer.fused_experts(
-                arguments[0] * scale, arguments[1], new_ids, *arguments[3:], **options, batch_invariant=False
-            )
+            backend.modules.layer.fused_experts(arguments[0] * scale, arguments[1], new_ids, *arguments[3:], spec)
         seen.append(shapes.seen)
     assert seen[0] == seen[1]
     assert any(name == "empty" for name, _ in seen[0])
@@ -270,30 +266,29 @@ def test_no_shape_depends_on_data_and_nothing_is_waited_for(backend: Backend, va
 def test_cuda_graph(variant: str, scope: str) -> None:
     """A captured layer gives the result of whatever inputs are there when it is replayed."""
     backend = Backend("cuda")
-    arguments, options = kernel_arguments(crowd(variant, scope), torch.bfloat16)
+    arguments, spec = kernel_arguments(crowd(variant, scope), torch.bfloat16)
     arguments, layer = backend.to(arguments), backend.modules.layer.fused_experts
     inputs = [t.clone() for t in arguments[:3]]
-    options["batch_invariant"] = False
-    layer(*inputs, *arguments[3:], **options)
+    layer(*inputs, *arguments[3:], spec)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = layer(*inputs, *arguments[3:], **options)
+        output = layer(*inputs, *arguments[3:], spec)
     for order in (torch.arange(67), torch.arange(66, -1, -1), torch.zeros(67, dtype=torch.long)):
         for tensor, original in zip(inputs, arguments[:3], strict=True):
             tensor.copy_(original[order.to("cuda")])
         graph.replay()
-        assert torch.equal(output, layer(*inputs, *arguments[3:], **options))
+        assert torch.equal(output, layer(*inputs, *arguments[3:], spec))
 
 
 def test_what_it_does_not_do_is_said_in_one_line(backend: Backend) -> None:
-    arguments, options = kernel_arguments(random_case(6), torch.float64)
+    arguments, spec = kernel_arguments(random_case(6), torch.float64)
     with pytest.raises(ValueError, match=r"x's dtype is torch.float64, not one of torch.float32"):
-        backend.run(arguments, options)
-    arguments, options = kernel_arguments(random_case(6), torch.float32)
+        backend.run(arguments, spec)
+    arguments, spec = kernel_arguments(random_case(6), torch.float32)
     with pytest.raises(ValueError, match="activation is 'relu', not one of silu, gelu, gelu_tanh"):
-        backend.run(arguments, {**options, "activation": "relu"})
+        backend.run(arguments, spec._replace(activation="relu"))
     with pytest.raises(ValueError, match="scope is 'tokens', not batch, token or off"):
-        backend.run(arguments, {**options, "scope": "tokens"})
+        backend.run(arguments, spec._replace(scope="tokens"))
 
 
 def test_a_gpu_gets_it_and_others_do_not_import_triton() -> None:

@@ -16,7 +16,7 @@ from moe_cases import CROWDED, crowd
 from moe_oracle import kernel_arguments
 from triton.runtime.jit import JITFunction
 
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 from d2moe_vllm.ops.triton import aot, layer, tiles
 
 OPTIONAL = ("padding", "inputs")
@@ -36,7 +36,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     return launches
 
 
-def run_on_meta(arguments: list[Any], options: dict[str, Any]) -> None:
+def run_on_meta(arguments: list[Any], spec: LayerSpec) -> None:
     """Shapes and launches only; tensors without memory, so that whoever waits for a value of theirs fails."""
 
     def move(value: Any) -> Any:
@@ -44,16 +44,16 @@ def run_on_meta(arguments: list[Any], options: dict[str, Any]) -> None:
             return Weights(*map(move, value))
         return value.to("meta") if isinstance(value, torch.Tensor) else value
 
-    layer.fused_experts(*map(move, arguments), **{"batch_invariant": False, **options})
+    layer.fused_experts(*map(move, arguments), spec)
 
 
 def recorded(variant: str, scope: str, dtype: torch.dtype, tokens: int) -> list[aot.Launch]:
     if variant in MIXED_SMALL:
-        arguments, options = mixed_case(0, dtype, **{**MIXED_SMALL[variant], "tokens": 67})
+        arguments, spec = mixed_case(0, dtype, **{**MIXED_SMALL[variant], "tokens": 67})
     else:
-        arguments, options = kernel_arguments(crowd(variant, scope), dtype)
+        arguments, spec = kernel_arguments(crowd(variant, scope), dtype)
     arguments = [*(tensor[:tokens] for tensor in arguments[:3]), *arguments[3:]]
-    return aot.record(lambda: run_on_meta(arguments, options), TARGET)
+    return aot.record(lambda: run_on_meta(arguments, spec), TARGET)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,20 +101,14 @@ def mixtral(tokens: int, experts: int = 8) -> list[Any]:
     return [empty(tokens, 4096), *routing_inputs, half(4096, 14336, 2, 3840), half(14336, 4096, 1, 13440), None]
 
 
-MIXTRAL = {
-    "num_experts": 8,
-    "intermediate_size": 14336,
-    "ranks": [1504] * 3,
-    "base_ranks": [0] * 3,
-    "groups": [8, 8],
-    "used": [1920, 6720],
-    "activation": "silu",
-}
+MIXTRAL = LayerSpec(
+    8, 14336, HalfSpec((1504, 1504), groups=8, used=1920), HalfSpec((1504,), groups=8, used=6720), "silu", "off"
+)
 
 
 @pytest.mark.parametrize(("scope", "tokens", "launches"), [("off", 1, 13), ("off", 64, 10), ("batch", 16, 11)])
 def test_few_launches(seen: list[Any], scope: str, tokens: int, launches: int) -> None:
-    run_on_meta(mixtral(tokens), {**MIXTRAL, "scope": scope})
+    run_on_meta(mixtral(tokens), MIXTRAL._replace(scope=scope))
     assert len(seen) <= launches, [name for name, *_ in seen]
 
 
@@ -136,7 +130,7 @@ def test_every_row_is_computed_by_the_same_tiles_where_bits_must_not_depend_on_o
 
     def constants(count: int) -> list[Any]:
         seen.clear()
-        run_on_meta(mixtral(count), {**MIXTRAL, "scope": "token", "batch_invariant": True})
+        run_on_meta(mixtral(count), MIXTRAL._replace(scope="token", batch_invariant=True))
         return [
             (name, {key: value for key, value in arguments.items() if key.isupper() or key.startswith("num_w")})
             for name, arguments in seen

@@ -14,7 +14,7 @@ from triton_kernels import DEVICES, Backend, Shapes, products_by_rows
 
 from d2moe_vllm import ops
 from d2moe_vllm.ops import choose_backend, reference, selfcheck
-from d2moe_vllm.ops.reference import FUNCTIONS, fused_experts
+from d2moe_vllm.ops.reference import FUNCTIONS, LayerSpec, fused_experts
 from d2moe_vllm.ops.selfcheck import SelfCheckError, against_reference
 
 
@@ -25,7 +25,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @settings(max_examples=30, deadline=None)
 @given(mixed_cases())
-def test_float32_equals_the_oracle(backend: Backend, case: tuple[list[Any], dict[str, Any]]) -> None:
+def test_float32_equals_the_oracle(backend: Backend, case: tuple[list[Any], LayerSpec]) -> None:
     """Any sizes, functions, groups (whose alphas are zero elsewhere), padding, no token at all."""
     np.testing.assert_allclose(backend.run(*case).double().numpy(), forward(*case), rtol=1e-3, atol=1e-4)
 
@@ -34,9 +34,9 @@ def test_float32_equals_the_oracle(backend: Backend, case: tuple[list[Any], dict
 def test_rounding_is_no_worse_than_the_references(backend: Backend, variant: str) -> None:
     """V is rounded where the reference rounds it; blocks with many rows, more bases and experts than fit at once."""
     for dtype in backend.dtypes[1:]:
-        arguments, options = mixed_case(1, dtype, **MIXED_SMALL[variant])
-        exact = torch.from_numpy(forward(arguments, options))
-        outputs = (backend.run(arguments, options), fused_experts(*arguments, **options))
+        arguments, spec = mixed_case(1, dtype, **MIXED_SMALL[variant])
+        exact = torch.from_numpy(forward(arguments, spec))
+        outputs = (backend.run(arguments, spec), fused_experts(*arguments, spec))
         errors = [float((y.double() - exact).norm() / exact.norm()) for y in outputs]
         assert errors[0] <= 1.3 * errors[1] + 1e-7, dtype
 
@@ -75,43 +75,43 @@ ROUTES = {
 @pytest.mark.parametrize("route", ROUTES)
 def test_uneven_routes(backend: Backend, route: str) -> None:
     """More rows than a block for one expert, none for another, ids out of range."""
-    arguments, options = mixed_case(4, tokens=len(ROUTES[route]), hidden=40, rank=(9, 4))
+    arguments, spec = mixed_case(4, tokens=len(ROUTES[route]), hidden=40, rank=(9, 4))
     arguments[2] = torch.tensor(ROUTES[route], dtype=torch.int32)
     np.testing.assert_allclose(
-        backend.run(arguments, options).double().numpy(), forward(arguments, options), rtol=1e-4, atol=1e-6
+        backend.run(arguments, spec).double().numpy(), forward(arguments, spec), rtol=1e-4, atol=1e-6
     )
 
 
 def test_expert_parallel_ranks_add_up(backend: Backend) -> None:
     """Each has some experts' alphas, A and down; bases are everywhere; others' experts are -1 here."""
-    arguments, options = mixed_case(5, tokens=9, num_experts=6)
-    whole, total = backend.run(arguments, options), torch.zeros(9, 8)
+    arguments, spec = mixed_case(5, tokens=9, num_experts=6)
+    whole, total = backend.run(arguments, spec), torch.zeros(9, 8)
     for own in (slice(0, 2), slice(2, 6)):
         count, w13, w2 = own.stop - own.start, arguments[3], arguments[4]
         ids = arguments[2] - own.start
         parts = [*arguments[:2], ids.masked_fill((ids < 0) | (ids >= count), -1)]
         halves = [w13._replace(alpha=w13.alpha[own], a=w13.a[own]), w2._replace(dense=w2.dense[own])]
-        total += backend.run([*parts, *halves, None], {**options, "num_experts": count})
+        total += backend.run([*parts, *halves, None], spec._replace(num_experts=count))
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_tensor_parallel_slices_add_up(backend: Backend) -> None:
     """A by output rows, down by input columns."""
-    arguments, options = mixed_case(6, tokens=6)
+    arguments, spec = mixed_case(6, tokens=6)
     total = torch.zeros(6, 8)
     for own in (slice(0, 8), slice(8, 16)):
         w13 = arguments[3]._replace(a=arguments[3].a[:, own].contiguous())
         w2 = arguments[4]._replace(dense=arguments[4].dense[:, :, own].contiguous())
-        total += backend.run([*arguments[:3], w13, w2, None], {**options, "intermediate_size": 8})
-    torch.testing.assert_close(total, backend.run(arguments, options), rtol=1e-5, atol=1e-6)
+        total += backend.run([*arguments[:3], w13, w2, None], spec._replace(intermediate_size=8))
+    torch.testing.assert_close(total, backend.run(arguments, spec), rtol=1e-5, atol=1e-6)
 
 
 def test_batch_invariant_rows_are_the_same_bits_alone_and_in_a_crowd(backend: Backend) -> None:
-    arguments, options = mixed_case(7, backend.dtypes[-1], tokens=20, hidden=96, num_experts=20, rank=(20, 9))
-    options["batch_invariant"] = True
+    arguments, spec = mixed_case(7, backend.dtypes[-1], tokens=20, hidden=96, num_experts=20, rank=(20, 9))
+    spec = spec._replace(batch_invariant=True)
 
     def some(rows: torch.Tensor) -> torch.Tensor:
-        return backend.run([*(t[rows] for t in arguments[:3]), *arguments[3:]], options)
+        return backend.run([*(t[rows] for t in arguments[:3]), *arguments[3:]], spec)
 
     with products_by_rows():
         together = some(torch.arange(20))
@@ -123,22 +123,22 @@ def test_batch_invariant_rows_are_the_same_bits_alone_and_in_a_crowd(backend: Ba
 
 def test_padding_rows_influence_nobody(backend: Backend) -> None:
     """Though they share a tile of V, and a program, with others."""
-    arguments, options = mixed_case(8, tokens=9, padding=4)
-    clean = backend.run(arguments, options)[:5]
+    arguments, spec = mixed_case(8, tokens=9, padding=4)
+    clean = backend.run(arguments, spec)[:5]
     arguments[0][5:] = torch.nan
     arguments[1][5:] = torch.nan
     arguments[2][5:] = torch.tensor([[0, 1], [0, 1], [-1, 3], [3, 2]], dtype=torch.int32)
-    assert torch.equal(backend.run(arguments, options)[:5], clean)
+    assert torch.equal(backend.run(arguments, spec)[:5], clean)
 
 
 def test_no_shape_depends_on_data_and_nothing_is_waited_for(backend: Backend) -> None:
-    arguments, options = mixed_case(9, tokens=3)
+    arguments, spec = mixed_case(9, tokens=3)
     arguments = backend.to(arguments)
     seen = []
     for ids, scale in (([[0, 1]] * 3, 1.0), ([[-1, 7], [7, 7], [2, 5]], 0.0)):
         with Shapes() as shapes:
             new_ids = torch.tensor(ids, dtype=torch.int32, device=backend.device)
-            backend.modules.layer.fused_experts(arguments[0] * scale, arguments[1], new_ids, *arguments[3:], **options)
+            backend.modules.layer.fused_experts(arguments[0] * scale, arguments[1], new_ids, *arguments[3:], spec)
         seen.append(shapes.seen)
     assert seen[0] == seen[1]
     # Of which none is a whole V: pairs, blocks, s, h, down's share and the output.
@@ -149,9 +149,9 @@ def test_no_shape_depends_on_data_and_nothing_is_waited_for(backend: Backend) ->
 
 @pytest.mark.parametrize("function", ["", "relu"])
 def test_an_unknown_function_is_one_line(backend: Backend, function: str) -> None:
-    arguments, options = mixed_case(10)
+    arguments, spec = mixed_case(10)
     with pytest.raises(ValueError, match=f"function is '{function}', not one of silu, tanh"):
-        backend.run(arguments, {**options, "function": function})
+        backend.run(arguments, spec._replace(function=function))
 
 
 def test_a_gpu_gets_the_kernels() -> None:
@@ -164,14 +164,11 @@ def check(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(selfcheck, "_DONE", set())
 
     def load(compute: Any = None, **changes: Any) -> None:
-        def here(*inputs: Any, static_shapes: bool, **options: Any) -> torch.Tensor:
-            return backend.modules.layer.fused_experts(*inputs, **options)
-
-        monkeypatch.setitem(ops.BACKENDS, "new", ops.Backend(compute or here, check=True))
-        arguments, options = mixed_case(11, hidden=24, rank=(9, 4))
+        compute = compute or backend.modules.layer.fused_experts
+        monkeypatch.setitem(ops.BACKENDS, "new", ops.Backend(compute, check=True))
+        arguments, spec = mixed_case(11, hidden=24, rank=(9, 4))
         parameters = backend.to(ops.flat(*arguments[3:5]))
-        options = {"batch_invariant": False, **options, "backend": "new", **changes}
-        with against_reference(lambda: parameters, options, hidden_size=24, top_k=2):
+        with against_reference(lambda: parameters, "new", spec._replace(**changes), hidden_size=24, top_k=2):
             pass
 
     return load
@@ -184,14 +181,14 @@ def test_such_layers_are_checked_when_a_model_is_loaded(check: Any) -> None:
     assert len(selfcheck._DONE) == 2
 
 
-def without_function(*inputs: Any, **options: Any) -> torch.Tensor:
-    return reference.fused_experts(*inputs, **{**options, "function": "tanh"})
+def without_function(*inputs: Any) -> torch.Tensor:
+    return reference.fused_experts(*inputs[:-1], inputs[-1]._replace(function="tanh"))
 
 
-def with_gates_alphas(*inputs: Any, **options: Any) -> torch.Tensor:
+def with_gates_alphas(*inputs: Any) -> torch.Tensor:
     w13 = inputs[3]
     gate = w13.alpha.chunk(2, dim=1)[0]
-    return reference.fused_experts(*inputs[:3], w13._replace(alpha=torch.cat([gate, gate], 1)), *inputs[4:], **options)
+    return reference.fused_experts(*inputs[:3], w13._replace(alpha=torch.cat([gate, gate], 1)), *inputs[4:])
 
 
 @pytest.mark.parametrize("wrong", [without_function, with_gates_alphas])
@@ -206,10 +203,10 @@ def test_what_computes_them_wrong_is_refused(check: Any, wrong: Any) -> None:
 def test_cuda_graph(variant: str) -> None:
     """A captured layer gives the result of whatever inputs are there when it is replayed."""
     backend = Backend("cuda")
-    arguments, options = mixed_case(1, torch.bfloat16, **MIXED_SMALL[variant])
+    arguments, spec = mixed_case(1, torch.bfloat16, **MIXED_SMALL[variant])
     arguments = backend.to(arguments)
     inputs = [t.clone() for t in arguments[:3]]
-    layer = partial(backend.modules.layer.fused_experts, *inputs, *arguments[3:], **options)
+    layer = partial(backend.modules.layer.fused_experts, *inputs, *arguments[3:], spec)
     layer()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

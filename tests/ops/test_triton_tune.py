@@ -198,7 +198,7 @@ tiles.table.cache_clear()
 tiles.tile.cache_clear()
 used = tiles.tile("base", 1, torch.bfloat16, "default")
 inputs = workload.batch(1)
-expected = ops.fused_experts(*inputs, *workload.parameters, backend="reference", **workload.options)
+expected = ops.fused_experts("reference", *inputs, *workload.halves, None, workload.spec)
 error = (workload.run(1) - expected).norm() / expected.norm()
 print(json.dumps([vars(used), [timing._asdict() for timing in timings], float(error)]))
 """

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from d2moe_vllm.ops import triton as package
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.reference import LayerSpec, Weights
 
 MODULES = ("layer", "launch", "tiles", "routing", "selection", "products", "sums")
 DEVICES = [
@@ -97,9 +97,8 @@ class Backend:
 
         return list(map(move, arguments))
 
-    def run(self, arguments: list[Any], options: dict[str, Any]) -> torch.Tensor:
-        options = {"batch_invariant": False, **options}
-        return self.modules.layer.fused_experts(*self.to(arguments), **options).cpu()
+    def run(self, arguments: list[Any], spec: LayerSpec) -> torch.Tensor:
+        return self.modules.layer.fused_experts(*self.to(arguments), spec).cpu()
 
 
 REFUSED = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "unique", "equal", "bincount")

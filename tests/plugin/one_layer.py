@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -10,9 +11,9 @@ from synthetic import NAMES, dense_expert
 from torch import Tensor
 
 from d2moe_vllm.format.config import CheckpointConfig
-from d2moe_vllm.ops import BACKENDS, PACK_OPTIONS
+from d2moe_vllm.ops import BACKENDS
 from d2moe_vllm.ops.reference import Weights
-from d2moe_vllm.serving.loading import LayerLoader, options
+from d2moe_vllm.serving.loading import LayerLoader, layer_spec
 
 LAYER = 1
 SHARDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
@@ -66,24 +67,17 @@ def compute(
     backend: str = "reference",
 ) -> Tensor:
     halves = [Weights(**{k: parameters.get(f"{half}_{k}") for k in Weights._fields}) for half in ("w13", "w2")]
-    sizes = options(loader.config, loader.layer, loader.tp_size, scope, prune_down=len(loader.experts) == 8)
+    experts = len(loader.experts)
+    constants: dict[str, Any] = {"num_experts": experts, "activation": "silu", "prune_down": experts == 8}
+    spec = layer_spec(loader.config, loader.layer, loader.tp_size, scope, **constants)
     if (pack := BACKENDS[backend].pack) is not None:
         # Packing takes the storage of what it packs.
         copies = [Weights(*(None if t is None else t.clone() for t in half)) for half in halves]
-        halves = list(pack(*copies, **{name: sizes[name] for name in PACK_OPTIONS}))
+        halves = list(pack(*copies, spec))
     own = {expert: local for local, expert in enumerate(loader.experts)}
     local = torch.tensor([[own.get(expert, -1) for expert in row] for row in ids.tolist()])
     weights = torch.linspace(0.2, 0.8, ids.numel()).view(ids.shape)
-    return BACKENDS[backend].fused_experts(
-        x,
-        weights,
-        local,
-        *halves,
-        None,
-        num_experts=len(loader.experts),
-        activation="silu",
-        **sizes,
-    )
+    return BACKENDS[backend].fused_experts(x, weights, local, *halves, None, spec)
 
 
 def dense_layer(tensors: dict[str, Tensor], layer: int, x: Tensor, ids: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ SPLIT = {
 
 def experts_of(checkpoint: Path, layer: int, scope: str = "off") -> D2Experts:
     settings = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
-    return D2Experts(8, 128, 256, settings["layers"][str(layer)], groups=8, projections=NAMES, scope=scope)
+    return D2Experts(
+        8, 128, 256, settings["layers"][str(layer)], groups=8, projections=NAMES, dtype="float32", scope=scope
+    )
 
 
 def loaded(checkpoint: Path, layer: int, scope: str = "off") -> D2Experts:

@@ -33,7 +33,7 @@ from d2moe_vllm.observability import collector, files, recorder
 from d2moe_vllm.observability import endpoint as endpoint_module
 from d2moe_vllm.observability.endpoint import Endpoint
 from d2moe_vllm.observability.info import describe
-from d2moe_vllm.observability.metrics import EXPERT_TOKENS, MAX_GROUPS, METRICS, columns_used_ratio, layer_groups
+from d2moe_vllm.observability.metrics import EXPERT_TOKENS, MAX_GROUPS, columns_used_ratio, layer_groups
 
 REQUEST = SimpleNamespace(attn_metadata={}, is_padding=None)
 PROFILING = SimpleNamespace(attn_metadata=None, is_padding=None)
@@ -197,8 +197,7 @@ def test_no_folder_no_recorder(config: CheckpointConfig, tmp_path: Path, monkeyp
 
 
 def test_processes_add_up_and_dead_ones_leave(tmp_path: Path) -> None:
-    tokens = next(metric for metric in METRICS if metric.type == "counter")
-    sample = files.Sample(tokens, "_total", ("0", "3"), 5)
+    sample = files.Sample(EXPERT_TOKENS, "_total", ("0", "3"), 5)
     files.Writer(tmp_path).write([sample])
     code = (
         "import sys; from pathlib import Path; from d2moe_vllm.observability import files, metrics\n"

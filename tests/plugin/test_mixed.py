@@ -219,7 +219,7 @@ def test_plain_transformers_computes_the_same(
     config, tensors = read_config(folder), layer_tensors(folder)
     module = D2Experts(
         8, 128, 256, config.layers[LAYER].model_dump(), groups=8, projections=NAMES,
-        scope="token" if how == "scope token" else "off",
+        dtype="float32", scope="token" if how == "scope token" else "off",
     )  # fmt: skip
     module.load_state_dict({name.removeprefix(f"{P}."): tensor for name, tensor in tensors.items()}, strict=True)
     module.in_place, module.static_shapes = how == "in place", how == "static shapes"

@@ -21,7 +21,7 @@ from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-from d2moe_vllm import compat
+from d2moe_vllm import compat, ops
 from d2moe_vllm.format.config import CheckpointConfig, CheckpointError
 from d2moe_vllm.serving.experts import D2MoEMethod
 from d2moe_vllm.serving.quantization import D2MoEConfig
@@ -115,7 +115,7 @@ def test_ours_and_not_ours(content: dict[str, Any], vllm_config: VllmConfig) -> 
     ("change", "words"),
     [
         (lambda c: c.pop("format_version"), '--additional-config \'{"d2moe": {"scope": "token"}}\''),
-        (lambda c: c.update(format_version=2), "format version 2 is not supported"),
+        (lambda c: c.update(format_version=1), "format version 1 is not supported"),
         (lambda c: c["layers"]["0"]["gate"].update(rank=999), "rank 999 exceeds the matrix"),
         (lambda c: c["pruning"].update(scope="request"), "pruning.scope"),
         (lambda c: c.update(surprise=1), "surprise"),
@@ -168,7 +168,7 @@ def scope_said(content: dict[str, Any], scope: str) -> tuple[str, bool, str]:
     logger.removeHandler(handler)
     assert isinstance(method, D2MoEMethod)
     create(method, layer)
-    return method.scope, method.options["batch_invariant"], "\n".join(said)
+    return method.scope, method.spec.batch_invariant, "\n".join(said)
 
 
 def test_batch_invariance_forces_scope_token_and_says_so(
@@ -321,7 +321,7 @@ def test_an_incomplete_layer_is_refused(config: CheckpointConfig, vllm_config: V
 def test_expert_parallel_leaves_down_alone(config: CheckpointConfig, vllm_config: VllmConfig) -> None:
     method = D2MoEMethod(moe(moe_parallel_config=parallel(use_ep=True, ep_size=2)), config, 1, "token", "reference")
     create(method, routed_experts())
-    assert method.options["used"] == [64, 192]
+    assert (method.spec.w13.used, method.spec.w2.used) == (64, 192)
 
 
 @pytest.fixture
@@ -346,14 +346,11 @@ def test_apply_is_one_operator_when_compiled(served: tuple[D2MoEMethod, Any]) ->
 
 
 def test_the_operator_keeps_its_promises(served: tuple[D2MoEMethod, Any]) -> None:
-    from d2moe_vllm import ops
-
     method, layer = served
     parameters = [getattr(layer, name, None) for name in ops.PARAMETERS]
     arguments = (torch.randn(4, 128), torch.rand(4, 2), torch.randint(0, 8, (4, 2)), *parameters)
-    torch.library.opcheck(
-        torch.ops.d2moe.fused_experts.default, arguments, method.options, test_utils=("test_schema", "test_faketensor")
-    )
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.d2moe.fused_experts.default, arguments, method.constants, test_utils=checks)
 
 
 def test_the_cpu_backend_packs_what_was_loaded(config: CheckpointConfig, vllm_config: VllmConfig) -> None:
@@ -363,11 +360,11 @@ def test_the_cpu_backend_packs_what_was_loaded(config: CheckpointConfig, vllm_co
     create(method, layer)
     fill(layer)
     arguments = torch.randn(5, 128), torch.rand(5, 2), torch.stack([torch.randperm(8)[:2] for _ in range(5)])
-    assert method.options["backend"] == "cpu"
-    method.options["backend"] = "reference"
+    assert method.constants["backend"] == "cpu"
+    method.constants["backend"] = "reference"
     expected = method.apply(layer, *arguments)
     before = sum(p.nbytes for p in layer.parameters())
-    method.options["backend"] = "cpu"
+    method.constants["backend"] = "cpu"
     method.process_weights_after_loading(layer)
     torch.testing.assert_close(method.apply(layer, *arguments), expected)
     # This layer's ranks are no multiples of 16, which packing rounds them up to.
@@ -405,7 +402,7 @@ def test_remote_experts_are_left_out(served: tuple[D2MoEMethod, Any]) -> None:
     method, layer = served
     type(layer).expert_map = torch.tensor([0, 1, 2, 3, -1, -1, -1, -1], dtype=torch.int32)
     x, weights = torch.randn(3, 128), torch.rand(3, 2)
-    method.options["scope"] = "off"
+    method.constants["spec"] = ops.encoded(method.spec._replace(scope="off"))
     local = method.apply(layer, x, weights, torch.tensor([[0, 1], [2, 3], [0, 3]]))
     assert local.abs().sum() > 0
     remote = method.apply(layer, x, weights, torch.tensor([[4, 5], [6, 7], [-1, 7]]))

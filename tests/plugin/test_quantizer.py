@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -15,7 +16,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from compression import ROOT
-from families import CONFIGS, STOCK, write_exact, write_family
+from families import CONFIGS, stock_name, write_exact, write_family
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -32,7 +33,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
 
 import d2moe_vllm.hf
-from d2moe_vllm.families import MODEL_CLASSES, auto_map, stock_config_class, stock_model_class
+from d2moe_vllm.families import auto_map, stock_config_class, stock_model_class
 from d2moe_vllm.hf.conversion import D2Mixin
 from d2moe_vllm.hf.experts import D2Experts
 
@@ -51,7 +52,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     source = write_family(tmp_path / "dense", family, dtype=torch.float32)
     folder = write_exact(tmp_path / "exact", source)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(model).__name__ == MODEL_CLASSES[family]
+    assert f"modeling_d2moe.{type(model).__name__}" == auto_map(family)["AutoModelForCausalLM"]
     assert type(model).__module__ == "d2moe_vllm.hf.conversion"
     assert len(experts_of(model)) == len(
         json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
@@ -60,7 +61,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert type(traveller).__module__.startswith("transformers_modules.")
     logits = model(TOKENS).logits
     assert torch.equal(traveller(TOKENS).logits, logits)
-    config = stock_config_class(STOCK.get(family, family)).from_pretrained(source)
+    config = stock_config_class(stock_name(family)).from_pretrained(source)
     stock = stock_model_class(config).from_pretrained(source, config=config)(TOKENS).logits
     torch.testing.assert_close(logits, stock, rtol=0, atol=1e-4)
     dense = AutoModelForCausalLM.from_pretrained(source)
@@ -295,7 +296,9 @@ def test_a_snapshot_in_the_hubs_cache(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust_remote_code: bool
 ) -> None:
     """Found by its id, without network; its manifest, which transformers itself would not fetch, is asked for."""
-    repository, commit = tmp_path / "models--someone--tiny-d2", "0123456789" * 4
+    # transformers keeps the code of a commit in the user's cache: another text is another commit.
+    commit = hashlib.sha1((checkpoint / "modeling_d2moe.py").read_bytes()).hexdigest()
+    repository = tmp_path / "models--someone--tiny-d2"
     shutil.copytree(checkpoint, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)

@@ -27,7 +27,7 @@ from d2moe_vllm.format.files import read_config
 from d2moe_vllm.ops import Backend, reference, selfcheck
 from d2moe_vllm.ops.selfcheck import SelfCheckError, against_reference
 from d2moe_vllm.serving.experts import D2MoEMethod
-from d2moe_vllm.serving.loading import options
+from d2moe_vllm.serving.loading import layer_spec
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,8 @@ def _nothing_checked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "_DONE", set())
 
 
-def wrong(*inputs: Any, **settings: Any) -> Tensor:
-    return -reference.fused_experts(*inputs, **settings)
+def wrong(*inputs: Any) -> Tensor:
+    return -reference.fused_experts(*inputs)
 
 
 def test_a_wrong_backend_stops_loading(
@@ -67,24 +67,22 @@ def test_every_variant_on_every_kind_of_rank(
     config = read_config(variants)
     loader = make_loader(config, layer=layer, **ranks)
     found = fill(loader, layer_tensors(variants, layer))
-    settings = {
+    constants: dict[str, Any] = {
         "num_experts": len(loader.experts),
         "activation": "silu",
-        "batch_invariant": False,
-        "backend": "new",
-        **options(config, layer, loader.tp_size, "batch", prune_down="ep" not in ranks),
+        "prune_down": "ep" not in ranks,
     }
+    spec = layer_spec(config, layer, loader.tp_size, "batch", **constants)
 
     def load(backend: Backend) -> None:
         monkeypatch.setitem(ops.BACKENDS, "new", backend._replace(check=True))
         parameters = [None if name not in found else found[name].clone() for name in ops.PARAMETERS]
-        with against_reference(lambda: parameters, settings, hidden_size=config.hidden_size, top_k=2):
+        with against_reference(lambda: parameters, "new", spec, hidden_size=config.hidden_size, top_k=2):
             if backend.pack is not None:
-                sizes = {name: settings[name] for name in ops.PACK_OPTIONS}
-                parameters = ops.flat(*backend.pack(*ops.halves(parameters), **sizes))
+                parameters = ops.flat(*backend.pack(*ops.halves(parameters), spec))
 
     with pytest.raises(SelfCheckError):
-        load(Backend(lambda x, gates, *rest, **o: reference.fused_experts(x, torch.ones_like(gates), *rest, **o)))
+        load(Backend(lambda x, gates, *rest: reference.fused_experts(x, torch.ones_like(gates), *rest)))
     load(ops.BACKENDS["cpu"])
 
 
@@ -94,7 +92,7 @@ def test_the_engine_does_not_start(checkpoint: Path, tmp_path: Path) -> None:
     code = (
         "import d2moe_vllm.ops as ops, llm_runner\n"
         "from d2moe_vllm.ops import Backend, reference\n"
-        "ops.BACKENDS['cpu'] = Backend(lambda *i, **o: -reference.fused_experts(*i, **o), ('cpu',), check=True)\n"
+        "ops.BACKENDS['cpu'] = Backend(lambda *i: -reference.fused_experts(*i), ('cpu',), check=True)\n"
         "llm_runner.main()\n"
     )
     job = {"prompts": ["Lists are"], "max_tokens": 2, "one_by_one": False, "output": str(tmp_path / "results.json")}

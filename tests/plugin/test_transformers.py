@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from synthetic import NAMES, Synthetic, every_variant, write_checkpoint, write_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
+from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
 from d2moe_vllm.format.config import CheckpointError
 from d2moe_vllm.format.files import check_checkpoint
-from d2moe_vllm.hf import MODELING_FILE, auto_map, checkpoint_modeling_source
+from d2moe_vllm.hf import modeling_d2moe
 from d2moe_vllm.hf.experts import D2Experts
 from d2moe_vllm.hf.modeling_d2moe import D2MixtralForCausalLM
 
@@ -274,7 +275,9 @@ def test_a_dense_model_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
 def test_experts_load_from_checkpoint_names(checkpoint: Path) -> None:
     """The way offline/ evaluates: one layer at a time, no transformers config."""
     settings = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
-    experts = D2Experts(8, 128, 256, settings["layers"]["0"], groups=8, projections=NAMES, scope="token")
+    experts = D2Experts(
+        8, 128, 256, settings["layers"]["0"], groups=8, projections=NAMES, dtype="float32", scope="token"
+    )
     prefix = "model.layers.0.block_sparse_moe.experts."
     stored = load_file(checkpoint / "model-00002-of-00002.safetensors")
     experts.load_state_dict({n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)})
@@ -284,5 +287,7 @@ def test_experts_load_from_checkpoint_names(checkpoint: Path) -> None:
 
 def test_families() -> None:
     assert auto_map("mixtral") == {"AutoModelForCausalLM": "modeling_d2moe.D2MixtralForCausalLM"}
+    assert auto_map("kimi_k2")["AutoConfig"] == "modeling_d2moe.KimiK2Config"
+    assert not hasattr(modeling_d2moe, "D2NoSuchForCausalLM")
     with pytest.raises(KeyError):
-        auto_map("gpt2")
+        auto_map("no_such_model")

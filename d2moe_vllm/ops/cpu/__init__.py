@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2moe_vllm.ops.cpu.compiler import CompilerError
 from d2moe_vllm.ops.cpu.library import I64, Call, Half, load
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 
 __all__ = ["CompilerError", "fused_experts", "load", "missing", "pack"]
 
@@ -37,20 +37,15 @@ def missing() -> str | None:
     return None
 
 
-def pack(
-    w13: Weights, w2: Weights, *, ranks: Sequence[int], base_ranks: Sequence[int], used: Sequence[int], scope: str
-) -> tuple[Weights, Weights]:
+def pack(w13: Weights, w2: Weights, spec: LayerSpec) -> tuple[Weights, Weights]:
     """The two halves of a layer in this backend's layout; what is packed is flat, all else the same tensor.
 
-    The arguments are those of `fused_experts`, and have to be the same there. What is packed takes the storage of the
-    original where both have one size: packing then needs the room of one tensor more for a moment, and none afterwards.
+    `fused_experts` has to be given the same spec. What is packed takes the storage of the original where both have one
+    size: packing then needs the room of one tensor more for a moment, and none afterwards.
     Raises ValueError for weights that no checkpoint has.
     """
     _refuse_unknown(w13, w2)
-    return (
-        _pack(w13, 2, ranks[:2], base_ranks[:2], _by_columns(w13, scope, used[0])),
-        _pack(w2, 1, ranks[2:], base_ranks[2:], _by_columns(w2, scope, used[1])),
-    )
+    return _pack(w13, spec.w13, spec.scope), _pack(w2, spec.w2, spec.scope)
 
 
 def _refuse_unknown(w13: Weights, w2: Weights) -> None:
@@ -61,34 +56,34 @@ def _refuse_unknown(w13: Weights, w2: Weights) -> None:
         raise ValueError("bases need a and alpha, and the other way round")
 
 
-def _by_columns(weights: Weights, scope: str, used: int) -> bool:
-    """Whether some columns of the base will be left out: a layout of its own lets them be skipped."""
-    return weights.base is not None and scope != "off" and used < len(weights.base)
-
-
-def _pack(weights: Weights, parts: int, ranks: Sequence[int], base_ranks: Sequence[int], by_columns: bool) -> Weights:
+def _pack(weights: Weights, half: HalfSpec, scope: str) -> Weights:
     packed = {}
     if weights.delta_u is not None and len(weights.delta_u):
-        packed["delta_u"] = _pack_factors(weights.delta_u, ranks)
+        packed["delta_u"] = _pack_factors(weights.delta_u, half.ranks)
     if weights.dense is not None:
         packed["dense"] = _pack_factors(weights.dense)
     if weights.bases is not None and weights.a is not None:
-        packed["a"] = _pack_factors(weights.a, ranks)
-        packed["bases"] = _pack_mixed(weights.bases, ranks)
+        packed["a"] = _pack_factors(weights.a, half.ranks)
+        packed["bases"] = _pack_mixed(weights.bases, half.ranks)
     if isinstance(weights.delta_v, Tensor):
         packed["delta_v"] = _pack_factors(weights.delta_v)
     if weights.shared_v is not None:
         packed["shared_v"] = _pack_factors(weights.shared_v.unsqueeze(0))
     if weights.base is not None:
-        if by_columns:
-            packed["base"] = _pack_bases(weights.base, parts)
+        # Where some columns will be left out, a layout of its own lets them be skipped.
+        if _by_columns(half, len(weights.base), scope):
+            packed["base"] = _pack_bases(weights.base, len(half.ranks))
         else:
-            by_outputs = _pack_factors(weights.base.t().unflatten(0, (parts, -1)))
+            by_outputs = _pack_factors(weights.base.t().unflatten(0, (len(half.ranks), -1)))
             packed["base"] = _in_place(weights.base, by_outputs)
     if weights.base_u is not None and weights.base_v is not None:
-        packed["base_u"] = _pack_factors(weights.base_u.unsqueeze(0), base_ranks)
+        packed["base_u"] = _pack_factors(weights.base_u.unsqueeze(0), half.base_ranks)
         packed["base_v"] = _pack_factors(weights.base_v.unsqueeze(0))
     return weights._replace(**packed)
+
+
+def _by_columns(half: HalfSpec, kept: int, scope: str) -> bool:
+    return scope != "off" and half.used < kept
 
 
 def _pack_factors(w: Tensor, ranks: Sequence[int] | None = None) -> Tensor:
@@ -137,23 +132,12 @@ def fused_experts(
     w13: Weights,
     w2: Weights,
     padding_mask: Tensor | None,
-    *,
-    num_experts: int,
-    intermediate_size: int,
-    ranks: Sequence[int],
-    base_ranks: Sequence[int],
-    groups: Sequence[int],
-    used: Sequence[int],
-    activation: str,
-    scope: str,
-    function: str = "",
-    batch_invariant: bool = False,
-    static_shapes: bool = False,
+    spec: LayerSpec,
 ) -> Tensor:
     """`reference.fused_experts` for halves that `pack` returned, x on the CPU in float32, float16 or bfloat16.
 
-    batch_invariant: it always is. static_shapes: of no meaning here. Raises ValueError for an unknown scope, and
-    for weights that no checkpoint has.
+    It is always batch-invariant, and static_shapes has no meaning here. Raises ValueError for an unknown scope or
+    activation, and for weights that no checkpoint has.
     """
     _refuse_unknown(w13, w2)
     x = x.contiguous()
@@ -161,8 +145,8 @@ def fused_experts(
     mask = None if padding_mask is None else padding_mask.contiguous()
     y = torch.empty_like(x)
     call = Call(
-        w13=_half(w13, ranks[:2], base_ranks[:2], groups[0], used[0], scope, function),
-        w2=_half(w2, ranks[2:] if w2.dense is None else [intermediate_size], base_ranks[2:], groups[1], used[1], scope),
+        w13=_half(w13, spec.w13, spec),
+        w2=_half(w2, spec.w2, spec),
         x=x.data_ptr(),
         gates=gates.data_ptr(),
         ids=ids.data_ptr(),
@@ -170,12 +154,12 @@ def fused_experts(
         y=y.data_ptr(),
         tokens=x.shape[0],
         top_k=ids.shape[1],
-        experts=num_experts,
+        experts=spec.num_experts,
         hidden=x.shape[1],
-        intermediate=intermediate_size,
+        intermediate=spec.intermediate_size,
         dtype=DTYPES.index(x.dtype),
-        scope=SCOPES.index(scope),
-        activation=ACTIVATIONS.index(activation),
+        scope=SCOPES.index(spec.scope),
+        activation=ACTIVATIONS.index(spec.activation),
     )
     if x.shape[0]:
         load().d2moe_fused_experts(ctypes.byref(call))
@@ -186,15 +170,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _half(
-    weights: Weights,
-    ranks: Sequence[int],
-    base_ranks: Sequence[int],
-    groups: int,
-    used: int,
-    scope: str,
-    function: str = "",
-) -> Half:
+def _half(weights: Weights, half: HalfSpec, spec: LayerSpec) -> Half:
     kept = 0 if weights.base_columns is None else weights.base_columns.numel()
     us = (weights.delta_u, weights.a, weights.dense)
     u = next((u for u in us if isinstance(u, Tensor) and u.numel()), None)
@@ -213,13 +189,14 @@ def _half(
         base_norms=_pointer(weights.base_norms),
         u_size=0 if u is None else u.numel(),
         kept=kept,
-        used=used,
-        groups=groups,
+        used=half.used,
+        groups=half.groups,
         shared_v=weights.shared_v is not None,
-        by_columns=scope != "off" and used < kept,
+        by_columns=_by_columns(half, kept, spec.scope),
         whole=weights.dense is not None,
         mixed=weights.alpha.shape[1] // 2 if isinstance(weights.alpha, Tensor) else 0,
-        function=0 if weights.bases is None else FUNCTIONS.index(function),
-        rank=(I64 * 2)(*ranks),
-        base_rank=(I64 * 2)(*base_ranks),
+        function=0 if weights.bases is None else FUNCTIONS.index(spec.function),
+        # A dense matrix is a U whose V is the identity.
+        rank=(I64 * 2)(*(half.ranks if weights.dense is None else (spec.intermediate_size,))),
+        base_rank=(I64 * 2)(*half.base_ranks),
     )

@@ -7,12 +7,12 @@ that torch has loaded.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from d2moe_vllm.ops.cpu.compiler import NATIVE, CompilerError, compile_to, compiled_ahead, native_name
 
@@ -99,13 +99,15 @@ def _compiled() -> Path:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        lock = FileLock(folder / "lock")
+        lock.acquire()  # workers start together: one compiles
     except OSError as error:
         raise CompilerError(
             f"{folder} cannot be written ({error.strerror}); name another folder by D2MOE_CACHE"
         ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # workers start together: one compiles
+    try:
         if not target.exists():
             compile_to(target, NATIVE)
+    finally:
+        lock.release()
     return target

@@ -24,8 +24,8 @@ def missing() -> str | None:
     return None
 
 
-def fused_experts(*inputs: Any, static_shapes: bool = True, **options: Any) -> Tensor:
-    """`layer.fused_experts`, without what means nothing to it: its shapes are always static."""
+def fused_experts(*arguments: Any) -> Tensor:
+    """`layer.fused_experts`, imported when first called."""
     from d2moe_vllm.ops.triton import layer
 
-    return layer.fused_experts(*inputs, **options)
+    return layer.fused_experts(*arguments)

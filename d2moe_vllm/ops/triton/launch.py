@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2moe_vllm.ops.reference import HalfSpec
 from d2moe_vllm.ops.triton import mixing, products, routing, selection, sums, tiles
 
 DIRECT_ROWS = 16
@@ -211,7 +212,7 @@ class Batch:
         z: Tensor | None,
         *,
         width: int,
-        ranks: tuple[int, int],
+        ranks: tuple[int, ...],
         places: Tensor | None,
         columns: Tensor | None,
         column_places: Tensor | None,
@@ -250,15 +251,13 @@ class Batch:
         inputs: Tensor | None,
         norms: Tensor,
         padding: Tensor | None,
-        *,
+        half: HalfSpec,
         scope: str,
-        groups: int,
-        used: int,
     ) -> tuple[Tensor, Tensor | None]:
         """What of x [rows, width] the base is multiplied with: packed [rows, depth] in the weights' type, and which of
         the base's rows these are, int32 [depth], None for all. inputs: the columns that are kept, None for all.
         """
-        rows, kept = x.shape[0], len(norms)
+        rows, kept, groups, used = x.shape[0], len(norms), half.groups, half.used
         if scope == "off" or used >= kept:
             return (x.to(self.dtype) if inputs is None else self.gather(x, inputs)), None
         size = kept // groups

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from d2moe_vllm.ops.reference import FUNCTIONS, Weights
+from d2moe_vllm.ops.reference import FUNCTIONS, HalfSpec, LayerSpec, Weights
 from d2moe_vllm.ops.triton.launch import Batch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,41 +20,32 @@ def fused_experts(
     w13: Weights,
     w2: Weights,
     padding_mask: Tensor | None,
-    *,
-    num_experts: int,
-    intermediate_size: int,
-    ranks: Sequence[int],
-    base_ranks: Sequence[int],
-    groups: Sequence[int],
-    used: Sequence[int],
-    activation: str,
-    scope: str,
-    function: str = "",
-    batch_invariant: bool = False,
+    spec: LayerSpec,
 ) -> Tensor:
     """`reference.fused_experts` for x in float32, float16 or bfloat16; a half's weights are tensors, not sequences.
 
-    The same bits on every call. batch_invariant: with scope "off" or "token" each bit of a row depends on that row
-    alone; one tile for all numbers of rows, which costs speed. Shapes are static, so a CUDA graph may be captured.
-    Raises ValueError for an unknown dtype, activation, scope or function.
+    The same bits on every call. batch_invariant means one tile for all numbers of rows, which costs speed. Shapes are
+    always static, so a CUDA graph may be captured. Raises ValueError for an unknown dtype, activation, scope or
+    function.
     """
-    for name, value, known in (("x's dtype", x.dtype, DTYPES), ("activation", activation, ACTIVATIONS)):
+    for name, value, known in (("x's dtype", x.dtype, DTYPES), ("activation", spec.activation, ACTIVATIONS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, not one of {', '.join(map(str, known))}")
-    if scope not in SCOPES:
-        raise ValueError(f"scope is {scope!r}, not batch, token or off")
-    if w13.bases is not None and function not in FUNCTIONS:
-        raise ValueError(f"function is {function!r}, not one of {', '.join(FUNCTIONS)}")
+    if spec.scope not in SCOPES:
+        raise ValueError(f"scope is {spec.scope!r}, not batch, token or off")
+    if w13.bases is not None and spec.function not in FUNCTIONS:
+        raise ValueError(f"function is {spec.function!r}, not one of {', '.join(FUNCTIONS)}")
     if not len(x):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     x = x.contiguous()
     padding = None if padding_mask is None else padding_mask.contiguous().view(torch.uint8)
-    batch = Batch(topk_weights.float().contiguous(), topk_ids.int().contiguous(), num_experts, x.dtype, batch_invariant)
+    gates, ids = topk_weights.float().contiguous(), topk_ids.int().contiguous()
+    batch = Batch(gates, ids, spec.num_experts, x.dtype, spec.batch_invariant)
 
-    z = _base_gate_up(batch, x, w13, padding, base_ranks[0], scope=scope, groups=groups[0], used=used[0])
+    z = _base_gate_up(batch, x, w13, spec.w13, padding, spec.scope)
     shrunk = u = None
     if w13.bases is not None:
-        parts = batch.mixed_product(x, w13.bases, w13.alpha, gate_rank=ranks[0], function=function)
+        parts = batch.mixed_product(x, w13.bases, w13.alpha, gate_rank=spec.w13.ranks[0], function=spec.function)
         u, shrunk = w13.a, batch.added(parts)
     elif _has_deltas(w13):
         u, shrunk = w13.delta_u, _shrink(batch, x, w13)
@@ -64,14 +53,14 @@ def fused_experts(
         shrunk,
         u,
         z,
-        width=intermediate_size,
-        ranks=(ranks[0], ranks[1]),
+        width=spec.intermediate_size,
+        ranks=spec.w13.ranks,
         places=w13.u_index,
         columns=w13.delta_columns,
         column_places=w13.v_index,
-        activation=activation,
+        activation=str(spec.activation),
     )
-    base = _base_down(batch, h, w2, padding, scope=scope, groups=groups[1], used=used[1])
+    base = _base_down(batch, h, w2, spec.w2, padding, spec.scope)
     deltas = None
     if w2.dense is not None:
         deltas = batch.factor_product("expand_down", h, w2.dense, grouped=True, exact=True)
@@ -110,20 +99,12 @@ def _shrink(batch: Batch, x: Tensor, weights: Weights) -> Tensor:
 
 
 def _base_gate_up(
-    batch: Batch,
-    x: Tensor,
-    weights: Weights,
-    padding: Tensor | None,
-    gate_rank: int,
-    *,
-    scope: str,
-    groups: int,
-    used: int,
+    batch: Batch, x: Tensor, weights: Weights, half: HalfSpec, padding: Tensor | None, scope: str
 ) -> Tensor | None:
     """z [parts, tokens, 2 I], None without a base."""
     if weights.base_u is not None and weights.base_v is not None:
         shrunk = batch.added(batch.factor_product("shrink", x, weights.base_v, grouped=False))
-        width = weights.base_u.shape[0]
+        width, gate_rank = weights.base_u.shape[0], half.base_ranks[0]
         z = batch.empty(1, batch.tokens, 2 * width, dtype=x.dtype)
         for ranks, outputs in (
             (slice(gate_rank), slice(width)),
@@ -136,12 +117,12 @@ def _base_gate_up(
         return None
     # As many ascending columns as there are inputs are all of them.
     inputs = None if len(weights.base_columns) == x.shape[1] else weights.base_columns
-    packed, chosen = batch.used_inputs(x, inputs, weights.base_norms, padding, scope=scope, groups=groups, used=used)
+    packed, chosen = batch.used_inputs(x, inputs, weights.base_norms, padding, half, scope)
     return batch.base_product(packed, weights.base, chosen)
 
 
 def _base_down(
-    batch: Batch, h: Tensor, weights: Weights, padding: Tensor | None, *, scope: str, groups: int, used: int
+    batch: Batch, h: Tensor, weights: Weights, half: HalfSpec, padding: Tensor | None, scope: str
 ) -> Tensor | None:
     """float32 [parts, tokens, H], None without a base."""
     if weights.base_u is not None and weights.base_v is not None:
@@ -152,7 +133,7 @@ def _base_down(
         return None
     inputs = None if len(weights.base_columns) == h.shape[1] else weights.base_columns
     # A selection sees the mix unrounded, as the reference's does: it must not depend on the type.
-    selects = scope != "off" and used < len(weights.base_norms)
+    selects = scope != "off" and half.used < len(weights.base_norms)
     mix = batch.mix(h, inputs, torch.float32 if selects else h.dtype)
-    packed, chosen = batch.used_inputs(mix, None, weights.base_norms, padding, scope=scope, groups=groups, used=used)
+    packed, chosen = batch.used_inputs(mix, None, weights.base_norms, padding, half, scope)
     return batch.base_product(packed, weights.base, chosen, exact=True)

@@ -1,4 +1,4 @@
-"""The recipes that come with d2moe-vllm: one reviewed file per model family and ratio."""
+"""The recipes that come with d2moe-vllm: one reviewed file per model family, for any ratio."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml
 
 
 def find_recipe(given: str) -> Path:
-    """The file of --recipe: a path, or the name of a shipped recipe ("mixtral-40").
+    """The file of --recipe: a path, or the name of a shipped recipe ("mixtral"), which a model's folder may share.
 
     Raises InputError, with the nearest names, where it is neither.
     """
     path = Path(given).expanduser()
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return path
     if given in SHIPPED:
         return SHIPPED[given]
-    near = difflib.get_close_matches(path.stem, SHIPPED, n=3, cutoff=0.4)
-    if not near:
-        near = sorted({name.rpartition("-")[0] + "-40" for name in SHIPPED})
+    near = difflib.get_close_matches(path.stem, SHIPPED, n=3, cutoff=0.4) or list(SHIPPED)
     raise InputError(f"recipe {given} cannot be read: no such file, and no shipped recipe; nearest: {', '.join(near)}")

@@ -1,0 +1,93 @@
+"""`d2moe compress`: parse, call, print."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from offline.cli.options import (
+    Accounting,
+    AllowLarger,
+    Json,
+    Memory,
+    Method,
+    Ratio,
+    RecipeFile,
+    Revision,
+    ScopeOption,
+    Seed,
+    SeqLen,
+    Src,
+    WindowsOption,
+    parse_size,
+    read_recipe,
+)
+from offline.cli.tables import show, sizes
+from offline.errors import InputError
+from offline.io.console import plain_console
+from offline.io.memory import peak_memory
+from offline.io.units import duration, size
+from offline.work.distributed import is_first
+
+
+def compress(
+    source: Src,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist yet.")],
+    ratio: Ratio = None,
+    calibration: Annotated[Path | None, typer.Option(help="Calibration text: UTF-8, or JSONL with `text`.")] = None,
+    recipe: RecipeFile = None,
+    method: Method = None,
+    accounting: Accounting = None,
+    scope: ScopeOption = None,
+    windows: WindowsOption = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    revision: Revision = None,
+    workdir: Annotated[Path | None, typer.Option(help="For intermediate files (default OUT.d2moe-work).")] = None,
+    memory: Memory = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    allow_larger: AllowLarger = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over what was begun on another machine.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress SRC into OUT, layer by layer; a run that was interrupted is continued."""
+    from offline.run.compress import compress as run
+
+    started = time.monotonic()
+    overrides = {
+        "ratio": ratio,
+        "method": method,
+        "accounting": accounting,
+        "scope": scope,
+        "calibration": {"windows": windows, "seq_len": seq_len, "seed": seed},
+    }
+    chosen = read_recipe(recipe, overrides)
+    if calibration is None:
+        raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
+    options: dict[str, Any] = {"revision": revision, "workdir": workdir, "restart": restart, "device": device}
+    options["allow_larger"] = allow_larger
+    console = plain_console(stderr=True, quiet=not is_first())
+    result = run(source, out, chosen, calibration, **options, memory=parse_size(memory), console=console)
+    result["seconds"] = round(time.monotonic() - started, 1)
+    result["peak_memory_bytes"] = peak_memory()
+    if not is_first():
+        return  # one of several processes speaks for all
+    show(result, as_json, compress_table)
+
+
+def compress_table(console: Console, result: dict[str, Any]) -> None:
+    sizes(console, result["source"], result["result"])
+    predicted = result["predicted"]
+    table = Table("", "predicted", "really", box=None, pad_edge=False)
+    table.add_row("time", duration(predicted["seconds"]), duration(result["seconds"]))
+    table.add_row("peak memory", size(predicted["peak_memory_bytes"]), size(result["peak_memory_bytes"]))
+    table.add_row(
+        "working folder", f"{size(predicted['work_bytes'])} at most", f"{size(result['work_bytes'])} at the end"
+    )
+    console.print(table)
+    console.print(f"serve it:  vllm serve {result['path']} --trust-remote-code", highlight=False, soft_wrap=True)

@@ -1,0 +1,79 @@
+"""`d2moe plan`: parse, call, print."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from offline.cli.options import (
+    Accounting,
+    AllowLarger,
+    Json,
+    Memory,
+    Method,
+    Ratio,
+    RecipeFile,
+    Revision,
+    SeqLen,
+    Src,
+    WindowsOption,
+    parse_size,
+    read_recipe,
+)
+from offline.cli.tables import projections, show, sizes
+from offline.io.units import duration, size
+
+
+def plan(
+    source: Src,
+    ratio: Ratio = None,
+    recipe: RecipeFile = None,
+    method: Method = None,
+    accounting: Accounting = None,
+    windows: WindowsOption = None,
+    seq_len: SeqLen = None,
+    memory: Memory = None,
+    allow_larger: AllowLarger = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on one machine, as torchrun would start.")] = 1,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Ranks, sizes, memory, disk and time, before any work."""
+    from offline.plan.make import make_plan
+    from offline.plan.make import summary as summarize
+    from offline.plan.resources import estimate_seconds
+    from offline.source.dense import open_dense
+
+    overrides = {
+        "ratio": ratio,
+        "method": method,
+        "accounting": accounting,
+        "calibration": {"windows": windows, "seq_len": seq_len},
+    }
+    options: dict[str, Any] = {"processes": processes, "allow_larger": allow_larger, "memory": parse_size(memory)}
+    planned = make_plan(open_dense(source, revision), read_recipe(recipe, overrides), **options)
+    show(summarize(planned, estimate_seconds(planned)), as_json, plan_table)
+
+
+def plan_table(console: Console, summary: dict[str, Any]) -> None:
+    sizes(console, summary["source"], summary["result"])
+    console.print()
+    projections(console, "", {"first layer": summary["first_layer"]})
+    if dense := summary["result"]["dense_layers"]:
+        console.print(f"{summary['result']['layers']} layers like this, {dense} stay dense", highlight=False)
+    if not summary["result"]["final"]:
+        from offline.methods import find_method
+
+        console.print(find_method(summary["recipe"]["method"]).until, style="dim")
+    console.print()
+    shares = ", ".join(f"{role} {100 * share:.2f} %" for role, share in summary["kept_share_of_deltas"].items())
+    console.print(f"kept share of the deltas: {shares}", highlight=False)
+    console.print(f"experts alone: {100 * summary['result']['expert_ratio']:.2f} % removed", highlight=False)
+    disk = summary["disk_bytes"]
+    console.print(
+        f"to do it: about {size(summary['peak_memory_bytes'])} of memory, {size(disk['work'])} of disk while "
+        f"running, {size(disk['result'])} for the result, roughly {duration(summary['estimated_seconds'])}",
+        highlight=False,
+    )

@@ -1,0 +1,90 @@
+"""Which tests the fast tier leaves to `make test-all`, and why; and which tests one worker runs together.
+
+The fast tier has at most six minutes on two idle cores. A test that takes more than about ten seconds there has to show
+something that no other one does. What is listed here is run by `make test-all`; a test may also be marked slow where it
+stands, where that is a property of the test and not of the tier's budget.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+
+import pytest
+
+EVERY_TEST = pytest.StashKey[list[str]]()
+"""Where a session keeps the ids of all tests that were collected, before any is left out."""
+SLOW: Mapping[str, tuple[str, ...]] = {
+    "starts a vLLM of its own; the fast tier serves the default recipe compiled, eager and on two ranks": (
+        "tests/serve/test_demo.py::*",
+        "tests/serve/test_lm_eval.py::*",
+        "tests/serve/test_lifetime.py::test_a_missing_attention_tensor_stops_vllm_serve_with_its_name",
+        "tests/plugin/test_families_served.py::test_served_as_the_dense_reconstruction*",
+        "tests/plugin/test_families_served.py::test_on_two_tensor_parallel_ranks[[]qwen2_moe]",
+        "tests/plugin/test_methods_served.py::*moe-svd]",
+        "tests/plugin/test_offline_llm.py::test_compiled_equals_stock_vllm_and_transformers",
+        "tests/plugin/test_offline_llm.py::test_eager_scope_batch_equals_transformers",
+        "tests/plugin/test_register.py::test_vllm_serve_ends_with_our_sentence*",
+        "tests/plugin/test_storage.py::test_a_worker_keeps_what_is_stored[[]mobe]",
+        "tests/docs/test_blocks.py::test_commands[[]docs/serving.md:*]",
+    ),
+    "compiles with sanitizers, for other machines, or a wheel": (
+        "tests/ops/test_cpu.py::test_the_core_is_clean_under_sanitizers*",
+        "tests/ops/test_triton_aot.py::test_every_kernel_compiles_for_hopper",
+        "tests/ops/test_triton_aot.py::test_the_harness_finds_spills_and_too_much_memory",
+        "tests/ops/test_ahead.py::test_a_wheel_with_a_library_serves_without_a_compiler",
+    ),
+    "crowds in Triton's interpreter; the fast tier has one of each kernel against the oracle": (
+        "tests/ops/test_triton.py::test_rounding_is_no_worse_than_the_reference*",
+        "tests/ops/test_triton.py::test_batch_invariant_rows_are_the_same_bits_alone_and_in_a_crowd*",
+        "tests/ops/test_triton.py::test_no_shape_depends_on_data_and_nothing_is_waited_for*",
+        "tests/ops/test_triton.py::test_padding_rows_influence_nobody*",
+        "tests/ops/test_triton.py::test_the_same_bits_on_every_call*",
+        "tests/ops/test_triton_tune.py::test_a_real_layer_is_tuned",
+        "tests/ops/test_triton_mixed.py::test_such_layers_are_checked_when_a_model_is_loaded*",
+    ),
+    "kills, interrupts and fills disks once more; the fast tier has one of each kind": (
+        "tests/offline/test_compress.py::test_a_killed_run_ends_in_the_same_bytes[[]*merged.safetensors]",
+        "tests/offline/test_compress.py::test_a_disk_that_fills_up_meanwhile*",
+        "tests/offline/test_compress.py::test_a_run_begun_with_other_threads_is_not_thrown_away",
+        "tests/offline/test_compare.py::test_an_interrupt_ends_it",
+        "tests/offline/test_compare.py::test_a_killed_run_goes_on_and_says_so",
+        "tests/offline/test_hostile_disks.py::test_a_damaged_working_folder_is_recognised[[]*cut]",
+        "tests/offline/test_hostile_disks.py::test_a_damaged_working_folder_is_recognised[[]*lengthened]",
+        "tests/offline/test_hostile_disks.py::test_a_run_that_is_broken_off_again_and_again*",
+        "tests/offline/test_hostile_neighbours.py::test_two_runs_at_once_on_one_result",
+        "tests/offline/test_distributed.py::test_bad_input_is_one_line_once",
+    ),
+    "the quality of a compression, whose figures docs/quality.md has": (
+        "tests/offline/test_compress.py::test_the_default_beats_mean_base_and_plain_svd*",
+        "tests/offline/test_methods.py::test_fitted_us_beat_each_experts_own",
+    ),
+    "the whole matrix; the fast tier has every recipe and every family once, by rotation": (
+        "tests/offline/test_matrix.py::test_an_fp8_original_is_compressed_as_what_it_stands_for",
+    ),
+}
+"""Why -> patterns of node ids."""
+
+TOGETHER: Mapping[str, str] = {
+    "tests/serve/": "serve",
+    "tests/docs/": "docs",
+    "tests/plugin/test_families_served.py": "families",
+}
+"""Beginning of a node id -> the tests that share a server, and so a worker; all others are with those of their file."""
+FIRST = ("serve", "docs", "tests/plugin/test_offline_llm.py", "families", "tests/offline/test_matrix.py")
+"""What takes longest, so that it is not what one worker is left with at the end."""
+
+
+def is_slow(node: str) -> bool:
+    return any(fnmatch.fnmatchcase(node, pattern) for patterns in SLOW.values() for pattern in patterns)
+
+
+def group(node: str) -> str:
+    """Tests of one group run in one worker, one after another."""
+    return next((name for start, name in TOGETHER.items() if node.startswith(start)), node.partition("::")[0])
+
+
+def unmatched(nodes: list[str]) -> list[str]:
+    """Patterns that no test has any more."""
+    every = [pattern for patterns in SLOW.values() for pattern in patterns]
+    return [pattern for pattern in every if not fnmatch.filter(nodes, pattern)]
