@@ -141,10 +141,10 @@ def fused_experts(
     """
     act = ACTIVATIONS[spec.activation] if isinstance(spec.activation, str) else spec.activation
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    product: Product = torch.matmul
+    product: Product = widened_product
     if spec.batch_invariant and not spec.static_shapes:
         product, act = tiled_product, partial(_row_by_row, act)
-    z = base_product(x, w13, spec.w13, padding_mask, spec.scope, product)
+    z = base_product(x, w13, spec.w13, padding_mask, spec.scope, product, x.dtype)
     # A V that all experts share needs each token once, however many experts it goes to.
     shrunk = None if w13.shared_v is None else product(x, w13.shared_v.t())
     factors13, factors2 = _factors(w13, spec), _factors(w2, spec)
@@ -161,8 +161,13 @@ def fused_experts(
             delta = product(_shrink(hidden.to(x.dtype), factors.v, product), factors.u.t())
             _add(output, rows, gates, factors.where_present(delta.to(accumulate)))
     if mix is not None:
-        output += base_product(mix, w2, spec.w2, padding_mask, spec.scope, product)
+        output += base_product(mix, w2, spec.w2, padding_mask, spec.scope, product, x.dtype)
     return output.to(x.dtype)
+
+
+def widened_product(x: Tensor, w: Tensor) -> Tensor:
+    """`x @ w` in the dtype of x, whatever w is stored in."""
+    return x @ w.to(x.dtype)
 
 
 def tiled_product(x: Tensor, w: Tensor) -> Tensor:
@@ -170,16 +175,23 @@ def tiled_product(x: Tensor, w: Tensor) -> Tensor:
 
     A CPU's matrix product sums in an order that depends on the number of rows: here it is always the same.
     """
-    padded = F.pad(x, (0, 0, 0, -x.shape[0] % TILE_ROWS))
+    padded, w = F.pad(x, (0, 0, 0, -x.shape[0] % TILE_ROWS)), w.to(x.dtype)
     return torch.cat([tile @ w for tile in padded.split(TILE_ROWS)])[: x.shape[0]]
 
 
 def base_product(
-    x: Tensor, weights: Weights, half: HalfSpec, padding_mask: Tensor | None, scope: str, product: Product
+    x: Tensor,
+    weights: Weights,
+    half: HalfSpec,
+    padding_mask: Tensor | None,
+    scope: str,
+    product: Product,
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """`W_b[:, J] x[J]`, or `U_b V_b x`, for rows x [T, in]: [T, out] in the base's dtype; None without a base."""
+    """`W_b[:, J] x[J]`, or `U_b V_b x`, for rows x [T, in]: [T, out] in `dtype`, which x is rounded to after the
+    selection; None without a base."""
     if weights.base_u is not None and weights.base_v is not None:
-        shrunk = product(x.to(weights.base_v.dtype), weights.base_v.t())
+        shrunk = product(x.to(dtype), weights.base_v.t())
         if len(half.base_ranks) == 1:
             return product(shrunk, weights.base_u.t())
         return torch.cat(_expand(shrunk, weights.base_u, half.base_ranks[0], product), dim=-1)
@@ -190,7 +202,7 @@ def base_product(
     if mask is not None:
         # where, not a product: what is left out may be infinite or NaN in a padding row.
         kept = torch.where(mask, kept, 0)
-    return product(kept.to(weights.base.dtype), weights.base)
+    return product(kept.to(dtype), weights.base)
 
 
 def select_columns(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm.format.config import ROLES, Role
+from d2moe_vllm.format.kinds import Stored
+from offline.io.shards import TORCH_DTYPES
 from offline.methods.options import Option
 from offline.methods.selection import sensitivities
 from offline.plan.allocation import Curves, solve_adaptive
@@ -74,42 +76,36 @@ def _facts(work: WorkDir, layer: int) -> dict[str, Tensor]:
     return work.load_part(layer, "facts")
 
 
-CUT = {"delta_u": 1, "delta_v": 0, "delta_columns": 0, "shared_v": 0}
-"""Tensors that are cut to the rank, and along which dimension."""
-
-
 class Assembly:
     """The expert tensors of a settled budget, cut from the parts when asked for."""
 
     def __init__(self, plan: Plan, budget: Budget, work: WorkDir) -> None:
         self.plan, self.budget, self.work = plan, budget, work
-        self._origins: dict[str, tuple[int, int, Role, str]] = {}
-        for layer in budget.config.layers:
-            for role in ROLES:
-                for name in budget.config.projection_tensors(layer, role):
-                    expert, _, kind = name.removeprefix(budget.config.experts_prefix(layer) + ".").split(".")
-                    self._origins[name] = (layer, int(expert), role, kind)
+        self._origins: dict[str, tuple[int, Stored]] = {
+            name: (layer, one) for layer in budget.config.layers for name, one in budget.config.stored(layer).items()
+        }
 
     def __contains__(self, name: str) -> bool:
         return name in self._origins
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of the checkpoint. Raises KeyError for a name that is no expert tensor."""
-        layer, expert, role, kind = self._origins[name]
-        option = self.budget.choices[layer, SITES[role]]
-        if kind == "dense":
-            return self.plan.model.weight(layer, expert, role)
-        stored = self.budget.config.layers[layer][role]
-        part, key = self.plan.method.place(stored, kind, expert, role, option)
+        layer, one = self._origins[name]
+        return self._whole(layer, one).to(TORCH_DTYPES[one.spec.dtype]).contiguous()
+
+    def _whole(self, layer: int, one: Stored) -> Tensor:
+        """A tensor cut to its rank; factors are nested, columns lie best first."""
+        option, stored = self.budget.choices[layer, SITES[one.role]], self.budget.config.layers[layer][one.role]
+        if one.name == "dense":
+            return self.plan.model.weight(layer, one.expert, one.role)
+        part, key = self.plan.method.place(stored, one.name, one.expert, one.role, option)
         found = self._load(layer, part, key)
-        if kind not in CUT:
-            return found
-        if stored.delta == "columns":
-            # Stored best first; the best ones, in ascending order.
-            columns = self._load(layer, part, f"{option}.{role}.columns")[: stored.rank]
+        if "columns" in one.kind.sizes:
+            # The best ones, in ascending order.
+            columns = self._load(layer, part, f"{option}.{one.role}.columns")[: stored.rank]
             order = columns.argsort()
-            return (columns if kind == "delta_columns" else found[:, : stored.rank])[..., order].contiguous()
-        return found.narrow(CUT[kind], 0, stored.rank).contiguous()
+            return (columns if one.name == "delta_columns" else found[:, : stored.rank])[..., order]
+        return found.narrow(one.kind.sizes.index("rank"), 0, stored.rank) if "rank" in one.kind.sizes else found
 
     def _load(self, layer: int, part: str, key: str) -> Tensor:
         return self.work.load_part(layer, part, key)[key]
