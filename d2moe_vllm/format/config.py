@@ -24,6 +24,7 @@ from d2moe_vllm.format.kinds import (
     FORMAT_VERSION as FORMAT_VERSION,
 )
 from d2moe_vllm.format.kinds import (
+    GROUP_SIZE,
     KINDS,
     READABLE,
     STORAGES,
@@ -88,7 +89,7 @@ class Storage(_Model):
     """
 
     type: str
-    group_size: int = Field(default=64, ge=1, le=1_000_000)
+    group_size: int = Field(default=GROUP_SIZE, ge=1, le=1_000_000)
 
     @model_validator(mode="after")
     def _known(self) -> Storage:

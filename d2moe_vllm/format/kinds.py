@@ -62,6 +62,8 @@ STORAGES: Mapping[str, StorageType] = {
 """Type of a matrix's storage -> how it lies in the file."""
 READABLE = tuple(name for name, storage in STORAGES.items() if not storage.bits)
 """Types that this release computes with. The sizes of the others are defined, and readers refuse them by name."""
+GROUP_SIZE = 64
+"""Of a packed matrix whose storage does not say another."""
 SCALES = "_scales"
 """What a packed matrix's name is followed by in its scales' name."""
 
@@ -170,8 +172,11 @@ PROJECTION_DEFAULTS: Mapping[str, Any] = {
 
 def projection_of(fields: Mapping[str, Any]) -> Any:
     """config.json's entry of a projection with its fields as attributes, absent ones by default."""
-    named = {name: fields.get(name) for name in ("base_storage", "delta_storage")}
-    storages = {name: SimpleNamespace(**storage) for name, storage in named.items() if storage is not None}
+    storages = {
+        name: SimpleNamespace(**{"group_size": GROUP_SIZE, **fields[name]})
+        for name in ("base_storage", "delta_storage")
+        if fields.get(name) is not None
+    }
     return SimpleNamespace(**{**PROJECTION_DEFAULTS, **fields, **storages})
 
 

@@ -27,7 +27,7 @@ from offline.checkpoint.reconstruction import Reconstruction
 from offline.checkpoint.remotecode import check_code
 from offline.errors import InputError
 from offline.io.progress import Steps
-from offline.io.shards import Reader
+from offline.io.shards import Reader, all_finite
 from offline.plan.recipe import load_recipe
 from offline.source.dense import DenseModel
 from offline.source.original import open_original
@@ -155,7 +155,7 @@ def _check_values(file: Path, found: Findings, progress: Steps) -> None:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 tensor = opened.get_tensor(name)
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                if not all_finite(tensor):
                     bad = int((~torch.isfinite(tensor)).sum())
                     found.problems.append(f"{file}: {name} holds {bad} NaN or infinite values; compress again")
                 done += tensor.nbytes

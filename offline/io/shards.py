@@ -37,6 +37,12 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; torch cannot ask that of floats of one byte."""
+    narrow = tensor.is_floating_point() and tensor.itemsize == 1
+    return bool(torch.isfinite(tensor.float() if narrow else tensor).all())
+
+
 class Reader:
     """The safetensors files of one checkpoint folder; tensors are read when asked for.
 
@@ -79,7 +85,7 @@ class Reader:
     def finite(self, name: str) -> Tensor:
         """One tensor that is to be computed with. Raises CheckpointError where it holds a NaN or infinity."""
         tensor = self.tensor(name)
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             path = self.folder / self.weight_map[name]
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values; download the file again")
         return tensor

@@ -108,7 +108,7 @@ def open_evaluated(
     hf_config, cpu = read_hf_config(folder), torch.device("cpu")
     if quantization.get("quant_method") == "d2moe":
         config = _trimmed(check_checkpoint(folder), trim or {})
-        reader, family = SourceReader(folder), _family(config)
+        reader, family = SourceReader(folder, ours=config.expert_tensors()), _family(config)
         scope = scope or config.pruning.scope
         layerwise = LayerwiseModel(reader, family, hf_config)
         shape = read_shape(family, read_model_config(folder))

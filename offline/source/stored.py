@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,13 @@ class SourceReader(Reader):
 
     An fp8 weight is [..., rows, columns] float8_e4m3fn; its scales, by the same name and SCALE, are
     [..., ceil(rows/block), ceil(columns/block)]: weight = fp8 * scale of its block, computed in float32.
-    specs are those of the dequantised weights, without any scales. Raises CheckpointError.
+    specs are those of the dequantised weights, without any scales. ours: tensors of a compressed checkpoint, which
+    stay as they are stored. Raises CheckpointError.
     """
 
-    def __init__(self, folder: Path, fp8_blocks: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, folder: Path, fp8_blocks: tuple[int, int] | None = None, ours: Collection[str] = frozenset()
+    ) -> None:
         super().__init__(folder)
         self._blocks = fp8_blocks
         self._scales: dict[str, str] = {}
@@ -57,7 +60,7 @@ class SourceReader(Reader):
             if spec.dtype == "F8_E4M3" and fp8_blocks is not None:
                 self._scales[name] = self._check_scale(name, spec, fp8_blocks)
                 self.specs[name] = TensorSpec("BF16", spec.shape)
-            elif spec.dtype.startswith("F8_") and not name.endswith(SCALE):
+            elif spec.dtype.startswith("F8_") and not name.endswith(SCALE) and name not in ours:
                 raise CheckpointError(f"{folder}: {name} is stored as {spec.dtype}; give the model in bfloat16")
         for name in self._scales.values():
             del self.specs[name]
