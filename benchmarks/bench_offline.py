@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2moe_vllm.format.config import ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.algebra.factorization import shrink_gram, whitened_factors
 from offline.algebra.merging import MERGES, MergeOptions
 from offline.algebra.pruning import column_scores, select_columns

@@ -19,7 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from places import ROOT, SHARED
 from rich.console import Console
 
-from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.kinds import ROLES
 from offline.checkpoint.inspect import inspect
 from offline.compare.baselines import BASELINES
 from offline.compare.comparison import compare

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
-from d2moe_vllm.format.config import MANIFEST_FILE, ROLES, STATS_FILE, CheckpointConfig, Manifest, TensorSpec
+from d2moe_vllm.format.config import MANIFEST_FILE, STATS_FILE, CheckpointConfig, Manifest
 from d2moe_vllm.format.files import check_checkpoint
+from d2moe_vllm.format.kinds import ROLES, TensorSpec
 from offline.checkpoint.publish import companion_files
 from offline.io.folders import new_folder
 from offline.io.shards import plan_shards, write_file, write_shards

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from d2moe_vllm.format.config import ROLES, CheckpointConfig, Scope
+from d2moe_vllm.format.config import CheckpointConfig, Scope
+from d2moe_vllm.format.kinds import ROLES
 
 SCOPE_HINT = """--additional-config '{"d2moe": {"scope": "token"}}'"""
 

@@ -26,7 +26,8 @@ from d2moe_vllm.families import (
     stock_config_class,
     stock_model_class,
 )
-from d2moe_vllm.format.config import ROLES, CheckpointConfig, Layer, Manifest, Projection, Source
+from d2moe_vllm.format.config import CheckpointConfig, Layer, Manifest, Projection, Source
+from d2moe_vllm.format.kinds import ROLES
 from offline.io.shards import plan_shards, write_shards
 from offline.source.dense import open_dense
 from offline.source.families import FAMILIES

@@ -111,7 +111,7 @@ def free(path: tuple[Any, ...], kind: str, value: Any, layers: dict[str, Any]) -
     """Whether a field of quantization_config may have this value in any checkpoint."""
     match path:
         case ("method",):
-            return value in ("d2", "moe-svd", "mobe") and kind == "str"
+            return kind == "str" and re.fullmatch("[a-z0-9][a-z0-9-]{0,63}", value) is not None
         case ("family",) | ("source", "name"):
             return kind == "str"
         case ("pruning", "scope"):

@@ -15,35 +15,19 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d2moe_vllm.format.kinds import (
-    DTYPE_BYTES as DTYPE_BYTES,
-)
-from d2moe_vllm.format.kinds import (
-    DTYPES as DTYPES,
-)
-from d2moe_vllm.format.kinds import (
-    FORMAT_VERSION as FORMAT_VERSION,
-)
-from d2moe_vllm.format.kinds import (
+    FORMAT_VERSION,
     GROUP_SIZE,
     KINDS,
     READABLE,
+    ROLES,
     STORAGES,
+    Dtype,
+    Role,
     Shape,
     Stored,
+    TensorSpec,
     owners,
     stored_tensors,
-)
-from d2moe_vllm.format.kinds import (
-    ROLES as ROLES,
-)
-from d2moe_vllm.format.kinds import (
-    Dtype as Dtype,
-)
-from d2moe_vllm.format.kinds import (
-    Role as Role,
-)
-from d2moe_vllm.format.kinds import (
-    TensorSpec as TensorSpec,
 )
 
 QUANT_METHOD = "d2moe"

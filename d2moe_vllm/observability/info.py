@@ -17,17 +17,9 @@ from prometheus_client import Metric
 from pydantic import BaseModel
 
 from d2moe_vllm import __version__
-from d2moe_vllm.format.config import (
-    ROLES,
-    CheckpointConfig,
-    CheckpointError,
-    Delta,
-    Function,
-    Manifest,
-    Scope,
-    Source,
-)
+from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, Delta, Function, Manifest, Scope, Source
 from d2moe_vllm.format.files import read_manifest
+from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.format.recipefile import read_recipe
 from d2moe_vllm.observability.metrics import COLUMNS_USED, DELTA_BYTES, EXPERT_TOKENS, SECONDS, columns_in_use
 

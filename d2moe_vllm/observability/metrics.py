@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from d2moe_vllm.format.config import CheckpointConfig, Role, Scope
+from d2moe_vllm.format.config import CheckpointConfig, Scope
+from d2moe_vllm.format.kinds import Role
 
 MAX_GROUPS = 8
 """Layers are reported in at most so many groups: 256 experts then have at most 2048 time series."""

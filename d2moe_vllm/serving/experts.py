@@ -24,8 +24,8 @@ from d2moe_vllm.compat import (
     set_weight_attrs,
     tokens_from_other_ranks,
 )
-from d2moe_vllm.format.config import ROLES, CheckpointConfig, CheckpointError, Scope
-from d2moe_vllm.format.kinds import BASE_NAMES
+from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, Scope
+from d2moe_vllm.format.kinds import BASE_NAMES, ROLES
 from d2moe_vllm.observability import recorder
 from d2moe_vllm.observability.metrics import columns_used_ratio
 from d2moe_vllm.ops import selfcheck

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import ROLES, Role
-from d2moe_vllm.format.kinds import Stored
+from d2moe_vllm.format.kinds import ROLES, Role, Stored
 from offline.io.shards import TORCH_DTYPES
 from offline.methods.options import Option
 from offline.methods.selection import sensitivities

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.kinds import ROLES
 from offline.errors import InputError
 from offline.io.shards import write_file
 from offline.plan.budget import Budget

@@ -12,8 +12,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from d2moe_vllm.format.config import DTYPES, CheckpointConfig, CheckpointError, Role, TensorSpec
+from d2moe_vllm.format.config import CheckpointConfig, CheckpointError
 from d2moe_vllm.format.files import check_checkpoint, read_manifest
+from d2moe_vllm.format.kinds import DTYPES, Role, TensorSpec
 from offline.checkpoint.card import source_metadata
 from offline.checkpoint.inspect import read_statistics
 from offline.checkpoint.publish import companion_files
@@ -46,11 +47,13 @@ def export(folder: Path, out: Path, steps: Callable[[float], Steps]) -> dict[str
     """Write the dense checkpoint that the compressed one in `folder` stands for into the new folder `out`.
 
     One tensor in memory at a time; `out` appears when it is whole. Returns what was written, for printing.
-    Raises InputError where `out` exists or the disk is too small, CheckpointError for a damaged checkpoint.
+    Raises InputError where `out` exists, the disk is too small or the method is unknown, CheckpointError for a damaged
+    checkpoint.
     """
     out = out.expanduser().absolute()
     check_new_folder(out)
     config = check_checkpoint(folder)
+    find_method(config.method)
     reader = Reader(folder)
     original = _original_config(folder)
     family = find_family(original)

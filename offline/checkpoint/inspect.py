@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from d2moe_vllm.format.config import ROLES, STATS_FILE, CheckpointConfig, CheckpointError, Role
+from d2moe_vllm.format.config import STATS_FILE, CheckpointConfig, CheckpointError
 from d2moe_vllm.format.files import check_checkpoint
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.algebra.analysis import SHARES, cka_matrix, energy_curve, gram_count, mean_curve, spectrum, unrelated_cka
 from offline.checkpoint.reconstruction import Reconstruction
 from offline.io.progress import Steps

@@ -14,15 +14,9 @@ from torch import Tensor
 
 import d2moe_vllm
 from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
-from d2moe_vllm.format.config import (
-    FORMAT_VERSION,
-    INDEX_FILE,
-    MANIFEST_FILE,
-    RECIPE_FILE,
-    STATS_FILE,
-    Manifest,
-)
+from d2moe_vllm.format.config import INDEX_FILE, MANIFEST_FILE, RECIPE_FILE, STATS_FILE, Manifest
 from d2moe_vllm.format.files import check_checkpoint
+from d2moe_vllm.format.kinds import FORMAT_VERSION
 from offline.checkpoint.assembly import Assembly
 from offline.checkpoint.card import model_card
 from offline.checkpoint.remotecode import modeling_sha256

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import CheckpointConfig, Role
+from d2moe_vllm.format.config import CheckpointConfig
+from d2moe_vllm.format.kinds import Role
 from offline.algebra.mixing import mix
 from offline.io.shards import Reader
 

@@ -12,22 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from d2moe_vllm.format.config import (
-    MANIFEST_FILE,
-    RECIPE_FILE,
-    ROLES,
-    CheckpointConfig,
-    CheckpointError,
-    Manifest,
-    Role,
-)
+from d2moe_vllm.format.config import MANIFEST_FILE, RECIPE_FILE, CheckpointConfig, CheckpointError, Manifest
 from d2moe_vllm.format.files import check_checkpoint, read_config, read_manifest, refuse_special
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.checkpoint.inspect import read_statistics
 from offline.checkpoint.reconstruction import Reconstruction
 from offline.checkpoint.remotecode import check_code
 from offline.errors import InputError
 from offline.io.progress import Steps
 from offline.io.shards import Reader, all_finite
+from offline.methods import find_method
 from offline.plan.recipe import load_recipe
 from offline.source.dense import DenseModel
 from offline.source.original import open_original
@@ -188,6 +182,9 @@ def _check_records(folder: Path, config: CheckpointConfig | None, found: Finding
     """Recipe and statistics, which no weight depends on."""
     with found.collect():
         load_recipe(folder / RECIPE_FILE, {})
+    if config:
+        with found.collect():
+            find_method(config.method)
     with found.collect():
         statistics = read_statistics(folder)
         if config and (lacking := {str(layer) for layer in config.layers} - set(statistics["layers"])):

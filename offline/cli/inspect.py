@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.kinds import ROLES
 from offline.cli.options import Ckpt, Json, Original
 from offline.cli.tables import projections, show, sizes
 from offline.errors import InputError

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.kinds import ROLES
 from offline.io.console import plain_console
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from d2moe_vllm.format.config import ROLES, CheckpointError
+from d2moe_vllm.format.config import CheckpointError
+from d2moe_vllm.format.kinds import ROLES
 from offline.cli.options import Ckpt, Json, Original
 from offline.cli.tables import show
 from offline.io.units import size

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.compare.rewriting import Rewrite, dense_shards
 from offline.errors import UnreachableError
 from offline.io.folders import check_new_folder

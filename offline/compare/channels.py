@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import DTYPE_BYTES, DTYPES, Role
+from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, Role
 from offline.compare.baselines import CHANNELS
 from offline.compare.rewriting import Rewrite, dense_shards
 from offline.errors import UnreachableError

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d2moe_vllm.format.config import DTYPES, Role, TensorSpec
+from d2moe_vllm.format.kinds import DTYPES, Role, TensorSpec
 from offline.checkpoint.publish import companion_files
 from offline.errors import InputError
 from offline.io.folders import check_new_folder, check_space, new_folder

@@ -20,14 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from d2moe_vllm.format.config import (
-    DTYPE_BYTES,
-    INDEX_FILE,
-    CheckpointError,
-    FileEntry,
-    TensorSpec,
-)
+from d2moe_vllm.format.config import INDEX_FILE, CheckpointError, FileEntry
 from d2moe_vllm.format.files import read_header, read_weight_map
+from d2moe_vllm.format.kinds import DTYPE_BYTES, TensorSpec
 
 SHARD_BYTES = 5_000_000_000
 TORCH_DTYPES = {

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from d2moe_vllm.format.config import Projection, Role
+from d2moe_vllm.format.config import Projection
+from d2moe_vllm.format.kinds import Role
 from offline.algebra.merging import MERGES
 from offline.methods.factors import Factors, OwnFactors
 from offline.methods.joint import SHARED_PART, JointFactors

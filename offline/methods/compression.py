@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.algebra.factorization import error_curve, svd_base, whitened_energy
 from offline.algebra.merging import MERGES, Merge, MergeOptions
 from offline.algebra.pruning import column_scores, select_columns

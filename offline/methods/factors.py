@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import Role
+from d2moe_vllm.format.kinds import Role
 from offline.algebra.factorization import DELTAS, column_factors
 from offline.methods.layer import LayerJob
 from offline.methods.options import Option

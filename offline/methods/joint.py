@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import Role
+from d2moe_vllm.format.kinds import Role
 from offline.algebra.factorization import input_moment, output_moment
 from offline.algebra.sharing import least, mean_u, merged_u, seed_experts, shared_v, unexplained
 from offline.methods.layer import LayerJob

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.algebra.factorization import shrink_gram
 from offline.errors import InputError
 from offline.methods.options import Option

@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from d2moe_vllm.format.config import Function, Projection, Role
+from d2moe_vllm.format.config import Function, Projection
+from d2moe_vllm.format.kinds import Role
 from offline.algebra.factorization import input_moment, whitened_energy
 from offline.algebra.mixing import Fit, Target, add_gradient, clusters, fit, mix, start
 from offline.algebra.sharing import fitted_u, shared_v

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from d2moe_vllm.format.config import ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.algebra.analysis import spectrum
 from offline.algebra.factorization import whitened_factors
 from offline.algebra.sharing import fitted_u, seed_experts

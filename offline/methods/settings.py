@@ -7,7 +7,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from d2moe_vllm.format.config import Role, Scope
+from d2moe_vllm.format.config import Scope
+from d2moe_vllm.format.kinds import Role
 from offline.methods.options import OPTIONS, Columns, Option, base_columns
 from offline.source.families import MoEShape
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.errors import InputError
 from offline.methods.options import Option
 from offline.plan.budget import Budget, Choices, Problem, Ranks, fill

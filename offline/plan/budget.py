@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from d2moe_vllm.format.config import ROLES, CheckpointConfig, Layer, Projection, Role, TensorSpec
+from d2moe_vllm.format.config import CheckpointConfig, Layer, Projection
+from d2moe_vllm.format.kinds import ROLES, Role, TensorSpec
 from offline.errors import InputError, UnreachableError
 from offline.io.shards import SHARD_BYTES, Shard, plan_shards
 from offline.methods import METHODS

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from d2moe_vllm.format.config import ROLES, CheckpointConfig, Pruning, Role, Source
+from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.errors import InputError
 from offline.io.shards import SHARD_BYTES
 from offline.methods import METHODS

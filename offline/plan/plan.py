@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from d2moe_vllm.format.config import DTYPES, CheckpointConfig, Role
+from d2moe_vllm.format.config import CheckpointConfig
+from d2moe_vllm.format.kinds import DTYPES, Role
 from offline.io.shards import TORCH_DTYPES
 from offline.methods import METHODS
 from offline.methods.base import Method

@@ -42,8 +42,8 @@ class Recipe(Settings):
     @model_validator(mode="wrap")
     @classmethod
     def _sections(cls, content: Any, handler: ModelWrapValidatorHandler[Recipe]) -> Recipe:
-        """Whatever is no field has to be a method's section."""
-        if isinstance(content, dict):
+        """Whatever is no field has to be a method's section; of a method that is not known, nothing else matters."""
+        if isinstance(content, dict) and content.get("method", "d2") in list(METHODS):
             given = {key: value for key, value in content.items() if key not in cls.model_fields}
             content = {**content, **dict(_own_sections().model_validate(given))}
         return handler(content)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.kinds import ROLES
 from offline.errors import InputError
 from offline.plan.plan import Plan, Resources
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 from dataclasses import replace
 
-from d2moe_vllm.format.config import DTYPE_BYTES, DTYPES, ROLES
+from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, ROLES
 from offline.errors import InputError
 from offline.methods.base import Choice
 from offline.methods.selection import least_sensitive, sensitivities

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2moe_vllm.format.config import ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.methods import find_method
 from offline.report.pictures import Figure, Heat, Lines, Missing, Panel, Scale, Series, Table, describe, short
 

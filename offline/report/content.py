@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2moe_vllm.format.config import ROLES, CheckpointConfig
+from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.format.files import check_checkpoint
+from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.format.recipefile import read_recipe
 from offline.checkpoint.inspect import analyse, inspect, read_statistics
 from offline.errors import InputError
@@ -49,6 +50,7 @@ class Request:
 def check_request(request: Request) -> CheckpointConfig:
     """All refusals that need no computing: raises InputError or CheckpointError."""
     config = check_checkpoint(request.checkpoint)
+    find_method(config.method)
     model = read_model_config(request.checkpoint)
     check_statistics(request.checkpoint, config, read_shape(find_family(model), model).layers)
     _gram_bytes(request, config)

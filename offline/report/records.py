@@ -8,7 +8,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from d2moe_vllm.format.config import ROLES, STATS_FILE, CheckpointConfig, CheckpointError, Role, first_error
+from d2moe_vllm.format.config import STATS_FILE, CheckpointConfig, CheckpointError, first_error
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.checkpoint.inspect import read_statistics
 
 LARGEST = 1e100

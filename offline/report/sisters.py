@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.kinds import ROLES
 from offline.report.analysed import TABLE_LIMIT
 from offline.report.pictures import Figure, Heat, Lines, Panel, Scale, Series, Table, describe, short
 

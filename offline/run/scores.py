@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from d2moe_vllm.format.config import DTYPE_BYTES, DTYPES
+from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES
 from offline.errors import InputError
 from offline.io.progress import Steps
 from offline.methods.layer import LayerJob

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from d2moe_vllm.format.config import ROLES, CheckpointConfig, Scope
+from d2moe_vllm.format.config import CheckpointConfig, Scope
 from d2moe_vllm.format.files import read_config
+from d2moe_vllm.format.kinds import ROLES
 from offline.errors import InputError
 
 DEFAULT_RATIO = 0.4

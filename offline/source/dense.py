@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d2moe_vllm.format.config import DTYPES, Dtype, Role, TensorSpec
+from d2moe_vllm.format.kinds import DTYPES, Dtype, Role, TensorSpec
 from offline.errors import InputError
 from offline.io.shards import TORCH_DTYPES
 from offline.source.families import Family, MoEShape, find_family, read_shape

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from d2moe_vllm.format.config import Role
+from d2moe_vllm.format.kinds import Role
 from offline.errors import InputError
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2moe_vllm.families import stock_config_class, stock_model_class
-from d2moe_vllm.format.config import TensorSpec
+from d2moe_vllm.format.kinds import TensorSpec
 from offline.errors import InputError
 from offline.io.shards import Reader
 from offline.source.families import Family, find_family

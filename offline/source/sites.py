@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from d2moe_vllm.format.config import Role
+from d2moe_vllm.format.kinds import Role
 
 Site = Literal["input", "middle"]
 """Where a projection reads: gate and up from the layer's input, down from the expert's activations."""

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from d2moe_vllm.format.config import ROLES, CheckpointError, Role, TensorSpec
+from d2moe_vllm.format.config import CheckpointError
+from d2moe_vllm.format.kinds import ROLES, Role, TensorSpec
 from offline.errors import InputError
 from offline.io.shards import Reader
 from offline.source.families import Family, Layout, MoEShape

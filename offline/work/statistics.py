@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from d2moe_vllm.format.config import ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.source.families import MoEShape
 from offline.source.sites import SELECTIONS, Site
 from offline.work.activations import Rows

@@ -14,7 +14,7 @@ from families import CONFIGS, quantize_fp8, write_family
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.kinds import ROLES
 from offline.compare.baselines import (
     by_frequency,
     by_output_norm,

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source, TensorSpec
+from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source
+from d2moe_vllm.format.kinds import TensorSpec
 from offline.errors import InputError
 from offline.methods.options import base_columns
 from offline.plan.budget import Problem, paper_kept_share, solve_stored

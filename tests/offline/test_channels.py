@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.kinds import ROLES
 from offline.compare.channels import (
     channel_bytes,
     channels_to_prune,

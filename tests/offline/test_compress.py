@@ -20,8 +20,8 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from d2moe_vllm.format.config import DTYPE_BYTES
 from d2moe_vllm.format.files import read_config
+from d2moe_vllm.format.kinds import DTYPE_BYTES
 from offline.io.shards import Reader
 
 

@@ -99,7 +99,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["format_version"],
     ),
     "unknown field": (lambda f: edit_config(f, surprise=1), ["surprise"]),
-    "unknown method": (lambda f: edit_config(f, method="d3"), ["method"]),
+    "a method that is no name": (lambda f: edit_config(f, method="D3 "), ["method"]),
     "absurd number of experts": (lambda f: edit_config(f, num_experts=10**12), ["num_experts"]),
     "absurd sizes": (lambda f: edit_config(f, hidden_size=10**15), ["hidden_size"]),
     "a rank that does not fit": (

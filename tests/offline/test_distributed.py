@@ -17,8 +17,8 @@ import yaml
 from compression import ROOT, TINY, d2moe_here, script
 from safetensors.torch import load_file, save_file
 
-from d2moe_vllm.format.config import ROLES
 from d2moe_vllm.format.files import read_config
+from d2moe_vllm.format.kinds import ROLES
 from offline.checkpoint.reconstruction import Reconstruction
 from offline.io.shards import Reader
 from offline.work.workdir import WorkDir

@@ -4,6 +4,7 @@ bytes, and blind to the order of windows and experts. Every figure is computed a
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from io import StringIO
@@ -20,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.format.config import ROLES, Role
 from d2moe_vllm.format.files import read_config
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.checkpoint.assembly import error_curves, settle
 from offline.checkpoint.publish import publish
 from offline.checkpoint.reconstruction import Reconstruction
@@ -213,6 +214,24 @@ def test_what_is_in_memory_at_once_does_not_matter(method: str, windows: Windows
     )
     for key, matrix in first.items():
         assert distance(second[key], matrix) < 1e-4, key
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_base_is_read_once_where_there_is_room(hold: bool, windows: Windows, tmp_path: Path) -> None:
+    model = open_dense(str(TINY))
+    plan = replace(make_plan(model, recipe(0.3, allocation="adaptive")), resources=Resources(hold_layer=hold))
+    read: Counter[tuple[Any, ...]] = Counter()
+    load = WorkDir.load_part
+
+    def counted(work: WorkDir, layer: int, part: str, *keys: str) -> dict[str, Tensor]:
+        read[(layer, part, *keys)] += 1
+        return load(work, layer, part, *keys)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkDir, "load_part", counted)
+        run(plan, windows, tmp_path / "work").close()
+    times = [count for (_, part, *_), count in read.items() if part.startswith("base-")]
+    assert times == [1 if hold else 8] * (4 * 3 * 2)  # layers, roles, kinds of base; of eight experts each
 
 
 @pytest.mark.parametrize("method", ORDERED)

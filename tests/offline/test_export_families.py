@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.format.config import ROLES
+from d2moe_vllm.format.kinds import ROLES
 from offline.io.shards import Reader
 from offline.plan.recipes import SHIPPED
 from offline.source.dense import open_dense

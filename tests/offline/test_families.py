@@ -30,8 +30,8 @@ from transformers.activations import ACT2FN
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from d2moe_vllm.families import auto_map
-from d2moe_vllm.format.config import ROLES
 from d2moe_vllm.format.files import check_checkpoint
+from d2moe_vllm.format.kinds import ROLES
 from offline.run.evaluate import open_evaluated
 from offline.source.dense import open_dense
 from offline.source.families import FAMILIES

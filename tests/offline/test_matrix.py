@@ -18,8 +18,9 @@ from compression import d2moe_here
 from families import CONFIGS, STACKABLE, quantize_fp8, write_family
 from safetensors.torch import load_file, save_file
 
-from d2moe_vllm.format.config import ROLES, Layer
+from d2moe_vllm.format.config import Layer
 from d2moe_vllm.format.files import read_config
+from d2moe_vllm.format.kinds import ROLES
 from offline.source.dense import open_dense
 
 RATIO = 0.08

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,20 @@ import torch
 import yaml
 from compression import ROOT, TINY, d2moe_here
 from families import CONFIGS, write_family
+from pydantic import Field
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.format.config import ROLES
 from d2moe_vllm.format.files import read_config
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.io.shards import Reader
+from offline.methods import METHODS
+from offline.methods.base import WITHOUT_BASE, Method
+from offline.methods.factors import Factors
+from offline.methods.layer import LayerJob
+from offline.methods.options import Option
+from offline.methods.settings import Section
 
 WINDOWS = ("--windows", "8", "--seq-len", "64")
 SMALL = ("--windows", "4", "--seq-len", "32")
@@ -35,6 +44,14 @@ def command(*arguments: object) -> dict[str, Any]:
     done = d2moe_here(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def command_fails(*arguments: object) -> str:
+    """Runs a command that must refuse in one line; the line."""
+    done = d2moe_here(*arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    return done.stderr
 
 
 def write_recipe(folder: Path, **content: Any) -> Path:
@@ -261,6 +278,83 @@ def test_what_cannot_be_done_is_refused_in_one_line(recipe: dict[str, Any], word
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
     assert words in done.stderr
+
+
+class Plain(Section):
+    """split: of the singular values' logarithm, U's share."""
+
+    split: float = Field(default=0.5, ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class PlainFactors:
+    job: LayerJob
+    share = 0.0
+    kept = ("u", "v")
+
+    def write(self, advance: Callable[[float], None]) -> None:
+        """Nothing is shared."""
+
+    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> dict[str, Tensor]:
+        rank, split = self.job.cap(role), self.job.plan.recipe.own(Plain).split
+        u, values, v = (part.to(delta.dtype) for part in torch.linalg.svd(delta.double(), full_matrices=False))
+        u, v = u * values.pow(split), v * values.pow(1 - split)[:, None]
+        return {"u": u[:, :rank].to(self.job.plan.torch_dtype), "v": v[:rank].to(self.job.plan.torch_dtype)}
+
+
+class PlainSVD(Method):
+    def factors(self, job: LayerJob) -> Factors:
+        return PlainFactors(job)
+
+    def report(self, work: Any, layer: int) -> dict[str, Any]:
+        return {"note": layer}
+
+
+def test_a_method_is_an_object_and_a_row(
+    texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the project does not know: its settings, its factors, its words reach everything."""
+    asked = write_recipe(tmp_path, ratio=0.3, method="plain-svd", plain_svd={"split": 1})
+    unknown = "method: 'plain-svd' is not one of d2, moe-svd, mobe"
+    assert unknown in command_fails("plan", TINY, "--recipe", asked)
+    fixed = {**WITHOUT_BASE, "delta.share_v": False, "delta.distinct_u": 0}
+    plain = PlainSVD("plain-svd", "Plain SVD", "every expert is cut.", Plain, fixed, hint=", or less")
+    monkeypatch.setitem(METHODS, plain.name, plain)
+    out = tmp_path / "out"
+    command("compress", TINY, out, "--recipe", asked, *SMALL, "--calibration", texts[0])
+    found = command("verify", out, "--source", TINY)
+    assert (found["sound"], found["problems"], found["notes"]) == (True, [], [])
+    config, source, result = read_config(out), load_file(TINY / "model.safetensors"), Reader(out)
+    for layer, content in config.layers.items():
+        for role, projection in config.projections.items():
+            for expert in range(8):
+                prefix = f"{P.format(layer)}.{expert}.{projection}"
+                u, v = (result.tensor(f"{prefix}.delta_{kind}").double() for kind in "uv")
+                values = torch.linalg.svdvals(source[f"{prefix}.weight"].double())
+                left = (source[f"{prefix}.weight"].double() - u @ v).norm()
+                assert float(left) == pytest.approx(float(values[content[role].rank :].norm()), rel=0.02)
+                assert torch.allclose(v.norm(dim=1), torch.ones(len(v)).double(), atol=0.01)  # U carries it all
+    stats = json.loads((out / "d2moe_stats.json").read_text())["layers"]
+    assert [layer["note"] for layer in stats.values()] == list(range(4))
+    card, recipe = (out / "README.md").read_text(), yaml.safe_load((out / "d2moe_recipe.yaml").read_text())
+    assert "compressed by Plain SVD" in card
+    assert "every expert is cut." in card
+    assert (recipe["method"], recipe["plain_svd"], "mobe" in recipe) == ("plain-svd", {"split": 1.0}, False)
+    for content, words in (
+        ({"plain_svd": {"spilt": 1}}, "unknown key 'plain_svd.spilt'; did you mean 'split'"),
+        ({"plain_svd": {"split": 2}}, "plain_svd.split: Input should be less than or equal to 1"),
+        ({"base": {"kind": "auto"}}, "method plain-svd needs base.kind none, not auto"),
+        ({"ratio": 0.99}, "choose a lower ratio, or less"),
+    ):
+        again = write_recipe(tmp_path, **{"ratio": 0.3, "method": "plain-svd", **content})
+        assert words in command_fails("plan", TINY, "--recipe", again)
+    monkeypatch.delitem(METHODS, plain.name)
+    problems = json.loads(d2moe_here("verify", out, "--json").stdout)["problems"]
+    newer = "method 'plain-svd' is not one of d2, moe-svd, mobe; install a newer d2moe-vllm"
+    assert problems == [f"recipe {out / 'd2moe_recipe.yaml'}: {unknown}", newer]
+    assert newer in command_fails("export", out, tmp_path / "dense")
+    assert newer in command_fails("report", out, tmp_path / "page.html")
+    assert not (tmp_path / "dense").exists()
 
 
 ASKED = {"moe-svd": {"moe_svd": {"layer_ratio": 0.6}}, "mobe": {"mobe": FEW_STEPS}}

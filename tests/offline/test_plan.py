@@ -12,7 +12,7 @@ import torch
 from compression import TINY, d2moe, d2moe_here
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from d2moe_vllm.format.config import TensorSpec
+from d2moe_vllm.format.kinds import TensorSpec
 from offline.io.shards import plan_shards
 
 MIXTRAL_8X7B = {

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from d2moe_vllm.format.config import CheckpointError, TensorSpec
+from d2moe_vllm.format.config import CheckpointError
+from d2moe_vllm.format.kinds import TensorSpec
 from offline.io.shards import TORCH_DTYPES, Reader, natural_key, plan_shards, write_shards
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

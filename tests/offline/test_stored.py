@@ -11,7 +11,8 @@ import torch
 from families import change_config, quantize_fp8, write_family
 from safetensors.torch import load_file, save_file
 
-from d2moe_vllm.format.config import ROLES, CheckpointError
+from d2moe_vllm.format.config import CheckpointError
+from d2moe_vllm.format.kinds import ROLES
 from offline.errors import InputError
 from offline.source.dense import open_dense
 from offline.source.families import find_family, read_shape

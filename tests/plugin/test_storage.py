@@ -14,8 +14,8 @@ from compression import d2moe_here
 from engine import TWO_RANKS, run_engine
 from synthetic_mixtral import Size, write_compressed, write_dense
 
-from d2moe_vllm.format.config import TensorSpec
 from d2moe_vllm.format.files import read_config, read_manifest
+from d2moe_vllm.format.kinds import TensorSpec
 
 CLOSE = 0.03
 SIZE = Size(hidden=1024, intermediate=2048, experts=8, layers=1)
