@@ -56,8 +56,8 @@ def inspect(folder: Path) -> dict[str, Any]:
             "bytes": stored_bytes,
             "dense_parameters": dense,
             "ratio": 1 - stored / dense,
-            "kinds": kinds,
         },
+        "kinds": kinds,
         "layers": {str(number): layer.model_dump(mode="json") for number, layer in config.layers.items()},
         "statistics": read_statistics(folder),
     }

@@ -110,8 +110,8 @@ def test_that_code_starts_nothing_and_connects_to_the_hub_alone() -> None:
         ["snapshot_download"]
     ]
     assert {name.partition(".")[0] for name in imports} == {
-        "__future__", "collections", "copy", "functools", "huggingface_hub", "json", "math", "os", "safetensors",
-        "torch", "transformers", "typing",
+        "__future__", "collections", "copy", "functools", "huggingface_hub", "itertools", "json", "math", "os",
+        "safetensors", "torch", "transformers", "types", "typing",
     }  # fmt: skip
     used = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert {name for name in used if name.startswith("os.") and not name.startswith("os.path")} <= {"os.PathLike"}
