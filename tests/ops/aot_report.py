@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from layer_shapes import SHAPES, Shape
 
 from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights

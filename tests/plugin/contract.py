@@ -36,7 +36,7 @@ ALLOWED_IMPORTS = {
         "vllm.model_executor.layers.quantization.base_config",  # the stand-in that refuses
     ),
     # Registered for every model that is served: it must not import compat.py, which imports the MoE layers.
-    "quantization.py": ("vllm.model_executor.layers.quantization.base_config",),
+    "serving/quantization.py": ("vllm.model_executor.layers.quantization.base_config",),
     # The endpoint tells vLLM's version, and names the engine's class for type checkers.
     "observability/info.py": ("vllm",),
     "observability/endpoint.py": ("vllm.engine.protocol",),
