@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,6 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("benchmarks", "examples"))]
 
 
-@pytest.hookimpl(tryfirst=True)  # before a worker writes its groups into the ids
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The tiers, and which tests one worker of xdist runs together, the longest first."""
     import tiers
@@ -22,9 +22,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if tiers.is_slow(item.nodeid):
             item.add_marker(pytest.mark.slow)
-        item.add_marker(pytest.mark.xdist_group(tiers.group(item.nodeid)))
     place = {name: number for number, name in enumerate(tiers.FIRST)}
     items.sort(key=lambda item: place.get(tiers.group(item.nodeid), len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that share a server, and those of a file, go to one worker."""
+    import tiers
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return tiers.group(nodeid)
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")
