@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
 
+import forks
 import pytest
 import yaml
 from blocks import DOCUMENTS, Block, MarkupError, blocks, inline_code
@@ -119,8 +118,7 @@ def test_commands_that_need_more_than_is_here(block: Block) -> None:
 @pytest.mark.parametrize("block", chosen("python"))
 def test_python(block: Block, models: Models, tmp_path: Path) -> None:
     lay_out(tmp_path, models, set())
-    command = [sys.executable, "-W", "ignore", "-c", block.text]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = forks.python(block.text, imports=forks.TRANSFORMERS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import torch
 
 PROMPTS = (
@@ -20,7 +19,7 @@ PROMPTS = (
     "Lists are",
 )
 MAX_TOKENS = 24
-RUNNER = Path(__file__).with_name("llm_runner.py")
+HERE = Path(__file__).parent
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -38,20 +37,18 @@ def run_engine(folder: Path, model: Path, env: dict[str, str], **job: Any) -> tu
     content = {"prompts": PROMPTS, "max_tokens": MAX_TOKENS, "one_by_one": False, "output": str(output), **job}
     content["llm"] = {"model": str(model), **job["llm"]}
     (folder / "job.json").write_text(json.dumps(content))
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(RUNNER), str(folder / "job.json")],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **ENVIRONMENT, **env},
-        )
-        try:
-            code = process.wait(timeout=600)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return code, (folder / "log").read_text(), output
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import llm_runner; llm_runner.main('job.json')"
+    env = {**ENVIRONMENT, **env}
+    if all(name.startswith(("VLLM_", "HF_HUB_")) for name in env):
+        done = forks.python(code, imports=forks.VLLM, env=env, cwd=folder, log=folder / "log")
+        return done.returncode, done.stderr, output
+    # All else is read when modules are imported.
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, cwd=folder, timeout=600, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    (folder / "log").write_text(done.stdout)
+    return done.returncode, done.stdout, output
 
 
 def generate(

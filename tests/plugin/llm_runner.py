@@ -1,4 +1,4 @@
-"""Runs vllm.LLM in a process of its own: `python llm_runner.py JOB.json`, see test_offline_llm.py."""
+"""Runs vllm.LLM in a process of its own: `main(JOB.json)`, see engine.py."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from live_storage import live_storage
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def main(path: str) -> None:
+    job = json.loads(Path(path).read_text())
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -47,7 +47,3 @@ def main() -> None:
     # vLLM takes seconds to shut down in good order, and the caller ends the whole group anyway.
     sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

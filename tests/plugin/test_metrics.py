@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging.handlers
-import os
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
 import torch
 from fastapi import FastAPI
@@ -247,10 +247,7 @@ def test_the_folder_is_vllms_own_or_private_and_gone_at_the_end(checkpoint: Path
     shared.mkdir()
     temporary.mkdir()
     (shared / "counter_1.db").touch()
-    command = [sys.executable, "-c", PREPARE, str(checkpoint), str(shared)]
-    done = subprocess.run(
-        command, env={**os.environ, "TMPDIR": str(temporary)}, check=False, capture_output=True, text=True
-    )
+    done = forks.python(PREPARE, checkpoint, shared, imports=forks.VLLM, env={"TMPDIR": str(temporary)})
     assert done.returncode == 0, done.stderr
     first, own, mode = done.stdout.split()
     assert first == str(shared)

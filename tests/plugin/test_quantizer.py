@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import huggingface_hub.constants
 import pytest
 import torch
@@ -109,10 +109,7 @@ def test_registering_again_is_harmless(checkpoint: Path) -> None:
 def run(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
     """In a fresh process, where nothing is registered yet."""
     lines = "import sys, torch\nfrom transformers import AutoModelForCausalLM\ntokens = torch.arange(12)[None]\n"
-    command = [sys.executable, "-c", lines + code, *map(str, paths)]
-    # Our own command, run earlier in this process, asks transformers for silence.
-    env = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+    done = forks.python(lines + code, *paths, imports=forks.TRANSFORMERS, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import forks
 import pytest
 
 import d2moe_vllm
@@ -20,6 +21,11 @@ vllm = pytest.importorskip("vllm")
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+def with_vllm(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Likewise, with the seconds shared that importing vLLM takes."""
+    return forks.python(code, *arguments, imports=forks.VLLM)
 
 
 def test_importing_the_package_imports_neither_vllm_nor_torch() -> None:
@@ -35,7 +41,7 @@ def test_is_an_entry_point() -> None:
 
 
 def test_register_is_idempotent_and_leaves_the_layer_code_alone() -> None:
-    result = python(
+    result = with_vllm(
         "import sys, d2moe_vllm\n"
         "d2moe_vllm.register(); d2moe_vllm.register(); d2moe_vllm._registered = False; d2moe_vllm.register()\n"
         "from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config\n"
@@ -120,7 +126,7 @@ def test_any_module_that_fails_to_import_is_said_when_a_model_is_asked_for() -> 
     Without those that only registering imports one family is lost, DeepSeek v1, and that is said.
     """
     needed = serving_modules()
-    result = python(ONE_BY_ONE, *sorted(needed))
+    result = with_vllm(ONE_BY_ONE, *sorted(needed))
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout.splitlines()[-1])
     assert said.pop("")[0] == "CheckpointError"  # nothing missing: it reads the config
@@ -143,7 +149,7 @@ def test_any_module_that_fails_to_import_is_said_when_a_model_is_asked_for() -> 
 
 def test_register_never_raises() -> None:
     """Not even where nothing of vLLM's quantization is what we know: it would stop vLLM for every model."""
-    result = python(
+    result = with_vllm(
         "import vllm.model_executor.layers.quantization as quantization, vllm\n"
         "del quantization.base_config.QuantizationConfig; vllm.__version__ = '0.99.0'\n"
         "import d2moe_vllm; d2moe_vllm.register(); print('alive')"

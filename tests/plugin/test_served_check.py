@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("vllm")
 
-from engine import ENVIRONMENT, RUNNER
+from engine import run_engine
 from test_quantization import create, moe, routed_experts, vllm_config  # noqa: F401 - a fixture
 from test_quantization import fill as fill_layer
 from vllm.config import VllmConfig
@@ -89,25 +87,15 @@ def test_every_variant_on_every_kind_of_rank(
 @pytest.mark.slow
 def test_the_engine_does_not_start(checkpoint: Path, tmp_path: Path) -> None:
     """With vLLM's own loading: exit code 1, and the log says what to do. The switch it names then serves."""
-    code = (
-        "import d2moe_vllm.ops as ops, llm_runner\n"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import d2moe_vllm.ops as ops\n"
         "from d2moe_vllm.ops import Backend, reference\n"
         "ops.BACKENDS['cpu'] = Backend(lambda *i: -reference.fused_experts(*i), ('cpu',), check=True)\n"
-        "llm_runner.main()\n"
     )
-    job = {"prompts": ["Lists are"], "max_tokens": 2, "one_by_one": False, "output": str(tmp_path / "results.json")}
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     for extra, served in (({}, False), ({"additional_config": {"d2moe": {"backend": "reference"}}}, True)):
-        llm = {"model": str(checkpoint), "enforce_eager": True, **extra}
-        (tmp_path / "job.json").write_text(json.dumps({**job, "llm": llm}))
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "job.json")],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(RUNNER.parent), *sys.path])},
-        )
-        log = done.stdout + done.stderr
-        assert (done.returncode == 0) == served, log[-3000:]
+        llm = {"enforce_eager": True, **extra}
+        code, log, output = run_engine(tmp_path, checkpoint, env, prompts=["Lists are"], max_tokens=2, llm=llm)
+        assert (code == 0) == served, log[-3000:]
         assert ("""start with --additional-config '{"d2moe": {"backend": "reference"}}'""" in log) != served
-        assert (tmp_path / "results.json").exists() == served
+        assert output.exists() == served

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -72,7 +71,7 @@ def test_the_modeling_file_stands_alone(checkpoint: Path) -> None:
         f"tokens = AutoTokenizer.from_pretrained({str(checkpoint)!r})({TEXT!r}, return_tensors='pt')\n"
         "print(model.generate(**tokens, max_new_tokens=4, do_sample=False).shape[1])\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = forks.python(code, imports=forks.TRANSFORMERS)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 4
     warnings = [line for line in result.stderr.splitlines() if "Loading weights" not in line and line.strip()]
