@@ -68,10 +68,30 @@ SLOW: Mapping[str, tuple[str, ...]] = {
 TOGETHER: Mapping[str, str] = {
     "tests/serve/": "serve",
     "tests/docs/": "docs",
-    "tests/plugin/test_families_served.py": "families",
+    **dict.fromkeys(
+        (
+            "tests/plugin/test_families_served.py",
+            "tests/plugin/test_methods_served.py",
+            "tests/plugin/test_metrics.py",
+            "tests/plugin/test_offline_llm.py",
+            "tests/plugin/test_register.py",
+            "tests/plugin/test_storage.py",
+        ),
+        "engine",
+    ),
 }
-"""Beginning of a node id -> the tests that share a server, and so a worker; all others are with those of their file."""
-FIRST = ("serve", "docs", "tests/plugin/test_offline_llm.py", "families", "tests/offline/test_matrix.py")
+"""Beginning of a node id -> the tests that share a server, or a process that has vLLM imported, and so a worker; all
+others are with those of their file."""
+FIRST = (
+    "serve",
+    "engine",
+    "docs",
+    "tests/offline/test_matrix.py",
+    "tests/offline/test_compress.py",
+    "tests/ops/test_triton.py",
+    "tests/offline/test_exact.py",
+    "tests/offline/test_compare.py",
+)
 """What takes longest, so that it is not what one worker is left with at the end."""
 
 
