@@ -19,7 +19,7 @@ demo: setup ## Compress the bundled model, serve it with vLLM, ask it something
 	@.venv/bin/python examples/demo.py $(ARGS)
 
 test: setup ## Fast test tier: six minutes on two cores (ARGS="-k name" for some of it)
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
 
 test-all: setup ## Every test that needs no GPU; continues where it was interrupted
 	@.venv/bin/python tests/run_all.py $(ARGS)

@@ -7,16 +7,15 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from compression import COMPRESS, TINY, d2moe, d2moe_here, script
+from compression import COMPRESS, TINY, d2moe, d2moe_here
 from filelock import FileLock
+from processes import Compression
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +29,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_inspect_prints_what_is_on_disk_to_the_byte(compressed: Path) -> None:
-    content = json.loads(d2moe("inspect", compressed, "--json").stdout)
+    content = json.loads(d2moe_here("inspect", compressed, "--json").stdout)
     on_disk = sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
     source = sum(path.stat().st_size for path in TINY.glob("*.safetensors"))
     assert content["bytes"] == on_disk
@@ -42,12 +41,12 @@ def test_inspect_prints_what_is_on_disk_to_the_byte(compressed: Path) -> None:
         with safe_open(path, "pt") as file:
             parameters += sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
     assert content["parameters"] == parameters
-    assert "0.40" in d2moe("inspect", compressed).stdout
+    assert "0.40" in d2moe_here("inspect", compressed).stdout
 
 
 def test_plan_predicts_the_bytes(compressed: Path) -> None:
     """Adaptive ranks are decided by the calibration; a plan says so and gives what is used up at most."""
-    done = d2moe("plan", TINY, *COMPRESS, "--json")
+    done = d2moe_here("plan", TINY, *COMPRESS, "--json")
     plan = json.loads(done.stdout)
     on_disk = sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
     assert not plan["result"]["final"]
@@ -112,6 +111,7 @@ def test_deltas_are_far_from_zero_and_close_to_the_source(compressed: Path) -> N
 
 
 def test_two_runs_give_the_same_bytes(compressed: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    """The installed command, beside what it gave in the tests' own process."""
     done = d2moe("compress", TINY, tmp_path / "again", "--calibration", texts[0], *COMPRESS)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "again") == digests(compressed)
@@ -142,18 +142,12 @@ def test_a_killed_run_ends_in_the_same_bytes(
     point: str, compressed: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """SIGKILL as soon as a file appears; then the same command again."""
-    arguments = ["compress", str(TINY), str(tmp_path / "tiny"), "--calibration", str(texts[0]), *COMPRESS]
-    command = [script("d2moe"), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not list(tmp_path.glob(point)):
-        assert process.poll() is None, f"the run ended before {point} appeared"
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    arguments = (TINY, tmp_path / "tiny", "--calibration", texts[0], *COMPRESS)
+    killed = Compression(*arguments)
+    assert killed.wait_for(lambda: list(tmp_path.glob(point))), f"the run ended before {point} appeared"
+    assert killed.kill()
     assert not (tmp_path / "tiny").exists()
-    done = d2moe(*arguments)
+    done = Compression(*arguments).end()
     assert done.returncode == 0, done.stderr
     assert ("resuming" in done.stderr) == any(part in point for part in RESUMING)
     assert digests(tmp_path / "tiny") == digests(compressed)
@@ -164,15 +158,11 @@ def test_changed_calibration_starts_over_and_says_so(
     texts: tuple[Path, Path], tmp_path: Path, compressed: Path
 ) -> None:
     out, work = tmp_path / "tiny", tmp_path / "work"
-    arguments = ["compress", TINY, out, "--calibration", texts[0], "--workdir", work]
-    command = [script("d2moe"), *map(str, arguments), *COMPRESS, "--seed", "7"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (work / "hidden-00001.rows").exists():
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    done = d2moe(*arguments, *COMPRESS)
+    arguments = (TINY, out, "--calibration", texts[0], "--workdir", work, *COMPRESS)
+    killed = Compression(*arguments, "--seed", "7")
+    assert killed.wait_for((work / "hidden-00001.rows").exists)
+    assert killed.kill()
+    done = d2moe_here("compress", *arguments)
     assert done.returncode == 0, done.stderr
     assert "recipe and calibration changed since the interrupted run: starting over" in " ".join(done.stderr.split())
     assert digests(out) == digests(compressed)
@@ -212,7 +202,7 @@ def test_refusals_before_any_work(texts: tuple[Path, Path], tmp_path: Path) -> N
     refused(compress(TINY, gone, "--ratio", "0.4", *text, "--workdir", tmp_path / "full"), "not ours")
     refused(compress(TINY, gone, "--ratio", "0.4", "--calibration", tmp_path / "none.txt"), "cannot be read")
     refused(d2moe_here("compress", TINY, gone, "--ratio", "0.4", *text, "--seq-len", "4096"), "1024 positions")
-    refused(d2moe("frobnicate"), "frobnicate")
+    refused(d2moe_here("frobnicate"), "frobnicate")
     refused(d2moe_here("plan", TINY, "--ratio", "many"), "--ratio")
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "full" / "precious").read_text() == "mine"
@@ -222,7 +212,7 @@ def test_a_second_run_on_the_same_folder_is_refused(texts: tuple[Path, Path], tm
     work = tmp_path / "tiny.d2moe-work"
     work.mkdir()
     with FileLock(work / ".d2moe-work"):
-        done = d2moe("compress", TINY, tmp_path / "tiny", "--calibration", texts[0], *COMPRESS)
+        done = Compression(TINY, tmp_path / "tiny", "--calibration", texts[0], *COMPRESS).end()
     refused(done, "another run")
 
 
@@ -274,7 +264,7 @@ def test_a_nan_in_one_weight_is_refused_by_name(source: Path, texts: tuple[Path,
     assert DTYPE_BYTES[header[name]["dtype"]] == 2
     data[start : start + 2] = (0x7FC0).to_bytes(2, "little")
     weights.write_bytes(data)
-    done = d2moe("compress", source, tmp_path / "out", "--calibration", texts[0], *COMPRESS)
+    done = d2moe_here("compress", source, tmp_path / "out", "--calibration", texts[0], *COMPRESS)
     assert done.returncode == 2, done.stderr
     assert name in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
@@ -295,7 +285,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(texts: tuple[Path, 
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("this machine does not let us mount a tmpfs")
     try:
-        refused(d2moe("compress", TINY, disk / "tiny", "--calibration", texts[0], *COMPRESS), "No space left")
+        refused(d2moe_here("compress", TINY, disk / "tiny", "--calibration", texts[0], *COMPRESS), "No space left")
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -314,7 +304,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_the_run_goes_on_later(
     assert done.returncode == 2
     assert "No space left" in done.stderr.splitlines()[-1]
     assert "continue" in done.stderr.splitlines()[-1]
-    again = d2moe(*arguments)
+    again = d2moe_here(*arguments)
     assert again.returncode == 0, again.stderr
     assert digests(tmp_path / "tiny") == digests(compressed)
 
@@ -342,14 +332,9 @@ def test_a_run_begun_with_other_threads_is_not_thrown_away(texts: tuple[Path, Pa
     work = tmp_path / "tiny.d2moe-work"
     text = ("--ratio", "0.4", "--calibration", texts[0], "--windows", "8", "--seq-len", "64")
     arguments = ["compress", TINY, tmp_path / "tiny", *text]
-    process = subprocess.Popen(
-        [script("d2moe"), *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not (work / "hidden-00001.rows").exists():
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+    killed = Compression(*arguments[1:])
+    assert killed.wait_for((work / "hidden-00001.rows").exists)
+    assert killed.kill()
     kept = json.loads((work / "fingerprint.json").read_text())
     kept["machine"]["threads"] = 77
     (work / "fingerprint.json").write_text(json.dumps(kept))

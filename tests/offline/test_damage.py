@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compression import d2moe, d2moe_here
+from compression import d2moe_here
 from safetensors.torch import load_file, save_file
 
 EXPERT = "model.layers.2.block_sparse_moe.experts.5.w2.delta_u"
@@ -141,6 +141,6 @@ def test_inspect_refuses(name: str, damaged: Path) -> None:
 
 def test_eval_refuses_too(damaged: Path, texts: tuple[Path, Path]) -> None:
     drop_everywhere(damaged, ATTENTION)
-    done = d2moe("eval", damaged, "--text", texts[1], "--seq-len", "64")
+    done = d2moe_here("eval", damaged, "--text", texts[1], "--seq-len", "64")
     assert done.returncode == 2
     assert ATTENTION in done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compression import TINY, d2moe, d2moe_here
+from compression import TINY, d2moe_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LENGTH = 200
@@ -64,7 +64,7 @@ def test_scopes_differ_and_the_checkpoints_own_is_the_default(pruned: Path, shor
 def test_jsonl_and_bad_texts(tmp_path: Path, short: Path) -> None:
     lines = tmp_path / "text.jsonl"
     lines.write_text(json.dumps({"text": short.read_text()}) + "\n")
-    done = d2moe("eval", TINY, "--text", lines, "--seq-len", LENGTH, "--json")
+    done = d2moe_here("eval", TINY, "--text", lines, "--seq-len", LENGTH, "--json")
     assert json.loads(done.stdout) == evaluate(TINY, short)
     lines.write_text('{"content": "x"}\n')
     for arguments, fragment in [
