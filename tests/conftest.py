@@ -15,8 +15,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("benchmarks", "examples"))]
-if "PYTEST_XDIST_WORKER" in os.environ:  # transformers copies modeling files there and reads them again
-    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="d2moe-test-modules-")
+MODULES = tempfile.TemporaryDirectory(prefix="d2moe-test-modules-")
+"""Where transformers copies modeling files, and reads them again: of this session alone."""
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ import pytest
 EVERY_TEST = pytest.StashKey[list[str]]()
 """Where a session keeps the ids of all tests that were collected, before any is left out."""
 SLOW: Mapping[str, tuple[str, ...]] = {
-    "starts a vLLM of its own; the fast tier serves the default recipe compiled, eager and on two ranks": (
+    "starts or compiles a vLLM of its own; the fast tier serves the default recipe traced, eager and on two ranks": (
         "tests/serve/test_demo.py::*",
         "tests/serve/test_lm_eval.py::*",
         "tests/serve/test_lifetime.py::test_a_missing_attention_tensor_stops_vllm_serve_with_its_name",
@@ -51,6 +51,12 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/offline/test_compare.py::test_a_killed_run_goes_on_and_says_so",
         "tests/offline/test_hostile_disks.py::test_a_damaged_working_folder_is_recognised[[]*cut]",
         "tests/offline/test_hostile_disks.py::test_a_damaged_working_folder_is_recognised[[]*lengthened]",
+        "tests/offline/test_hostile_disks.py::test_a_damaged_working_folder_is_recognised[[]layers/[*]/0000[*].safetensors-*",
+        "tests/offline/test_hostile_disks.py::test_a_damaged_working_folder_is_recognised[[]hidden-00000.rows-*",
+        "tests/offline/test_hostile_disks.py::test_a_disk_that_is_full_at_any_write_costs_nothing[[]1]",
+        "tests/offline/test_hostile_disks.py::test_a_disk_that_is_full_at_any_write_costs_nothing[[]9]",
+        "tests/offline/test_hostile_disks.py::test_a_disk_that_is_full_at_any_write_costs_nothing[[]24]",
+        "tests/offline/test_hostile_neighbours.py::test_a_weight_that_changes_while_it_is_compressed_*[[]layers/[*]/facts*",
         "tests/offline/test_hostile_disks.py::test_a_run_that_is_broken_off_again_and_again*",
         "tests/offline/test_hostile_neighbours.py::test_two_runs_at_once_on_one_result",
         "tests/offline/test_distributed.py::test_bad_input_is_one_line_once",
@@ -60,6 +66,26 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/offline/test_methods.py::test_fitted_us_beat_each_experts_own",
     ),
     "the whole matrix; the fast tier has every recipe and every family once, by rotation": (
+        *(
+            f"tests/offline/test_exact.py::test_full_rank_and_no_pruning_are_the_original[[]{family}-default]"
+            for family in ("deepseek", "deepseek_v2", "kimi_k2", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe")
+        ),
+        *(
+            f"tests/offline/test_exact.py::test_the_order_of_windows_*[[]{name}]"
+            for name in ("ties", "shared", "follows")
+        ),
+        *(
+            f"tests/offline/test_exact.py::test_what_is_in_memory_*[[]{name}]"
+            for name in ("default", "ties", "adaptive")
+        ),
+        *(f"tests/offline/test_exact.py::*order_of_experts*[[]{name}]" for name in ("default", "adaptive", "follows")),
+        "tests/offline/test_exact.py::test_adaptive_is_never_worse_than_uniform[[]semi-dynamic]",
+        "tests/offline/test_exact.py::test_adaptive_is_never_worse_than_uniform[[]none]",
+        "tests/offline/test_bench.py::test_the_bench_compares_both_sides[[]float64]",
+        # Their worse cases stay: all experts zero, large float16.
+        "tests/offline/test_hostile_weights.py::test_odd_weights_give_a_finite_result[[]as it is-default]",
+        "tests/offline/test_hostile_weights.py::test_odd_weights_give_a_finite_result[[]one expert zero-default]",
+        "tests/offline/test_hostile_weights.py::test_odd_weights_give_a_finite_result[[]float16-default]",
         "tests/offline/test_matrix.py::test_an_fp8_original_is_compressed_as_what_it_stands_for",
     ),
 }

@@ -177,7 +177,7 @@ def test_a_row_that_fails_leaves_the_others(texts: tuple[Path, Path], short: Pat
     work, page = tmp_path / "work", tmp_path / "table.html"
     foreign = work / "d2-0.2.work"
     arguments = (
-        "compare", TINY, "--ratio", "0.2", "--method", "d2", "--baseline", "frequency", "channels", "--text", short,
+        "compare", TINY, "--ratio", "0.2", "--method", "d2", "--baseline", "frequency", "--text", short,
         "--calibration", texts[0], *FEW, "--workdir", work, "--html", page,
     )  # fmt: skip
     foreign.mkdir(parents=True)
@@ -185,7 +185,7 @@ def test_a_row_that_fails_leaves_the_others(texts: tuple[Path, Path], short: Pat
     (foreign / "mine.txt").write_text("mine")
     done = d2moe_here(*arguments, "--json")
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("d2moe: 1 of 4 rows failed")
+    assert done.stderr.strip().splitlines()[-1].startswith("d2moe: 1 of 3 rows failed")
     assert "Traceback" not in done.stderr
     content = json.loads(done.stdout)
     failed = row(content, "d2", 0.2)
@@ -193,7 +193,7 @@ def test_a_row_that_fails_leaves_the_others(texts: tuple[Path, Path], short: Pat
     assert failed["bytes"] is failed["perplexity"] is failed["seconds"] is None
     assert "not empty and not ours" in page.read_text()
     whole = [one for one in content["rows"] if one["name"] != "d2"]
-    assert [one["name"] for one in whole] == ["source", "frequency", "channels"]
+    assert [one["name"] for one in whole] == ["source", "frequency"]
     assert all(one["perplexity"]["held-out.txt"] > 1 and one["failed"] is None for one in whole)
     assert (foreign / "mine.txt").read_text() == "mine"
 

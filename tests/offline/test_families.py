@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from compression import ROOT
@@ -201,7 +200,7 @@ def test_the_modeling_file_imports_the_family_that_is_asked_for_only() -> None:
         "loaded = [name for name in sys.modules if name.startswith('transformers.models.')]\n"
         "print([n for n in ('mixtral', 'granitemoe') if f'transformers.models.{n}' in loaded])\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = forks.python(code, imports=forks.TRANSFORMERS)
     assert result.stdout.strip() == "[]"
 
 

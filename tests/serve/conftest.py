@@ -1,4 +1,6 @@
-"""One real server for all tests of this folder: the compressed bundled model, compiled, in float32.
+"""One real server for all tests of this folder: the compressed bundled model, in float32, traced as it is for compiling
+(a graph break ends it), but not compiled: that takes as long as all these tests. Compiled ones: test_demo.py and
+tests/plugin/test_offline_llm.py.
 
 With an API key, and with the endpoint plugin, which vLLM loads only where VLLM_PLUGINS names it.
 """
@@ -23,7 +25,8 @@ API_KEY = "sesame"
 def server(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--dtype", "float32", "--max-model-len", "512", "--served-model-name", "tiny"]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "d2moe", "VLLM_API_KEY": API_KEY}
+    traced = {"VLLM_CPU_CI_ENV": "1"}  # vLLM's own tests on CPUs do it so, too
+    env = {**traced, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "d2moe", "VLLM_API_KEY": API_KEY}
     with Server(compressed, arguments, log=log, env=env) as running:
         yield running
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from compression import ROOT, TINY, d2moe_here
 from processes import processes
@@ -29,7 +28,7 @@ def test_refused_without_vllm(texts: tuple[Path, Path], tmp_path: Path) -> None:
         str(texts[0]), *FEW, "--workdir", str(tmp_path / "work"), "--serve",
     ]  # fmt: skip
     code = f"import sys; sys.modules['vllm'] = None; from offline.cli import main; main({arguments!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forks.python(code, imports=forks.TRANSFORMERS, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("d2moe: --serve needs vLLM")
     assert len(done.stderr.strip().splitlines()) == 1
