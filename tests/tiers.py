@@ -20,7 +20,8 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/serve/test_lm_eval.py::*",
         "tests/serve/test_lifetime.py::test_a_missing_attention_tensor_stops_vllm_serve_with_its_name",
         "tests/plugin/test_families_served.py::test_served_as_the_dense_reconstruction*",
-        "tests/plugin/test_families_served.py::test_on_two_tensor_parallel_ranks[[]deepseek_v3]",
+        "tests/plugin/test_families_served.py::test_on_two_tensor_parallel_ranks*",
+        "tests/plugin/test_offline_llm.py::test_every_variant_on_two_ranks[[]expert parallel]",
         "tests/plugin/test_methods_served.py::*moe-svd]",
         "tests/plugin/test_offline_llm.py::test_compiled_equals_stock_vllm_and_transformers",
         "tests/plugin/test_offline_llm.py::test_eager_scope_batch_equals_transformers",
@@ -59,7 +60,13 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/offline/test_hostile_neighbours.py::test_a_weight_that_changes_while_it_is_compressed_*[[]layers/[*]/facts*",
         "tests/offline/test_hostile_disks.py::test_a_run_that_is_broken_off_again_and_again*",
         "tests/offline/test_hostile_neighbours.py::test_two_runs_at_once_on_one_result",
+        "tests/offline/test_compare.py::test_a_row_that_fails_leaves_the_others",
+        "tests/offline/test_compare.py::test_without_workdir_the_same_command_goes_on_from_any_folder",
+        "tests/offline/test_hostile_neighbours.py::test_a_weight_that_changes_between_two_runs_starts_over",
+    ),
+    "starts torchrun, whose processes each import torch and transformers": (
         "tests/offline/test_distributed.py::test_bad_input_is_one_line_once",
+        "tests/offline/test_distributed.py::test_two_processes_give_what_one_gives_each_with_its_share_of_memory",
     ),
     "the quality of a compression, whose figures docs/quality.md has": (
         "tests/offline/test_compress.py::test_the_default_beats_mean_base_and_plain_svd*",
@@ -82,6 +89,8 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/offline/test_exact.py::test_adaptive_is_never_worse_than_uniform[[]semi-dynamic]",
         "tests/offline/test_exact.py::test_adaptive_is_never_worse_than_uniform[[]none]",
         "tests/offline/test_bench.py::test_the_bench_compares_both_sides[[]float64]",
+        "tests/offline/test_hostile_weights.py::test_odd_weights_give_a_finite_result[[]identical experts-default]",
+        "tests/offline/test_report.py::test_every_variant_of_the_format_has_a_report[[]what2-*",
         # Their worse cases stay: all experts zero, large float16.
         "tests/offline/test_hostile_weights.py::test_odd_weights_give_a_finite_result[[]as it is-default]",
         "tests/offline/test_hostile_weights.py::test_odd_weights_give_a_finite_result[[]one expert zero-default]",
@@ -94,6 +103,15 @@ SLOW: Mapping[str, tuple[str, ...]] = {
 TOGETHER: Mapping[str, str] = {
     "tests/serve/": "serve",
     "tests/docs/": "docs",
+    **dict.fromkeys(
+        (
+            "tests/offline/test_compress.py",
+            "tests/offline/test_hostile_disks.py",
+            "tests/offline/test_hostile_neighbours.py",
+            "tests/offline/test_kills.py",
+        ),
+        "killed",
+    ),
     **dict.fromkeys(
         (
             "tests/plugin/test_families_served.py",
@@ -113,7 +131,7 @@ FIRST = (
     "engine",
     "docs",
     "tests/offline/test_matrix.py",
-    "tests/offline/test_compress.py",
+    "killed",
     "tests/ops/test_triton.py",
     "tests/offline/test_exact.py",
     "tests/offline/test_compare.py",

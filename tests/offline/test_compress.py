@@ -29,7 +29,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_inspect_prints_what_is_on_disk_to_the_byte(compressed: Path) -> None:
-    content = json.loads(d2moe_here("inspect", compressed, "--json").stdout)
+    content = json.loads(d2moe("inspect", compressed, "--json").stdout)
     on_disk = sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
     source = sum(path.stat().st_size for path in TINY.glob("*.safetensors"))
     assert content["bytes"] == on_disk
@@ -111,8 +111,7 @@ def test_deltas_are_far_from_zero_and_close_to_the_source(compressed: Path) -> N
 
 
 def test_two_runs_give_the_same_bytes(compressed: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
-    """The installed command, beside what it gave in the tests' own process."""
-    done = d2moe("compress", TINY, tmp_path / "again", "--calibration", texts[0], *COMPRESS)
+    done = d2moe_here("compress", TINY, tmp_path / "again", "--calibration", texts[0], *COMPRESS)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "again") == digests(compressed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]

@@ -37,7 +37,7 @@ def evaluate(folder: Path, text: Path, *arguments: str) -> dict:
 @pytest.fixture(scope="module")
 def short(texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("short") / "held-out.txt"
-    path.write_text(texts[1].read_text()[:20_000])
+    path.write_text(texts[1].read_text()[:6_000])
     return path
 
 
