@@ -1,6 +1,7 @@
-"""One real server for all tests of this folder: the compressed bundled model, in float32, traced as it is for compiling
-(a graph break ends it), but not compiled: that takes as long as all these tests. Compiled ones: test_demo.py and
-tests/plugin/test_offline_llm.py.
+"""One real server for all tests of this folder: the compressed bundled model, compiled, in float32.
+
+Eager in the fast tier, as compiling takes as long as all these tests; there, an engine of
+tests/plugin/test_offline_llm.py is traced as for compiling.
 
 With an API key, and with the endpoint plugin, which vLLM loads only where VLLM_PLUGINS names it.
 """
@@ -22,11 +23,14 @@ API_KEY = "sesame"
 
 
 @pytest.fixture(scope="session")
-def server(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    request: pytest.FixtureRequest, compressed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--dtype", "float32", "--max-model-len", "512", "--served-model-name", "tiny"]
-    traced = {"VLLM_CPU_CI_ENV": "1"}  # vLLM's own tests on CPUs do it so, too
-    env = {**traced, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "d2moe", "VLLM_API_KEY": API_KEY}
+    if "not slow" in request.config.getoption("markexpr"):
+        arguments.append("--enforce-eager")
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "d2moe", "VLLM_API_KEY": API_KEY}
     with Server(compressed, arguments, log=log, env=env) as running:
         yield running
 
