@@ -15,13 +15,13 @@ import pytest
 EVERY_TEST = pytest.StashKey[list[str]]()
 """Where a session keeps the ids of all tests that were collected, before any is left out."""
 SLOW: Mapping[str, tuple[str, ...]] = {
-    "starts or compiles a vLLM of its own; the fast tier has an eager server, a traced engine, two ranks and MoBE": (
+    "starts or compiles a vLLM of its own; the fast tier has an eager server, a traced engine and MoBE; ranks at the layer": (
         "tests/serve/test_demo.py::*",
         "tests/serve/test_lm_eval.py::*",
         "tests/serve/test_lifetime.py::test_a_missing_attention_tensor_stops_vllm_serve_with_its_name",
         "tests/plugin/test_families_served.py::test_served_as_the_dense_reconstruction*",
         "tests/plugin/test_families_served.py::test_on_two_tensor_parallel_ranks*",
-        "tests/plugin/test_offline_llm.py::test_every_variant_on_two_ranks[[]expert parallel]",
+        "tests/plugin/test_offline_llm.py::test_every_variant_on_two_ranks*",
         "tests/plugin/test_methods_served.py::*moe-svd]",
         "tests/plugin/test_offline_llm.py::test_compiled_equals_stock_vllm_and_transformers",
         "tests/plugin/test_offline_llm.py::test_eager_scope_batch_equals_transformers",
@@ -86,6 +86,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
             for name in ("default", "ties", "adaptive")
         ),
         *(f"tests/offline/test_exact.py::*order_of_experts*[[]{name}]" for name in ("default", "adaptive", "follows")),
+        "tests/offline/test_methods.py::test_every_command_knows_the_method[[]moe-svd]",
         "tests/offline/test_exact.py::test_adaptive_is_never_worse_than_uniform[[]semi-dynamic]",
         "tests/offline/test_exact.py::test_adaptive_is_never_worse_than_uniform[[]none]",
         "tests/offline/test_bench.py::test_the_bench_compares_both_sides[[]float64]",
@@ -133,8 +134,11 @@ FIRST = (
     "tests/offline/test_matrix.py",
     "killed",
     "tests/ops/test_triton.py",
+    "tests/offline/test_report.py",
     "tests/offline/test_exact.py",
     "tests/offline/test_compare.py",
+    "tests/plugin/test_transformers.py",
+    "tests/plugin/test_quantizer.py",
 )
 """What takes longest, so that it is not what one worker is left with at the end."""
 
