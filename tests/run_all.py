@@ -77,7 +77,6 @@ def table(results: dict[str, dict[str, float]], code: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    os.environ.setdefault("D2MOE_KILL_SECONDS", "180")  # docs/reliability.md has the figures of ten minutes
     code, documents = code_hash(), code_hash(DOCUMENTS)
     folder = RESULTS / code
     folder.mkdir(parents=True, exist_ok=True)

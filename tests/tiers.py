@@ -15,12 +15,12 @@ import pytest
 EVERY_TEST = pytest.StashKey[list[str]]()
 """Where a session keeps the ids of all tests that were collected, before any is left out."""
 SLOW: Mapping[str, tuple[str, ...]] = {
-    "starts or compiles a vLLM; the fast tier has an eager server, a traced engine and MoBE, ranks at the layer": (
+    "starts or compiles a vLLM; the fast tier has an eager server, a traced engine, MoBE, and one family on two ranks": (
         "tests/serve/test_demo.py::*",
         "tests/serve/test_lm_eval.py::*",
         "tests/serve/test_lifetime.py::test_a_missing_attention_tensor_stops_vllm_serve_with_its_name",
         "tests/plugin/test_families_served.py::test_served_as_the_dense_reconstruction*",
-        "tests/plugin/test_families_served.py::test_on_two_tensor_parallel_ranks*",
+        "tests/plugin/test_families_served.py::test_on_two_tensor_parallel_ranks[[]deepseek_v3]",
         "tests/plugin/test_offline_llm.py::test_every_variant_on_two_ranks*",
         "tests/plugin/test_methods_served.py::*moe-svd]",
         "tests/plugin/test_offline_llm.py::test_compiled_equals_stock_vllm_and_transformers",

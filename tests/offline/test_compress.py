@@ -106,7 +106,7 @@ def test_deltas_are_far_from_zero_and_close_to_the_source(compressed: Path) -> N
                 v = result.tensor(f"{prefix}.{expert}.{projection}.delta_v").double()
                 full = u @ v
                 full[:, columns] += base
-                assert (weight - full).norm() < 0.7 * weight.norm()
+                assert (weight - full).norm() < 0.65 * weight.norm()
                 assert (weight - (full - u @ v)).norm() > (weight - full).norm()
 
 

@@ -112,7 +112,8 @@ def test_on_two_tensor_parallel_ranks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "method"), [("qwen3_moe", "moe-svd"), ("deepseek_v3", "mobe")])
+@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_on_two_expert_parallel_ranks(
     family: str, method: str, made: Made, dense: Callable[[str, str], Results]
 ) -> None:
