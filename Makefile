@@ -18,7 +18,7 @@ lock: setup ## Renew the locked versions from pyproject.toml (ARGS=--upgrade: to
 demo: setup ## Compress the bundled model, serve it with vLLM, ask it something
 	@.venv/bin/python examples/demo.py $(ARGS)
 
-test: setup ## Fast test tier: six minutes on two cores (ARGS="-k name" for some of it)
+test: setup ## Fast test tier, by two workers (ARGS="-k name" for some of it)
 	@.venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
 
 test-all: setup ## Every test that needs no GPU; continues where it was interrupted

@@ -15,7 +15,7 @@ import pytest
 EVERY_TEST = pytest.StashKey[list[str]]()
 """Where a session keeps the ids of all tests that were collected, before any is left out."""
 SLOW: Mapping[str, tuple[str, ...]] = {
-    "starts or compiles a vLLM; the fast tier has an eager server, a traced engine, MoBE, and one family on two ranks": (
+    "starts or compiles a vLLM; the fast tier: eager server, traced engine, MoBE, a family on two ranks": (
         "tests/serve/test_demo.py::*",
         "tests/serve/test_lm_eval.py::*",
         "tests/serve/test_lifetime.py::test_a_missing_attention_tensor_stops_vllm_serve_with_its_name",
