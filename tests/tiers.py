@@ -20,7 +20,6 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/serve/test_lm_eval.py::*",
         "tests/serve/test_lifetime.py::test_a_missing_attention_tensor_stops_vllm_serve_with_its_name",
         "tests/plugin/test_families_served.py::test_served_as_the_dense_reconstruction*",
-        "tests/plugin/test_families_served.py::test_on_two_tensor_parallel_ranks[[]deepseek_v3]",
         "tests/plugin/test_offline_llm.py::test_every_variant_on_two_ranks*",
         "tests/plugin/test_methods_served.py::*moe-svd]",
         "tests/plugin/test_offline_llm.py::test_compiled_equals_stock_vllm_and_transformers",

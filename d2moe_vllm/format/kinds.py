@@ -147,9 +147,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("alpha", "delta", "expert", ("bases",), {"delta": "bases"}, "plain", joined="bases"),
     Kind("dense", "delta", "expert", ("out", "in"), {"delta": "dense"}, joined="out"),
 )
-NAMES = tuple(dict.fromkeys(kind.name for kind in KINDS))
 BASE_NAMES = frozenset(kind.name for kind in KINDS if kind.part == "base")
-INDEX_NAMES = frozenset(kind.name for kind in KINDS if kind.is_index)
 
 _CUT: Mapping[str, frozenset[str]] = {
     "gate": frozenset({"out"}),

@@ -85,7 +85,7 @@ class LayerLoader:
 
     def _empty(self, kind: Kind, roles: tuple[Role, ...], dtype: torch.dtype) -> Tensor:
         """A kind's parameter: gate's and up's side by side, one entry for each owner that is here."""
-        lead = () if kind.owner == "layer" else (self._stored_here(kind, roles[0]),)
+        lead = () if kind.owner == "layer" else (self._slots(kind, roles[0]) or len(self.places),)
         each = roles if kind.joined else roles[:1]
         if kind.content == "inputs":
             columns = torch.cat([self._spread(role, self._size(kind.sizes[0], role)) for role in each])
@@ -115,9 +115,9 @@ class LayerLoader:
         found = {} if projection.distinct_u else {"u_index": own}
         return found if projection.shared_v else {**found, "v_index": own.clone()}
 
-    def _stored_here(self, kind: Kind, role: Role) -> int:
-        distinct = self._projection(role).distinct_u if kind.owner == "slot" else 0
-        return distinct or len(self.places)
+    def _slots(self, kind: Kind, role: Role) -> int:
+        """How many of a kind experts share, which are on every rank; 0 where each expert has its own."""
+        return self._projection(role).distinct_u if kind.owner == "slot" else 0
 
     def _projection(self, role: Role) -> Projection:
         return self.config.layers[self.layer][role]
@@ -170,8 +170,7 @@ class LayerLoader:
         if kind.content == "slots":
             tensor = tensor[self.experts]
         elif kind.owner != "layer":
-            in_slots = kind.owner == "slot" and self._projection(role).distinct_u
-            param = param[expert if in_slots else self.places[expert]]
+            param = param[expert if self._slots(kind, role) else self.places[expert]]
         part = self._part(tensor, one)
         if role != "down" and kind.joined is None:
             self._load_joint(param, part, one)
@@ -189,8 +188,8 @@ class LayerLoader:
 
     def _belongs(self, one: Stored) -> bool:
         """Whether anything of a tensor is this rank's: what experts share is, wherever the expert it rides with is."""
-        shared = one.kind.owner == "layer" or (one.kind.owner == "slot" and self._projection(one.role).distinct_u)
-        return bool(shared) or one.expert in self.places
+        shared = one.kind.owner == "layer" or self._slots(one.kind, one.role) > 0
+        return shared or one.expert in self.places
 
     def _part(self, tensor: Tensor, one: Stored) -> Tensor:
         """What a tensor-parallel rank has of a tensor; numbers of inputs are counted from its own first one."""

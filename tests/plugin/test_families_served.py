@@ -27,7 +27,7 @@ PROMPTS = (
 )
 MAX_TOKENS = 64
 MLA = ("deepseek_v2", "deepseek_v3", "kimi_k2")
-IN_FAST_TIER = ("qwen2_moe", "deepseek_v3")
+IN_FAST_TIER = ("qwen2_moe",)
 EXPERT_PARALLEL = ("qwen3_moe", "deepseek_v3")
 RECIPE = {"ratio": 0.08, "allocation": "uniform"}
 """A pruned base and deltas in every MoE layer; the ratio is of the whole model, most of which is vocabulary."""
