@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from d2moe_vllm.format.config import CheckpointConfig, Layer, Projection
-from d2moe_vllm.format.kinds import ROLES, Role, TensorSpec
+from d2moe_vllm.format.kinds import KINDS, ROLES, Role, TensorSpec, owners
 from offline.errors import InputError, UnreachableError
 from offline.io.shards import SHARD_BYTES, Shard, plan_shards
 from offline.methods import METHODS
@@ -161,26 +162,28 @@ class Problem:
 
     def step_bytes(self, role: Role) -> int:
         """Payload that one more rank costs a projection of one layer."""
-        return self._payload(role, "none", 2 * self.rank_multiple) - self._payload(role, "none", self.rank_multiple)
+        return self._steps[role]
+
+    @cached_property
+    def _steps(self) -> dict[Role, int]:
+        # Sizes are linear in the rank: one above the matrix's limit serves to measure a step.
+        once, twice = self.rank_multiple, 2 * self.rank_multiple
+        return {role: self._payload(role, "none", twice) - self._payload(role, "none", once) for role in ROLES}
 
     def base_bytes(self, role: Role, option: Option) -> int:
         """Payload of a projection's base in one layer."""
         return self._payload(role, option, self.rank_multiple) - self._payload(role, "none", self.rank_multiple)
 
     def _payload(self, role: Role, option: Option, rank: int) -> int:
-        """By the format itself, so that no formula for sizes stands twice."""
-        layer = self.shape.layers[0]
-        # Sizes are linear in the rank: a rank above the matrix's limit serves to measure a step.
-        projection = self.projection(role, option, rank)
-        config = self.draft.model_copy(
-            update={
-                "layers": {
-                    layer: Layer.model_construct(gate=projection, up=projection, down=projection,
-                                                 trimmed=self.trimmed[layer])
-                }
-            }
-        )  # fmt: skip
-        return sum(spec.nbytes for spec in config.projection_tensors(layer, role).values())
+        """By the table of kinds, so that no formula for sizes stands twice."""
+        sizes, projection = self.draft.sizes, self.projection(role, option, rank)
+        trimmed = self.trimmed[self.shape.layers[0]]
+        return sum(
+            len(owners(kind, projection, sizes.num_experts, trimmed)) * spec.nbytes
+            for kind in KINDS
+            if kind.present(projection)
+            for spec in sizes.tensors(kind, role, projection).values()
+        )
 
     def delta_bytes(self, ranks: Ranks) -> int:
         """Payload of all deltas but their indices, without building their names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -61,7 +62,18 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def tokenize(folder: Path, text: str) -> Tensor:
-    """All tokens of a text, without special tokens, int64 [tokens]."""
+    """All tokens of a text, without special tokens, int64 [tokens]; not to be changed.
+
+    What was asked last is remembered: a comparison asks for the same texts row by row. Raises InputError where the
+    model folder has no tokenizer.
+    """
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.suffix != ".safetensors"]
+    return _tokens(folder, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files), text)
+
+
+@functools.lru_cache(maxsize=4)
+def _tokens(folder: Path, files: tuple[tuple[str, int, int], ...], text: str) -> Tensor:
+    """files: the state of all that a tokenizer may be read from."""
     tokenizer = load_tokenizer(folder)
     # verbose=False: a whole text is longer than the model's limit on purpose, it is cut into windows.
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -13,9 +14,12 @@ from live_storage import live_storage
 
 def main(path: str) -> None:
     job = json.loads(Path(path).read_text())
+    import vllm.v1.executor.multiproc_executor as executor
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    # vLLM's CPU backend insists on spawning its workers, each of which would import vLLM once more.
+    executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     settings: dict[str, Any] = {
         "max_model_len": 256,
         "max_num_seqs": 8,
