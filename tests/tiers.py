@@ -102,7 +102,15 @@ SLOW: Mapping[str, tuple[str, ...]] = {
 
 TOGETHER: Mapping[str, str] = {
     "tests/serve/": "serve",
-    "tests/docs/": "docs",
+    **dict.fromkeys(
+        (
+            "tests/docs/",
+            "tests/offline/test_families.py",
+            "tests/plugin/test_quantizer.py",
+            "tests/plugin/test_transformers.py",
+        ),
+        "forked",
+    ),
     **dict.fromkeys(
         (
             "tests/offline/test_compress.py",
@@ -129,15 +137,13 @@ others are with those of their file."""
 FIRST = (
     "serve",
     "engine",
-    "docs",
+    "forked",
     "tests/offline/test_matrix.py",
     "killed",
     "tests/ops/test_triton.py",
     "tests/offline/test_report.py",
     "tests/offline/test_exact.py",
     "tests/offline/test_compare.py",
-    "tests/plugin/test_transformers.py",
-    "tests/plugin/test_quantizer.py",
 )
 """What takes longest, so that it is not what one worker is left with at the end."""
 

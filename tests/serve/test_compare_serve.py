@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-import forks
 import pytest
-from compression import ROOT, TINY, d2moe_here
+from compression import TINY, d2moe_here
 from processes import processes
 from rich.console import Console
 
@@ -21,14 +21,13 @@ from offline.compare.throughput import WORKLOAD, last_error, summary
 FEW = ("--windows", "16", "--seq-len", "64")
 
 
-def test_refused_without_vllm(texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_refused_without_vllm(texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a Python that cannot import it: one line, exit code 2, before any work."""
-    arguments = [
-        "compare", str(TINY), "--ratio", "0.2", "--method", "d2", "--text", str(texts[1]), "--calibration",
-        str(texts[0]), *FEW, "--workdir", str(tmp_path / "work"), "--serve",
-    ]  # fmt: skip
-    code = f"import sys; sys.modules['vllm'] = None; from offline.cli import main; main({arguments!r})"
-    done = forks.python(code, imports=forks.TRANSFORMERS, cwd=ROOT)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    done = d2moe_here(
+        "compare", TINY, "--ratio", "0.2", "--method", "d2", "--text", texts[1], "--calibration", texts[0], *FEW,
+        "--workdir", tmp_path / "work", "--serve",
+    )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("d2moe: --serve needs vLLM")
     assert len(done.stderr.strip().splitlines()) == 1
