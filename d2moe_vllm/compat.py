@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -29,6 +30,7 @@ __all__ = [
     "Served",
     "UnquantizedLinearMethod",
     "additional_config",
+    "ask_for_amx",
     "batch_invariant",
     "device_type",
     "extract_layer_index",
@@ -86,6 +88,13 @@ def device_type() -> str:
 def on_cpu() -> bool:
     """Whether this is vLLM's CPU backend."""
     return current_platform.is_cpu()
+
+
+def ask_for_amx() -> None:
+    """The kernel's leave to use AMX, where a CPU has it: vLLM's attention in bfloat16 does, and of all that runs before
+    only compiling asks. Without, a worker of `--enforce-eager` is killed at the first request (SIGILL)."""
+    if on_cpu() and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def fails_on_cpu() -> str | None:

@@ -99,6 +99,7 @@ class D2MoEConfig(QuantizationConfig):
 
         # The first layer to ask is the embedding, before its weights are allocated.
         self._check_once()
+        compat.ask_for_amx()
         scope = self._scope = self._scope or self._settle_scope()
         if isinstance(layer, compat.RoutedExperts):
             number = compat.extract_layer_index(prefix)

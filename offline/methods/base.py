@@ -20,11 +20,11 @@ from offline.work.workdir import WorkDir
 Asked = TypeVar("Asked", bound=Settings)
 
 WITHOUT_BASE: Mapping[str, Any] = {
-    "base.kind": "none",
+    "base": {"kind": "none"},
     "allocation": "uniform",
     "accounting": "stored",
-    "calibration.inputs": "dense",
-    "delta.method": "whitened",
+    "calibration": {"inputs": "dense"},
+    "delta": {"method": "whitened"},
 }
 """`fixed` of methods that store whole experts at uniform ranks."""
 
@@ -43,7 +43,7 @@ class Method:
     """A method: by default D2-MoE's, a base and deltas or whole experts as deltas from nothing.
 
     name: in recipes and checkpoints; title: as people write it; made: what it makes of a model, for the card ({dense}
-    of {layers} MoE layers are left as they were). settings: its own section of a recipe; fixed: dotted fields of the
+    of {layers} MoE layers are left as they were). settings: its own section of a recipe; fixed: fields of the
     other sections -> the only value that goes with the method, which is their default then. hint: what else helps
     where a ratio cannot be reached; until: what a plan cannot know before calibration. choice: None, all layers are
     compressed.
@@ -66,7 +66,7 @@ class Method:
     @property
     def has_base(self) -> bool:
         """Whether a recipe may ask for a shared base, from which the experts differ by deltas."""
-        return self.fixed.get("base.kind") != "none"
+        return self.fixed.get("base", {}).get("kind") != "none"
 
     # Before calibration
 

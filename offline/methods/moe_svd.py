@@ -113,7 +113,7 @@ MOE_SVD = _Method(
     made="every expert of a decomposed layer is a product of two factors, one of which all experts of the layer share "
     "(MoE-SVD); {dense} of its {layers} MoE layers are unchanged.",
     settings=MoESVD,
-    fixed={**WITHOUT_BASE, "delta.share_v": True},
+    fixed={**WITHOUT_BASE, "delta": {**WITHOUT_BASE["delta"], "share_v": True}},
     until="Which layers are decomposed calibration decides.",
     choice=Choice(layer_ratio, sensitivity),
 )

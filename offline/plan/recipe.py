@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from operator import attrgetter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,12 +57,11 @@ class Recipe(Settings):
         fixed = METHODS[name].fixed if name in list(METHODS) else {}
         usual = "uniform" if content.get("accounting") == "paper" else "adaptive"
         content = _beneath(content, {"allocation": usual, **fixed})
-        return _beneath(content, {"base.kind": "auto" if content["allocation"] == "adaptive" else "semi-dynamic"})
+        return _beneath(content, {"base": {"kind": "auto" if content["allocation"] == "adaptive" else "semi-dynamic"}})
 
     @model_validator(mode="after")
     def _compatible(self) -> Recipe:
-        for field, value in METHODS[self.method].fixed.items():
-            found = attrgetter(field)(self)
+        for field, value, found in _pairs(METHODS[self.method].fixed, self):
             if found != value:
                 raise ValueError(f"method {self.method} needs {field} {value}, not {found}; leave it out")
         if self.allocation == "adaptive" and self.accounting == "paper":
@@ -114,15 +112,23 @@ def _own_sections() -> type[Section]:
 
 
 def _beneath(content: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` with these defaults (by dotted field) for what it leaves out."""
+    """`content` with these defaults for what it leaves out, also within its sections."""
     content = dict(content)
-    for dotted, value in defaults.items():
-        section, _, key = dotted.rpartition(".")
-        if not section:
-            content.setdefault(key, value)
-        elif isinstance(given := content.get(section, {}), dict):
-            content[section] = {key: value, **given}
+    for key, value in defaults.items():
+        given = content.setdefault(key, value)
+        if isinstance(value, Mapping) and isinstance(given, dict):
+            content[key] = {**value, **given}
     return content
+
+
+def _pairs(wanted: Mapping[str, Any], recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """(name, wanted value, the recipe's) of every field that is named, also within sections."""
+    for key, value in wanted.items():
+        found = getattr(recipe, key)
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{field}", one, getattr(found, field)) for field, one in value.items())
+        else:
+            yield key, value, found
 
 
 def _decide(value: int | str, automatic: int) -> int:

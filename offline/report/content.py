@@ -26,11 +26,6 @@ from offline.source.families import find_family, read_shape
 from offline.source.original import open_original
 from offline.source.text import read_text
 
-KINDS = {"base": "base", "base_columns": "base", "base_norms": "base", "base_u": "base", "base_v": "base",
-         "bases": "bases", "dense": "kept"}  # fmt: skip
-"""Last part of an expert tensor's name -> part of the checkpoint; all others belong to the deltas, or where there is no
-base that they could differ from, to the factors."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -117,11 +112,14 @@ def _parts(folder: Path, config: CheckpointConfig) -> dict[str, dict[str, dict[s
         "rest": {"parameters": source.parameters - experts, "bytes": source.bytes - nbytes},
     }
     after = {kind: {"parameters": 0, "bytes": 0} for kind in ("base", "deltas", "factors", "bases", "kept")}
-    others = "deltas" if find_method(config.method).has_base else "factors"
-    for name in config.expert_tensors():
-        part = after[KINDS.get(name.rpartition(".")[2], others)]
-        part["parameters"] += reader.specs[name].numel
-        part["bytes"] += reader.specs[name].nbytes
+    # What is no delta from a base is a factor of an expert.
+    deltas = "deltas" if find_method(config.method).has_base else "factors"
+    named = {"bases": "bases", "dense": "kept"}
+    for layer in config.layers:
+        for one in config.stored(layer).values():
+            part = after["base" if one.kind.part == "base" else named.get(one.kind.name, deltas)]
+            part["parameters"] += one.spec.numel
+            part["bytes"] += one.spec.nbytes
     # Layers that stay dense are stored as in the source, in the checkpoint's dtype.
     width = {"float32": 4}.get(config.dtype, 2)
     left = (len(layers) - len(config.layers)) * per_layer

@@ -359,7 +359,7 @@ def test_a_method_is_an_object_and_a_row(
 
 ASKED = {"moe-svd": {"moe_svd": {"layer_ratio": 0.6}}, "mobe": {"mobe": FEW_STEPS}}
 POINTS = [
-    ("moe-svd", "out.d2moe-work/layers/00001/selection-done.safetensors"),
+    ("moe-svd", "out.d2moe-work/layers/00001/judged-done.safetensors"),
     ("moe-svd", "out.d2moe-work/layers/*/00003.safetensors"),
     ("mobe", "out.d2moe-work/layers/00001/fit-gate.safetensors"),
     ("mobe", "out.d2moe-work/layers/00002/00003.safetensors"),

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import aot
 from layer_shapes import SHAPES, Shape
 
 from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
-from d2moe_vllm.ops.triton import aot, layer, tiles
+from d2moe_vllm.ops.triton import layer, tiles
 
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 """Of A100, H100, B200: how sums are split depends on them."""

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aot import TARGETS, Compiled
 from compression import ROOT
-
-from d2moe_vllm.ops.triton.aot import TARGETS, Compiled
 
 pytest.importorskip("triton")
 
@@ -28,7 +27,8 @@ def python(tmp_path: Path, *arguments: object) -> str:
     """In a process where nothing is interpreted, whatever this one does."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # Compiled here and now, not found in a cache.
-    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": f"{ROOT}{os.pathsep}{REPORT.parent}"}
+    env["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env=env, cwd=REPORT.parent, timeout=3000
@@ -77,7 +77,7 @@ SPILLING = """
 import json, sys
 import triton
 import triton.language as tl
-from d2moe_vllm.ops.triton import aot
+import aot
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import aot
 import aot_report
 import pytest
 import torch
@@ -17,7 +18,7 @@ from moe_oracle import kernel_arguments
 from triton.runtime.jit import JITFunction
 
 from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
-from d2moe_vllm.ops.triton import aot, layer, tiles
+from d2moe_vllm.ops.triton import layer, tiles
 
 OPTIONAL = ("padding", "inputs")
 """Leaving one of these out leaves instructions out, and makes no kernel of its own."""

@@ -1,4 +1,4 @@
-"""Runs vllm.LLM in a process of its own: `main(JOB.json)`, see engine.py."""
+"""Runs vllm.LLM in a process of its own: `python llm_runner.py JOB.json`, or `main(JOB.json)`, see engine.py."""
 
 from __future__ import annotations
 
@@ -51,3 +51,7 @@ def main(path: str) -> None:
     # vLLM takes seconds to shut down in good order, and the caller ends the whole group anyway.
     sys.stdout.flush()
     os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

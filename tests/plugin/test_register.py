@@ -12,6 +12,7 @@ from pathlib import Path
 
 import forks
 import pytest
+import torch
 
 import d2moe_vllm
 from offline.compare.server import Server, ServerError
@@ -49,6 +50,28 @@ def test_register_is_idempotent_and_leaves_the_layer_code_alone() -> None:
         "print(get_quantization_config('d2moe').__name__)\n"
     )
     assert result.stdout.split() == ["1", "False", "D2MoEConfig"], result.stderr
+
+
+AMX = """
+import ctypes
+from d2moe_vllm import compat
+
+def allowed():
+    bits = ctypes.c_ulong()
+    assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(bits)) == 0  # arch_prctl(ARCH_GET_XCOMP_PERM)
+    return bool(bits.value >> 18 & 1)  # XTILE_DATA
+
+before = allowed()
+compat.ask_for_amx()
+print(before, allowed())
+"""
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="a CPU without AMX")
+def test_the_kernel_is_asked_for_amx() -> None:
+    """vLLM's attention uses it unasked, and is killed for it; docs/test_blocks.py has such servers."""
+    result = with_vllm(AMX)
+    assert result.stdout.split() == ["False", "True"], result.stderr
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0", "0.34.0rc1+cpu"])
