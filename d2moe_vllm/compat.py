@@ -47,6 +47,7 @@ __all__ = [
     "prefix_caching",
     "served",
     "set_weight_attrs",
+    "shares_out_experts",
     "tokens_from_other_ranks",
 ]
 
@@ -105,6 +106,12 @@ def fails_on_cpu() -> str | None:
     if parallel.data_parallel_size > 1:
         return "--data-parallel-size"
     return "--pipeline-parallel-size" if parallel.pipeline_parallel_size > 1 else None
+
+
+def shares_out_experts() -> bool:
+    """Whether ranks have different experts: `--enable-expert-parallel` with more than one rank."""
+    parallel = get_current_vllm_config().parallel_config
+    return bool(parallel.enable_expert_parallel) and parallel.tensor_parallel_size > 1
 
 
 def lora_on_experts() -> bool:

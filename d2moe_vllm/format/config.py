@@ -89,7 +89,7 @@ class Projection(_Model):
 
     rank: columns of each expert's U, rows of its V; 0 means no deltas, whatever the fields about deltas say.
     kept_columns: input columns of the base that survived static pruning; 0 means no such base.
-    used_columns: how many of these a forward pass uses under dynamic selection.
+    used_columns: how many of these a forward pass uses under dynamic selection; has to be said where there are any.
     base_rank: rank of a low-rank base, which takes the place of kept columns; 0 means no such base.
     delta: "factors" U V; "columns": U is the delta itself on `rank` of its input columns, else it is zero; "bases":
     A f(sum_j alpha_j B_j) with `rank` columns of A, of `bases` matrices B_j and f the `function`; "dense": the matrix
@@ -122,6 +122,8 @@ class Projection(_Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Projection:
+        if self.kept_columns and "used_columns" not in self.model_fields_set:
+            raise ValueError(f"kept_columns {self.kept_columns} needs used_columns: how many of them are used")
         if self.used_columns > self.kept_columns:
             raise ValueError(f"used_columns {self.used_columns} exceeds kept_columns {self.kept_columns}")
         if self.kept_columns and self.base_rank:

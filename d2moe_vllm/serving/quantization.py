@@ -106,6 +106,11 @@ class D2MoEConfig(QuantizationConfig):
             if number in self.config.layers:
                 recorder.start(self.metrics_folder, self.config)
                 return D2MoEMethod(layer.moe_config, self.config, number, scope, self._settle_backend(number))
+            if compat.on_cpu() and compat.shares_out_experts():
+                raise ValueError(
+                    f"layer {number} was left dense, and vLLM's CPU backend does not serve dense experts with "
+                    "--enable-expert-parallel, whatever the model; leave it out"
+                )
             return None
         return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import d2moe_vllm
 from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
-from d2moe_vllm.format.config import INDEX_FILE, MANIFEST_FILE, RECIPE_FILE, STATS_FILE, Manifest
+from d2moe_vllm.format.config import INDEX_FILE, MANIFEST_FILE, RECIPE_FILE, STATS_FILE, Layer, Manifest
 from d2moe_vllm.format.files import check_checkpoint
-from d2moe_vllm.format.kinds import FORMAT_VERSION
+from d2moe_vllm.format.kinds import FORMAT_VERSION, ROLES
 from offline.checkpoint.assembly import Assembly
 from offline.checkpoint.card import model_card
 from offline.checkpoint.remotecode import modeling_sha256
@@ -78,13 +78,18 @@ def publish(
         last_check()
 
 
+def _entry(layer: Layer) -> dict[str, Any]:
+    """What a projection does not have is left out."""
+    entry = layer.model_dump(mode="json", exclude_defaults=True)
+    for role in ROLES:
+        if layer[role].kept_columns:
+            entry[role]["used_columns"] = layer[role].used_columns
+    return entry
+
+
 def _model_config(plan: Plan, budget: Budget) -> dict[str, Any]:
     quantization = budget.config.model_dump(mode="json")
-    # What a projection does not have is left out.
-    quantization["layers"] = {
-        str(number): layer.model_dump(mode="json", exclude_defaults=True)
-        for number, layer in budget.config.layers.items()
-    }
+    quantization["layers"] = {str(number): _entry(layer) for number, layer in budget.config.layers.items()}
     return {
         **plan.model.config,
         "auto_map": auto_map(plan.model.family.model_type),

@@ -40,6 +40,8 @@ def settings(family: str) -> dict[str, Any]:
     common = {"dtype": "float32", "enforce_eager": True}
     if family not in MLA:
         return common
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM's MLA on CPUs with AMX takes no float32, whatever the model")
     return {
         **common,
         "block_size": 16,
@@ -87,8 +89,6 @@ def dense(checkpoints: Callable[[str], Path]) -> Callable[[str], Results]:
 
 
 def run(folder: Path, model: Path, env: dict[str, str], family: str, **llm: Any) -> Results:
-    if family in MLA and torch.cpu._is_amx_tile_supported():
-        pytest.skip("vLLM's MLA on CPUs with AMX takes no float32, whatever the model")
     job = {"prompts": PROMPTS, "max_tokens": MAX_TOKENS}
     return generate(folder, model, env, job=job, **settings(family), **llm)
 

@@ -101,7 +101,8 @@ def tile(kernel: str, rows: int, dtype: torch.dtype, device_name: str) -> Tile:
     """The entry with the most rows that are not more than `rows`, this rounded up to a power of two.
 
     float32 takes twice the shared memory and is multiplied without tensor cores: a quarter of the inputs at a time, and
-    blocks of at most 64 x 64, or 8 columns and eight warps where V is mixed from bases.
+    blocks of at most 64 x 64; of 32 x 32 where gate and up are expanded together by few warps, and of 8 columns, by
+    eight warps, where V is mixed from bases: more do not fit into the registers.
     """
     bucket = 1 << max(rows - 1, 0).bit_length()
     found = _at(_entries(kernel, device_name), bucket)
@@ -115,6 +116,8 @@ def for_dtype(kernel: str, found: Tile, dtype: torch.dtype) -> Tile:
     if dtype != torch.float32 or found.block_k == 1:
         return found
     columns, warps = (8, 8) if kernel == "shrink_mixed" else (64, found.num_warps)
+    if kernel == "expand_gate_up" and found.block_m == 32:
+        columns = 32
     return Tile(
         min(found.block_m, 64), min(found.block_n, columns), max(found.block_k // 4, 16), warps, found.num_stages
     )
