@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all test-gpu quality picture compare-tables
+.PHONY: help setup lock demo test test-all kernels test-gpu quality picture compare-tables
 .PHONY: bench bench-layer bench-mobe bench-server bench-peers bench-offline roofline lint audit format clean
 
 help: ## List the targets
@@ -23,6 +23,9 @@ test: setup ## Fast test tier, by two workers (ARGS="-k name" for some of it)
 
 test-all: setup ## Every test that needs no GPU; continues where it was interrupted
 	@.venv/bin/python tests/run_all.py $(ARGS)
+
+kernels: setup ## Compile every Triton kernel for every GPU and dtype, without one; goes on where it was interrupted
+	@.venv/bin/python tests/run_aot.py
 
 test-gpu: setup ## The tests that need an NVIDIA GPU, and the layer benchmark on it
 	@.venv/bin/python tests/run_gpu.py $(ARGS)

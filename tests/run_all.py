@@ -46,11 +46,10 @@ def counts(record: Path) -> dict[str, float] | None:
 
 
 def run(test_file: Path, record: Path) -> None:
-    print(f"== {test_file.relative_to(ROOT)}", flush=True)
     partial = record.with_suffix(".partial")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", f"--junitxml={partial}", str(test_file)]
     done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout, flush=True)  # at once: two at a time would be mixed
+    print(f"== {test_file.relative_to(ROOT)}\n{done.stdout}", flush=True)  # at once: two at a time would be mixed
     # 0 passed, 1 some failed, 5 nothing selected: the file was run to its end, all else is not a result.
     if done.returncode not in (0, 1, 5):
         raise BrokenOffError(f"pytest broke off with exit code {done.returncode} in {test_file}")
