@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # One dense layer at least, and fewer U's than experts.
     "moe-svd": {"ratio": 0.08, "method": "moe-svd", "delta": {"distinct_u": 3}, "moe_svd": {"layer_ratio": 0.7}},
     "mobe": {"ratio": 0.08, "method": "mobe", "mobe": {"max_steps": 5}},
-    "moe-svd-everywhere": {"ratio": 0.08, "method": "moe-svd", "moe_svd": {"layer_ratio": 1}},
+    "moe-svd-everywhere": {"ratio": 0.08, "method": "moe-svd", "moe_svd": {"layer_ratio": 0.2}},
 }
 METHODS = ("moe-svd", "mobe")
 CASES = [pytest.param(family, method, id=f"{family}-{method}") for family in CONFIGS for method in METHODS]
