@@ -94,8 +94,11 @@ def on_cpu() -> bool:
 def ask_for_amx() -> None:
     """The kernel's leave to use AMX, where a CPU has it: vLLM's attention in bfloat16 does, and of all that runs before
     only compiling asks. Without, a worker of `--enforce-eager` is killed at the first request (SIGILL)."""
-    if on_cpu() and torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
+    if on_cpu() and torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        init_logger(__name__).warning_once(
+            "d2moe: the operating system refuses AMX to this process; if it is killed at its first request (SIGILL), "
+            "serve with --dtype float32"
+        )
 
 
 def fails_on_cpu() -> str | None:

@@ -132,8 +132,8 @@ TOGETHER: Mapping[str, str] = {
         "engine",
     ),
 }
-"""Beginning of a node id -> the tests that share a server, or a process that has vLLM imported, and so a worker; all
-others are with those of their file."""
+"""Beginning of a node id -> the tests that share a server, or a process that has imported vLLM or transformers and is
+forked, and so a worker; all others are with those of their file."""
 FIRST = (
     "serve",
     "engine",

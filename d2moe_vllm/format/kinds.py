@@ -169,7 +169,12 @@ PROJECTION_DEFAULTS: Mapping[str, Any] = {
 
 
 def projection_of(fields: Mapping[str, Any]) -> Any:
-    """config.json's entry of a projection with its fields as attributes, absent ones by default."""
+    """config.json's entry of a projection with its fields as attributes, absent ones by default.
+
+    Raises ValueError where there are base columns and nothing says how many are used.
+    """
+    if fields.get("kept_columns") and "used_columns" not in fields:
+        raise ValueError(f"kept_columns {fields['kept_columns']} needs used_columns; restore the original config.json")
     storages = {
         name: SimpleNamespace(**{"group_size": GROUP_SIZE, **fields[name]})
         for name in ("base_storage", "delta_storage")

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from offline.errors import InputError
 
+REMEMBERED = 1 << 22
+"""Characters of the longest text whose tokens are remembered."""
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -64,11 +67,12 @@ def load_tokenizer(folder: Path) -> Any:
 def tokenize(folder: Path, text: str) -> Tensor:
     """All tokens of a text, without special tokens, int64 [tokens]; not to be changed.
 
-    What was asked last is remembered: a comparison asks for the same texts row by row. Raises InputError where the
-    model folder has no tokenizer.
+    What was asked last is remembered, but for long texts, which would stay in memory: a comparison asks for the same
+    ones row by row. Raises InputError where the model folder has no tokenizer.
     """
     files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.suffix != ".safetensors"]
-    return _tokens(folder, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files), text)
+    find = _tokens if len(text) <= REMEMBERED else _tokens.__wrapped__
+    return find(folder, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files), text)
 
 
 @functools.lru_cache(maxsize=4)

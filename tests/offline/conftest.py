@@ -1,4 +1,5 @@
-"""A small original of another family than the bundled model's, to be spoilt."""
+"""Models that several files take apart: an original of another family than the bundled model's, and a checkpoint with
+records."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from edits import add_records
 from families import write_family
+from synthetic import Synthetic, write_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +21,12 @@ def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source(olmoe: Path, tmp_path: Path) -> Path:
     """A copy to be spoilt."""
     return shutil.copytree(olmoe, tmp_path / "source")
+
+
+@pytest.fixture(scope="module")
+def with_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint without weights of meaning, with records. Not to be changed but for its statistics."""
+    folder = tmp_path_factory.mktemp("records") / "model"
+    write_checkpoint(folder, Synthetic())
+    add_records(folder, parameters=4_396_160)
+    return folder

@@ -69,6 +69,8 @@ def test_a_projection_has_the_same_fields_with_and_without_pydantic() -> None:
     assert Projection.model_validate(given).model_dump() == {**vars(plain), **given}
     with pytest.raises(ValueError, match="kept_columns 8 needs used_columns"):
         Projection.model_validate({"kept_columns": 8})
+    with pytest.raises(ValueError, match="kept_columns 8 needs used_columns"):
+        projection_of({"kept_columns": 8})
     storage = projection_of({"delta_storage": {"type": "float32"}}).delta_storage
     assert Storage(type="float32").model_dump() == vars(storage)
 

@@ -111,6 +111,23 @@ def test_ours_and_not_ours(content: dict[str, Any], vllm_config: VllmConfig) -> 
     assert config.get_quant_method(torch.nn.Module(), "model.embed_tokens") is None
 
 
+def test_layers_that_stay_dense_refuse_expert_parallelism_on_cpus(
+    content: dict[str, Any], vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own kernel crashes there; a GPU's does not."""
+    content["layers"].pop("2")
+    config = D2MoEConfig.from_config(content)
+    config._checked = True
+    monkeypatch.setattr(vllm_config.parallel_config, "enable_expert_parallel", True)
+    monkeypatch.setattr(vllm_config.parallel_config, "tensor_parallel_size", 2)
+    prefix = "model.layers.{}.block_sparse_moe.experts"
+    with pytest.raises(ValueError, match="layer 2 was left dense, and vLLM's CPU backend does not serve dense experts"):
+        config.get_quant_method(routed_experts(), prefix.format(2))
+    assert isinstance(config.get_quant_method(routed_experts(), prefix.format(1)), D2MoEMethod)
+    monkeypatch.setattr(compat, "on_cpu", lambda: False)
+    assert config.get_quant_method(routed_experts(), prefix.format(2)) is None
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
