@@ -1,5 +1,6 @@
 """Puts tests/, benchmarks/ and examples/ on sys.path, and makes one real compression that all tests share."""
 
+import gc
 import json
 import os
 import sys
@@ -30,6 +31,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
     place = {name: number for number, name in enumerate(tiers.FIRST)}
     items.sort(key=lambda item: place.get(tiers.group(item.nodeid), len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays to the end: no collection of garbage need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

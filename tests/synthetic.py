@@ -103,17 +103,28 @@ def write_checkpoint(folder: Path, what: Synthetic | None = None) -> dict[str, T
     source = load_file(SOURCE / "model.safetensors")
     config = json.loads((SOURCE / "config.json").read_text())
     others = {name: tensor.to(what.dtype) for name, tensor in source.items() if not _compressed(name, what)}
-    experts: dict[str, Tensor] = {}
-    for layer in range(config["num_hidden_layers"]):
-        if layer not in what.dense:
-            for role in NAMES:
-                experts.update(_factor(source, config["num_local_experts"], layer, role, what.layer(layer)))
+    # By its values: most tests want one of the same few, and most of the time goes into their singular values.
+    if repr(what) not in _MADE:
+        _MADE[repr(what)] = _experts(source, config, what)
+    experts = {name: tensor.clone() for name, tensor in _MADE[repr(what)].items()}
     config |= {
         "dtype": str(what.dtype).removeprefix("torch."),
         "auto_map": auto_map("mixtral"),
         "quantization_config": _quantization_config(config, what),
     }
     _write(folder, config, others, experts)
+    return experts
+
+
+_MADE: dict[str, dict[str, Tensor]] = {}
+
+
+def _experts(source: dict[str, Tensor], config: dict[str, Any], what: Synthetic) -> dict[str, Tensor]:
+    experts: dict[str, Tensor] = {}
+    for layer in range(config["num_hidden_layers"]):
+        if layer not in what.dense:
+            for role in NAMES:
+                experts.update(_factor(source, config["num_local_experts"], layer, role, what.layer(layer)))
     return experts
 
 

@@ -11,6 +11,7 @@ import itertools
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -227,14 +228,19 @@ def total_work(plan: Plan) -> float:
     return sweeps
 
 
-def estimate_seconds(plan: Plan) -> float:
-    """A rough wall-clock prediction from a short measurement of this machine's matrix product."""
+@cache
+def _matrix_rate() -> float:
+    """Operations per second of this machine's matrix product; measured once, as a comparison plans row by row."""
     a = torch.randn(1024, 1024)
     a @ a
     start = time.perf_counter()
     for _ in range(4):
         a @ a
-    rate = 4 * 2 * 1024**3 / (time.perf_counter() - start)
+    return 4 * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def estimate_seconds(plan: Plan) -> float:
+    """A rough wall-clock prediction from a short measurement of this machine's matrix product."""
     # Small matrices and memory traffic keep real layers well below the peak.
     efficiency = 0.5
-    return total_work(plan) / (rate * efficiency) / plan.resources.processes + 5
+    return total_work(plan) / (_matrix_rate() * efficiency) / plan.resources.processes + 5

@@ -17,6 +17,14 @@ def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_family(tmp_path_factory.mktemp("olmoe") / "olmoe", "olmoe")
 
 
+@pytest.fixture(scope="session")
+def few_words(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Path:
+    """Enough to calibrate with where it does not matter with what: most of a small run is reading its text."""
+    path = tmp_path_factory.mktemp("words") / "few.txt"
+    path.write_text(texts[0].read_text()[:20_000])
+    return path
+
+
 @pytest.fixture
 def source(olmoe: Path, tmp_path: Path) -> Path:
     """A copy to be spoilt."""

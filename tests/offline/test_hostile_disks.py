@@ -30,10 +30,10 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_read_only_disk_is_refused_before_any_work(olmoe: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_read_only_disk_is_refused_before_any_work(olmoe: Path, few_words: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "ro") as disk:
-        refused(compress(olmoe, disk / "out", texts[0]), str(disk), "not writable")
-        refused(compress(olmoe, tmp_path / "out", texts[0], "--workdir", disk / "work"), str(disk), "Read-only")
+        refused(compress(olmoe, disk / "out", few_words), str(disk), "not writable")
+        refused(compress(olmoe, tmp_path / "out", few_words, "--workdir", disk / "work"), str(disk), "Read-only")
         assert [path.name for path in tmp_path.iterdir()] == ["disk"]
 
 
@@ -55,19 +55,19 @@ POINTS = 24
              for part in range(1, POINTS + 1)]
 )  # fmt: skip
 def test_a_disk_that_is_full_at_any_write_costs_nothing(
-    part: int, olmoe: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: int, olmoe: Path, few_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = Disk(monkeypatch)
-    assert compress(olmoe, tmp_path / "whole", texts[0]).returncode == 0
+    assert compress(olmoe, tmp_path / "whole", few_words).returncode == 0
     total, out = disk.calls, tmp_path / "out"
     assert total > POINTS
     disk.fill(at=total * part // POINTS)
-    done = compress(olmoe, out, texts[0])
+    done = compress(olmoe, out, few_words)
     refused(done, "No space left", "again")
     assert not out.exists()
     assert not (tmp_path / ".out.partial").exists()
     disk.fill(at=0)
-    done = compress(olmoe, out, texts[0])
+    done = compress(olmoe, out, few_words)
     assert done.returncode == 0, done.stderr
     assert digests(out) == digests(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -80,11 +80,11 @@ BROKEN_OFF = {**RECIPES, "no base": {"base": {"kind": "none"}, "delta": {"share_
     "recipe", [name if name == "shared" else pytest.param(name, marks=pytest.mark.slow) for name in BROKEN_OFF]
 )
 def test_a_run_that_is_broken_off_again_and_again_ends_in_the_same_bytes(
-    recipe: str, olmoe: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, olmoe: Path, few_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each time a little later, so that every kind of step is resumed after another one."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(BROKEN_OFF[recipe]))
-    given, disk = (texts[0], "--recipe", tmp_path / "recipe.yaml"), Disk(monkeypatch)
+    given, disk = (few_words, "--recipe", tmp_path / "recipe.yaml"), Disk(monkeypatch)
     assert compress(olmoe, tmp_path / "whole", *given).returncode == 0
     out, breaks = tmp_path / "out", 0
     for at in range(11, 200, 3):
@@ -156,22 +156,22 @@ SPOIL: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", SPOIL)
 @pytest.mark.parametrize("pattern", ["layers/*/facts.safetensors", "layers/*/0000*.safetensors", "hidden-00000.rows"])
 def test_a_damaged_working_folder_is_recognised(
-    pattern: str, damage: str, olmoe: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pattern: str, damage: str, olmoe: Path, few_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No crash of ours leaves such files: each gets its name when it is whole and on disk. Others may."""
     disk, work = Disk(monkeypatch), tmp_path / "out.d2moe-work"
-    assert compress(olmoe, tmp_path / "whole", texts[0]).returncode == 0
+    assert compress(olmoe, tmp_path / "whole", few_words).returncode == 0
     disk.fill(at=disk.calls // 2)
-    refused(compress(olmoe, tmp_path / "out", texts[0]))
+    refused(compress(olmoe, tmp_path / "out", few_words))
     disk.fill(at=0)
     (victim, *_) = work.glob(pattern)
     SPOIL[damage](victim)
-    done = compress(olmoe, tmp_path / "out", texts[0])
+    done = compress(olmoe, tmp_path / "out", few_words)
     if damage == "one bit" and done.returncode == 0:  # in a tensor that nothing is made from: it is never read
         assert digests(tmp_path / "out") == digests(tmp_path / "whole")
         return
     refused(done, str(victim), "fingerprint.json")
     (work / "fingerprint.json").unlink()
-    done = compress(olmoe, tmp_path / "out", texts[0])
+    done = compress(olmoe, tmp_path / "out", few_words)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

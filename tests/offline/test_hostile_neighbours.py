@@ -15,10 +15,10 @@ from hostile import WINDOWS, Disk, compress, digests, refused
 from processes import Compression
 
 
-def test_two_runs_at_once_on_one_result(olmoe: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_runs_at_once_on_one_result(olmoe: Path, few_words: Path, tmp_path: Path) -> None:
     """With a working folder each, so that nothing but the result's name keeps them apart."""
-    assert compress(olmoe, tmp_path / "alone", texts[0]).returncode == 0
-    arguments = ["compress", olmoe, tmp_path / "out", "--ratio", "0.08", "--calibration", texts[0], *WINDOWS]
+    assert compress(olmoe, tmp_path / "alone", few_words).returncode == 0
+    arguments = ["compress", olmoe, tmp_path / "out", "--ratio", "0.08", "--calibration", few_words, *WINDOWS]
     runs = [
         subprocess.Popen(
             [script("d2moe"), *map(str, arguments), "--workdir", str(tmp_path / f"work-{number}")],
@@ -38,27 +38,27 @@ def test_two_runs_at_once_on_one_result(olmoe: Path, texts: tuple[Path, Path], t
 
 
 def test_a_configuration_that_changes_meanwhile_starts_over(
-    source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, few_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = Disk(monkeypatch)
     disk.fill(at=30)
-    refused(compress(source, tmp_path / "out", texts[0]))
+    refused(compress(source, tmp_path / "out", few_words))
     disk.fill(at=0)
     change_config(source, rms_norm_eps=1e-3)
-    done = compress(source, tmp_path / "out", texts[0])
+    done = compress(source, tmp_path / "out", few_words)
     assert done.returncode == 0, done.stderr
     assert "source changed since the interrupted run: starting over" in " ".join(done.stderr.split())
-    assert compress(source, tmp_path / "fresh", texts[0]).returncode == 0
+    assert compress(source, tmp_path / "fresh", few_words).returncode == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
 
 
 GIVEN = ("--ratio", "0.08", *WINDOWS)
 
 
-def test_two_runs_at_once_on_one_working_folder(olmoe: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_runs_at_once_on_one_working_folder(olmoe: Path, few_words: Path, tmp_path: Path) -> None:
     """The second while the first is in the middle of its work, held there: the second says that the first has the lock
     and changes nothing, the first ends well."""
-    given = (*GIVEN, "--calibration", texts[0])
+    given = (*GIVEN, "--calibration", few_words)
     first = Compression(olmoe, tmp_path / "out", *given)
     assert first.wait_for_work()
     first.send(signal.SIGSTOP)
@@ -83,26 +83,26 @@ def change(source: Path) -> None:
 
 
 def test_a_weight_that_changes_between_two_runs_starts_over(
-    source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, few_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = Disk(monkeypatch)
     disk.fill(at=30)
-    refused(compress(source, tmp_path / "out", texts[0]))
+    refused(compress(source, tmp_path / "out", few_words))
     disk.fill(at=0)
     change(source)
-    done = compress(source, tmp_path / "out", texts[0])
+    done = compress(source, tmp_path / "out", few_words)
     assert done.returncode == 0, done.stderr
     assert "source changed since the interrupted run: starting over" in " ".join(done.stderr.split())
-    assert compress(source, tmp_path / "fresh", texts[0]).returncode == 0
+    assert compress(source, tmp_path / "fresh", few_words).returncode == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("moment", ["layers/*/facts.safetensors", "layers/00000/00000.safetensors"])
 def test_a_weight_that_changes_while_it_is_compressed_is_refused(
-    moment: str, source: Path, texts: tuple[Path, Path], tmp_path: Path
+    moment: str, source: Path, few_words: Path, tmp_path: Path
 ) -> None:
     """In the first layer's work, and in the last one's. The same command then starts over."""
-    given = (*GIVEN, "--calibration", texts[0])
+    given = (*GIVEN, "--calibration", few_words)
     run = Compression(source, tmp_path / "out", *given)
     assert run.wait_for(lambda: list(run.work.glob(moment)))
     run.send(signal.SIGSTOP)

@@ -72,18 +72,18 @@ CASES = [
 
 @pytest.mark.parametrize(("oddity", "recipe"), CASES)
 def test_odd_weights_give_a_finite_result(
-    oddity: str, recipe: str, source: Path, texts: tuple[Path, Path], tmp_path: Path
+    oddity: str, recipe: str, source: Path, few_words: Path, tmp_path: Path
 ) -> None:
     edit(source, ODDITIES[oddity])
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPES[recipe]))
-    done = compress(source, tmp_path / "out", texts[0], "--recipe", tmp_path / "recipe.yaml")
+    done = compress(source, tmp_path / "out", few_words, "--recipe", tmp_path / "recipe.yaml")
     assert done.returncode == 0, done.stderr
     stats = finite_result(source, tmp_path / "out")
     if oddity == "never routed":
         assert all(layer["tokens"][5] == 0 for layer in stats["layers"].values())
 
 
-def test_weights_at_the_end_of_float16(source: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_weights_at_the_end_of_float16(source: Path, few_words: Path, tmp_path: Path) -> None:
     """Balanced factors stay far below what float16 holds; a delta that is kept as it is does not."""
 
     def extreme(tensors: dict[str, Tensor]) -> None:
@@ -96,11 +96,11 @@ def test_weights_at_the_end_of_float16(source: Path, texts: tuple[Path, Path], t
                 tensor.mul_(1e-6)  # activations that float32 can hold
 
     edit(source, extreme)
-    done = compress(source, tmp_path / "out", texts[0])
+    done = compress(source, tmp_path / "out", few_words)
     assert done.returncode == 0, done.stderr
     finite_result(source, tmp_path / "out")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPES["ties, prune"]))
-    done = compress(source, tmp_path / "other", texts[0], "--recipe", tmp_path / "recipe.yaml")
+    done = compress(source, tmp_path / "other", few_words, "--recipe", tmp_path / "recipe.yaml")
     refused(done, "layer 1", "NaN or infinite")
     assert not (tmp_path / "other").exists()
 
@@ -112,16 +112,16 @@ def test_weights_at_the_end_of_float16(source: Path, texts: tuple[Path, Path], t
      "model.embed_tokens.weight", "lm_head.weight"],
 )  # fmt: skip
 def test_a_weight_that_is_no_number_is_named(
-    name: str, value: float, source: Path, texts: tuple[Path, Path], tmp_path: Path
+    name: str, value: float, source: Path, few_words: Path, tmp_path: Path
 ) -> None:
     edit(source, lambda tensors: tensors[name].view(-1)[7:8].fill_(value))
-    refused(compress(source, tmp_path / "out", texts[0]), name, "NaN or infinite")
+    refused(compress(source, tmp_path / "out", few_words), name, "NaN or infinite")
     assert not (tmp_path / "out").exists()
 
 
-def test_activations_that_overflow_are_said_so(source: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_activations_that_overflow_are_said_so(source: Path, few_words: Path, tmp_path: Path) -> None:
     edit(source, lambda tensors: [tensors[name].mul_(1e15) for name in tensors if name.startswith(EXPERT[:14])])
-    refused(compress(source, tmp_path / "out", texts[0]), "layer", "text")
+    refused(compress(source, tmp_path / "out", few_words), "layer", "text")
     assert not (tmp_path / "out").exists()
 
 
@@ -176,13 +176,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_original_is_refused(name: str, shards: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_damaged_original_is_refused(name: str, shards: Path, few_words: Path, tmp_path: Path) -> None:
     assert d2moe_here("plan", shards, "--ratio", "0.08").returncode == 0
     damage, fragment = DAMAGES[name]
     damage(shards)
     before = sorted(tmp_path.iterdir())
     refused(d2moe_here("plan", shards, "--ratio", "0.08"), fragment)
-    refused(compress(shards, tmp_path / "out", texts[0]), fragment)
+    refused(compress(shards, tmp_path / "out", few_words), fragment)
     assert sorted(tmp_path.iterdir()) == before
 
 
