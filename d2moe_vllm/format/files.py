@@ -127,26 +127,37 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
 
     Raises CheckpointError for a missing, truncated or damaged file.
     """
+    return {name: spec for name, (spec, _) in read_places(path).items()}
+
+
+def read_places(path: Path) -> dict[str, tuple[TensorSpec, int]]:
+    """What `read_header` says, each with the byte of the file at which the tensor begins. Raises likewise."""
     from safetensors import SafetensorError, safe_open
 
     try:
         refuse_special(path)
-        _refuse_names_twice(path)
+        begins = _begins(path)
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return {name: TensorSpec(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            return {n: (TensorSpec(s.get_dtype(), tuple(s.get_shape())), begins[n]) for n, s in slices.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: weight file {path.name} is missing; copy it again") from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or truncated ({error}); copy it again") from None
 
 
-def _refuse_names_twice(path: Path) -> None:
-    """Of a tensor that a header has twice the library takes the last. Raises ValueError, RecursionError, OSError."""
+def _begins(path: Path) -> dict[str, int]:
+    """Where tensors begin, or nothing where the library is to say what is wrong; what it does not see, a tensor that a
+    header has twice, of which it takes the last, is refused. Raises ValueError, RecursionError, OSError."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size <= min(MAX_HEADER, path.stat().st_size):  # else the library says what is wrong
-            _strict_json(file.read(size))
+        if size > min(MAX_HEADER, path.stat().st_size):
+            return {}
+        header = _strict_json(file.read(size))
+    try:
+        return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return {}
 
 
 def _names(names: Iterable[str], limit: int = 3) -> str:

@@ -7,6 +7,7 @@ before any work is done) and tensors are appended one at a time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,18 +18,18 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2moe_vllm.format.config import INDEX_FILE, CheckpointError, FileEntry
-from d2moe_vllm.format.files import read_header, read_weight_map
+from d2moe_vllm.format.files import read_places, read_weight_map
 from d2moe_vllm.format.kinds import DTYPE_BYTES, TensorSpec
 
 SHARD_BYTES = 5_000_000_000
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 
@@ -49,8 +50,9 @@ class Reader:
         self.weight_map = read_weight_map(folder)
         self.files = sorted(set(self.weight_map.values()))
         self.specs: dict[str, TensorSpec] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], dict[str, tuple[TensorSpec, int]]]] = {}
         for file in self.files:
-            for name, spec in read_header(folder / file).items():
+            for name, (spec, _) in self._places(file).items():
                 if self.weight_map.get(name) != file:
                     raise CheckpointError(f"{folder / file}: tensor {name} is not where {INDEX_FILE} says; copy again")
                 if spec.dtype not in DTYPE_BYTES:
@@ -69,13 +71,36 @@ class Reader:
         return sum(spec.numel for spec in self.specs.values())
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in its stored dtype. Raises CheckpointError where the file is damaged."""
-        path = self.folder / self.weight_map[name]
+        """One tensor, in its stored dtype: a view of the file, whose pages are read when they are used and are given
+        back with it. Raises CheckpointError where the file is damaged.
+
+        Not by the library's own `safe_open`, which reads the header again for each tensor: most of the time of reading
+        a small one, and of a file with hundreds.
+        """
+        file = self.weight_map[name]
         try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {name} cannot be read ({error}); copy the file again") from None
+            spec, begin = self._places(file)[name]
+            dtype = TORCH_DTYPES[spec.dtype]
+            if not spec.nbytes:
+                return torch.empty(spec.shape, dtype=dtype)
+            mapped = torch.UntypedStorage.from_file(str(self.folder / file), False, begin + spec.nbytes)
+            if begin % dtype.itemsize:
+                stored = torch.empty(0, dtype=torch.uint8).set_(mapped, begin, (spec.nbytes,), (1,)).clone().view(dtype)
+                return stored.view(spec.shape)
+            flat = torch.empty(0, dtype=dtype).set_(mapped, begin // dtype.itemsize, (spec.numel,), (1,))
+            return flat.view(spec.shape)
+        except (KeyError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder / file}: {name} cannot be read ({error}); copy it again") from None
+
+    def _places(self, file: str) -> dict[str, tuple[TensorSpec, int]]:
+        """A file's header, which is read again when the file is another one than it was."""
+        state: tuple[int, ...] = ()
+        with contextlib.suppress(OSError):  # read_places says what is wrong
+            status = (self.folder / file).stat()
+            state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        if file not in self._headers or self._headers[file][0] != state:
+            self._headers[file] = state, read_places(self.folder / file)
+        return self._headers[file][1]
 
     def finite(self, name: str) -> Tensor:
         """One tensor that is to be computed with. Raises CheckpointError where it holds a NaN or infinity."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2moe_vllm.format.config import CheckpointError
@@ -86,24 +85,17 @@ class SourceReader(Reader):
 
         Raises CheckpointError where it holds a NaN or infinity.
         """
+        stored = super().tensor(name)
         if name in self._scales:
             stack = where[:1] if isinstance(where[0], int) else (slice(None),)
-            matrix = self._dequantise(self._slice(name, stack), self._slice(self._scales[name], stack))
+            matrix = self._dequantise(stored[stack], super().tensor(self._scales[name])[stack])
             part = matrix[where[1:] if isinstance(where[0], int) else where]
         else:
-            part = self._slice(name, where)
+            part = stored[where]
         if not torch.isfinite(part).all():
             path = self.folder / self.weight_map[name]
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values; download the file again")
         return part
-
-    def _slice(self, name: str, where: tuple[int | slice, ...]) -> Tensor:
-        path = self.folder / self.weight_map[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_slice(name)[where]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {name} cannot be read ({error}); copy the file again") from None
 
     def _dequantise(self, weight: Tensor, scale: Tensor) -> Tensor:
         assert self._blocks is not None

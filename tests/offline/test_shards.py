@@ -51,6 +51,44 @@ def test_what_is_written_is_what_is_read(tmp_path_factory: pytest.TempPathFactor
     reader = Reader(folder)
     assert reader.nbytes == sum(shard.nbytes for shard in plan)
     assert reader.specs == specs_of(made)
+    assert all(torch.equal(reader.tensor(n), made[n]) and reader.tensor(n).dtype == made[n].dtype for n in made)
+
+
+def test_a_reader_reads_what_the_library_reads(tmp_path: Path) -> None:
+    """Every dtype, wherever it lies: the library aligns a header to eight bytes, other writers need not."""
+    bits = torch.arange(1, 97, dtype=torch.uint8)
+    made = {name: bits.clone().view(dtype).view(2, -1) for name, dtype in TORCH_DTYPES.items() if name != "BOOL"}
+    made |= {"BOOL": bits.bool(), "scalar": torch.tensor(1.5), "empty": torch.empty(3, 0, 2)}
+    save_file(made, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    data = (tmp_path / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    for spaces in range(9):
+        odd = (size + spaces).to_bytes(8, "little") + data[8 : 8 + size] + b" " * spaces + data[8 + size :]
+        (tmp_path / "model.safetensors").write_bytes(odd)
+        reader, expected = Reader(tmp_path), load_file(tmp_path / "model.safetensors")
+        for name, tensor in expected.items():
+            found = reader.tensor(name)
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert found.flatten().view(torch.uint8).tolist() == tensor.flatten().view(torch.uint8).tolist()
+
+
+def test_a_file_that_changes_under_a_reader_is_read_as_it_is_now(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(8), "b": torch.zeros(8)}, tmp_path / "model.safetensors")
+    reader = Reader(tmp_path)
+    assert reader.tensor("a").sum() == 8
+    save_file({"b": torch.zeros(8), "a": torch.full((9,), 2.0)}, tmp_path / "new")
+    (tmp_path / "new").replace(tmp_path / "model.safetensors")
+    assert torch.equal(reader.tensor("a"), torch.full((9,), 2.0))
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-8])
+    with pytest.raises(CheckpointError, match="truncated"):
+        reader.tensor("a")
+    save_file({"b": torch.zeros(8)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="a cannot be read"):
+        reader.tensor("a")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        reader.tensor("a")
 
 
 def test_bytes_are_the_librarys_own(tmp_path: Path) -> None:
