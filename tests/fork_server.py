@@ -7,6 +7,7 @@ runs in, and, once it has ended, its exit code.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -21,6 +22,8 @@ def main() -> None:
     os.dup2(2, 1)  # what imports print is no answer
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection of garbage in a forked process need not look at what was imported
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             code = run(json.loads(line))

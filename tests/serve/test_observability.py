@@ -22,6 +22,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
+from d2moe_vllm.observability.recorder import INTERVAL
 from offline.compare.server import Server
 
 LAYERS, TOP_K, EXPERTS = 4, 2, 8
@@ -50,7 +51,7 @@ def settled(server: Server) -> dict[tuple[int, int], int]:
     """Once nothing changes any more: what was counted last is written within INTERVAL."""
     counts, deadline = tokens(server), time.monotonic() + 120
     while True:
-        time.sleep(3)
+        time.sleep(INTERVAL + 0.3)
         before, counts = counts, tokens(server)
         if counts == before:
             return counts
@@ -174,31 +175,33 @@ def shown_tokens(tab: Any) -> dict[int, int]:
     return {int(expert): int(count.replace(",", "")) for expert, count in rows}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_shows_the_numbers_and_refreshes_them(
-    server: Server, client: OpenAI, browser: Any, problems: list[str], scheme: str
+    server: Server, client: OpenAI, browser: Any, problems: list[str]
 ) -> None:
+    """In light and in dark, at once."""
     counts = settled(server)
     url = f"http://127.0.0.1:{server.port}/v1/d2moe"
-    tab = open_page(browser, url, problems, client.api_key, color_scheme=scheme)
+    tabs = [open_page(browser, url, problems, client.api_key, color_scheme=scheme) for scheme in ("light", "dark")]
     info = json.loads(get(server, "/v1/d2moe/info", client.api_key))
-    assert tab.locator("h1").text_content() == info["model"] == "tiny"
-    cells = tab.locator("#t-sizes td").all_text_contents()
     sizes = (info["source"]["bytes"], info["bytes"], info["experts"]["dense_parameters"], info["experts"]["parameters"])
-    assert [int(cells[i].replace(",", "")) for i in (1, 2, 4, 5)] == list(sizes)
     ranks = [[n, *(str(layer[role]["rank"]) for role in ("gate", "up", "down"))] for n, layer in info["layers"].items()]
-    assert tab.locator("#t-ranks td").all_text_contents() == [cell for row in ranks for cell in row]
     total = {expert: sum(counts[layer, expert] for layer in range(LAYERS)) for expert in range(EXPERTS)}
-    assert shown_tokens(tab) == total
-    # One layer of them, by keyboard.
-    tab.locator("#group").focus()
-    tab.keyboard.press("ArrowDown")
-    assert shown_tokens(tab) == {expert: counts[0, expert] for expert in range(EXPERTS)}
+    for tab in tabs:
+        assert tab.locator("h1").text_content() == info["model"] == "tiny"
+        cells = tab.locator("#t-sizes td").all_text_contents()
+        assert [int(cells[i].replace(",", "")) for i in (1, 2, 4, 5)] == list(sizes)
+        assert tab.locator("#t-ranks td").all_text_contents() == [cell for row in ranks for cell in row]
+        assert shown_tokens(tab) == total
+        # One layer of them, by keyboard.
+        tab.locator("#group").focus()
+        tab.keyboard.press("ArrowDown")
+        assert shown_tokens(tab) == {expert: counts[0, expert] for expert in range(EXPERTS)}
     complete(client, list(range(30, 50)), 8)
     grown = sum(counts[0, expert] for expert in range(EXPERTS)) + (20 + 8 - 1) * TOP_K
-    tab.get_by_text(f"{grown:,} in all", exact=True).wait_for(timeout=30_000)
+    for tab in tabs:
+        tab.get_by_text(f"{grown:,} in all", exact=True).wait_for(timeout=30_000)
+        tab.context.close()
     assert problems == []
-    tab.context.close()
 
 
 def test_the_page_fits_a_phone_and_has_words_for_its_pictures(
