@@ -19,7 +19,8 @@ WIDTHS = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2}
 CONFIG, INDEX, MANIFEST = "config.json", "model.safetensors.index.json", "d2moe_manifest.json"
 ROLES = ("gate", "up", "down")
 PROJECTION_DEFAULTS = {
-    "base_rank": 0, "delta": "factors", "shared_v": False, "distinct_u": 0, "bases": 0, "function": None,
+    "rank": 0, "kept_columns": 0, "base_rank": 0, "delta": "factors", "shared_v": False, "distinct_u": 0, "bases": 0,
+    "function": None,
 }  # fmt: skip
 
 
@@ -97,6 +98,8 @@ def quantization(config: Any) -> dict[str, Any]:
             for role in ROLES:
                 if isinstance(layer.get(role), dict):
                     layer[role] = {**PROJECTION_DEFAULTS, **layer[role]}
+                    if not layer[role]["kept_columns"]:  # else it has to be there
+                        layer[role].setdefault("used_columns", 0)
     return found
 
 
