@@ -74,12 +74,12 @@ class Streams:
             self.ended[number] = type(error).__name__
 
     def all_in_the_middle(self) -> bool:
-        """Waits until every stream has begun; whether none is near its end, which may be on its way already."""
+        """Waits until every stream has begun; whether none has ended, or is near its end, which may be on its way."""
         deadline = time.monotonic() + 120
         while min(self.chunks) < 3:
             assert time.monotonic() < deadline, (self.chunks, self.ended)
             time.sleep(0.01)
-        return max(self.chunks) < 0.6 * TOKENS / AT_ONCE
+        return not any(self.ended) and max(self.chunks) < 0.6 * TOKENS / AT_ONCE
 
     def join(self) -> None:
         for thread in self.threads:

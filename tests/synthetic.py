@@ -96,6 +96,10 @@ def mixed(function: str = "silu", **changes: Any) -> Synthetic:
     return Synthetic(special=special, dense=(3,), **changes)
 
 
+_MADE: dict[str, dict[str, Tensor]] = {}
+"""A Synthetic's repr -> its experts: most tests want one of the same few, and singular values take most of the time."""
+
+
 def write_checkpoint(folder: Path, what: Synthetic | None = None) -> dict[str, Tensor]:
     """Writes a compressed checkpoint in two shards; returns its expert tensors by name."""
     what = what or Synthetic()
@@ -103,7 +107,6 @@ def write_checkpoint(folder: Path, what: Synthetic | None = None) -> dict[str, T
     source = load_file(SOURCE / "model.safetensors")
     config = json.loads((SOURCE / "config.json").read_text())
     others = {name: tensor.to(what.dtype) for name, tensor in source.items() if not _compressed(name, what)}
-    # By its values: most tests want one of the same few, and most of the time goes into their singular values.
     if repr(what) not in _MADE:
         _MADE[repr(what)] = _experts(source, config, what)
     experts = {name: tensor.clone() for name, tensor in _MADE[repr(what)].items()}
@@ -114,9 +117,6 @@ def write_checkpoint(folder: Path, what: Synthetic | None = None) -> dict[str, T
     }
     _write(folder, config, others, experts)
     return experts
-
-
-_MADE: dict[str, dict[str, Tensor]] = {}
 
 
 def _experts(source: dict[str, Tensor], config: dict[str, Any], what: Synthetic) -> dict[str, Tensor]:

@@ -142,6 +142,8 @@ def read_places(path: Path) -> dict[str, tuple[TensorSpec, int]]:
             return {n: (TensorSpec(s.get_dtype(), tuple(s.get_shape())), begins[n]) for n, s in slices.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: weight file {path.name} is missing; copy it again") from None
+    except KeyError as name:  # the file was exchanged between the two readings
+        raise CheckpointError(f"{path}: {name} was not there a moment ago; read it again") from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or truncated ({error}); copy it again") from None
 

@@ -1,5 +1,5 @@
-"""Models that several files take apart: an original of another family than the bundled model's, and a checkpoint with
-records."""
+"""What several files of this folder share: an original of another family than the bundled model's, a short text, and a
+checkpoint with records."""
 
 from __future__ import annotations
 

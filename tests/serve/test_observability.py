@@ -200,8 +200,9 @@ def test_the_page_shows_the_numbers_and_refreshes_them(
     grown = sum(counts[0, expert] for expert in range(EXPERTS)) + (20 + 8 - 1) * TOP_K
     for tab in tabs:
         tab.get_by_text(f"{grown:,} in all", exact=True).wait_for(timeout=30_000)
-        tab.context.close()
     assert problems == []
+    for tab in tabs:
+        tab.context.close()
 
 
 def test_the_page_fits_a_phone_and_has_words_for_its_pictures(
