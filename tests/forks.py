@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+TORCH = ("torch",)
 TRANSFORMERS = ("torch", "transformers.models.auto.modeling_auto", "transformers.modeling_utils")
 VLLM = ("vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.entrypoints.llm")
 """Nothing of ours: whether our modules are imported, and when, is what such code is about."""

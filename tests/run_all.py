@@ -21,6 +21,8 @@ from places import ROOT, code_hash
 RESULTS = ROOT / "build" / "test-all"
 ALONE = ("tests/deploy/test_rehearsal.py", "tests/serve/test_bench_server.py", "tests/serve/test_load.py")
 """Test files that measure times or memory of the whole machine: run after all others, one by one."""
+FIRST = ("tests/serve/test_faults.py", "tests/serve/test_observability.py")
+"""What takes longest, so that no core waits for it at the end."""
 DOCUMENTS = ["README.md", "SECURITY.md", "CHANGELOG.md", "docs"]
 """What tests/docs reads: only its records are of these too."""
 
@@ -87,7 +89,8 @@ def main(arguments: list[str]) -> int:
             records[name] = folder / f"{name.replace('/', '.')}{of}.xml"
     left = [name for name, record in records.items() if (known := counts(record)) is None or known["failed"]]
     with ThreadPoolExecutor(2) as workers:
-        running = [workers.submit(run, ROOT / name, records[name]) for name in left if name not in ALONE]
+        order = sorted((name for name in left if name not in ALONE), key=lambda name: name not in FIRST)
+        running = [workers.submit(run, ROOT / name, records[name]) for name in order]
         try:
             for one in as_completed(running):
                 one.result()

@@ -42,6 +42,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/ops/test_triton.py::test_the_same_bits_on_every_call*",
         "tests/ops/test_triton_tune.py::test_a_real_layer_is_tuned",
         "tests/ops/test_triton_mixed.py::test_such_layers_are_checked_when_a_model_is_loaded*",
+        "tests/ops/test_triton.py::test_selection_is_the_references[[]*70-5-2-token]",
     ),
     "kills, interrupts and fills disks once more; the fast tier has one of each kind": (
         "tests/offline/test_compress.py::test_a_killed_run_ends_in_the_same_bytes[[]*merged.safetensors]",
@@ -91,6 +92,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/offline/test_bench.py::test_the_bench_compares_both_sides[[]float64]",
         "tests/offline/test_hostile_weights.py::test_odd_weights_give_a_finite_result[[]identical experts-default]",
         "tests/offline/test_report.py::test_every_variant_of_the_format_has_a_report[[]what2-*",
+        "tests/offline/test_report_page.py::test_it_fits_and_is_accessible[[]1280-light]",
         # Their worse cases stay: all experts zero, large float16.
         "tests/offline/test_hostile_weights.py::test_odd_weights_give_a_finite_result[[]as it is-default]",
         "tests/offline/test_hostile_weights.py::test_odd_weights_give_a_finite_result[[]one expert zero-default]",
@@ -106,6 +108,7 @@ TOGETHER: Mapping[str, str] = {
         (
             "tests/docs/",
             "tests/offline/test_families.py",
+            "tests/offline/test_report.py",
             "tests/plugin/test_quantizer.py",
             "tests/plugin/test_transformers.py",
         ),
@@ -141,9 +144,9 @@ FIRST = (
     "tests/offline/test_matrix.py",
     "killed",
     "tests/ops/test_triton.py",
-    "tests/offline/test_report.py",
     "tests/offline/test_exact.py",
     "tests/offline/test_compare.py",
+    "tests/offline/test_report_page.py",
 )
 """What takes longest, so that it is not what one worker is left with at the end."""
 

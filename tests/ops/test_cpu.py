@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -156,8 +156,8 @@ def test_the_core_is_clean_under_sanitizers(tmp_path: Path, sanitizers: str) -> 
 )
 def test_without_a_compiler_it_falls_back_and_says_why(environment: dict[str, str], words: str, tmp_path: Path) -> None:
     code = "from d2moe_vllm.ops import choose_backend; print(*choose_backend('cpu'), sep='|')"
-    env = {**os.environ, "D2MOE_CACHE": str(tmp_path), **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    done = forks.python(code, imports=forks.TORCH, env={"D2MOE_CACHE": str(tmp_path), **environment})
+    assert done.returncode == 0, done.stderr
     name, reason = done.stdout.strip().split("|")
     assert name == "reference"
     assert words in reason

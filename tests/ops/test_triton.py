@@ -5,10 +5,9 @@ In Triton's interpreter on CPU tensors; the same on a GPU, where there is one, i
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -295,8 +294,8 @@ def test_a_gpu_gets_it_and_others_do_not_import_triton() -> None:
     assert choose_backend("cuda") == ("triton", None)
     assert "triton" not in {choose_backend(device)[0] for device in ("cpu", "mps", "xpu")}
     code = "import sys, torch; known = {*sys.modules}; import d2moe_vllm.ops; print('triton' in {*sys.modules} - known)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    done = forks.python(code, imports=forks.TORCH)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -308,6 +307,6 @@ def test_a_gpu_gets_it_and_others_do_not_import_triton() -> None:
 )
 def test_without_what_it_needs_it_falls_back_and_says_why(prepare: str, words: str) -> None:
     code = f"import os, sys; from d2moe_vllm.ops import choose_backend; {prepare}; print(*choose_backend('cuda'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = forks.python(code, imports=forks.TORCH)
     assert done.stdout.startswith("reference backend 'triton' cannot be used: " + words)
     assert BACKENDS["triton"].devices == ("cuda",)
