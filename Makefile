@@ -4,7 +4,7 @@ export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup lock demo test test-all kernels test-gpu quality picture compare-tables
-.PHONY: bench bench-layer bench-mobe bench-server bench-peers bench-offline roofline lint audit format clean
+.PHONY: bench bench-layer bench-against bench-mobe bench-server bench-peers bench-offline roofline lint audit format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ compare-tables: setup ## Measure the tables of docs/comparison.md anew (needs ..
 
 bench-layer: setup ## Time a layer on this CPU beside vLLM's dense one (ARGS="--shapes Mixtral-8x7B")
 	@.venv/bin/python benchmarks/bench_layer.py $(ARGS)
+
+bench-against: setup ## Time a layer on this CPU beside another commit's (ARGS="HEAD~1 --pairs 15")
+	@.venv/bin/python benchmarks/bench_against.py $(ARGS)
 
 bench-mobe: setup ## Time a layer of MoBE on this CPU beside the dense one (ARGS="--ratios 0.5")
 	@.venv/bin/python benchmarks/bench_mobe.py $(ARGS)
