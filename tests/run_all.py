@@ -1,8 +1,9 @@
-"""Runs every test that needs no GPU, one pytest per test file, two at a time, and continues where it was interrupted.
+"""Runs every test that needs no GPU, one pytest per unit, two at a time, and continues where it was interrupted.
 
-The JUnit file pytest leaves when a test file has ended is the record of it: build/test-all/<hash of the code>/ holds
-one per test file, and a file whose record has no failure is not run again. Any change to the code starts afresh. The
-table of all results is build/test-all/results.md. Arguments are test files or folders (default: tests).
+A unit is a test file, or the files that share a server. The JUnit file that pytest leaves when a unit has ended is the
+record of it: build/test-all/<hash of the code>/ holds one per unit; one whose record has no failure is not run again.
+Any change to the code starts afresh. The table of all results is build/test-all/results.md. Arguments are test files or
+folders (default: tests).
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from places import ROOT, code_hash
 RESULTS = ROOT / "build" / "test-all"
 ALONE = ("tests/deploy/test_rehearsal.py", "tests/serve/test_bench_server.py", "tests/serve/test_load.py")
 """Test files that measure times or memory of the whole machine: run after all others, one by one."""
-FIRST = ("tests/serve/test_faults.py", "tests/serve/test_observability.py")
-"""What takes longest, so that no core waits for it at the end."""
+FIRST = ("tests/serve/test_faults.py", "tests/serve/test_dashboard.py")
+"""Units that take longest, so that no core waits for one at the end."""
+SHARING = tuple(f"tests/serve/test_{name}.py" for name in ("dashboard", "lm_eval", "observability", "openai", "schema"))
+"""Test files that ask the same server, which takes minutes to compile."""
 DOCUMENTS = ["README.md", "SECURITY.md", "CHANGELOG.md", "docs"]
 """What tests/docs reads: only its records are of these too."""
 
@@ -47,14 +50,15 @@ def counts(record: Path) -> dict[str, float] | None:
     }
 
 
-def run(test_file: Path, record: Path) -> None:
+def run(names: tuple[str, ...], record: Path) -> None:
+    """A unit of test files, relative to ROOT."""
     partial = record.with_suffix(".partial")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", f"--junitxml={partial}", str(test_file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", f"--junitxml={partial}", *names]
     done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(f"== {test_file.relative_to(ROOT)}\n{done.stdout}", flush=True)  # at once: two at a time would be mixed
-    # 0 passed, 1 some failed, 5 nothing selected: the file was run to its end, all else is not a result.
+    print(f"== {' '.join(names)}\n{done.stdout}", flush=True)  # at once: two at a time would be mixed
+    # 0 passed, 1 some failed, 5 nothing selected: the unit was run to its end, all else is not a result.
     if done.returncode not in (0, 1, 5):
-        raise BrokenOffError(f"pytest broke off with exit code {done.returncode} in {test_file}")
+        raise BrokenOffError(f"pytest broke off with exit code {done.returncode} in {' '.join(names)}")
     partial.replace(record)
 
 
@@ -81,16 +85,16 @@ def main(arguments: list[str]) -> int:
     code, documents = code_hash(), code_hash(DOCUMENTS)
     folder = RESULTS / code
     folder.mkdir(parents=True, exist_ok=True)
-    records: dict[str, Path] = {}
-    for chosen in [Path(argument).resolve() for argument in arguments or [str(ROOT / "tests")]]:
-        for test_file in [chosen] if chosen.is_file() else sorted(chosen.rglob("test_*.py")):
-            name = test_file.relative_to(ROOT).as_posix()
-            of = f".{documents}" if name.startswith("tests/docs/") else ""
-            records[name] = folder / f"{name.replace('/', '.')}{of}.xml"
-    left = [name for name, record in records.items() if (known := counts(record)) is None or known["failed"]]
+    chosen = [Path(argument).resolve() for argument in arguments or [str(ROOT / "tests")]]
+    files = [file for one in chosen for file in ([one] if one.is_file() else sorted(one.rglob("test_*.py")))]
+    records: dict[tuple[str, ...], Path] = {}
+    for unit in units([file.relative_to(ROOT).as_posix() for file in files]):
+        of = f".{documents}" if unit[0].startswith("tests/docs/") else ""
+        records[unit] = folder / f"{'+'.join(unit).replace('/', '.')}{of}.xml"
+    left = [unit for unit, record in records.items() if (known := counts(record)) is None or known["failed"]]
     with ThreadPoolExecutor(2) as workers:
-        order = sorted((name for name in left if name not in ALONE), key=lambda name: name not in FIRST)
-        running = [workers.submit(run, ROOT / name, records[name]) for name in order]
+        order = sorted((unit for unit in left if unit[0] not in ALONE), key=lambda unit: unit[0] not in FIRST)
+        running = [workers.submit(run, unit, records[unit]) for unit in order]
         try:
             for one in as_completed(running):
                 one.result()
@@ -98,17 +102,23 @@ def main(arguments: list[str]) -> int:
         except BaseException:
             workers.shutdown(cancel_futures=True)
             raise
-    for name in left:
-        if name in ALONE:
-            run(ROOT / name, records[name])
+    for unit in left:
+        if unit[0] in ALONE:
+            run(unit, records[unit])
     results = write(records, code)
     print((RESULTS / "results.md").read_text() if results else "no test files found")
     return 0 if results and not any(row["failed"] for row in results.values()) else 1
 
 
-def write(records: dict[str, Path], code: str) -> dict[str, dict[str, float]]:
-    """The table of all test files that have ended, which it returns."""
-    results = {name: known for name, record in records.items() if (known := counts(record)) is not None}
+def units(names: list[str]) -> list[tuple[str, ...]]:
+    """What one pytest runs: files that share a server together, every other by itself."""
+    sharing = tuple(name for name in SHARING if name in names)
+    return [*([sharing] if sharing else []), *((name,) for name in names if name not in sharing)]
+
+
+def write(records: dict[tuple[str, ...], Path], code: str) -> dict[str, dict[str, float]]:
+    """The table of all units that have ended, which it returns."""
+    results = {" ".join(unit): known for unit, record in records.items() if (known := counts(record)) is not None}
     (RESULTS / "results.md").write_text(table(results, code))
     return results
 

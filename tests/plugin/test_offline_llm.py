@@ -132,18 +132,17 @@ def test_layers_that_stay_dense_and_projections_without_base_or_deltas(folder: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", ["bfloat16", "float16"])
-def test_half_precision_deviates_from_float32_no_more_than_stock_vllm(folder: Path, half: str) -> None:
+@pytest.mark.parametrize(("half", "eager"), [("bfloat16", False), ("float16", True)])
+def test_half_precision_deviates_from_float32_no_more_than_stock_vllm(folder: Path, half: str, eager: bool) -> None:
     run = folder / half
     write_checkpoint(run / "checkpoint", Synthetic())
     write_dense(run / "checkpoint", run / "dense", torch.float32)
     deviation = {}
     for name, model in (("ours", run / "checkpoint"), ("stock", run / "dense")):
         scores = [
-            torch.tensor(
-                [p for r in generate(run / f"{name}-{dtype}", model, dtype=dtype) for p in r["prompt_logprobs"]]
-            )
+            torch.tensor([probability for answer in answers for probability in answer["prompt_logprobs"]])
             for dtype in ("float32", half)
+            for answers in [generate(run / f"{name}-{dtype}", model, dtype=dtype, enforce_eager=eager)]
         ]
         deviation[name] = float((scores[1] - scores[0]).square().mean().sqrt())
     print(deviation)
