@@ -1,14 +1,17 @@
 """Runs every test that needs no GPU, one pytest per unit, two at a time, and continues where it was interrupted.
 
-A unit is a test file, or the files that share a server. The JUnit file that pytest leaves when a unit has ended is the
-record of it: build/test-all/<hash of the code>/ holds one per unit; one whose record has no failure is not run again.
-Any change to the code starts afresh. The table of all results is build/test-all/results.md. Arguments are test files or
-folders (default: tests).
+A unit is a test file, or some that share a server or are short. The JUnit file that pytest leaves when a unit has ended
+is the record of it: build/test-all/<hash of the code>/ holds one per unit; one whose record has no failure is not run
+again. Any change to the code starts afresh. The table of all results is build/test-all/results.md. Arguments are test
+files or folders (default: tests).
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,6 +29,9 @@ FIRST = ("tests/serve/test_faults.py", "tests/serve/test_dashboard.py")
 """Units that take longest, so that no core waits for one at the end."""
 SHARING = tuple(f"tests/serve/test_{name}.py" for name in ("dashboard", "lm_eval", "observability", "openai", "schema"))
 """Test files that ask the same server, which takes minutes to compile."""
+SHORT = ("tests/deploy", "tests/docs", "tests/offline", "tests/ops")
+"""Folders whose files run CHUNK by one pytest: to start it takes longer than most of them."""
+CHUNK = 5
 DOCUMENTS = ["README.md", "SECURITY.md", "CHANGELOG.md", "docs"]
 """What tests/docs reads: only its records are of these too."""
 
@@ -34,20 +40,27 @@ class BrokenOffError(Exception):
     """pytest ended without a result."""
 
 
-def counts(record: Path) -> dict[str, float] | None:
-    """What a record says; None where the test file has not ended yet."""
+def counts(record: Path) -> dict[str, dict[str, float]] | None:
+    """What a record says of each of its test files; None where the unit has not ended yet."""
     if not record.exists():
         return None
-    suite = ElementTree.parse(record).find("testsuite")
-    assert suite is not None
-    total, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
-    failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
-    return {
-        "passed": total - skipped - failed,
-        "skipped": skipped,
-        "failed": failed,
-        "seconds": float(suite.attrib["time"]),
-    }
+    found: dict[str, dict[str, float]] = {}
+    for case in ElementTree.parse(record).iter("testcase"):
+        # A file that cannot be imported is a case without a class, by its own name.
+        module = re.match(r"tests(\.\w+)*\.test_\w+", case.attrib["classname"] or case.attrib["name"])
+        assert module is not None, case.attrib
+        row = found.setdefault(
+            f"{module[0].replace('.', '/')}.py", {"passed": 0, "skipped": 0, "failed": 0, "seconds": 0.0}
+        )
+        tags = {child.tag for child in case}
+        state = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
+        row[state] += 1
+        row["seconds"] += float(case.attrib["time"])
+    return found
+
+
+def failed(known: dict[str, dict[str, float]]) -> bool:
+    return any(row["failed"] for row in known.values())
 
 
 def run(names: tuple[str, ...], record: Path) -> None:
@@ -89,9 +102,10 @@ def main(arguments: list[str]) -> int:
     files = [file for one in chosen for file in ([one] if one.is_file() else sorted(one.rglob("test_*.py")))]
     records: dict[tuple[str, ...], Path] = {}
     for unit in units([file.relative_to(ROOT).as_posix() for file in files]):
-        of = f".{documents}" if unit[0].startswith("tests/docs/") else ""
-        records[unit] = folder / f"{'+'.join(unit).replace('/', '.')}{of}.xml"
-    left = [unit for unit, record in records.items() if (known := counts(record)) is None or known["failed"]]
+        of = documents if unit[0].startswith("tests/docs/") else ""
+        others = hashlib.sha256(" ".join((*unit[1:], of)).encode()).hexdigest()[:12]
+        records[unit] = folder / f"{unit[0].replace('/', '.')}.{others}.xml"
+    left = [unit for unit, record in records.items() if (known := counts(record)) is None or failed(known)]
     with ThreadPoolExecutor(2) as workers:
         order = sorted((unit for unit in left if unit[0] not in ALONE), key=lambda unit: unit[0] not in FIRST)
         running = [workers.submit(run, unit, records[unit]) for unit in order]
@@ -107,18 +121,26 @@ def main(arguments: list[str]) -> int:
             run(unit, records[unit])
     results = write(records, code)
     print((RESULTS / "results.md").read_text() if results else "no test files found")
-    return 0 if results and not any(row["failed"] for row in results.values()) else 1
+    return int(not results or failed(results))
 
 
 def units(names: list[str]) -> list[tuple[str, ...]]:
-    """What one pytest runs: files that share a server together, every other by itself."""
+    """What one pytest runs: files that share a server, some short ones of a folder, every other by itself."""
     sharing = tuple(name for name in SHARING if name in names)
-    return [*([sharing] if sharing else []), *((name,) for name in names if name not in sharing)]
+    found = [sharing] if sharing else []
+    for folder, group in itertools.groupby(
+        (name for name in names if name not in sharing), key=lambda name: name.rpartition("/")[0]
+    ):
+        own = [name for name in group if name not in ALONE]
+        size = CHUNK if folder in SHORT else 1
+        found += [tuple(own[start : start + size]) for start in range(0, len(own), size)]
+    return found + [(name,) for name in names if name in ALONE]
 
 
 def write(records: dict[tuple[str, ...], Path], code: str) -> dict[str, dict[str, float]]:
-    """The table of all units that have ended, which it returns."""
-    results = {" ".join(unit): known for unit, record in records.items() if (known := counts(record)) is not None}
+    """The table of all test files of units that have ended, which it returns."""
+    ended = [known for record in records.values() if (known := counts(record)) is not None]
+    results = dict(sorted((name, row) for known in ended for name, row in known.items()))
     (RESULTS / "results.md").write_text(table(results, code))
     return results
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,7 @@ def test_the_gpu_server_gets_a_plugin_that_loads(builder: Builder) -> None:
 
 def stand_in(folder: Path) -> Image:
     """vllm/vllm-openai as far as our lines can tell: its user, uv, and a system Python that has vLLM."""
+    (uv,) = re.findall(r"^ARG UV_VERSION=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     image = Image(folder)
     venv = Path(sys.prefix).resolve()
     site = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
@@ -145,7 +147,8 @@ def stand_in(folder: Path) -> Image:
     (packages / "image.pth").write_text(f"{venv}/{site}\n")
     ran(
         image.run(
-            f"cp {venv}/bin/uv /usr/local/bin/uv; "
+            f"{venv}/bin/python -m pip install -q --no-deps --target /opt/uv uv=={uv}; "
+            "cp /opt/uv/bin/uv /usr/local/bin/uv; "
             f"rm -rf {venv}/{site}/d2moe_vllm* {venv}/{site}/__editable__*d2moe*; "
             f"rm -f {sys.base_prefix}/lib/python3*/EXTERNALLY-MANAGED; "
             "useradd --uid 2000 --gid 0 --create-home vllm"
