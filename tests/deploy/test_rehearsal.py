@@ -126,7 +126,7 @@ def test_the_gpu_server_gets_a_plugin_that_loads(builder: Builder) -> None:
     assert added
     ours = (f"{site}/d2moe_vllm", f"{site}/offline/", "bin/d2moe")
     assert not [path for path in added if not path.startswith(ours)]
-    assert f"{site}/d2moe_vllm/__pycache__/experts.cpython-{sys.version_info[0]}{sys.version_info[1]}.pyc" in added
+    assert f"{site}/d2moe_vllm/serving/__pycache__/experts.{sys.implementation.cache_tag}.pyc" in added
     loads = (
         "from vllm.plugins import load_general_plugins; load_general_plugins(); "
         "from vllm.model_executor.layers.quantization import get_quantization_config; "
