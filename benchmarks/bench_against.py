@@ -25,11 +25,11 @@ from places import ROOT
 OUT = ROOT / "build" / "bench" / "against.json"
 WORKER = """
 import json, sys, time
-import bench_layer, torch
+import bench_layer, d2moe_vllm, torch
 def answer(value):
     print(json.dumps(value), file=answers, flush=True)
 answers, sys.stdout = sys.stdout, sys.stderr
-answer(bench_layer.__file__)
+answer([bench_layer.__file__, d2moe_vllm.__file__])
 layer = None
 for line in sys.stdin:
     asked = json.loads(line)
@@ -58,11 +58,12 @@ class Worker:
 
     def __init__(self, tree: Path) -> None:
         place = next(tree / name for name in ("benchmarks", "tests") if (tree / name / "bench_layer.py").exists())
-        env = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{place}"}
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen([sys.executable, "-c", WORKER], stdin=pipe, stdout=pipe, env=env, text=True)
-        found = self._answer()
-        assert Path(found).parent == place, f"{found} was imported instead of {place}"
+        env, pipe = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{place}"}, subprocess.PIPE
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", WORKER], stdin=pipe, stdout=pipe, env=env, text=True, cwd=tree
+        )
+        found = [Path(file).parent for file in self._answer()]
+        assert found == [place, tree / "d2moe_vllm"], f"imported from {found}, not from {tree}"
 
     def ask(self, **what: object) -> Any:
         assert self._process.stdin is not None
