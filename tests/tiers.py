@@ -27,6 +27,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/plugin/test_register.py::test_vllm_serve_ends_with_our_sentence*",
         "tests/plugin/test_storage.py::test_a_worker_keeps_what_is_stored[[]mobe]",
         "tests/docs/test_blocks.py::test_commands[[]docs/serving.md:*]",
+        "tests/docs/test_blocks.py::test_python[[]docs/footguns.md:7]",
     ),
     "compiles with sanitizers, for other machines, or a wheel": (
         "tests/ops/test_cpu.py::test_the_core_is_clean_under_sanitizers*",
@@ -68,6 +69,12 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/offline/test_distributed.py::test_bad_input_is_one_line_once",
         "tests/offline/test_distributed.py::test_two_processes_give_what_one_gives_each_with_its_share_of_memory",
     ),
+    "a benchmark, the second lock's audit, simulated alerts, a bound of memory: long for what seldom changes": (
+        "tests/offline/test_bench.py::test_the_bench_compares_both_sides*",
+        "tests/deploy/test_audit.py::test_every_pin_of_the_locks_is_asked_about[[]gpu]",
+        "tests/deploy/test_monitoring.py::test_promtool_is_content[[]test rules alerts.test.yml]",
+        "tests/ops/test_cpu_mixed.py::test_no_v_is_ever_whole",
+    ),
     "the quality of a compression, whose figures docs/quality.md has": (
         "tests/offline/test_compress.py::test_the_default_beats_mean_base_and_plain_svd*",
         "tests/offline/test_methods.py::test_fitted_us_beat_each_experts_own",
@@ -89,7 +96,6 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/offline/test_methods.py::test_every_command_knows_the_method[[]moe-svd]",
         "tests/offline/test_exact.py::test_adaptive_is_never_worse_than_uniform[[]semi-dynamic]",
         "tests/offline/test_exact.py::test_adaptive_is_never_worse_than_uniform[[]none]",
-        "tests/offline/test_bench.py::test_the_bench_compares_both_sides[[]float64]",
         "tests/offline/test_hostile_weights.py::test_odd_weights_give_a_finite_result[[]identical experts-default]",
         "tests/offline/test_report.py::test_every_variant_of_the_format_has_a_report[[]what2-*",
         "tests/offline/test_report_page.py::test_it_fits_and_is_accessible[[]1280-light]",

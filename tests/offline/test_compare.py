@@ -31,12 +31,12 @@ def short(texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def command(texts: tuple[Path, Path], short: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+def command(few_words: Path, short: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """One method and one baseline at two ratios, of which the baseline reaches one; what is written is kept."""
     folder = tmp_path_factory.mktemp("compared")
     return [
         "compare", TINY, "--ratio", 0.4, 0.6, "--method", "d2", "--baseline", "frequency", "--text", short,
-        "--calibration", texts[0], *FEW, "--workdir", folder / "work", "--keep", "--html", folder / "table.html",
+        "--calibration", few_words, *FEW, "--workdir", folder / "work", "--keep", "--html", folder / "table.html",
     ]  # fmt: skip
 
 
@@ -60,11 +60,9 @@ def evaluate(folder: object, text: Path) -> float:
     return json.loads(done.stdout)["perplexity"]
 
 
-def test_rows_are_what_single_runs_give(
-    table: dict[str, Any], texts: tuple[Path, Path], short: Path, tmp_path: Path
-) -> None:
+def test_rows_are_what_single_runs_give(table: dict[str, Any], few_words: Path, short: Path, tmp_path: Path) -> None:
     """Bytes, parameters and perplexity, to the last digit; the calibration is the one all have in their records."""
-    done = d2moe_here("compress", TINY, tmp_path / "d2", "--ratio", 0.4, "--calibration", texts[0], *FEW, "--json")
+    done = d2moe_here("compress", TINY, tmp_path / "d2", "--ratio", 0.4, "--calibration", few_words, *FEW, "--json")
     assert done.returncode == 0, done.stderr
     single, found = json.loads(done.stdout), row(table, "d2", 0.4)
     assert found["bytes"] == single["result"]["bytes"]
@@ -73,7 +71,7 @@ def test_rows_are_what_single_runs_give(
     assert found["perplexity"] == {"held-out.txt": evaluate(tmp_path / "d2", short)}
     assert table["rows"][0]["kind"] == "source"
     assert table["rows"][0]["perplexity"] == {"held-out.txt": evaluate(TINY, short)}
-    tokens = choose_windows(tokenize(TINY, read_text(texts[0])), 16, 64, 0)
+    tokens = choose_windows(tokenize(TINY, read_text(few_words)), 16, 64, 0)
     assert table["calibration"]["tokens_sha256"] == tokens.sha256
     for folder in (Path(found["path"]), tmp_path / "d2"):
         recorded = json.loads((folder / "d2moe_stats.json").read_text())["calibration"]["tokens_sha256"]
@@ -94,8 +92,8 @@ def test_a_ratio_that_cannot_be_reached_is_a_row(table: dict[str, Any], texts: t
     assert row(table, "frequency", 0.4)["stored_ratio"] >= 0.4
 
 
-def test_mobe_says_how_far_it_goes(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
-    arguments = ("--text", short, "--calibration", texts[0], *FEW, "--workdir", tmp_path / "work")
+def test_mobe_says_how_far_it_goes(few_words: Path, short: Path, tmp_path: Path) -> None:
+    arguments = ("--text", short, "--calibration", few_words, *FEW, "--workdir", tmp_path / "work")
     done = d2moe_here("compare", TINY, "--ratio", "0.5", "0.7", "--method", "mobe", *arguments)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("mobe")]
@@ -162,8 +160,8 @@ def test_a_killed_run_goes_on_and_says_so(table: dict[str, Any], command: list[o
     assert "≥" in (tmp_path / "table.html").read_text()
 
 
-def test_without_keep_only_the_rows_stay(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
-    arguments = ("--text", short, "--calibration", texts[0], *FEW, "--workdir", tmp_path / "work", "--json")
+def test_without_keep_only_the_rows_stay(few_words: Path, short: Path, tmp_path: Path) -> None:
+    arguments = ("--text", short, "--calibration", few_words, *FEW, "--workdir", tmp_path / "work", "--json")
     done = d2moe_here("compare", TINY, "--ratio", "0.2", "--baseline", "output-norm", *arguments)
     assert done.returncode == 0, done.stderr
     found = row(json.loads(done.stdout), "output-norm", 0.2)
@@ -171,14 +169,14 @@ def test_without_keep_only_the_rows_stay(texts: tuple[Path, Path], short: Path, 
     assert {path.name for path in (tmp_path / "work").iterdir()} == {".d2moe-compare", "rows"}
 
 
-def test_a_row_that_fails_leaves_the_others(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
+def test_a_row_that_fails_leaves_the_others(few_words: Path, short: Path, tmp_path: Path) -> None:
     """A folder of somebody else's stands where one row would compute: that row says so, the others are whole, the exit
     code is 1. Once it is gone the same command makes the missing row, and no other."""
     work, page = tmp_path / "work", tmp_path / "table.html"
     foreign = work / "d2-0.2.work"
     arguments = (
         "compare", TINY, "--ratio", "0.2", "--method", "d2", "--baseline", "frequency", "--text", short,
-        "--calibration", texts[0], *FEW, "--workdir", work, "--html", page,
+        "--calibration", few_words, *FEW, "--workdir", work, "--html", page,
     )  # fmt: skip
     foreign.mkdir(parents=True)
     (work / ".d2moe-compare").touch()
@@ -213,11 +211,11 @@ def test_a_row_that_fails_leaves_the_others(texts: tuple[Path, Path], short: Pat
 
 
 def test_refused_by_one_method_is_a_row_refused_by_all_is_an_error(
-    texts: tuple[Path, Path], short: Path, tmp_path: Path
+    few_words: Path, short: Path, tmp_path: Path
 ) -> None:
     """What is too little memory for a compression is enough for the baselines that hold one layer; alone, the method is
     refused as `compress` would, before any work."""
-    arguments = ("--ratio", "0.2", "--text", short, "--calibration", texts[0], *FEW, "--workdir", tmp_path / "work")
+    arguments = ("--ratio", "0.2", "--text", short, "--calibration", few_words, *FEW, "--workdir", tmp_path / "work")
     little = ("compare", TINY, *arguments, "--memory", "500MB", "--method", "mobe")
     done = d2moe_here(*little)
     assert done.returncode == 2
@@ -230,11 +228,11 @@ def test_refused_by_one_method_is_a_row_refused_by_all_is_an_error(
     assert row(content, "frequency", 0.2)["perplexity"]["held-out.txt"] > 1
 
 
-def test_an_interrupt_ends_it(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
+def test_an_interrupt_ends_it(few_words: Path, short: Path, tmp_path: Path) -> None:
     """Ctrl-C is no failure of a row: no further row is tried."""
     work = tmp_path / "work"
     arguments = (
-        "compare", TINY, "--ratio", "0.2", "0.4", "--method", "d2", "--text", short, "--calibration", texts[0], *FEW,
+        "compare", TINY, "--ratio", "0.2", "0.4", "--method", "d2", "--text", short, "--calibration", few_words, *FEW,
         "--workdir", work,
     )  # fmt: skip
     with subprocess.Popen([script("d2moe"), *map(str, arguments)], stderr=subprocess.PIPE, text=True) as run:
@@ -266,11 +264,11 @@ def test_reasons_are_one_line(error: Exception, said: str) -> None:
     assert "\n" not in reason(error)
 
 
-def test_zeros_are_not_counted_and_it_says_so(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
+def test_zeros_are_not_counted_and_it_says_so(few_words: Path, short: Path, tmp_path: Path) -> None:
     """`channels`: on disk the source's bytes, counted those that the ratio leaves; marked in both tables."""
     page = tmp_path / "table.html"
     arguments = (
-        "compare", TINY, "--ratio", "0.2", "0.9", "--baseline", "channels", "--text", short, "--calibration", texts[0],
+        "compare", TINY, "--ratio", "0.2", "0.9", "--baseline", "channels", "--text", short, "--calibration", few_words,
         *FEW, "--workdir", tmp_path / "work", "--html", page,
     )  # fmt: skip
     done = d2moe_here(*arguments, "--json")
@@ -354,7 +352,7 @@ def test_html_is_whole_and_says_the_same(table: dict[str, Any], command: list[ob
 
 
 def test_without_workdir_the_same_command_goes_on_from_any_folder(
-    texts: tuple[Path, Path], short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few_words: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the user's cache; another calibration has a folder of its own; nothing is left where one stands."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -363,7 +361,7 @@ def test_without_workdir_the_same_command_goes_on_from_any_folder(
     for number, more in enumerate([(), (), ("--seed", "1")]):
         (tmp_path / str(number)).mkdir()
         monkeypatch.chdir(tmp_path / str(number))
-        done = d2moe_here(*arguments, "--calibration", texts[0], *more, "--json")
+        done = d2moe_here(*arguments, "--calibration", few_words, *more, "--json")
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
         assert f"working folder: {found[-1]['workdir']}\n" in done.stderr
@@ -373,18 +371,18 @@ def test_without_workdir_the_same_command_goes_on_from_any_folder(
     assert {Path(one["workdir"]).parent for one in found} == {tmp_path / "cache" / "d2moe" / "compare"}
 
 
-def test_beside_the_page_lies_its_working_folder(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
-    arguments = ("--text", short, "--calibration", texts[0], *FEW, "--html", tmp_path / "table.html")
+def test_beside_the_page_lies_its_working_folder(few_words: Path, short: Path, tmp_path: Path) -> None:
+    arguments = ("--text", short, "--calibration", few_words, *FEW, "--html", tmp_path / "table.html")
     done = d2moe_here("compare", TINY, "--ratio", "0.2", "--baseline", "frequency", *arguments)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"table.html", "table.html.d2moe-compare"}
 
 
 def test_a_page_without_jinja2_is_refused_before_the_run(
-    texts: tuple[Path, Path], short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few_words: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)  # as Python itself marks what cannot be imported
-    arguments = ("--text", short, "--calibration", texts[0], *FEW, "--html", tmp_path / "table.html")
+    arguments = ("--text", short, "--calibration", few_words, *FEW, "--html", tmp_path / "table.html")
     done = d2moe_here("compare", TINY, "--ratio", "0.2", "--baseline", "frequency", *arguments)
     assert done.returncode == 2
     assert "pip install jinja2" in done.stderr
@@ -409,14 +407,14 @@ def test_options_take_several_values() -> None:
     assert spread(["plan", "m", "--ratio", "0.2", "0.4"]) == ["plan", "m", "--ratio", "0.2", "0.4"]
 
 
-def test_bad_input_is_one_line(texts: tuple[Path, Path], short: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(few_words: Path, short: Path, tmp_path: Path) -> None:
     """Exit code 2, one line that names what is wrong, and nothing is left behind."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "mine.html").write_text("mine")
     work = tmp_path / "work"
     good: dict[str, list[object]] = {
-        "--ratio": ["0.4"], "--method": ["d2"], "--text": [short], "--calibration": [texts[0]], "--windows": ["16"],
+        "--ratio": ["0.4"], "--method": ["d2"], "--text": [short], "--calibration": [few_words], "--windows": ["16"],
         "--seq-len": ["64"], "--workdir": [work],
     }  # fmt: skip
     for changes, fragment in [

@@ -89,14 +89,14 @@ def command(*arguments: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("family", "recipe"), CELLS)
 def test_every_method_in_every_family(
-    family: str, recipe: str, source: Callable[[str], Path], texts: tuple[Path, Path], short_text: Path, tmp_path: Path
+    family: str, recipe: str, source: Callable[[str], Path], few_words: Path, short_text: Path, tmp_path: Path
 ) -> None:
     original, asked = source(family), RECIPES[recipe]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"ratio": RATIO, **asked}))
     given = ("--recipe", tmp_path / "recipe.yaml", *WINDOWS)
     planned = command("plan", original, *given)["result"]
     ours, dense = tmp_path / "ours", tmp_path / "dense"
-    done = command("compress", original, ours, *given, "--calibration", texts[0])
+    done = command("compress", original, ours, *given, "--calibration", few_words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "recipe.yaml"]
 
     found = command("verify", ours, "--source", original)
@@ -159,14 +159,14 @@ def _weights(source: Path, out: Path, text: Path, ratio: float = RATIO) -> dict[
     [name if name in ("granitemoe", "qwen2_moe") else pytest.param(name, marks=pytest.mark.slow) for name in STACKABLE],
 )
 def test_how_the_original_lies_on_disk_does_not_matter(
-    family: str, source: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+    family: str, source: Callable[[str], Path], few_words: Path, tmp_path: Path
 ) -> None:
     """One tensor per expert as released, or stacked as transformers' own modules are."""
     stacked = write_family(tmp_path / family, family, stacked=True)
-    assert _weights(source(family), tmp_path / "a", texts[0]) == _weights(stacked, tmp_path / "b", texts[0])
+    assert _weights(source(family), tmp_path / "a", few_words) == _weights(stacked, tmp_path / "b", few_words)
 
 
-def test_an_fp8_original_is_compressed_as_what_it_stands_for(texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_fp8_original_is_compressed_as_what_it_stands_for(few_words: Path, tmp_path: Path) -> None:
     # So many experts that the result, in bfloat16 throughout, is still smaller.
     original = write_family(tmp_path / "fp8" / "model", "deepseek_v3", n_routed_experts=64)
     quantize_fp8(original, block=32)
@@ -183,6 +183,6 @@ def test_an_fp8_original_is_compressed_as_what_it_stands_for(texts: tuple[Path, 
     del config["quantization_config"]
     (plain / "config.json").write_text(json.dumps(config))
     first, second = (
-        _weights(folder, tmp_path / name, texts[0], 0.4) for name, folder in (("a", original), ("b", plain))
+        _weights(folder, tmp_path / name, few_words, 0.4) for name, folder in (("a", original), ("b", plain))
     )
     assert first == second
