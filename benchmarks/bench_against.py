@@ -57,7 +57,10 @@ class Worker:
     """A tree's own bench_layer, which has stood in two places."""
 
     def __init__(self, tree: Path) -> None:
-        place = next(tree / name for name in ("benchmarks", "tests") if (tree / name / "bench_layer.py").exists())
+        places = [tree / name for name in ("benchmarks", "tests") if (tree / name / "bench_layer.py").exists()]
+        if not places:
+            sys.exit("that commit has no bench_layer.py; name one from 06bf710 on")
+        (place,) = places
         env, pipe = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{place}"}, subprocess.PIPE
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER], stdin=pipe, stdout=pipe, env=env, text=True, cwd=tree
@@ -94,7 +97,9 @@ def main() -> int:
     with ExitStack() as stack:
         tree = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "before"
         git = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run([*git, "add", "--quiet", "--detach", str(tree), arguments.commit], check=True)
+        added = [*git, "add", "--quiet", "--detach", str(tree), arguments.commit]
+        if (done := subprocess.run(added, capture_output=True, text=True, check=False)).returncode:
+            parser.error(f"git has no {arguments.commit}: {done.stderr.strip()}")
         stack.callback(subprocess.run, [*git, "remove", "--force", str(tree)], check=True)
         workers = {"before": Worker(tree), "now": Worker(ROOT)}
         for worker in workers.values():

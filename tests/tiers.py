@@ -27,7 +27,6 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/plugin/test_register.py::test_vllm_serve_ends_with_our_sentence*",
         "tests/plugin/test_storage.py::test_a_worker_keeps_what_is_stored[[]mobe]",
         "tests/docs/test_blocks.py::test_commands[[]docs/serving.md:*]",
-        "tests/docs/test_blocks.py::test_python[[]docs/footguns.md:7]",
     ),
     "compiles with sanitizers, for other machines, or a wheel": (
         "tests/ops/test_cpu.py::test_the_core_is_clean_under_sanitizers*",
@@ -69,7 +68,8 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/offline/test_distributed.py::test_bad_input_is_one_line_once",
         "tests/offline/test_distributed.py::test_two_processes_give_what_one_gives_each_with_its_share_of_memory",
     ),
-    "a benchmark, the second lock's audit, simulated alerts, a bound of memory: long for what seldom changes": (
+    "a benchmark, the second lock's audit, simulated alerts, a bound of memory, three models loaded for a document": (
+        "tests/docs/test_blocks.py::test_python[[]docs/footguns.md:7]",
         "tests/offline/test_bench.py::test_the_bench_compares_both_sides*",
         "tests/deploy/test_audit.py::test_every_pin_of_the_locks_is_asked_about[[]gpu]",
         "tests/deploy/test_monitoring.py::test_promtool_is_content[[]test rules alerts.test.yml]",
