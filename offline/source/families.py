@@ -9,6 +9,18 @@ from typing import Any
 
 from d2moe_vllm.format.kinds import Role
 from offline.errors import InputError
+from offline.source.agreement import (
+    ALIKE,
+    Check,
+    gate_of_one,
+    groups,
+    head_size,
+    latent_attention,
+    latent_norms,
+    no_window,
+    one_window,
+    rope,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,12 @@ class Layout:
 W: Mapping[Role, str] = MappingProxyType({"gate": "w1", "up": "w3", "down": "w2"})
 PROJ: Mapping[Role, str] = MappingProxyType({"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})
 SILU: Mapping[str, tuple[Any, ...]] = MappingProxyType({"hidden_act": ("silu", None)})
+NO_BIAS: Mapping[str, tuple[Any, ...]] = MappingProxyType({"attention_bias": (False, None)})
+"""Where vLLM's attention has none, or not all of transformers', and leaves those on disk out."""
+UNTIED: Mapping[str, tuple[Any, ...]] = MappingProxyType({"tie_word_embeddings": (False, None)})
+"""Where vLLM's head is always a tensor of its own."""
+NO_WINDOW: Mapping[str, tuple[Any, ...]] = MappingProxyType({"sliding_window": (None, 0)})
+"""Where vLLM takes a window that transformers does not know."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,8 @@ class Family:
     dense_keys: config.json's keys that say which decoder layers have no experts (see `moe_layers`).
     requires: config.json's key -> the values with which transformers and vLLM compute the same model
         (None: the key may be missing); anything else would be served wrongly.
+    not_null: keys that may be missing, but not null. absent: keys that may not be there, not even null. checks: of
+        settings that belong together. remark: what to tell a user of a config.json that is not refused.
     renames: substrings of disk names -> transformers' module names.
     released: how experts lie in released checkpoints where that is not one tensor per expert.
     stock: transformers' model_type where it has none of this name.
@@ -68,6 +88,10 @@ class Family:
     intermediate_size_key: str = "moe_intermediate_size"
     dense_keys: tuple[str, ...] = ()
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: SILU)
+    not_null: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = (rope(*ALIKE),)
+    remark: Check | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
     released: Layout | None = None
     stock: str | None = None
@@ -103,6 +127,15 @@ QWEN = Family(
     experts="model.layers.{layer}.mlp.experts",
     projections=PROJ,
     dense_keys=("decoder_sparse_step", "mlp_only_layers"),
+    # vLLM attends to all, and has biases of q, k and v, whatever config.json says.
+    requires={
+        **SILU,
+        "architectures": (["Qwen2MoeForCausalLM"], None),
+        "use_sliding_window": (False, None),
+        "qkv_bias": (True, None),
+        "dual_chunk_attention_config": (None,),
+    },
+    checks=(rope(*ALIKE), no_window, head_size),
 )
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
@@ -111,7 +144,21 @@ DEEPSEEK_V3 = Family(
     num_experts_keys=("n_routed_experts",),
     dense_keys=("first_k_dense_replace",),
     # vLLM takes a missing scoring_func for softmax; transformers always computes sigmoid and bias.
-    requires={**SILU, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1, None)},
+    requires={
+        **SILU,
+        **NO_BIAS,
+        **UNTIED,
+        "architectures": (["DeepseekV3ForCausalLM"], None),
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "moe_layer_freq": (1, None),
+        "rope_interleave": (True, None),
+        "llama_4_scaling": (None,),
+    },
+    not_null=("moe_layer_freq", "rope_interleave"),
+    absent=("index_topk",),
+    checks=(rope("default", "yarn"), latent_attention),
+    remark=latent_norms,
 )
 _ROWS = (
     Family(
@@ -119,6 +166,8 @@ _ROWS = (
         experts="model.layers.{layer}.block_sparse_moe.experts",
         projections=W,
         intermediate_size_key="intermediate_size",
+        requires={**SILU, "architectures": (["MixtralForCausalLM"], None)},
+        checks=(rope(*ALIKE), one_window),
         renames={".block_sparse_moe.": ".mlp."},
     ),
     Family(
@@ -130,11 +179,14 @@ _ROWS = (
         # whatever config.json says; it does not know transformers' own spelling of the class.
         requires={
             **SILU,
+            **UNTIED,
+            "attention_bias": (True,),
             "architectures": (["PhiMoEForCausalLM"],),
             "num_experts_per_tok": (2,),
             "router_jitter_noise": (0.01,),
             "lm_head_bias": (True,),
         },
+        checks=(rope("default", "longrope"), one_window),
         renames={".block_sparse_moe.": ".mlp.", ".gate.weight": ".router.weight"},
     ),
     QWEN,
@@ -143,13 +195,31 @@ _ROWS = (
         experts=QWEN.experts,
         projections=PROJ,
         dense_keys=QWEN.dense_keys,
+        # Of biases vLLM has those of q, k and v, transformers that of o too; a shared expert only vLLM knows.
+        requires={
+            **SILU,
+            **NO_BIAS,
+            "architectures": (["Qwen3MoeForCausalLM"], None),
+            "shared_expert_intermediate_size": (0, None),
+            "dual_chunk_attention_config": (None,),
+        },
+        checks=(rope(*ALIKE), one_window),
     ),
     Family(
         model_type="olmoe",
         experts="model.layers.{layer}.mlp.experts",
         projections=PROJ,
         intermediate_size_key="intermediate_size",
-        requires={**SILU, "norm_topk_prob": (False, None), "clip_qkv": (None,)},
+        requires={
+            **SILU,
+            **NO_BIAS,
+            **UNTIED,
+            **NO_WINDOW,
+            "architectures": (["OlmoeForCausalLM"], None),
+            "norm_topk_prob": (False, None),
+            "clip_qkv": (None,),
+            "rms_norm_eps": (1e-5, None),  # vLLM has this number in its code
+        },
     ),
     Family(
         model_type="deepseek",
@@ -157,7 +227,23 @@ _ROWS = (
         projections=PROJ,
         num_experts_keys=("n_routed_experts",),
         dense_keys=("first_k_dense_replace", "moe_layer_freq"),
-        requires={**SILU, "scoring_func": ("softmax", None)},
+        # What vLLM takes from the later versions of this family, transformers' code of this one does not know.
+        requires={
+            **SILU,
+            **NO_BIAS,
+            **UNTIED,
+            **NO_WINDOW,
+            "architectures": (["DeepseekForCausalLM"], None),
+            "mlp_bias": (False, None),
+            "scoring_func": ("softmax", None),
+            "routed_scaling_factor": (1.0, None),
+            "n_group": (1, None),
+            "topk_group": (1, None),
+            "topk_method": ("greedy", None),
+            "rswa_window": (None,),
+        },
+        not_null=("scoring_func", "moe_layer_freq"),
+        checks=(rope(*ALIKE), head_size, gate_of_one),
     ),
     Family(
         model_type="deepseek_v2",
@@ -172,7 +258,16 @@ _ROWS = (
             "topk_method": ("greedy", "group_limited_greedy", None),
             "norm_topk_prob": (False, None),
             "moe_layer_freq": (1, None),
+            **NO_BIAS,
+            **UNTIED,
+            "architectures": (["DeepseekV2ForCausalLM"], None),
+            "mlp_bias": (False, None),
+            "llama_4_scaling": (None,),
         },
+        not_null=("scoring_func", "moe_layer_freq"),
+        absent=("index_topk",),
+        checks=(rope("default", "yarn"), latent_attention, groups),
+        remark=latent_norms,
     ),
     DEEPSEEK_V3,
     Family(
@@ -182,6 +277,10 @@ _ROWS = (
         num_experts_keys=DEEPSEEK_V3.num_experts_keys,
         dense_keys=DEEPSEEK_V3.dense_keys,
         requires=DEEPSEEK_V3.requires,
+        not_null=DEEPSEEK_V3.not_null,
+        absent=DEEPSEEK_V3.absent,
+        checks=DEEPSEEK_V3.checks,
+        remark=DEEPSEEK_V3.remark,
         stock="deepseek_v3",
     ),
     Family(
@@ -190,6 +289,18 @@ _ROWS = (
         projections=PROJ,
         experts_module="block_sparse_moe.experts",
         intermediate_size_key="intermediate_size",
+        # vLLM takes windows and sinks by layer from settings that transformers does not know here.
+        requires={
+            **SILU,
+            **NO_BIAS,
+            **NO_WINDOW,
+            "architectures": (["GraniteMoeForCausalLM"], None),
+            "layer_types": (None,),
+            "attention_sinks": (False, None),
+            "layer_rope_theta": (None,),
+        },
+        not_null=("attention_multiplier",),
+        checks=(rope(*ALIKE), head_size),
         renames={".router.layer.weight": ".router.weight"},
         released=Layout(
             gate="model.layers.{layer}.block_sparse_moe.input_linear.weight",
@@ -240,6 +351,27 @@ def find_family(config: Mapping[str, Any]) -> Family:
     return family
 
 
+def check_settings(family: Family, config: Mapping[str, Any]) -> None:
+    """Raises InputError for a config.json that transformers and vLLM make different models of."""
+    for key, values in family.requires.items():
+        value = config.get(key)
+        if not any(
+            value is one or (value == one and isinstance(value, bool) == isinstance(one, bool)) for one in values
+        ):
+            raise InputError(f"config.json: {key} {value!r}; vLLM serves {family.model_type} with {values[0]} only")
+    for key in (*family.absent, *(key for key in family.not_null if config.get(key, "") is None)):
+        if key in config:
+            raise InputError(
+                f"config.json: {key} {config[key]!r}; vLLM serves {family.model_type} without it only; take it out"
+            )
+    for check in family.checks:
+        if problem := check(config):
+            raise InputError(
+                f"config.json: {problem}: transformers and vLLM read it differently for {family.model_type}, so the "
+                "result would not be the model that was calibrated; serve it as it is"
+            )
+
+
 def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
     """MoE sizes from a config.json. Raises InputError for missing or absurd values."""
 
@@ -249,9 +381,7 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
             raise InputError(f"config.json: {key} is {value!r}, a {family.model_type} model needs a positive number")
         return value
 
-    for key, values in family.requires.items():
-        if (value := config.get(key)) not in values:
-            raise InputError(f"config.json: {key} {value!r}; vLLM serves {family.model_type} with {values[0]} only")
+    check_settings(family, config)
     keys = family.num_experts_keys
     num_experts = number(next((key for key in keys if key in config), keys[0]))
     if num_experts < 2:

@@ -1,0 +1,121 @@
+"""Settings of config.json that transformers, which calibrates, and vLLM, which serves, read differently.
+
+A check looks at more than one setting, or deeper than one; what depends on one alone is in `Family.requires`. Read from
+transformers 5.19 (modeling_rope_utils.py and each family's modeling file) and vLLM 0.32 (rotary_embedding, and each
+family's model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+Check = Callable[[Config], str | None]
+"""A config.json -> what in it they read differently, None where they agree."""
+
+ALIKE = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding that both compute in the same way."""
+PARTIAL = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
+OWN_SIZES = ("rope_dim", "mrope_section", "alpha", "max_trained_positions")
+"""What vLLM alone looks at."""
+
+
+def rope(*kinds: str) -> Check:
+    """Rotary embeddings of one of these kinds, of the whole head."""
+
+    def check(config: Config) -> str | None:
+        settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(settings, dict):
+            return f"rope_scaling {settings!r} is no object"
+        if nested := next((key for key, value in settings.items() if isinstance(value, dict)), None):
+            return f"rotary embeddings of several kinds ({nested})"
+        for place in (config, settings):
+            for key in PARTIAL:
+                if place.get(key) not in (None, 1, 1.0):
+                    return f"{key} {place[key]!r}"
+        if own := next((key for key in OWN_SIZES if settings.get(key) is not None), None):
+            return f"{own} of the rotary embeddings"
+        named = {settings[key] for key in ("rope_type", "type") if settings.get(key) is not None}
+        if len(named) > 1:
+            return f"rotary embeddings of two types ({' and '.join(sorted(map(str, named)))})"
+        kind = next(iter(named), "default")
+        if kind not in kinds:
+            return f"rotary embeddings of type {kind!r} (only {', '.join(kinds)} are the same in both)"
+        if kind == "linear" and not isinstance(settings.get("factor"), float):
+            return f"factor {settings.get('factor')!r} of linear rotary embeddings (write it with a point, as 2.0)"
+        empty = [key for key in ("factor", "beta_fast", "beta_slow") if key in settings and settings[key] is None]
+        return f"{empty[0]} null of {kind} rotary embeddings" if kind == "yarn" and empty else None
+
+    return check
+
+
+def latent_attention(config: Config) -> str | None:
+    """Of multi-head latent attention the scale that YaRN gives: transformers takes more settings than vLLM."""
+    settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if settings.get("rope_type", settings.get("type")) != "yarn":
+        return None
+    if settings.get("attention_factor") is not None:
+        return "attention_factor of yarn rotary embeddings"
+    if settings.get("truncate", True) is not True:
+        return "truncate of yarn rotary embeddings"
+    scale, all_dims = settings.get("mscale"), settings.get("mscale_all_dim")
+    if (scale and all_dims) or (not all_dims and scale in (None, 1, 1.0) and "mscale" not in _nulls(settings)):
+        return None
+    return f"mscale {scale!r} with mscale_all_dim {all_dims!r}"
+
+
+def _nulls(settings: Config) -> list[str]:
+    return [key for key, value in settings.items() if value is None]
+
+
+def head_size(config: Config) -> str | None:
+    """vLLM divides the hidden size by the heads, transformers takes head_dim where it is said."""
+    size, heads, hidden = (config.get(key) for key in ("head_dim", "num_attention_heads", "hidden_size"))
+    if size is None or not isinstance(heads, int) or not isinstance(hidden, int) or not heads:
+        return None
+    return None if size == hidden // heads else f"head_dim {size!r} ({hidden} in {heads} heads are {hidden // heads})"
+
+
+def one_window(config: Config) -> str | None:
+    """A sliding window over every layer, or none: vLLM drops one that is not everywhere, and takes 0 for none."""
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    if window == 0:
+        return "sliding_window 0 (null is none)"
+    if window is not None and kinds and set(kinds) != {"sliding_attention"}:
+        return "layer_types that are not all sliding_attention beside a sliding_window"
+    return None
+
+
+def no_window(config: Config) -> str | None:
+    """Every layer attends to all."""
+    kinds = config.get("layer_types")
+    return f"layer_types {sorted(set(map(str, kinds)))}" if kinds and set(kinds) != {"full_attention"} else None
+
+
+def gate_of_one(config: Config) -> str | None:
+    """DeepSeek v1 with one expert a token: vLLM normalizes its gate to 1."""
+    if config.get("norm_topk_prob") and config.get("num_experts_per_tok") == 1:
+        return "norm_topk_prob true with num_experts_per_tok 1"
+    return None
+
+
+def groups(config: Config) -> str | None:
+    """DeepSeek v2: vLLM chooses groups of experts whatever topk_method says, and has to be told how many."""
+    number, chosen = config.get("n_group"), config.get("topk_group")
+    if not isinstance(number, int) or not isinstance(chosen, int):
+        return f"n_group {number!r} and topk_group {chosen!r} (both have to be said; 1 and 1 are none)"
+    if config.get("topk_method") in (None, "greedy") and chosen < number:
+        return f"topk_method {config.get('topk_method')!r} with n_group {number} and topk_group {chosen}"
+    return None
+
+
+def latent_norms(config: Config) -> str | None:
+    """A remark: the norms within latent attention, whose epsilon transformers fixes at 1e-6."""
+    epsilon = config.get("rms_norm_eps")
+    if epsilon in (None, 1e-6):
+        return None
+    return (
+        f"config.json: rms_norm_eps {epsilon!r} is also that of the norms within attention in vLLM, and 1e-06 there in "
+        "transformers, which calibrates; the difference is in the last digits"
+    )
