@@ -111,6 +111,12 @@ def fails_on_cpu() -> str | None:
     return "--pipeline-parallel-size" if parallel.pipeline_parallel_size > 1 else None
 
 
+def transformers_code() -> bool:
+    """Whether the model is to be built from transformers' code: `--model-impl transformers`."""
+    chosen = getattr(get_current_vllm_config().model_config, "model_impl", "auto")
+    return str(getattr(chosen, "value", chosen)) == "transformers"
+
+
 def shares_out_experts() -> bool:
     """Whether ranks have different experts: `--enable-expert-parallel` with more than one rank."""
     parallel = get_current_vllm_config().parallel_config

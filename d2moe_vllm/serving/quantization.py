@@ -149,6 +149,10 @@ class D2MoEConfig(QuantizationConfig):
                 f"vLLM's CPU backend does not serve with {option}, whatever the model; leave it out, or start "
                 "several servers behind a load balancer"
             )
+        if compat.transformers_code():
+            raise ValueError(
+                "d2moe serves with vLLM's own classes, not with transformers'; leave --model-impl transformers out"
+            )
         if self._checked:
             return
 

@@ -180,7 +180,9 @@ CONTRACT = (
     Use("vllm.config.CacheConfig", attributes=("enable_prefix_caching",)),
     Use("vllm.config.LoRAConfig", attributes=("target_modules",)),
     Use("vllm.config.LoadConfig", attributes=("load_format", "download_dir")),
-    Use("vllm.config.ModelConfig", attributes=("model", "revision", "model_weights", "served_model_name")),
+    Use(
+        "vllm.config.ModelConfig", attributes=("model", "model_impl", "revision", "model_weights", "served_model_name")
+    ),
     Use(
         "vllm.config.ParallelConfig",
         attributes=(

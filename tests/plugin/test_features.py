@@ -108,6 +108,7 @@ def test_compiled_tensor_parallel(tmp_path: Path, checkpoint: Path, dense: Path)
     [
         ({"enable_lora": True}, "d2moe experts take no LoRA; name other layers: --lora-target-modules q_proj"),
         ({"hf_overrides": {"quantization_config": {"quant_method": "d2moe"}}}, "--hf-overrides replaces it as a whole"),
+        ({"model_impl": "transformers"}, "leave --model-impl transformers out"),
         ({"additional_config": {"d2moe": {"scope": "tokens"}}}, "scope 'tokens' is none of batch, token, off"),
     ],
 )
