@@ -27,6 +27,7 @@ from offline.compare.settings import Settings
 from offline.compare.table import cells, footnotes, has_figures, heads, remark
 from offline.io.shards import write_file
 from offline.methods import METHODS
+from offline.source.text import as_text
 
 sys.path.insert(0, str(ROOT / "examples"))
 import language_reference
@@ -63,7 +64,7 @@ def measure(model: str, texts: list[Path]) -> dict[str, Any]:
         baselines=BASELINES,
         ratios=RATIOS,
         texts=texts,
-        calibration=SHARED / "data" / "calib.txt",
+        calibration=as_text(SHARED / "data" / "calib.txt"),
         workdir=FOLDER / model,
         windows=128,
         seq_len=256,

@@ -22,13 +22,13 @@ from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_sou
 from d2moe_vllm.format.config import MANIFEST_FILE, STATS_FILE, CheckpointConfig, Manifest
 from d2moe_vllm.format.files import check_checkpoint
 from d2moe_vllm.format.kinds import ROLES, TensorSpec
-from offline.checkpoint.publish import companion_files
 from offline.io.folders import new_folder
 from offline.io.shards import plan_shards, write_file, write_shards
 from offline.plan.make import make_plan
 from offline.plan.recipe import Recipe
 from offline.source.dense import DenseModel, open_dense
 from offline.source.families import find_family
+from offline.source.folder import find_companions
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-mixtral"
 """Whose tokenizer, and so whose vocabulary, the models have."""
@@ -197,6 +197,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _copy_tokenizer(folder: Path) -> None:
-    for path in companion_files(TINY):
-        if path.name != "training.json":
-            shutil.copyfile(path, folder / path.name)
+    for name in find_companions(TINY, ()).carried:
+        if name != "training.json":
+            shutil.copyfile(TINY / name, folder / name)

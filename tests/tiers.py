@@ -44,6 +44,9 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/ops/test_triton_mixed.py::test_such_layers_are_checked_when_a_model_is_loaded*",
         "tests/ops/test_triton.py::test_selection_is_the_references[[]*70-5-2-token]",
     ),
+    "reads texts of 100 MB; the fast tier counts what is tokenized of one of some megabytes": (
+        "tests/offline/test_texts.py::test_memory_does_not_depend_on_the_length_of_a_text*",
+    ),
     "kills, interrupts and fills disks once more; the fast tier has one of each kind": (
         "tests/offline/test_compress.py::test_a_killed_run_ends_in_the_same_bytes[[]*merged.safetensors]",
         "tests/offline/test_compress.py::test_a_disk_that_fills_up_meanwhile*",

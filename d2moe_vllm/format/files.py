@@ -29,6 +29,8 @@ from d2moe_vllm.format.config import (
 )
 from d2moe_vllm.format.kinds import HALVES, ROLES, Stored, TensorSpec, index_problem
 
+WHOLE_FILE = "model.safetensors"
+"""Holds all tensors of a model that is not split."""
 MAX_JSON = 1 << 28
 """Bytes: ten times the index of the largest models there are."""
 MAX_HEADER = 100_000_000
@@ -98,28 +100,31 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index, or from the headers where one file needs no index.
+    """Tensor name -> file name, from the headers where all are in WHOLE_FILE, which transformers prefers, else from the
+    index.
 
     Works on dense checkpoints too. Raises CheckpointError for file names that leave the folder.
     """
     index = folder / INDEX_FILE
-    if index.exists():
+    weight_map: Any
+    if (folder / WHOLE_FILE).exists():
+        weight_map = dict.fromkeys(read_header(folder / WHOLE_FILE), WHOLE_FILE)
+    elif index.exists():
         content = _read_json(index)
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: no weight_map; copy the checkpoint again")
-    elif (folder / "model.safetensors").exists():
-        weight_map = dict.fromkeys(read_header(folder / "model.safetensors"), "model.safetensors")
     else:
         raise CheckpointError(
-            f"{folder}: neither {INDEX_FILE} nor model.safetensors: no safetensors weights here; copy it again"
+            f"{folder}: neither {INDEX_FILE} nor {WHOLE_FILE}: no safetensors weights here; copy it again"
         )
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", file):
             raise CheckpointError(
                 f"{index}: {tensor} points at {file!r}, which is not a file name in this folder; copy it again"
             )
-    return weight_map
+    names: dict[str, str] = weight_map
+    return names
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:

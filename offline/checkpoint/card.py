@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from offline.errors import InputError
 from offline.io.shards import write_file
 from offline.plan.budget import Budget
 from offline.plan.plan import Plan
+from offline.source.folder import is_repository
 
 MEASURED = ("<!-- measured -->", "<!-- /measured -->")
 """Between these lines of a card are perplexities that `d2moe report --card` measured."""
@@ -33,7 +34,7 @@ TEMPLATE = """---
 | bytes on disk | {source_bytes:,} | {bytes:,} |
 
 Made by d2moe-vllm: {made}
-Everything but the experts is unchanged.
+Everything but the experts is unchanged{left_out}.
 
 To serve it, install d2moe-vllm from a checkout of its repository:
 
@@ -74,8 +75,7 @@ def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str
     """
     source = plan.config.source
     metadata: dict[str, object] = {
-        "base_model": source.name,
-        "base_model_relation": "quantized",
+        **({"base_model": source.name, "base_model_relation": "quantized"} if is_repository(source.name) else {}),
         "library_name": "vllm",
         "pipeline_tag": "text-generation",
         "tags": ["d2moe", "moe", "compressed", "vllm"],
@@ -88,6 +88,9 @@ def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str
     return TEMPLATE.format(
         method=plan.method.title,
         made=plan.method.made.format(dense=layers - len(budget.config.layers), layers=layers),
+        left_out=f", but {_names(plan.model.homeless)}, which the model has no place for"
+        if plan.model.homeless
+        else "",
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=source.name,
         kept=100 * budget.nbytes / source.bytes,
@@ -106,6 +109,10 @@ def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str
     )
 
 
+def _names(tensors: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(tensors))
+
+
 def _recipe_line(plan: Plan) -> str:
     recipe = plan.recipe
     line = f"Ratio {recipe.ratio:g} ({recipe.accounting})"
@@ -117,7 +124,9 @@ def source_metadata(folder: Path) -> dict[str, object]:
     card = folder / "README.md"
     if not card.is_file():
         return {}
-    match = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8-sig", errors="replace"), re.DOTALL)
+    match = re.match(
+        r"---\n(.*?)\n---[ \t]*(?:\n|$)", card.read_text(encoding="utf-8-sig", errors="replace"), re.DOTALL
+    )
     try:
         content = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ from d2moe_vllm.format.files import check_checkpoint, read_manifest
 from d2moe_vllm.format.kinds import DTYPES, Role, TensorSpec
 from offline.checkpoint.card import source_metadata
 from offline.checkpoint.inspect import read_statistics
-from offline.checkpoint.publish import companion_files
 from offline.checkpoint.reconstruction import Reconstruction
 from offline.io.folders import check_new_folder, check_space, new_folder
 from offline.io.progress import Steps
-from offline.io.shards import TORCH_DTYPES, Reader, plan_shards, sync_file, write_file, write_shards
+from offline.io.shards import TORCH_DTYPES, Reader, plan_shards, write_file, write_shards
 from offline.methods import find_method
 from offline.source.dense import open_dense, read_model_config
 from offline.source.families import find_family, read_shape
+from offline.source.folder import find_companions, is_repository
 from offline.source.stored import expert_tensors
 
 CARD = """---
@@ -86,9 +85,7 @@ def export(folder: Path, out: Path, steps: Callable[[float], Steps]) -> dict[str
         write_file(target / "config.json", json.dumps(original, indent=2, ensure_ascii=False) + "\n")
         parameters = sum(spec.numel for spec in specs.values())
         write_file(target / "README.md", _card(folder, config, reader, parameters))
-        for path in companion_files(folder):
-            shutil.copyfile(path, target / path.name)
-            sync_file(target / path.name)
+        find_companions(folder, reader.files).copy(folder, target)
         open_dense(str(target))  # whole and loadable, or it is not published
     return {
         "path": str(out),
@@ -112,12 +109,14 @@ def _original_config(folder: Path) -> dict[str, Any]:
 
 def _card(folder: Path, config: CheckpointConfig, reader: Reader, parameters: int) -> str:
     metadata: dict[str, object] = {
-        "base_model": config.source.name,
+        **({"base_model": config.source.name} if is_repository(config.source.name) else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["d2moe", "moe"],
     }
-    metadata |= {key: value for key, value in source_metadata(folder).items() if key.startswith("licen")}
+    metadata |= {
+        key: value for key, value in source_metadata(folder).items() if key.startswith("licen") or key == "language"
+    }
     return CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=config.source.name,

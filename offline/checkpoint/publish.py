@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,43 +13,33 @@ from torch import Tensor
 
 import d2moe_vllm
 from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
-from d2moe_vllm.format.config import INDEX_FILE, MANIFEST_FILE, RECIPE_FILE, STATS_FILE, Layer, Manifest
+from d2moe_vllm.format.config import MANIFEST_FILE, RECIPE_FILE, STATS_FILE, Layer, Manifest
 from d2moe_vllm.format.files import check_checkpoint
 from d2moe_vllm.format.kinds import FORMAT_VERSION, ROLES
 from offline.checkpoint.assembly import Assembly
 from offline.checkpoint.card import model_card
 from offline.checkpoint.remotecode import modeling_sha256
 from offline.io.folders import new_folder
-from offline.io.shards import sync_file, write_file, write_shards
+from offline.io.shards import write_file, write_shards
 from offline.plan.budget import Budget
 from offline.plan.plan import Plan
-from offline.source.text import Windows
+from offline.source.tokens import CONFIG as TOKENIZER_CONFIG
+from offline.source.tokens import Windows
 from offline.work.workdir import WorkDir
-
-OURS = {"config.json", "README.md", MANIFEST_FILE, RECIPE_FILE, STATS_FILE, INDEX_FILE, MODELING_FILE}
-WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt", ".pkl", ".ot", ".npz",
-)  # fmt: skip
-INDEX_SUFFIX = ".index.json"
-
-
-def companion_files(folder: Path) -> list[Path]:
-    """Tokenizer, generation_config.json, chat template and whatever else belongs to a model but its weights."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.name not in OURS
-        and not path.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX))
-    )
 
 
 def publish(
-    plan: Plan, budget: Budget, windows: Windows, work: WorkDir, out: Path, last_check: Callable[[], None]
+    plan: Plan,
+    budget: Budget,
+    windows: Windows,
+    work: WorkDir,
+    out: Path,
+    last_check: Callable[[], None],
+    tokenizer_config: dict[str, Any] | None = None,
 ) -> None:
     """Put the layers of `work` and all that stays as it was together under `out`, all or nothing.
 
+    tokenizer_config: what tokenizer_config.json has to say in place of the source's, None for what it says;
     last_check: called when all is written and has no name yet; what it raises leaves nothing behind.
     Raises InputError where `out` has come into being meanwhile.
     """
@@ -71,9 +60,9 @@ def publish(
         write_file(folder / STATS_FILE, _json(statistics))
         write_file(folder / MODELING_FILE, checkpoint_modeling_source())
         write_file(folder / "README.md", model_card(plan, budget, statistics))
-        for path in companion_files(model.folder):
-            shutil.copyfile(path, folder / path.name)
-            sync_file(folder / path.name)
+        model.companions.copy(model.folder, folder)
+        if tokenizer_config is not None:
+            write_file(folder / TOKENIZER_CONFIG, _json(tokenizer_config))
         check_checkpoint(folder)
         last_check()
 

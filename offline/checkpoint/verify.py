@@ -23,8 +23,11 @@ from offline.io.progress import Steps
 from offline.io.shards import Reader, all_finite
 from offline.methods import find_method
 from offline.plan.recipe import load_recipe
-from offline.source.dense import DenseModel
+from offline.source.dense import DenseModel, read_model_config
+from offline.source.families import find_family, read_shape
+from offline.source.layerwise import check_parameters, read_hf_config
 from offline.source.original import open_original
+from offline.source.stored import expert_tensors
 
 CHUNK = 1 << 22
 """Bytes hashed at a time."""
@@ -84,6 +87,7 @@ def verify(folder: Path, source: str | None, steps: Callable[[float], Steps]) ->
         found.notes += notes
         if config and whole:
             reader = Reader(folder)
+            _check_places(config, reader, found)
             _check_norms(config, reader, found)
             if model:
                 _compare_others(config, reader, model, found, progress)
@@ -159,6 +163,21 @@ def _check_values(file: Path, found: Findings, progress: Steps) -> None:
         if message not in found.problems:
             found.problems.append(message)
     progress.advance(max(file.stat().st_size - done, 0))
+
+
+def _check_places(config: CheckpointConfig, reader: Reader, found: Findings) -> None:
+    """Whether the model that config.json describes has a place for every tensor, and a tensor for every place."""
+    with found.collect():
+        content = read_model_config(reader.folder)
+        family = find_family(content)
+        shape = read_shape(family, content)
+        dense = [layer for layer in shape.layers if layer not in config.layers]
+        experts = {*config.expert_tensors(), *(name for name, _ in expert_tensors(shape, family.layouts[0], dense))}
+        for name in sorted(check_parameters(family, read_hf_config(reader.folder), reader, shape.layers, experts)):
+            found.problems.append(
+                f"{reader.folder / reader.weight_map[name]}: {name} has no place in the model, and vLLM would not load "
+                "it; compress again"
+            )
 
 
 def _check_norms(config: CheckpointConfig, reader: Reader, found: Findings) -> None:

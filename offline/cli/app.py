@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
             prog_name="d2moe",
             standalone_mode=False,
         )
+        sys.stdout.flush()
     except (InputError, CheckpointError) as error:
         _fail(str(error), 2)
     except PeerError as error:
@@ -75,7 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"{message} See `d2moe --help`.", 2)
     except OSError as error:
         if error.errno in _DISK_ERRORS:
-            _fail(f"{error.strerror}: {error.filename or 'a file'}; free some space or permit writing, run it again", 2)
+            _fail(
+                f"{error.strerror}: {error.filename or 'the output'}; free some space or permit writing, run it again",
+                2,
+            )
         raise
     if code == 130:  # typer's own answer to Ctrl-C
         _fail("interrupted; run the same command again to continue", 1)
@@ -86,6 +91,18 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENA
 """The machine's state or a path the user gave, not a bug."""
 
 
+_PRINTABLE = "d2moe.printable"
+
+
+def _printable(error: UnicodeError) -> tuple[bytes, int]:
+    """A path's bytes that are no UTF-8 as they are, other characters that an encoding has not as escapes."""
+    assert isinstance(error, UnicodeEncodeError)
+    return b"".join(
+        bytes([ord(one) - 0xDC00]) if "\udc80" <= one <= "\udcff" else one.encode("ascii", "backslashreplace")
+        for one in error.object[error.start : error.end]
+    ), error.end
+
+
 def _prepare_environment() -> None:
     """Before torch is imported."""
     # Threads that wait must sleep: spinning ones make a run many times slower on a machine that is shared.
@@ -93,9 +110,12 @@ def _prepare_environment() -> None:
     # No warnings of our libraries between the user and the one line that matters.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A path whose bytes are no UTF-8 is printed as those bytes, and is no error after all the work.
+    # What cannot be printed is no error after all the work: there may be nowhere to print to, or no such characters.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    codecs.register_error(_PRINTABLE, _printable)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="surrogateescape")
+        sys.stdout.reconfigure(errors=_PRINTABLE)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from offline.cli.options import Json, Memory, Revision, Seed, SeqLen, Src, WindowsOption, need_libraries, parse_size
+from offline.cli.options import (
+    CalibrationText,
+    Json,
+    Memory,
+    Revision,
+    Seed,
+    SeqLen,
+    Src,
+    TokenizerOption,
+    TrustRemoteCode,
+    WindowsOption,
+    need_libraries,
+    parse_size,
+)
 from offline.cli.tables import show
 from offline.errors import InputError
 from offline.io.console import plain_console
@@ -48,7 +61,7 @@ def compare(
         list[str] | None,
         typer.Option(help="Simpler ways to compare with: frequency, output-norm, svd, merge, channels."),
     ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Calibration text: UTF-8, or JSONL with `text`.")] = None,
+    calibration: CalibrationText = None,
     windows: WindowsOption = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
@@ -58,6 +71,8 @@ def compare(
         typer.Option(help="For finished rows (default: HTML.d2moe-compare, or without --html in the user's cache)."),
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave what was compressed in the working folder.")] = False,
+    tokenizer: TokenizerOption = None,
+    trust_remote_code: TrustRemoteCode = False,
     memory: Memory = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     serve: Annotated[
@@ -79,8 +94,10 @@ def compare(
     from offline.compare.settings import Settings
     from offline.compare.table import compare_table
     from offline.methods import METHODS
+    from offline.source.text import Text
+    from offline.source.tokens import TokenizerChoice
 
-    if calibration is None:
+    if not calibration:
         raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
     if vllm_args is not None and not serve:
         raise InputError("--vllm-args says how to serve; add --serve, or leave it out")
@@ -97,7 +114,8 @@ def compare(
         baselines=list(baseline or ()),
         ratios=ratio,
         texts=text,
-        calibration=calibration,
+        calibration=Text(tuple(calibration)),
+        tokenizer=TokenizerChoice(tokenizer, trust_remote_code),
         workdir=workdir or (html and html.with_name(f"{html.name}.d2moe-compare")),
         windows=windows,
         seq_len=seq_len,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,7 @@ from rich.table import Table
 from offline.cli.options import (
     Accounting,
     AllowLarger,
+    CalibrationText,
     Json,
     Memory,
     Method,
@@ -23,6 +25,8 @@ from offline.cli.options import (
     Seed,
     SeqLen,
     Src,
+    TokenizerOption,
+    TrustRemoteCode,
     WindowsOption,
     parse_size,
     read_recipe,
@@ -39,7 +43,7 @@ def compress(
     source: Src,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist yet.")],
     ratio: Ratio = None,
-    calibration: Annotated[Path | None, typer.Option(help="Calibration text: UTF-8, or JSONL with `text`.")] = None,
+    calibration: CalibrationText = None,
     recipe: RecipeFile = None,
     method: Method = None,
     accounting: Accounting = None,
@@ -50,6 +54,8 @@ def compress(
     revision: Revision = None,
     workdir: Annotated[Path | None, typer.Option(help="For intermediate files (default OUT.d2moe-work).")] = None,
     memory: Memory = None,
+    tokenizer: TokenizerOption = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     allow_larger: AllowLarger = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start over what was begun on another machine.")] = False,
@@ -57,6 +63,8 @@ def compress(
 ) -> None:
     """Compress SRC into OUT, layer by layer; a run that was interrupted is continued."""
     from offline.run.compress import compress as run
+    from offline.source.text import Text
+    from offline.source.tokens import TokenizerChoice
 
     started = time.monotonic()
     overrides = {
@@ -67,12 +75,13 @@ def compress(
         "calibration": {"windows": windows, "seq_len": seq_len, "seed": seed},
     }
     chosen = read_recipe(recipe, overrides)
-    if calibration is None:
+    if not calibration:
         raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
     options: dict[str, Any] = {"revision": revision, "workdir": workdir, "restart": restart, "device": device}
     options["allow_larger"] = allow_larger
     console = plain_console(stderr=True, quiet=not is_first())
-    result = run(source, out, chosen, calibration, **options, memory=parse_size(memory), console=console)
+    options["tokenizer"] = TokenizerChoice(tokenizer, trust_remote_code)
+    result = run(source, out, chosen, Text(tuple(calibration)), **options, memory=parse_size(memory), console=console)
     result["seconds"] = round(time.monotonic() - started, 1)
     result["peak_memory_bytes"] = peak_memory()
     if not is_first():
@@ -90,4 +99,6 @@ def compress_table(console: Console, result: dict[str, Any]) -> None:
         "working folder", f"{size(predicted['work_bytes'])} at most", f"{size(result['work_bytes'])} at the end"
     )
     console.print(table)
-    console.print(f"serve it:  vllm serve {result['path']} --trust-remote-code", highlight=False, soft_wrap=True)
+    command = ["vllm", "serve", result["path"], "--trust-remote-code"]
+    command += ["--tokenizer", result["tokenizer"]] if result["tokenizer"] else []
+    console.print(f"serve it:  {shlex.join(command)}", highlight=False, soft_wrap=True, markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,4 +34,4 @@ def export_table(console: Console, result: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(f"serve it:  vllm serve {result['path']}", highlight=False, soft_wrap=True)
+    console.print(f"serve it:  {shlex.join(['vllm', 'serve', result['path']])}", highlight=False, soft_wrap=True)

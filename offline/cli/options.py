@@ -37,6 +37,16 @@ ScopeOption = Annotated[
 WindowsOption = Annotated[int | None, typer.Option(help="Calibration windows (default 128).")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens per window (default 2048, or the model's limit).")]
 Seed = Annotated[int | None, typer.Option(help="Which windows of the text are drawn.")]
+CalibrationText = Annotated[
+    list[Path] | None,
+    typer.Option(help="Calibration text: UTF-8, or JSON Lines or an array with `text`; several are read in order."),
+]
+TokenizerOption = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Folder of the tokenizer to read texts with (default: the model's).")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the tokenizer's own code, where it is code; look at it first.")
+]
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory to stay within, e.g. 24GB (default: what the machine has).")
 ]

@@ -23,6 +23,7 @@ from offline.cli.options import (
     read_recipe,
 )
 from offline.cli.tables import projections, show, sizes
+from offline.io.console import plain_console
 from offline.io.units import duration, size
 
 
@@ -54,6 +55,9 @@ def plan(
     }
     options: dict[str, Any] = {"processes": processes, "allow_larger": allow_larger, "memory": parse_size(memory)}
     planned = make_plan(open_dense(source, revision), read_recipe(recipe, overrides), **options)
+    console = plain_console(stderr=True)
+    for remark in planned.model.remarks:
+        console.print(remark, highlight=False, soft_wrap=True)
     show(summarize(planned, estimate_seconds(planned)), as_json, plan_table)
 
 

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from offline.cli.options import Ckpt, Json, Original, SeqLen, need_libraries, parse_size
+from offline.cli.options import (
+    Ckpt,
+    Json,
+    Original,
+    SeqLen,
+    TokenizerOption,
+    TrustRemoteCode,
+    need_libraries,
+    parse_size,
+)
 from offline.cli.tables import show
 from offline.errors import InputError
 from offline.io.console import plain_console
@@ -40,6 +49,8 @@ def report(
         str | None,
         typer.Option(metavar="SIZE", help="What the comparison of experts (CKA) may hold at once (default 4GB)."),
     ] = None,
+    tokenizer: TokenizerOption = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """What a compressed checkpoint is and what it lost, as one HTML page that needs nothing else."""
@@ -48,8 +59,10 @@ def report(
     from offline.io.progress import Steps
     from offline.report.content import Request, collect
     from offline.report.figures import make_report
+    from offline.source.tokens import TokenizerChoice
 
-    request = Request(checkpoint, source, tuple(text or ()), seq_len, quick, trimming, parse_size(memory))
+    reads = TokenizerChoice(tokenizer, trust_remote_code)
+    request = Request(checkpoint, source, tuple(text or ()), seq_len, quick, trimming, parse_size(memory), reads)
     _check_places(out, figures)
     if card:
         if not request.texts:

@@ -11,13 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from d2moe_vllm.format.kinds import ROLES
-from offline.io.console import plain_console
+from offline.io.console import hush, plain_console
 
 
 def show(content: dict[str, Any], as_json: bool, table: Callable[[Console, dict[str, Any]], None]) -> None:
     """The same content on stdout for programs, or as `table` prints it for people."""
     if as_json:
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        try:
+            sys.stdout.write(json.dumps(content, indent=2) + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            hush()
     else:
         table(plain_console(), content)
 

@@ -6,7 +6,6 @@ again. What a method writes is measured and then removed, unless it is to be kep
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -36,11 +35,12 @@ from offline.plan.make import make_plan
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
 from offline.run import compress as jobs
-from offline.run.evaluate import evaluate
+from offline.run.evaluate import Measure, evaluate
 from offline.run.scores import score_channels, scoring_plan
 from offline.run.usage import count_usage
 from offline.source.dense import DenseModel, open_dense
-from offline.source.text import Windows, choose_windows, read_text, tokenize
+from offline.source.text import as_text
+from offline.source.tokens import Windows, choose_windows, open_tokenizer
 from offline.work.workdir import fingerprint
 
 ROWS = "rows"
@@ -68,12 +68,14 @@ class Comparison:
         settings.check()
         self.model = open_dense(settings.source, settings.revision)
         self.texts = settings.labels()
-        self.hashes = {name: hashlib.sha256(read_text(path).encode()).hexdigest() for name, path in self.texts.items()}
+        self.hashes = {name: as_text(path).sha256() for name, path in self.texts.items()}
         recipe = self._resolved(SOURCE, ANY_RATIO)
         calibration = recipe.calibration
         self.seq_len = int(calibration.seq_len)
-        tokens = tokenize(self.model.folder, read_text(settings.calibration))
-        self.windows = choose_windows(tokens, calibration.windows, self.seq_len, calibration.seed)
+        reads = open_tokenizer(self.model.folder, settings.tokenizer)
+        for note in (*self.model.remarks, *reads.notes):
+            self._say(note)
+        self.windows = choose_windows(reads, settings.calibration, calibration.windows, self.seq_len, calibration.seed)
         self.device = jobs.choose_device(settings.device)
         self.folder = settings.folder()
         source = self.model.folder
@@ -240,6 +242,7 @@ class Comparison:
                 out,
                 settings.recipe(name, ratio),
                 settings.calibration,
+                tokenizer=settings.tokenizer,
                 workdir=self._begun(out),
                 restart=True,
                 memory=settings.memory,
@@ -271,7 +274,8 @@ class Comparison:
         for name, key in self._keys.items():
             if key not in state.perplexities:
                 self._say(f"perplexity on {name}")
-                found = evaluate(str(folder), self.texts[name], self.seq_len, None, steps)
+                measure = Measure(as_text(self.texts[name]), self.seq_len, tokenizer=self.settings.tokenizer)
+                found = evaluate(str(folder), measure, None, steps)
                 state.perplexities[key] = found.perplexity
                 state.save()
         row = self._row(state.row["name"], state.row["ratio"]) | state.row

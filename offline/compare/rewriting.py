@@ -4,7 +4,6 @@ in memory at a time. Stock transformers and vLLM load it."""
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,10 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from d2moe_vllm.format.kinds import DTYPES, Role, TensorSpec
-from offline.checkpoint.publish import companion_files
 from offline.errors import InputError
 from offline.io.folders import check_new_folder, check_space, new_folder
-from offline.io.shards import TORCH_DTYPES, Shard, plan_shards, sync_file, write_file, write_shards
+from offline.io.shards import TORCH_DTYPES, Shard, plan_shards, write_file, write_shards
 from offline.source.dense import DenseModel, open_dense
 from offline.source.stored import ExpertTensor, expert_tensors
 
@@ -53,9 +51,7 @@ class Rewrite:
             config |= {key: self.experts for key in model.family.num_experts_keys if key in config}
             write_file(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
             write_file(folder / RECORD_FILE, json.dumps(record) + "\n")
-            for path in companion_files(model.folder):
-                shutil.copyfile(path, folder / path.name)
-                sync_file(folder / path.name)
+            model.companions.copy(model.folder, folder)
             open_dense(str(folder))  # whole and loadable, or it is not published
 
     @cached_property

@@ -16,20 +16,24 @@ from offline.errors import InputError
 from offline.io.naming import labels
 from offline.methods import METHODS
 from offline.plan.recipe import Recipe, load_recipe
+from offline.source.text import Text
+from offline.source.tokens import OWN, TokenizerChoice
 
 
 @dataclass(frozen=True)
 class Settings:
     """What to compare. ratios: of stored bytes; seq_len: tokens per window, of the calibration and of the texts (None:
-    2048, or the model's limit if less); memory: bytes to stay within; keep: what was written stays in `folder()`;
-    serve: speed is measured too, with these further arguments of `vllm serve`, None for not at all."""
+    2048, or the model's limit if less); tokenizer: what reads them; memory: bytes to stay within; keep: what was
+    written stays in `folder()`; serve: speed is measured too, with these further arguments of `vllm serve`, None for
+    not at all."""
 
     source: str
     methods: Sequence[str]
     baselines: Sequence[str]
     ratios: Sequence[float]
     texts: Sequence[Path]
-    calibration: Path
+    calibration: Text
+    tokenizer: TokenizerChoice = OWN
     workdir: Path | None = None
     windows: int | None = None
     seq_len: int | None = None
@@ -78,7 +82,8 @@ class Settings:
             return self.workdir.expanduser().resolve()
         source = Path(self.source).expanduser()
         made_from = [
-            str(source.resolve()) if source.is_dir() else self.source, self.revision, str(self.calibration.resolve()),
+            str(source.resolve()) if source.is_dir() else self.source, self.revision,
+            [str(path.resolve()) for path in self.calibration.paths],
             self.windows, self.seq_len, self.seed, self.memory, self.device,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from rich.console import Console
+
+
+class _Console(Console):
+    """Goes on where whoever reads has had enough, as `head` has: what was to be done is done."""
+
+    def on_broken_pipe(self) -> None:
+        hush()
+
+
+def hush() -> None:
+    """From now on what is printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Takes every string as it is, in lines and in cells of tables: names and paths are the user's or a stranger's, and
     one with `[red]` or `:x:` in it is no markup."""
-    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False)
+    return _Console(stderr=stderr, quiet=quiet, markup=False, emoji=False)

@@ -54,7 +54,11 @@ class Reader:
         for file in self.files:
             for name, (spec, _) in self._places(file).items():
                 if self.weight_map.get(name) != file:
-                    raise CheckpointError(f"{folder / file}: tensor {name} is not where {INDEX_FILE} says; copy again")
+                    where = f"says it is in {self.weight_map[name]}" if name in self.weight_map else "does not list it"
+                    raise CheckpointError(
+                        f"{folder / file}: holds tensor {name}, and {INDEX_FILE} {where}; set it to {file!r} in its "
+                        "weight_map, or copy both again"
+                    )
                 if spec.dtype not in DTYPE_BYTES:
                     raise CheckpointError(f"{folder / file}: {name} has the unknown dtype {spec.dtype}")
                 self.specs[name] = spec

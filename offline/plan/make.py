@@ -38,7 +38,12 @@ def make_plan(
     base, shape = recipe.base, model.shape
     for role in ROLES:
         if shape.projection(role)[1] % base.groups:
-            raise InputError(f"base.groups {base.groups} does not divide {role}'s {shape.projection(role)[1]} inputs")
+            sizes = [shape.projection(role)[1] for role in ROLES]
+            works = max(n for n in range(1, base.groups) if not any(size % n for size in sizes))
+            raise InputError(
+                f"base.groups {base.groups} does not divide {role}'s {shape.projection(role)[1]} inputs, and {works} "
+                f"does; give a recipe with `base: {{groups: {works}}}` by --recipe"
+            )
     _check_counts(recipe, shape.num_experts)
     problem = _problem(model, recipe, shard_bytes)
     if choice := problem.method.choice:
@@ -132,6 +137,8 @@ def summary(plan: Plan, seconds: float) -> dict[str, Any]:
             "dense_layers": len(shape.layers) - len(config.layers),
             "final": plan.settled,
         },
+        "left_out": plan.model.left_out,
+        "notes": plan.model.remarks,
         "kept_share_of_deltas": {role: plan.budget.kept_share[role] for role in ROLES},
         "first_layer": {role: first[role].model_dump() for role in ROLES},
         "peak_memory_bytes": peak_memory(plan),

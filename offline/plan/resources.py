@@ -10,12 +10,14 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 
-from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.format.kinds import ROLES, TensorSpec
 from offline.errors import InputError
 from offline.plan.plan import Plan, Resources
 
@@ -27,12 +29,17 @@ where they are installed (lm-eval brings them)."""
 FLOAT32, FLOAT64 = 4, 8
 
 
+def machine_memory() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_resources(plan: Plan, memory: int | None, processes: int) -> Plan:
     """The plan with as much at once as fits into `memory` bytes for all processes of this machine together.
 
     None means what the machine has. Raises InputError where even the smallest steps need more.
     """
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = machine_memory()
     limit = (memory or available) // processes
     step = max(plan.windows[1], 1)
     # Every process gets a batch of windows.
@@ -60,30 +67,33 @@ def _too_small(plan: Plan, memory: int | None, available: int, needed: int) -> s
     )
 
 
-def _outside_and_inside(plan: Plan) -> tuple[int, int, int]:
-    """Parameters outside of the decoder layers; the most that one layer has besides its routed experts; the widest of
-    these tensors' outputs. Layers that predict further tokens are stored after the decoder's, and never run."""
+def outside_and_inside(tensors: Mapping[str, TensorSpec], num_layers: int) -> tuple[int, int, int]:
+    """Of all tensors but routed experts': parameters outside of the decoder layers; the most that one layer has; the
+    widest of its tensors' outputs. Layers that predict further tokens are stored after the decoder's, and never run."""
     outside, widest = 0, 0
     inside: dict[int, int] = {}
-    for name, spec in plan.model.other_tensors.items():
+    for name, spec in tensors.items():
         if not name.startswith("model.layers."):
             outside += spec.numel
-        elif (layer := int(name.split(".")[2])) < plan.model.num_layers:
+        elif (layer := int(name.split(".")[2])) < num_layers:
             inside[layer] = inside.get(layer, 0) + spec.numel
             widest = max(widest, spec.shape[0] if spec.shape else 0)
     return outside, max(inside.values(), default=0), widest
 
 
-def _scores(plan: Plan) -> int:
-    """Bytes of attention scores while a layer runs: none where torch's fused attention works, all of them where
-    query heads are wider than value heads (multi-head latent attention)."""
-    config = plan.model.config
+def _outside_and_inside(plan: Plan) -> tuple[int, int, int]:
+    return outside_and_inside(plan.model.other_tensors, plan.model.num_layers)
+
+
+def scores(config: Mapping[str, Any], length: int, batch: int, *, backwards: bool) -> int:
+    """Bytes of attention scores while `batch` tokens in windows of `length` run through a layer: none where torch's
+    fused attention works, all of them where query heads are wider than value heads (multi-head latent attention)."""
     queries = int(config.get("qk_nope_head_dim") or 0) + int(config.get("qk_rope_head_dim") or 0)
     if not queries or queries == config.get("v_head_dim"):
         return 0
     heads = int(config.get("num_attention_heads") or 0)
-    kept = 6 if plan.needs_gradient else 4  # scores, mask and softmax, and their gradients
-    return FLOAT32 * heads * plan.windows[1] * plan.resources.batch_tokens * kept
+    kept = 6 if backwards else 4  # scores, mask and softmax, and their gradients
+    return FLOAT32 * heads * length * batch * kept
 
 
 MERGING = {"fisher": 9, "frequency": 6, "ties": 19}
@@ -113,7 +123,8 @@ def _running(plan: Plan) -> dict[str, int]:
     matrix, width = hidden * middle, plan.torch_dtype.itemsize
     _, inside, widest = _outside_and_inside(plan)
     # A decoder layer's own tensors: normed, projected and attended states, and their gradients.
-    states = FLOAT32 * batch * (hidden * (20 if backwards else 12) + 3 * widest) + _scores(plan)
+    states = FLOAT32 * batch * (hidden * (20 if backwards else 12) + 3 * widest)
+    states += scores(plan.model.config, plan.windows[1], batch, backwards=backwards)
     # Autograd keeps three tensors of an expert's width per routed token; then the mix, and one expert at work.
     kept = shape.experts_per_token * (3 * middle + 2 * hidden) if backwards else 0
     routed = FLOAT32 * batch * (kept + 4 * middle + 3 * hidden)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,18 +19,19 @@ from offline.io.progress import Steps
 from offline.io.shards import Reader
 from offline.methods import find_method
 from offline.report.records import check_statistics
-from offline.run.evaluate import evaluate, text_windows
+from offline.run.evaluate import Measure, check_measure, evaluate
 from offline.source.dense import read_model_config
 from offline.source.families import find_family, read_shape
 from offline.source.original import open_original
-from offline.source.text import read_text
+from offline.source.text import as_text
+from offline.source.tokens import OWN, TokenizerChoice
 
 
 @dataclass(frozen=True)
 class Request:
     """What to report on. source: the dense original; texts: to measure perplexity on, in windows of seq_len tokens;
     quick: without the analyses that read every weight; trimming: measure it on the first text; memory: bytes that the
-    comparison of experts may hold at once, None for its default."""
+    comparison of experts may hold at once, None for its default; tokenizer: what reads the texts."""
 
     checkpoint: Path
     source: str | None = None
@@ -40,6 +40,10 @@ class Request:
     quick: bool = False
     trimming: bool = False
     memory: int | None = None
+    tokenizer: TokenizerChoice = OWN
+
+    def measure(self, text: Path) -> Measure:
+        return Measure(as_text(text), self.seq_len, tokenizer=self.tokenizer)
 
 
 def check_request(request: Request) -> CheckpointConfig:
@@ -58,7 +62,7 @@ def check_request(request: Request) -> CheckpointConfig:
     if request.seq_len and not request.texts:
         raise InputError("--seq-len is for the text; add --text FILE")
     for text in request.texts:
-        text_windows(str(request.checkpoint), text, request.seq_len)
+        check_measure(str(request.checkpoint), request.measure(text))
     return config
 
 
@@ -141,10 +145,11 @@ def _perplexities(
     found = []
     for label, text in zip(labels(request.texts), request.texts, strict=True):
         say(f"perplexity on {label}")
-        after = evaluate(str(request.checkpoint), text, request.seq_len, None, steps)
+        measure = request.measure(text)
+        after = evaluate(str(request.checkpoint), measure, None, steps, say=say)
         row: dict[str, Any] = {
             "text": label,
-            "sha256": hashlib.sha256(read_text(text).encode()).hexdigest(),
+            "sha256": measure.text.sha256(),
             "tokens": after.tokens,
             "windows": after.windows,
             "seq_len": after.seq_len,
@@ -155,7 +160,7 @@ def _perplexities(
         }
         if request.source:
             say(f"the original's perplexity on {label}")
-            before = evaluate(request.source, text, request.seq_len, None, steps)
+            before = evaluate(request.source, measure, None, steps)
             row["before"] = before.perplexity
             losses = before.negative_log_likelihood, after.negative_log_likelihood
             row["recovery"] = recovery(*losses, vocabulary) if isinstance(vocabulary, int) else None
@@ -199,7 +204,8 @@ def _trimming(
         for count in _counts(config.num_experts):
             say(f"perplexity with {count} experts of each layer trimmed")
             taken = {layer: experts[:count] for layer, experts in order.items()}
-            found = evaluate(str(request.checkpoint), request.texts[0], request.seq_len, None, steps, trim=taken)
+            measure = request.measure(request.texts[0])
+            found = evaluate(str(request.checkpoint), measure, None, steps, trim=taken)
             points[count]["perplexity"] = found.perplexity
     text = labels(request.texts)[0] if request.trimming else None
     return {"layers": list(order), "all_layers": len(config.layers), "text": text, "points": points}

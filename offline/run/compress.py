@@ -25,7 +25,8 @@ from offline.plan.recipe import Recipe
 from offline.plan.resources import estimate_seconds, peak_memory, total_work, work_bytes
 from offline.run.calibration import compress_layers
 from offline.source.dense import open_dense
-from offline.source.text import choose_windows, read_text, tokenize
+from offline.source.text import Text
+from offline.source.tokens import OWN, TokenizerChoice, choose_windows, open_tokenizer
 from offline.work.distributed import is_first, join
 from offline.work.workdir import MARKER_FILE, WorkDir, fingerprint, refuse_changed_source
 
@@ -34,8 +35,9 @@ def compress(
     source: str,
     out: Path,
     recipe: Recipe,
-    calibration: Path,
+    calibration: Text,
     *,
+    tokenizer: TokenizerChoice = OWN,
     revision: str | None = None,
     workdir: Path | None = None,
     restart: bool = False,
@@ -47,6 +49,7 @@ def compress(
     """Compress `source` into the new folder `out`; an interrupted run is continued. Under torchrun every process
     calls this, and they share the work out.
 
+    calibration: text that the windows are drawn from, read by `tokenizer`;
     memory: bytes that this machine's processes may hold together; device: "auto", "cpu" or "cuda".
     Every check that needs no work comes first: a refusal (InputError, CheckpointError) leaves nothing behind.
     Returns what was written, for printing.
@@ -65,9 +68,10 @@ def compress(
     )
     if folder == plan.model.folder or folder in plan.model.folder.parents:
         raise InputError(f"--workdir {folder} holds the source; choose another")
-    settings = plan.recipe.calibration
-    tokens = tokenize(plan.model.folder, read_text(calibration))
-    windows = choose_windows(tokens, settings.windows, int(settings.seq_len), settings.seed)
+    settings, reads = plan.recipe.calibration, open_tokenizer(plan.model.folder, tokenizer)
+    for note in (*plan.model.remarks, *reads.notes):
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
+    windows = choose_windows(reads, calibration, settings.windows, int(settings.seq_len), settings.seed)
     if group.first:
         _check_space(plan, folder, out)
     machine = {"device": chosen.type, "processes": group.size, "at_once": list(asdict(plan.resources).values())}
@@ -98,7 +102,7 @@ def compress(
             disk = work.nbytes() if group.first else 0
             budget = settle(plan, work)
             if group.first:
-                publish(plan, budget, windows, work, out, lambda: refuse_changed_source(plan.model, mark))
+                publish(plan, budget, windows, work, out, lambda: refuse_changed_source(plan.model, mark), reads.config)
         group.barrier()
         work.remove()
     except OSError as error:
@@ -111,7 +115,8 @@ def compress(
     finally:
         work.close()
     done = replace(plan, budget=budget)
-    return {**summary(done, predicted["seconds"]), "path": str(out), "predicted": predicted, "work_bytes": disk}
+    written = {"path": str(out), "tokenizer": tokenizer.folder, "predicted": predicted, "work_bytes": disk}
+    return {**summary(done, predicted["seconds"]), **written}
 
 
 def choose_device(device: str) -> torch.device:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from d2moe_vllm.format.files import check_checkpoint
 from offline.checkpoint.experts import compressed_experts
 from offline.errors import InputError
 from offline.io.progress import Steps
-from offline.run.sweep import Experts, Scratch, Sweep, Visitor
-from offline.source.dense import open_dense, read_model_config, resolve_folder
+from offline.plan.evaluation import Evaluated, disk_bytes, fit
+from offline.run.sweep import Scratch, StoredWindows, Sweep, Visitor, Windows
+from offline.source.dense import open_dense, read_model_config
 from offline.source.families import FAMILIES, Family, read_shape
+from offline.source.folder import locate
 from offline.source.layerwise import LayerwiseModel, read_hf_config
-from offline.source.stored import SourceReader, find_experts
-from offline.source.text import all_windows, read_text, tokenize
+from offline.source.stored import SourceReader, StoredExperts, find_experts
+from offline.source.text import Text
+from offline.source.tokens import OWN, Tokenizer, TokenizerChoice, choose_windows, open_tokenizer
 from offline.work.statistics import DenseExperts
 
 LARGEST_LOSS = 700.0
@@ -30,10 +34,26 @@ LARGEST_LOSS = 700.0
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What perplexity is measured on, and with how much memory.
+
+    seq_len: tokens in a window, None for 2048, or the model's limit if that is less; windows: how many are drawn by
+    `seed`, None for all there are; memory: bytes to stay within, None for what the machine has.
+    """
+
+    text: Text
+    seq_len: int | None = None
+    windows: int | None = None
+    seed: int = 0
+    tokenizer: TokenizerChoice = OWN
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
 class Perplexity:
     """exp of the mean negative log-likelihood over every token but each window's first.
 
-    scope: of the dynamic column selection, None for a dense model.
+    scope: of the dynamic column selection, None for a dense model; predicted: bytes of memory at the worst moment.
     """
 
     perplexity: float
@@ -42,98 +62,171 @@ class Perplexity:
     windows: int
     seq_len: int
     scope: Scope | None
+    predicted: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"predicted": {"peak_memory_bytes": self.predicted}}
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """A checkpoint that can be run layer by layer; experts builds one layer's experts, None where it has none."""
+class Opened:
+    """A checkpoint that can be run layer by layer. experts: builds one layer's experts, which are read when they are
+    needed or held, as the second argument says; None where it has none; sizes: what memory depends on, but `length`."""
 
     folder: Path
     model: LayerwiseModel
-    experts: Experts
+    experts: Callable[..., nn.Module | None]
     scope: Scope | None
+    sizes: Evaluated
 
 
 def evaluate(
     source: str,
-    text: Path,
-    seq_len: int | None,
+    measure: Measure,
     scope: Scope | None,
     steps: Callable[[float], Steps],
     trim: Mapping[int, Sequence[int]] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Perplexity:
     """Perplexity of the checkpoint on a text's non-overlapping windows, in float32, no special tokens.
 
-    seq_len: None means 2048, or the model's limit if that is less; scope: overrides the checkpoint's own; trim: as for
-    `open_evaluated`. Raises InputError or CheckpointError.
+    scope: overrides the checkpoint's own; trim: as for `open_evaluated`; say: is told what a user should know.
+    Raises InputError or CheckpointError.
     """
-    tokens = text_windows(source, text, seq_len)
-    length = tokens.shape[1]
-    evaluated = open_evaluated(source, scope, trim)
-    layers = evaluated.model.num_layers
-    with steps((layers + 1) * len(tokens)) as progress, tempfile.TemporaryDirectory(prefix="d2moe-eval-") as folder:
-        sweep = Sweep(evaluated.model, evaluated.experts, tokens, Scratch(Path(folder)), progress, len(tokens))
-        sweep.run(Visitor(), layers)
-        total = sweep.loss()
-    count = tokens.shape[0] * (tokens.shape[1] - 1)
-    mean = total / count
+    opened = open_evaluated(source, scope, trim)
+    length = _length(opened.sizes.config, measure.seq_len)
+    sizes = replace(opened.sizes, length=length)
+    at_once = fit(sizes, measure.memory)
+    tokenizer = open_tokenizer(opened.folder, measure.tokenizer)
+    for note in tokenizer.notes:
+        say(note)
+    measure.text.length()  # what is wrong in it is said before anything else is
+    layers = opened.model.num_layers
+    with tempfile.TemporaryDirectory(prefix="d2moe-eval-") as name:
+        folder = Path(name)
+        if measure.windows is None:
+            with steps(max(measure.text.nbytes, 1)) as progress:
+                tokens: Windows = write_windows(tokenizer, measure.text, length, folder, progress)
+        else:
+            tokens = choose_windows(tokenizer, measure.text, measure.windows, length, measure.seed).tokens
+        count = len(tokens)
+        _check_disk(folder, disk_bytes(sizes, count * length))
+        with steps((layers + 1) * count) as progress:
+
+            def experts(layer: int) -> nn.Module | None:
+                return opened.experts(layer, at_once.hold_layer)
+
+            sweep = Sweep(opened.model, experts, tokens, Scratch(folder), progress, count,
+                          batch_tokens=at_once.batch_tokens)  # fmt: skip
+            sweep.run(Visitor(), layers)
+            total = sweep.loss()
+    mean = total / (count * (length - 1))
     if not math.isfinite(mean) or mean > LARGEST_LOSS:
         raise InputError(
-            f"{source} gives a negative log-likelihood of {mean} a token on {text}: its weights are broken"
+            f"{source} gives a negative log-likelihood of {mean} a token on {measure.text}: its weights are broken"
         )
-    return Perplexity(math.exp(mean), mean, count, len(tokens), length, evaluated.scope)
+    return Perplexity(math.exp(mean), mean, count * (length - 1), count, length, opened.scope, at_once.nbytes)
 
 
-def text_windows(source: str, text: Path, seq_len: int | None) -> Tensor:
-    """The windows that `evaluate` measures on, int64 [windows, seq_len]. Raises InputError."""
-    folder = resolve_folder(source)
-    limit = read_model_config(folder).get("max_position_embeddings")
+def check_measure(source: str, measure: Measure) -> None:
+    """All that `evaluate` refuses without computing anything but the tokens of one window: the whole text is read.
+    Raises InputError."""
+    folder = locate(source).folder
+    length = _length(read_model_config(folder), measure.seq_len)
+    tokenizer = open_tokenizer(folder, measure.tokenizer)
+    found = 0
+    for piece in measure.text.pieces():
+        found += len(tokenizer.encode(piece)) if found < length else 0
+    if found < length:
+        raise _no_window(measure.text, found, length)
+
+
+def _length(config: Mapping[str, Any], seq_len: int | None) -> int:
+    limit = config.get("max_position_embeddings")
     if seq_len is not None and (seq_len < 2 or (limit and seq_len > limit)):
         raise InputError(f"--seq-len {seq_len} is not between 2 and the model's {limit} positions")
-    return all_windows(tokenize(folder, read_text(text)), seq_len or min(2048, limit or 2048))
+    return seq_len or min(2048, limit or 2048)
 
 
-def open_evaluated(
-    source: str, scope: Scope | None = None, trim: Mapping[int, Sequence[int]] | None = None
-) -> Evaluated:
+def _no_window(text: Text, tokens: int, length: int) -> InputError:
+    mend = "lower --seq-len" if tokens > 1 else "give another"
+    return InputError(f"the text ({text}) has {tokens} tokens, less than one window of {length}; {mend}")
+
+
+def write_windows(tokenizer: Tokenizer, text: Text, length: int, folder: Path, steps: Steps) -> StoredWindows:
+    """Every non-overlapping window of `length` tokens, in a file of `folder`; the rest of the text is dropped.
+
+    steps: of the text's bytes. Raises InputError where there is no window.
+    """
+    steps.label("tokens")
+    path, count = folder / "tokens.rows", 0
+    with path.open("wb") as file:
+        for piece in text.pieces():
+            tokens = tokenizer.encode(piece)
+            file.write(tokens.to(torch.int32).numpy().tobytes())
+            count += len(tokens)
+            steps.advance(len(piece.encode()))
+    if count < length:
+        raise _no_window(text, count, length)
+    return StoredWindows(path, count // length, length)
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"No space left for {needed:,} bytes of hidden states under {folder.parent}: {free:,} are free; set TMPDIR "
+            "to a folder with more, or measure on fewer --windows"
+        )
+
+
+def open_evaluated(source: str, scope: Scope | None = None, trim: Mapping[int, Sequence[int]] | None = None) -> Opened:
     """A dense or compressed checkpoint, ready to run. Raises InputError or CheckpointError.
 
     trim: layer -> experts of a compressed checkpoint that are to run on the base alone, as if they were stored so.
     """
-    folder = resolve_folder(source)
-    quantization = read_model_config(folder).get("quantization_config") or {}
-    hf_config, cpu = read_hf_config(folder), torch.device("cpu")
-    if quantization.get("quant_method") == "d2moe":
-        config = _trimmed(check_checkpoint(folder), trim or {})
-        reader, family = SourceReader(folder, ours=config.expert_tensors()), _family(config)
-        scope = scope or config.pruning.scope
-        layerwise = LayerwiseModel(reader, family, hf_config)
-        shape = read_shape(family, read_model_config(folder))
-        left = [layer for layer in shape.layers if layer not in config.layers]
-        kept = find_experts(family, shape, reader, left) if left else None
+    folder = locate(source).folder
+    content = read_model_config(folder)
+    quantization = content.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "d2moe":
+        if scope is not None:
+            raise InputError(f"--scope {scope} makes no sense for the dense model {source}")
+        return _open_dense(source)
+    config = _trimmed(check_checkpoint(folder), trim or {})
+    ours, family = config.expert_tensors(), _family(config)
+    reader, scope = SourceReader(folder, ours=ours), scope or config.pruning.scope
+    layerwise = LayerwiseModel(reader, family, read_hf_config(folder))
+    shape = read_shape(family, content)
+    left = [layer for layer in shape.layers if layer not in config.layers]
+    kept = find_experts(family, shape, reader, left) if left else None
 
-        def compressed(layer: int) -> nn.Module | None:
-            if layer in config.layers:
-                return compressed_experts(config, layer, reader.finite, layerwise.activation, scope)
-            return DenseExperts(shape, kept.held(layer, cpu), layerwise.activation) if kept and layer in left else None
+    def experts(layer: int, hold: bool = True) -> nn.Module | None:
+        if layer in config.layers:
+            return compressed_experts(config, layer, reader.finite, layerwise.activation, scope)
+        return _dense_experts(kept, layer, layerwise.activation, hold) if kept and layer in left else None
 
-        return Evaluated(folder, layerwise, compressed, scope)
-    if scope is not None:
-        raise InputError(f"--scope {scope} makes no sense for the dense model {source}")
+    beside = {name: spec for name, spec in reader.specs.items() if not (name in ours or (kept and name in kept.names))}
+    stored = max(sum(one.spec.numel for one in config.stored(layer).values()) for layer in config.layers)
+    sizes = Evaluated(content, shape, beside, stored, kept.dtype if kept else None, 0)
+    return Opened(folder, layerwise, experts, scope, sizes)
+
+
+def _open_dense(source: str) -> Opened:
     model = open_dense(source)
-    layerwise = LayerwiseModel(model.reader, model.family, hf_config)
+    layerwise = LayerwiseModel(model.reader, model.family, read_hf_config(model.folder))
 
-    def dense(layer: int) -> nn.Module | None:
-        return (
-            DenseExperts(model.shape, model.experts.held(layer, cpu), layerwise.activation)
-            if layer in model.shape.layers
-            else None
-        )
+    def experts(layer: int, hold: bool = True) -> nn.Module | None:
+        return _dense_experts(model.experts, layer, layerwise.activation, hold) if layer in model.shape.layers else None
 
-    return Evaluated(folder, layerwise, dense, None)
+    sizes = Evaluated(model.config, model.shape, model.other_tensors, 0, model.experts.dtype, 0)
+    return Opened(model.folder, layerwise, experts, None, sizes)
+
+
+def _dense_experts(
+    stored: StoredExperts, layer: int, activation: Callable[[Tensor], Tensor], hold: bool
+) -> DenseExperts:
+    read = stored.held if hold else stored.fetched
+    return DenseExperts(stored.shape, read(layer, torch.device("cpu")), activation)
 
 
 def _trimmed(config: CheckpointConfig, trim: Mapping[int, Sequence[int]]) -> CheckpointConfig:

@@ -21,7 +21,7 @@ from offline.plan.recipe import Recipe
 from offline.plan.resources import layer_work
 from offline.run.calibration import Calibration, open_sweep
 from offline.source.dense import DenseModel
-from offline.source.text import Windows
+from offline.source.tokens import Windows
 from offline.work.statistics import channel_scores
 from offline.work.workdir import WorkDir, fingerprint
 

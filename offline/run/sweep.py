@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,31 @@ from offline.work.workdir import WorkDir
 Experts = Callable[[int], nn.Module | None]
 """Builds what runs as a layer's experts."""
 Entered = Callable[[slice], None]
+
+
+class Windows(Protocol):
+    """Windows of tokens: a tensor int64 [windows, seq], or what gives parts of one that is not in memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, windows: slice, /) -> Tensor: ...
+
+
+class StoredWindows:
+    """Windows of a text of any length, from a file of int32 numbers; at least `count` of `length` lie there."""
+
+    def __init__(self, path: Path, count: int, length: int) -> None:
+        self._rows = Rows(path, count, length, torch.int32)
+        self.shape = self._rows.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, windows: slice, /) -> Tensor:
+        return self._rows.read(windows).long()
 
 
 class Visitor:
@@ -107,13 +133,13 @@ def _name(what: str, layer: int) -> str:
 class Sweep:
     """A model that runs over windows, layer by layer; several processes share the windows out.
 
-    experts: a layer's experts, None for one that has none; tokens: int64 [windows, seq]; forward_work, backward_work:
+    experts: a layer's experts, None for one that has none; tokens: the windows; forward_work, backward_work:
     what running one layer over all windows counts in `steps`.
     """
 
     model: LayerwiseModel
     experts: Experts
-    tokens: Tensor
+    tokens: Windows
     arrays: WorkDir | Scratch
     steps: Steps
     forward_work: float
@@ -265,16 +291,21 @@ class Sweep:
 
     # Arrays
 
+    @property
+    def _count(self) -> int:
+        """Tokens of all windows."""
+        return self.tokens.shape[0] * self.tokens.shape[1]
+
     def _rows(self, batch: slice) -> slice:
         length = self.tokens.shape[1]
         return slice(batch.start * length, batch.stop * length)
 
     def _create(self, name: str) -> Rows:
-        return self.arrays.create(name, self.tokens.numel(), self.model.hidden_size)
+        return self.arrays.create(name, self._count, self.model.hidden_size)
 
     def _read(self, what: str, layer: int, batch: slice) -> Tensor:
         """[windows, seq, hidden], on the model's device."""
-        array = self.arrays.rows(_name(what, layer), self.tokens.numel(), self.model.hidden_size)
+        array = self.arrays.rows(_name(what, layer), self._count, self.model.hidden_size)
         rows = array.read(self._rows(batch))
         return rows.view(batch.stop - batch.start, self.tokens.shape[1], -1).to(self.model.device)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from d2moe_vllm.format.kinds import DTYPES, Dtype, Role, TensorSpec
 from offline.errors import InputError
 from offline.io.shards import TORCH_DTYPES
 from offline.source.families import Family, MoEShape, find_family, read_shape
+from offline.source.folder import Companions, check_weights, find_companions, locate
 from offline.source.layerwise import check_parameters, read_hf_config
 from offline.source.stored import (
     ExpertTensor,
@@ -26,48 +26,36 @@ from offline.source.stored import (
     read_fp8_blocks,
 )
 
-PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "*.py"]
-
-
-def resolve_folder(source: str, revision: str | None = None) -> Path:
-    """A local folder for SRC. Raises InputError where it is neither a folder nor a Hub id that can be had."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if revision:
-            raise InputError(f"--revision {revision} makes no sense for the local folder {source}")
-        return folder.resolve()
-    if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", source) or folder.exists():
-        raise InputError(f"{source} is neither a folder nor a Hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=PATTERNS))
-    except Exception as error:  # the hub client raises a dozen types: offline, gated, unknown name, disk
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"no folder {source} here, and the Hub model {source} cannot be had: {reason}; "
-            "check the name, the network and `hf auth login`"
-        ) from None
-
 
 def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json as it is. Raises InputError."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise InputError(f"{path} begins with a byte-order mark, which transformers does not read; save it without")
+        config = json.loads(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); SRC must be a Hugging Face model folder") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
+    try:
+        json.dumps(config, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path} holds half of a surrogate pair, which is no Unicode; mend it") from None
     return config
+
+
+HEAD_BIAS = "lm_head.bias"
 
 
 @dataclass(frozen=True)
 class DenseModel:
     """A dense MoE checkpoint, checked: every expert weight is there, with the shape config.json says.
 
-    reader: its tensors as they are computed with, fp8 ones dequantised to bfloat16.
-    dtype: config.json's name of the experts' dtype ("bfloat16").
+    name: a Hub id, or the name of its folder; reader: its tensors as they are computed with, fp8 ones dequantised to
+    bfloat16; dtype: config.json's name of the experts' dtype ("bfloat16"); homeless: tensors that lie beside the model,
+    which has no place for them; twice: what to say where its weights are there twice.
     """
 
     folder: Path
@@ -79,6 +67,8 @@ class DenseModel:
     shape: MoEShape
     experts: StoredExperts
     dtype: Dtype
+    homeless: frozenset[str]
+    twice: str | None
 
     @property
     def num_layers(self) -> int:
@@ -96,8 +86,35 @@ class DenseModel:
 
     @cached_property
     def _others(self) -> Mapping[str, str]:
-        """Name as it will be written -> stored name, of all that is not an expert weight."""
-        return {self.family.disk_name(name): name for name in self.reader.specs if name not in self.experts.names}
+        """Name as it will be written -> stored name, of all that is not an expert weight and has a place."""
+        beside = self.experts.names | self.homeless
+        return {self.family.disk_name(name): name for name in self.reader.specs if name not in beside}
+
+    @cached_property
+    def companions(self) -> Companions:
+        """The files beside the weights."""
+        return find_companions(self.folder, self.reader.files)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know of the source, in lines: what is read, and what a result will not have."""
+        told = [self.twice] if self.twice else []
+        if self.family.remark and (remark := self.family.remark(self.config)):
+            told.append(remark)
+        if HEAD_BIAS in self.reader.specs and self.reader.tensor(HEAD_BIAS).any():
+            told.append(f"vLLM loads {HEAD_BIAS} and leaves it out of its logits; what is measured here has it in them")
+        if self.homeless:
+            names = sorted(self.homeless)
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            told.append(f"left out, as the model has no place for them: {', '.join(names[:3])}{more}")
+        if files := self.companions.summary():
+            told.append(f"files left out: {files}")
+        return told
+
+    @property
+    def left_out(self) -> dict[str, Any]:
+        """What is in the source and will not be in a result: tensors, and files with the reason."""
+        return {"tensors": sorted(self.homeless), "files": self.companions.left_out}
 
     @cached_property
     def other_tensors(self) -> Mapping[str, TensorSpec]:
@@ -127,7 +144,8 @@ class DenseModel:
 
 def open_dense(source: str, revision: str | None = None) -> DenseModel:
     """Open SRC. Raises InputError or CheckpointError for anything that is not a whole, supported dense MoE."""
-    folder = resolve_folder(source, revision)
+    located = locate(source, revision)
+    folder = located.folder
     config = read_model_config(folder)
     try:
         fp8_blocks = read_fp8_blocks(config)
@@ -140,20 +158,21 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
         raise InputError(
             f"config.json: max_position_embeddings is {positions}, less than two tokens; wrong config.json?"
         )
+    twice = check_weights(folder)
     reader = SourceReader(folder, fp8_blocks)
     experts = find_experts(family, shape, reader, shape.layers)
     dtype: Dtype = next(name for name, stored in DTYPES.items() if stored == experts.dtype)
-    check_parameters(family, read_hf_config(folder), reader.specs, shape.layers)
-    is_hub = not Path(source).expanduser().is_dir()
-    # A folder's path is nobody's business in a published checkpoint; its name is what a card can say.
+    homeless = check_parameters(family, read_hf_config(folder), reader, shape.layers, experts.names)
     return DenseModel(
         folder=folder,
-        name=source if is_hub else folder.name,
-        revision=folder.name if is_hub else None,
+        name=located.name,
+        revision=located.revision,
         config=config,
         reader=reader,
         family=family,
         shape=shape,
         experts=experts,
         dtype=dtype,
+        homeless=homeless,
+        twice=twice,
     )

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from d2moe_vllm.families import stock_config_class, stock_model_class
-from d2moe_vllm.format.kinds import TensorSpec
 from offline.errors import InputError
 from offline.io.shards import Reader
 from offline.source.families import Family, find_family
+from offline.source.missing import remedy
 
 LAYER_PREFIX = "model.layers."
+UNUSED = (".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".prob_scale", ".output_scale", ".rotary_emb.inv_freq")
+"""How tensors within a model end that are nothing it computes with: scales of a quantized cache, frequencies that are
+computed from the configuration."""
 
 
 class _Recorder(nn.Module):
@@ -80,36 +83,77 @@ def blueprint(hf_config: Any) -> Any:
 
 
 def check_parameters(
-    family: Family, hf_config: Any, specs: Mapping[str, TensorSpec], moe_layers: Collection[int]
-) -> None:
-    """Compare all that the stock model holds but its experts with the tensors on disk; reads no weight.
+    family: Family, hf_config: Any, reader: Reader, moe_layers: Collection[int], experts: Collection[str]
+) -> frozenset[str]:
+    """Compare all that the stock model holds but its experts with the tensors on disk, both ways; reads no weight, but
+    of a head that is tied and stored.
 
-    Raises InputError, naming the first tensor that is missing or of another shape, or the first layer that has
-    experts in transformers and none in moe_layers, or the other way round.
+    experts: names on disk of expert tensors. Returns the names of tensors beside the model, which it has no place for:
+    they are part of nothing that it computes. Raises InputError, naming the first tensor that is missing, of another
+    shape, or within the model and without a place there, or the first layer that has experts in transformers and none
+    in moe_layers, or the other way round.
     """
     model = blueprint(hf_config)
     for number, layer in enumerate(model.model.layers):
         if (family.experts_module in dict(layer.named_modules())) != (number in moe_layers):
             keys = " and ".join(family.dense_keys) or "num_hidden_layers"
             raise InputError(f"config.json leaves open whether layer {number} has experts; set {keys}")
-    found = {family.module_name(name): spec.shape for name, spec in specs.items()}
-    experts, tied = f".{family.experts_module}.", _tied(model)
-    for name, parameter in model.state_dict().items():
-        if experts in name or name in tied:
+    others = {family.module_name(name): name for name in reader.specs if name not in experts}
+    module, tied = f".{family.experts_module}.", _tied(model)
+    state = model.state_dict()
+    for name, parameter in state.items():
+        if module in name or name in tied:
             continue
-        if name not in found:
-            raise InputError(f"the source has no tensor for {name}; download the model again")
-        if found[name] != tuple(parameter.shape):
+        if name not in others:
+            raise InputError(f"the source has no tensor for {name}; {remedy(reader, name)}")
+        shape = reader.specs[others[name]].shape
+        if shape != tuple(parameter.shape):
             raise InputError(
-                f"the source's {name} is {list(found[name])}, config.json makes it {list(parameter.shape)}; "
+                f"the source's {name} is {list(shape)}, config.json makes it {list(parameter.shape)}; "
                 "wrong config.json?"
             )
+    for name in tied & set(others):
+        _check_tied(reader, others[name], others[_tied_to(model, name)])
+    further = int(getattr(hf_config, "num_nextn_predict_layers", 0) or 0)
+    strange = {
+        disk: name for name, disk in others.items() if name not in state and not _is_further(name, model, further)
+    }
+    for disk, name in strange.items():
+        if name.startswith(("model.", "lm_head.")) and not name.endswith(UNUSED):
+            raise InputError(
+                f"the model that config.json describes has no place for the source's {disk}, and would be loaded "
+                "without it; wrong config.json?"
+            )
+    return frozenset(strange)
+
+
+def _is_further(name: str, model: Any, count: int) -> bool:
+    """Whether a tensor is of one of the `count` layers behind the last, which predict further tokens, and which
+    neither transformers nor vLLM load unless they are asked to."""
+    parts, layers = name.split("."), len(model.model.layers)
+    return name.startswith(LAYER_PREFIX) and parts[2].isdigit() and layers <= int(parts[2]) < layers + count
+
+
+def _check_tied(reader: Reader, head: str, embeddings: str) -> None:
+    """Raises InputError where a head that config.json ties to the embeddings is stored and another one: transformers
+    then takes it, and vLLM the embeddings."""
+    if not torch.equal(reader.tensor(head), reader.tensor(embeddings)):
+        raise InputError(
+            f"config.json: tie_word_embeddings makes {head} and {embeddings} one, and the source has two that differ; "
+            "set tie_word_embeddings to false"
+        )
 
 
 def _tied(model: Any) -> set[str]:
     """Parameters that are others under a second name."""
     keys = getattr(model, "_tied_weights_keys", None) or ()
     return set(keys) if model.config.tie_word_embeddings else set()
+
+
+def _tied_to(model: Any, name: str) -> str:
+    """The parameter that a tied one is."""
+    keys = model._tied_weights_keys
+    return keys[name] if isinstance(keys, Mapping) else "model.embed_tokens.weight"
 
 
 class LayerwiseModel:

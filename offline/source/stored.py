@@ -15,6 +15,7 @@ from d2moe_vllm.format.kinds import ROLES, Role, TensorSpec
 from offline.errors import InputError
 from offline.io.shards import Reader
 from offline.source.families import Family, Layout, MoEShape
+from offline.source.missing import remedy
 
 SCALE = "_scale_inv"
 """What an fp8 weight's name is followed by in its scales' name."""
@@ -192,7 +193,7 @@ def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: 
     expected: dict[str, tuple[int, ...]] = {}
     for name, tensor in expert_tensors(shape, layout, layers):
         if name not in specs:  # at once: absurd sizes in config.json must not fill the memory
-            raise InputError(f"the source has no tensor {name}; download the model again")
+            raise InputError(f"the source has no tensor {name}; {remedy(reader, name)}")
         expected[name] = tensor.shape
     _refuse_strangers(family, reader, expected, layers)
     shapes = {name: specs[name].shape for name in expected}

@@ -26,6 +26,9 @@ CALLS = {
 LOADERS = {"SafeLoader", "_NoAliases"}
 """Of yaml.load; the second is ours and a SafeLoader too."""
 
+PERMITTED = {"offline/source/tokens.py": ["trust_remote_code="]}
+"""A tokenizer that is code, run where the user says `--trust-remote-code` (test_field.py has it refused without)."""
+
 
 def dotted(node: ast.AST) -> str:
     """`a.b.c` of an attribute or a name; empty for anything else."""
@@ -62,7 +65,8 @@ def offences(source: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_neither_package_unpickles_evaluates_or_calls_a_shell(path: Path) -> None:
-    assert list(offences(path.read_text(encoding="utf-8"))) == []
+    found = [offence.partition(": ")[2] for offence in offences(path.read_text(encoding="utf-8"))]
+    assert found == PERMITTED.get(str(path.relative_to(ROOT)), [])
 
 
 @pytest.mark.parametrize(

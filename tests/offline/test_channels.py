@@ -25,7 +25,7 @@ from offline.errors import UnreachableError
 from offline.methods.settings import Calibration
 from offline.run.scores import Scores, score_channels, scoring_plan
 from offline.source.dense import DenseModel, open_dense
-from offline.source.text import Windows
+from offline.source.tokens import Windows
 
 TOKENS = torch.randint(0, 4096, (6, 24), generator=torch.Generator().manual_seed(1))
 
@@ -33,7 +33,7 @@ TOKENS = torch.randint(0, 4096, (6, 24), generator=torch.Generator().manual_seed
 def scores_of(model: DenseModel, folder: Path) -> Scores:
     plan = scoring_plan(model, Calibration(windows=len(TOKENS), seq_len=TOKENS.shape[1]), None)
     console = Console(file=(folder / "log").open("w"))
-    found = score_channels(plan, Windows(TOKENS, len(TOKENS)), folder / "work", torch.device("cpu"), console)
+    found = score_channels(plan, Windows(TOKENS), folder / "work", torch.device("cpu"), console)
     assert not (folder / "work").exists()
     return found
 

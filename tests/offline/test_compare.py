@@ -18,7 +18,8 @@ from compression import TINY, d2moe_here, script
 
 from offline.cli.compare import spread
 from offline.errors import InputError, reason
-from offline.source.text import choose_windows, read_text, tokenize
+from offline.source.text import as_text
+from offline.source.tokens import choose_windows, open_tokenizer
 
 FEW = ("--windows", "16", "--seq-len", "64")
 
@@ -71,7 +72,7 @@ def test_rows_are_what_single_runs_give(table: dict[str, Any], few_words: Path, 
     assert found["perplexity"] == {"held-out.txt": evaluate(tmp_path / "d2", short)}
     assert table["rows"][0]["kind"] == "source"
     assert table["rows"][0]["perplexity"] == {"held-out.txt": evaluate(TINY, short)}
-    tokens = choose_windows(tokenize(TINY, read_text(few_words)), 16, 64, 0)
+    tokens = choose_windows(open_tokenizer(TINY), as_text(few_words), 16, 64, 0)
     assert table["calibration"]["tokens_sha256"] == tokens.sha256
     for folder in (Path(found["path"]), tmp_path / "d2"):
         recorded = json.loads((folder / "d2moe_stats.json").read_text())["calibration"]["tokens_sha256"]

@@ -81,7 +81,6 @@ def test_recipe_and_statistics_travel_along(compressed: Path) -> None:
         assert sum(layer["tokens"]) == 32 * 128 * 2
         assert all(0 < error < 1 for errors in layer["relative_error"].values() for error in errors)
     card = (compressed / "README.md").read_text()
-    assert "base_model: tiny-mixtral" in card
     assert "license: apache-2.0" in card
     assert card.index("randomly initialised") < card.index("vllm serve")
     text = "".join(p.read_text(errors="ignore") for p in compressed.iterdir() if p.suffix in (".json", ".md", ".yaml"))

@@ -31,7 +31,9 @@ def by_transformers(folder: Path, text: Path, scope: str | None = None) -> float
 def evaluate(folder: Path, text: Path, *arguments: str) -> dict:
     done = d2moe_here("eval", folder, "--text", text, "--seq-len", LENGTH, *arguments, "--json")
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    result = json.loads(done.stdout)
+    assert result.pop("peak_memory_bytes") > 0
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,7 @@ def test_scopes_differ_and_the_checkpoints_own_is_the_default(pruned: Path, shor
 def test_jsonl_and_bad_texts(tmp_path: Path, short: Path) -> None:
     lines = tmp_path / "text.jsonl"
     lines.write_text(json.dumps({"text": short.read_text()}) + "\n")
-    done = d2moe_here("eval", TINY, "--text", lines, "--seq-len", LENGTH, "--json")
-    assert json.loads(done.stdout) == evaluate(TINY, short)
+    assert evaluate(TINY, lines) == evaluate(TINY, short)
     lines.write_text('{"content": "x"}\n')
     for arguments, fragment in [
         (("--text", lines), "line 1"),

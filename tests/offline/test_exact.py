@@ -34,7 +34,8 @@ from offline.plan.plan import Plan, Resources
 from offline.plan.recipe import Recipe
 from offline.run.calibration import compress_layers
 from offline.source.dense import open_dense
-from offline.source.text import Windows, choose_windows, read_text, tokenize
+from offline.source.text import as_text
+from offline.source.tokens import Windows, choose_windows, open_tokenizer
 from offline.work.workdir import WorkDir
 
 Matrices = dict[tuple[int, int, Role], Tensor]
@@ -49,7 +50,7 @@ def recipe(ratio: float = 0.08, windows: int = 8, **sections: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def windows(texts: tuple[Path, Path]) -> Windows:
-    return choose_windows(tokenize(TINY, read_text(texts[0])), 8, LENGTH, 0)
+    return choose_windows(open_tokenizer(TINY), as_text(texts[0]), 8, LENGTH, 0)
 
 
 def run(plan: Plan, windows: Windows, folder: Path) -> WorkDir:
@@ -145,7 +146,7 @@ def shrunk(rows: Tensor, strength: float) -> Tensor:
 def test_the_errors_reported_are_those_of_the_files(compressed: Path, texts: tuple[Path, Path]) -> None:
     layer, windows = 1, int(COMPRESS[COMPRESS.index("--windows") + 1])
     length = int(COMPRESS[COMPRESS.index("--seq-len") + 1])
-    chosen = choose_windows(tokenize(TINY, read_text(texts[0])), windows, length, 0)
+    chosen = choose_windows(open_tokenizer(TINY), as_text(texts[0]), windows, length, 0)
     stats = json.loads((compressed / "d2moe_stats.json").read_text())
     assert stats["calibration"]["tokens_sha256"] == chosen.sha256
     inputs, choice, gates = hooked(TINY, chosen.tokens, layer)

@@ -175,7 +175,7 @@ def test_refusals_leave_nothing_behind(compressed: Path, tmp_path: Path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("offline.checkpoint.export.sync_file", full)
+        patch.setattr("offline.source.folder.sync_file", full)
         refused(compressed, tmp_path / "out", fragment="No space left")
     name = "model.layers.3.block_sparse_moe.experts.7.w2.delta_v"
     edit(damaged, name, lambda t: t.index_fill(0, torch.tensor([0]), float("nan")))

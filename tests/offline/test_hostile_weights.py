@@ -164,7 +164,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard is a folder": (lambda f: ((f / SECOND).unlink(), (f / SECOND).mkdir()), SECOND),
     "the index points at another file": (
         lambda f: [point(f, f"{EXPERT}.{p}.weight", "model-00001-of-00003.safetensors") for p in PROJECTIONS],
-        "is not where",
+        "says it is in",
     ),
     "the index points outside": (outside, "outside"),
     "the index points at an absolute path": (lambda f: point(f, "lm_head.weight", "/etc/passwd"), "/etc/passwd"),

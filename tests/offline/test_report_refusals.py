@@ -49,7 +49,7 @@ def test_refused_in_one_line_before_any_work(
     if "other" in arguments:
         shutil.copytree(TINY, "other")
         tensors = load_file(TINY / "model.safetensors")
-        save_file({**tensors, "model.extra.weight": torch.zeros(1)}, "other/model.safetensors", {"format": "pt"})
+        save_file({**tensors, "extra.weight": torch.zeros(1)}, "other/model.safetensors", {"format": "pt"})
     before = sorted(tmp_path.rglob("*"))
     done = d2moe_here("report", *(compressed if one == "compressed" else one for one in arguments))
     assert (done.returncode, done.stdout) == (2, "")
