@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0123456789" * 4
 
 
@@ -20,6 +23,14 @@ class Hub:
 
     address: str = ""
     fetched: list[str] = field(default_factory=list)
+
+
+def use(patch: pytest.MonkeyPatch, address: str, home: Path) -> None:
+    """This process asks the stand-in, and keeps what it gets under `home`."""
+    patch.setattr(constants, "ENDPOINT", address)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(home))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @contextlib.contextmanager
