@@ -59,7 +59,10 @@ def compare(
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help="Simpler ways to compare with: frequency, output-norm, svd, merge, channels."),
+        typer.Option(
+            help="Simpler ways to compare with: frequency, output-norm, svd, merge, channels; rtn-8, rtn-4, rtn-3, "
+            "rtn-2, gptq-8, gptq-4, gptq-3, gptq-2."
+        ),
     ] = None,
     calibration: CalibrationText = None,
     windows: WindowsOption = None,

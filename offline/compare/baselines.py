@@ -3,14 +3,14 @@ Baselines). Experts are counted over the calibration windows, then some are drop
 
 The result is an ordinary dense checkpoint: every layer has the same, smaller number of experts, the router lost the
 others' rows, config.json says the new number. `d2moe_baseline.json` says, per layer and new expert, which of the
-source's experts it was made from. For channels see channels.py.
+source's experts it was made from. For channels see channels.py, for fewer bits rounding.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,7 +148,22 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 """Name -> settings of a recipe: what the project's own pipeline can do."""
 CHANNELS = "channels"
 """Of channels.py: the experts keep their number and lose channels."""
-BASELINES = ("frequency", "output-norm", "svd", "merge", CHANNELS)
+
+
+class Bits(NamedTuple):
+    """bits: of a weight; feedback: whether what a column loses is made up for by those to come."""
+
+    bits: int
+    feedback: bool
+
+
+ROUNDED: Mapping[str, Bits] = {
+    f"{name}-{bits}": Bits(bits, feedback)
+    for name, feedback in (("rtn", False), ("gptq", True))
+    for bits in (8, 4, 3, 2)
+}
+"""Of rounding.py: experts keep all their weights in fewer bits; the size does not follow the ratio."""
+BASELINES = ("frequency", "output-norm", "svd", "merge", CHANNELS, *ROUNDED)
 
 
 # Writing

@@ -21,9 +21,10 @@ from rich.console import Console
 
 import d2moe_vllm
 from d2moe_vllm.format.config import CheckpointError
-from offline.compare.baselines import CHANNELS, FEWER_EXPERTS, RECIPES, fewer_experts, write_fewer
+from offline.compare.baselines import CHANNELS, FEWER_EXPERTS, RECIPES, ROUNDED, fewer_experts, write_fewer
 from offline.compare.channels import channels_to_prune, lowest, write_pruned
 from offline.compare.rewriting import RECORD_FILE
+from offline.compare.rounding import rounded_ratio, write_rounded
 from offline.compare.settings import Settings
 from offline.compare.state import RowState, own_folder
 from offline.compare.throughput import WORKLOAD, ServingError, serve_speed, version
@@ -36,7 +37,7 @@ from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
 from offline.run import compress as jobs
 from offline.run.evaluate import Measure, evaluate
-from offline.run.scores import score_channels, scoring_plan
+from offline.run.scores import score_channels, sweep_plan
 from offline.run.usage import count_usage
 from offline.source.dense import DenseModel, open_dense
 from offline.source.text import as_text
@@ -85,7 +86,8 @@ class Comparison:
     def run(self) -> dict[str, Any]:
         """The table: what the source is, what was measured on, and a row for each method and ratio."""
         names = [*self.settings.methods, *self.settings.baselines]
-        wanted = [(name, ratio) for ratio in self.settings.ratios for name in names]
+        wanted = [(name, ratio) for ratio in self.settings.ratios for name in names if name not in ROUNDED]
+        wanted += [(name, rounded_ratio(self.model, name)) for name in names if name in ROUNDED]
         # Every refusal comes before any work.
         refused = {one: self._refused(*one) for one in wanted}
         if all(row and row["failed"] for row in refused.values()):
@@ -130,7 +132,9 @@ class Comparison:
                 fewer_experts(self.model, ratio)
             elif name == CHANNELS:
                 channels_to_prune(self.model, ratio)
-                self._scoring_plan()
+                self._sweep_plan(backwards=True)
+            elif name in ROUNDED:
+                self._sweep_plan(backwards=False)
             else:
                 make_plan(self.model, recipe, memory=self.settings.memory)
         except UnreachableError as error:
@@ -139,9 +143,9 @@ class Comparison:
             return {**row, "failed": reason(error)}
         return None
 
-    def _scoring_plan(self) -> Plan:
-        calibration = self._resolved(CHANNELS, ANY_RATIO).calibration
-        return scoring_plan(self.model, calibration, self.settings.memory)
+    def _sweep_plan(self, *, backwards: bool) -> Plan:
+        calibration = self._resolved(SOURCE, ANY_RATIO).calibration
+        return sweep_plan(self.model, calibration, self.settings.memory, backwards=backwards)
 
     @cached_property
     def _serving(self) -> dict[str, Any] | None:
@@ -232,9 +236,13 @@ class Comparison:
     def _write(self, name: str, ratio: float, out: Path) -> None:
         settings = self.settings
         if name == CHANNELS:
-            plan = self._scoring_plan()
+            plan = self._sweep_plan(backwards=True)
             scores = score_channels(plan, self.windows, self._begun(out), self.device, self.console)
             write_pruned(self.model, lowest(scores, channels_to_prune(self.model, ratio)), out)
+            return
+        if name in ROUNDED:
+            plan = self._sweep_plan(backwards=False)
+            write_rounded(plan, name, self.windows, out, self._begun(out), self.device, self.console)
             return
         if name not in FEWER_EXPERTS:
             jobs.compress(

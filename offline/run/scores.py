@@ -50,19 +50,24 @@ class Scoring(Calibration):
         self.work.save_part(job.number, PART, {"scores": found})
 
 
-def scoring_plan(model: DenseModel, calibration: CalibrationSettings, memory: int | None) -> Plan:
-    """How the sweep runs: as that of a compression that needs gradients, of which nothing else counts. Raises
-    InputError where memory does not suffice."""
+def sweep_plan(model: DenseModel, calibration: CalibrationSettings, memory: int | None, *, backwards: bool) -> Plan:
+    """How a sweep runs that only looks: as that of a compression that needs gradients, or none, of which nothing else
+    counts. Raises InputError where memory does not suffice."""
     shape, width = model.shape, DTYPE_BYTES[DTYPES[model.dtype]]
     share = len(shape.layers) * shape.num_experts * shape.expert_parameters * width / model.reader.nbytes
     # Any ratio that can be reached.
     ratio = round(min(share, 1) / 2, 3)
-    recipe = Recipe(ratio=ratio, base=Base(kind="none", groups=1), calibration=calibration)
+    recipe = Recipe(
+        ratio=ratio,
+        allocation="adaptive" if backwards else "uniform",
+        base=Base(kind="none", groups=1),
+        calibration=calibration,
+    )
     return make_plan(model, recipe, memory=memory, allow_larger=True)
 
 
 def score_channels(plan: Plan, windows: Windows, folder: Path, device: torch.device, console: Console) -> Scores:
-    """Scores of all channels over the calibration windows, by the plan of `scoring_plan`; activations lie in `folder`,
+    """Scores of all channels over the calibration windows, by a plan of `sweep_plan`; activations lie in `folder`,
     where an interrupted run is continued. Raises InputError where gradients overflow."""
     model, costs = plan.model, layer_work(plan)
     mark = fingerprint(model, plan.recipe.to_json(), windows.sha256, {"device": device.type}) | {"what": PART}

@@ -23,7 +23,7 @@ from offline.compare.channels import (
 from offline.compare.rewriting import RECORD_FILE
 from offline.errors import UnreachableError
 from offline.methods.settings import Calibration
-from offline.run.scores import Scores, score_channels, scoring_plan
+from offline.run.scores import Scores, score_channels, sweep_plan
 from offline.source.dense import DenseModel, open_dense
 from offline.source.tokens import Windows
 
@@ -31,7 +31,7 @@ TOKENS = torch.randint(0, 4096, (6, 24), generator=torch.Generator().manual_seed
 
 
 def scores_of(model: DenseModel, folder: Path) -> Scores:
-    plan = scoring_plan(model, Calibration(windows=len(TOKENS), seq_len=TOKENS.shape[1]), None)
+    plan = sweep_plan(model, Calibration(windows=len(TOKENS), seq_len=TOKENS.shape[1]), None, backwards=True)
     console = Console(file=(folder / "log").open("w"))
     found = score_channels(plan, Windows(TOKENS), folder / "work", torch.device("cpu"), console)
     assert not (folder / "work").exists()

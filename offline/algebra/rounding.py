@@ -1,0 +1,146 @@
+"""Matrices rounded to few bits, column by column, with feedback (GPTQ, arXiv 2210.17323; METHODS 4.1).
+
+What a column loses is spread over the columns to come, as far as their inputs go together. Integers at 8 and 4 bits,
+half-integers at 3 and 2, where a level at zero would waste one of few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2moe_vllm.format.kinds import GROUP_SIZE
+
+BLOCK = 128
+"""Columns after which what they lost reaches the rest by one matrix product; a multiple of every group size."""
+CANDIDATES = 20
+"""Scales that are tried for a group."""
+SMALLEST = 0.3
+"""Of the scale at which nothing is clipped, the smallest that is tried."""
+DAMPING = 0.01
+"""Of the mean second moment, added to every input's; ten times as much where a factorization fails."""
+
+
+class Levels(NamedTuple):
+    """A code c stands for scale * (c - zero), lowest <= c <= highest."""
+
+    zero: float
+    lowest: int
+    highest: int
+
+    @property
+    def largest(self) -> float:
+        """The largest level, in scales."""
+        return self.highest - self.zero
+
+
+LEVELS: Mapping[int, Levels] = {
+    8: Levels(128, 1, 255), 4: Levels(8, 1, 15), 3: Levels(3.5, 0, 7), 2: Levels(1.5, 0, 3),
+}  # fmt: skip
+"""Bits of a code -> what it stands for."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """codes: uint8 [out, in]; scales: [out, ceil(in / group_size)], in the dtype they are stored in; damping: what was
+    added to the second moment, in its mean."""
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    group_size: int
+    damping: float
+
+    def dense(self) -> Tensor:
+        """What they stand for, float32 [out, in]."""
+        scales = self.scales.float().repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
+        return (self.codes.float() - LEVELS[self.bits].zero) * scales
+
+
+def round_matrix(
+    weight: Tensor,
+    gram: Tensor | None,
+    bits: int,
+    *,
+    group_size: int = GROUP_SIZE,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Rounded:
+    """The matrix in codes of `bits` bits, with a scale in `dtype` for every `group_size` inputs of a row.
+
+    weight: float32 [out, in]; gram: second moment of the inputs, [in, in], symmetric, positive semi-definite, any
+    scale; None rounds to nearest, every column alone. Raises ValueError for other bits and for group sizes that do not
+    divide BLOCK.
+    """
+    if bits not in LEVELS or BLOCK % group_size:
+        raise ValueError(
+            f"{bits} bits in groups of {group_size}: only {list(LEVELS)} bits, in groups that divide {BLOCK}"
+        )
+    inputs = weight.shape[1]
+    importance, feedback, damping = _feedback(gram, weight)
+    left = weight.float().clone()
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(weight.shape[0], -(-inputs // group_size), dtype=dtype, device=weight.device)
+    for start in range(0, inputs, BLOCK):
+        stop = min(start + BLOCK, inputs)
+        lost = torch.zeros(weight.shape[0], stop - start, device=weight.device)
+        for column in range(start, stop):
+            group = column // group_size
+            if column % group_size == 0:
+                end = min(column + group_size, inputs)
+                scales[:, group] = best_scales(left[:, column:end], importance[column:end], bits, dtype)
+            codes[:, column] = _nearest(left[:, column], scales[:, group].float(), bits)
+            if feedback is None:
+                continue
+            rounded = (codes[:, column].float() - LEVELS[bits].zero) * scales[:, group].float()
+            error = (left[:, column] - rounded) / feedback[column, column]
+            left[:, column:stop] -= error[:, None] * feedback[column, column:stop]
+            lost[:, column - start] = error
+        if feedback is not None:
+            left[:, stop:] -= lost @ feedback[start:stop, stop:]
+    return Rounded(codes, scales, bits, group_size, damping)
+
+
+def _feedback(gram: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None, float]:
+    """The inputs' mean squares, float32 [in]; the upper Cholesky factor of the inverse second moment, float32
+    [in, in], None for none; and the damping that it took."""
+    inputs = weight.shape[1]
+    if gram is None or float(mean := gram.diagonal().double().mean()) <= 0:
+        return torch.ones(inputs, device=weight.device), None, 0.0
+    damping = DAMPING
+    while True:
+        moment = gram.double() / mean
+        moment.diagonal().add_(damping)
+        root, failed = torch.linalg.cholesky_ex(moment)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+        if not failed:
+            return moment.diagonal().float(), upper.float(), damping
+        damping *= 10
+
+
+def best_scales(weight: Tensor, importance: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Of every row the scale, among CANDIDATES, that leaves the least squared error, weighed by `importance`.
+
+    weight: float32 [out, group]; importance: float32 [group]. Rounded to `dtype` before levels are chosen; 0 for a row
+    that is all zero, or too small for `dtype`. Returns [out].
+    """
+    whole = weight.abs().amax(dim=1) / LEVELS[bits].largest
+    best, least = torch.zeros_like(whole), torch.full_like(whole, torch.inf)
+    for share in torch.linspace(1, SMALLEST, CANDIDATES).tolist():
+        scales = (whole * share).to(dtype).float()
+        rounded = (_nearest(weight, scales[:, None], bits).float() - LEVELS[bits].zero) * scales[:, None]
+        error = (weight - rounded).square() @ importance
+        better = error < least
+        best, least = torch.where(better, scales, best), torch.where(better, error, least)
+    return best.to(dtype)
+
+
+def _nearest(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """uint8, of the shape of `weight`; where a scale is 0 any code stands for 0, and the middle one is taken."""
+    zero, lowest, highest = LEVELS[bits]
+    places = torch.where(scales > 0, weight / scales.clamp(min=torch.finfo(torch.float32).tiny), 0) + zero
+    return places.round().clamp(lowest, highest).to(torch.uint8)
