@@ -21,7 +21,7 @@ def show(content: dict[str, Any], as_json: bool, table: Callable[[Console, dict[
             sys.stdout.write(json.dumps(content, indent=2) + "\n")
             sys.stdout.flush()
         except BrokenPipeError:
-            hush()
+            hush(sys.stdout)
     else:
         table(plain_console(), content)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+from typing import IO
 
 from rich.console import Console
 
@@ -12,12 +12,12 @@ class _Console(Console):
     """Goes on where whoever reads has had enough, as `head` has: what was to be done is done."""
 
     def on_broken_pipe(self) -> None:
-        hush()
+        hush(self.file)
 
 
-def hush() -> None:
-    """From now on what is printed goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def hush(stream: IO[str]) -> None:
+    """From now on what is printed to a stream, and to no other, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:

@@ -70,14 +70,18 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint that can be run layer by layer. experts: builds one layer's experts, which are read when they are
-    needed or held, as the second argument says; None where it has none; sizes: what memory depends on, but `length`."""
+    """A checkpoint that can be run layer by layer.
+
+    experts: builds one layer's experts, held in memory or read when they are needed, as the second argument says; None
+    where it has none; sizes: what memory depends on, but `length`; remarks: what a user should know of it.
+    """
 
     folder: Path
     model: LayerwiseModel
     experts: Callable[..., nn.Module | None]
     scope: Scope | None
     sizes: Evaluated
+    remarks: Sequence[str] = ()
 
 
 def evaluate(
@@ -98,7 +102,7 @@ def evaluate(
     sizes = replace(opened.sizes, length=length)
     at_once = fit(sizes, measure.memory)
     tokenizer = open_tokenizer(opened.folder, measure.tokenizer)
-    for note in tokenizer.notes:
+    for note in (*opened.remarks, *tokenizer.notes):
         say(note)
     measure.text.length()  # what is wrong in it is said before anything else is
     layers = opened.model.num_layers
@@ -219,7 +223,7 @@ def _open_dense(source: str) -> Opened:
         return _dense_experts(model.experts, layer, layerwise.activation, hold) if layer in model.shape.layers else None
 
     sizes = Evaluated(model.config, model.shape, model.other_tensors, 0, model.experts.dtype, 0)
-    return Opened(model.folder, layerwise, experts, None, sizes)
+    return Opened(model.folder, layerwise, experts, None, sizes, model.remarks)
 
 
 def _dense_experts(

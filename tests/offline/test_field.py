@@ -1,5 +1,6 @@
 """Situations from the field: what a source, a tokenizer or a text was like when compression went wrong, and what
-happens now. Each function has the kind's first member, and others of the same kind."""
+happens now. Each function has the kind's first member, and others of the same kind. Texts (F3, F5, F6) are in
+test_texts.py, settings (F9) in test_agreement.py."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from families import change_config, write_family
 from hostile import edit, refused
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from offline.cli import main
 
@@ -119,6 +120,16 @@ def test_f1_another_models_tokenizer(tiny: Path, words: Path, tmp_path: Path) ->
 
 
 HEADS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def test_f1_tokens_that_the_model_has_not_are_said(tiny: Path, words: Path) -> None:
+    added = {"id": 4096, "content": "<tool>", "single_word": False, "lstrip": False, "rstrip": False}
+    added |= {"normalized": False, "special": True}
+    change_json(tiny / "tokenizer.json", lambda content: content["added_tokens"].append(added))
+    evaluated = ("eval", tiny, "--text", words, "--seq-len", "32")
+    assert "its tokenizer has 4097 tokens, the model 4096" in d2moe_here(*evaluated).stderr
+    words.write_text("a <tool> b\n" * 200)
+    refused(d2moe_here(*evaluated), "gives the token 4096")
 
 
 # F2: a tokenizer that is code
@@ -400,6 +411,7 @@ def test_a3_both_a_whole_file_and_shards(tiny: Path, words: Path, tmp_path: Path
     assert json.loads(found[0].stdout)["perplexity"] == json.loads(found[1].stdout)["perplexity"]
     said = "model.safetensors is read, as transformers does"
     assert said in d2moe_here("plan", tiny, *FEW).stderr
+    assert said in found[1].stderr
     shard.unlink()  # A4
     assert d2moe_here("plan", tiny, *FEW).returncode == 0
 
@@ -534,146 +546,3 @@ def test_f10_nobody_reads_what_is_printed(compressed: Path, monkeypatch: pytest.
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-# F9: settings that transformers and vLLM read differently
-
-SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "mixtral": (
-        {"sliding_window": 0},
-        {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        {"rope_scaling": {"type": "linear", "factor": 2}},
-        {"partial_rotary_factor": 0.5},
-        {"architectures": ["MixtralForSequenceClassification"]},
-    ),
-    "phimoe": (
-        {"attention_bias": False},
-        {"tie_word_embeddings": True},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-        {"sliding_window": 0},
-    ),
-    "qwen2_moe": (
-        {"use_sliding_window": True, "sliding_window": 32},
-        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-        {"qkv_bias": False},
-        {"head_dim": 16},
-        {"dual_chunk_attention_config": {"chunk_size": 32}},
-    ),
-    "qwen3_moe": ({"attention_bias": True}, {"shared_expert_intermediate_size": 64}, {"sliding_window": 0}),
-    "olmoe": (
-        {"rms_norm_eps": 1e-6},
-        {"attention_bias": True},
-        {"tie_word_embeddings": True},
-        {"sliding_window": 32},
-        {"clip_qkv": 8.0},
-    ),
-    "deepseek": (
-        {"routed_scaling_factor": 2.0},
-        {"n_group": 2},
-        {"topk_method": "noaux_tc"},
-        {"attention_bias": True},
-        {"mlp_bias": True},
-        {"scoring_func": None},
-        {"norm_topk_prob": True, "num_experts_per_tok": 1},
-    ),
-    "deepseek_v2": (
-        {"topk_method": "greedy"},
-        {"n_group": None},
-        {"moe_layer_freq": None},
-        {"index_topk": None},
-        {"mlp_bias": True},
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    ),
-    "deepseek_v3": (
-        {"rope_interleave": False},
-        {"attention_bias": True},
-        {"llama_4_scaling": {"beta": 1}},
-        {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
-        {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.0}},
-    ),
-    "kimi_k2": ({"rope_interleave": None}, {"tie_word_embeddings": True}, {"scoring_func": "softmax"}),
-    "granitemoe": (
-        {"layer_types": ["full_attention", "full_attention"]},
-        {"attention_multiplier": None},
-        {"attention_bias": True},
-        {"sliding_window": 16},
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder, made = tmp_path_factory.mktemp("settings"), dict[str, Path]()
-
-    def get(name: str) -> Path:
-        return made.setdefault(name, folder / name) if name in made else made.setdefault(
-            name, write_family(folder / name, name))  # fmt: skip
-
-    return get
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_f9_no_model_is_served_as_another(name: str, family: Callable[[str], Path]) -> None:
-    folder = family(name)
-    config = json.loads((folder / "config.json").read_text())
-    assert d2moe_here("plan", folder, "--ratio", "0.1").returncode == 0
-    for changes in SETTINGS[name]:
-        (folder / "config.json").write_text(json.dumps({**config, **changes}))
-        done = d2moe_here("plan", folder, "--ratio", "0.1")
-        refused(done, "config.json")
-        assert any(word in done.stderr for word in (*changes, "rotary", "mscale")), done.stderr
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("mixtral", {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                      "original_max_position_embeddings": 64}}),
-        ("mixtral", {"sliding_window": 32, "rope_scaling": {"type": "linear", "factor": 2.0}}),
-        ("qwen2_moe", {"sliding_window": 32, "use_sliding_window": False, "layer_types": ["full_attention"] * 3}),
-        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0,
-                                          "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}}),
-    ],
-)  # fmt: skip
-def test_f9_what_released_models_say_is_taken(
-    name: str, changes: dict[str, Any], family: Callable[[str], Path]
-) -> None:
-    folder = family(name)
-    config = (folder / "config.json").read_text()
-    changed = json.loads(config)
-    changed.pop("rope_parameters", None)
-    (folder / "config.json").write_text(json.dumps({**changed, **changes}))
-    done = d2moe_here("plan", folder, "--ratio", "0.1")
-    (folder / "config.json").write_text(config)
-    assert done.returncode == 0, done.stderr
-
-
-def test_f9_what_is_nearly_the_same_is_said(family: Callable[[str], Path], tmp_path: Path) -> None:
-    """Phi's head: vLLM leaves its bias out; Moonlight's norms."""
-    phi = shutil.copytree(family("phimoe"), tmp_path / "phi")
-    assert "lm_head.bias" not in d2moe_here("plan", phi, *FEW).stderr
-    edit(phi, lambda tensors: tensors["lm_head.bias"].fill_(0.5))
-    assert "vLLM loads lm_head.bias and leaves it out of its logits" in d2moe_here("plan", phi, *FEW).stderr
-    moonlight = shutil.copytree(family("deepseek_v3"), tmp_path / "moonlight")
-    change_config(moonlight, rms_norm_eps=1e-5)
-    assert "rms_norm_eps 1e-05" in d2moe_here("plan", moonlight, *FEW).stderr
-
-
-def test_f1_tokens_that_the_model_has_not_are_said(tiny: Path, words: Path) -> None:
-    added = {"id": 4096, "content": "<tool>", "single_word": False, "lstrip": False, "rstrip": False}
-    added |= {"normalized": False, "special": True}
-    change_json(tiny / "tokenizer.json", lambda content: content["added_tokens"].append(added))
-    evaluated = ("eval", tiny, "--text", words, "--seq-len", "32")
-    assert "its tokenizer has 4097 tokens, the model 4096" in d2moe_here(*evaluated).stderr
-    words.write_text("a <tool> b\n" * 200)
-    refused(d2moe_here(*evaluated), "gives the token 4096")
-
-
-def test_f9_transformers_loads_what_was_taken(family: Callable[[str], Path], words: Path, tmp_path: Path) -> None:
-    """The result says what the source said."""
-    done = compress(family("granitemoe"), tmp_path / "out", words)
-    assert done.returncode == 0, done.stderr
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert model.config.attention_multiplier == 0.2
