@@ -21,6 +21,7 @@ _INLINED = (
     "hf/modeling_deepseek.py",
     "configuration_deepseek.py",
     "ops/reference.py",
+    "ops/packing.py",
     "format/kinds.py",
 )
 """Our own files whose source takes the place of the modeling code's imports of them, importers first."""

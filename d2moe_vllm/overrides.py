@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from d2moe_vllm.format.config import CheckpointConfig, Scope
-from d2moe_vllm.format.kinds import ROLES
 
 SCOPE_HINT = """--additional-config '{"d2moe": {"scope": "token"}}'"""
 
@@ -27,8 +26,8 @@ def backend_in_force(
 
     try:
         numbers = config.layers if layer is None else (layer,)
-        deltas = {config.layers[number][role].delta for number in numbers for role in ROLES}
-        return ops.choose_backend(device, overrides(additional_config).get("backend"), deltas)
+        needs = frozenset[str]().union(*(config.layers[number].needs for number in numbers))
+        return ops.choose_backend(device, overrides(additional_config).get("backend"), needs)
     except ValueError as error:
         raise ValueError(f"--additional-config: d2moe {error}") from None
 

@@ -28,12 +28,13 @@ PREFIX = "model.layers.{layer}.block_sparse_moe.experts"
 
 @dataclass
 class Synthetic:
-    """What to write: per role rank, kept and used columns, base rank, and how deltas are stored; the layers in
-    `dense` keep their experts, those in `special` differ in some of these fields."""
+    """What to write: per role rank, kept and used columns or a full base, base rank, and how deltas are stored; the
+    layers in `dense` keep their experts, those in `special` differ in some of these fields."""
 
     rank: dict[str, int] = field(default_factory=lambda: {"gate": 24, "up": 16, "down": 32})
     kept: dict[str, int] = field(default_factory=lambda: {"gate": 96, "up": 96, "down": 192})
     used: dict[str, int] = field(default_factory=lambda: {"gate": 64, "up": 64, "down": 128})
+    full_base: tuple[str, ...] = ()
     base_rank: dict[str, int] = field(default_factory=dict)
     delta: dict[str, str] = field(default_factory=dict)
     shared_v: tuple[str, ...] = ()
@@ -115,7 +116,7 @@ def write_checkpoint(folder: Path, what: Synthetic | None = None) -> dict[str, T
         "auto_map": auto_map("mixtral"),
         "quantization_config": _quantization_config(config, what),
     }
-    _write(folder, config, others, experts)
+    write_files(folder, config, others, experts)
     return experts
 
 
@@ -128,8 +129,9 @@ def _experts(source: dict[str, Tensor], config: dict[str, Any], what: Synthetic)
     return experts
 
 
-def write_dense(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the dense model that a compressed checkpoint (scope off) stands for, computed in float64."""
+def write_dense(checkpoint: Path, folder: Path, dtype: torch.dtype, meaning: dict[str, Tensor] | None = None) -> None:
+    """Writes the dense model that a compressed checkpoint (scope off) stands for, computed in float64; meaning: what
+    its expert tensors stand for, where they are packed."""
     folder.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
@@ -143,7 +145,7 @@ def write_dense(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
         for expert in range(settings["num_experts"]):
             for role, projection in NAMES.items():
                 prefix = f"{PREFIX.format(layer=layer)}.{expert}.{projection}"
-                dense[f"{prefix}.weight"] = dense_expert(tensors, int(layer), expert, role).to(dtype)
+                dense[f"{prefix}.weight"] = dense_expert(meaning or tensors, int(layer), expert, role).to(dtype)
     kept = {name: t.to(dtype) for name, t in tensors.items() if ".experts." not in name or name.endswith(".weight")}
     save_file(kept | dense, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -161,11 +163,16 @@ def dense_expert(tensors: dict[str, Tensor], layer: int, expert: int, role: str,
 
     weight = torch.zeros((256, 128) if role != "down" else (128, 256), dtype=torch.float64)
     if (base := get(f"{shared}.base")) is not None:
-        weight[:, tensors[f"{shared}.base_columns"].long()] = base
+        columns = tensors.get(f"{shared}.base_columns", torch.arange(weight.shape[1]))
+        weight[:, columns.long()] = base
     if (base_u := get(f"{shared}.base_u")) is not None:
         weight += base_u @ tensors[f"{shared}.base_v"].double()
+    if (kept := tensors.get(f"{prefix}.{expert}.kept")) is not None:
+        mask = kept.double() if role == "down" else kept.double()[:, None]
+        whole = {name: tensor for name, tensor in tensors.items() if not name.endswith(".kept")}
+        return dense_expert(whole, layer, expert, role, function) * mask
     if (dense := get(f"{own}.dense")) is not None:
-        return dense
+        return weight + dense
     if (bases := get(f"{shared}.bases")) is not None:
         v = sum(factor * basis for factor, basis in zip(get(f"{own}.alpha"), bases, strict=True))
         v = torch.tanh(v) if function == "tanh" else v / (1 + torch.exp(-v))
@@ -202,13 +209,18 @@ def _factor(source: dict[str, Tensor], num_experts: int, layer: int, role: str, 
         tensors[f"{shared}.base"] = stored.contiguous()
         tensors[f"{shared}.base_columns"] = columns.int()
         tensors[f"{shared}.base_norms"] = stored.float().norm(dim=0)
+    if role in what.full_base:
+        stored = mean.to(what.dtype)
+        base = stored.double()
+        tensors[f"{shared}.base"] = stored
     if base_rank := what.base_rank.get(role, 0):
         u, v = (factor.to(what.dtype) for factor in _truncated(mean, base_rank))
         base = u.double() @ v.double()
         tensors |= {f"{shared}.base_u": u, f"{shared}.base_v": v}
     deltas = {expert: weights[expert] - base for expert in range(num_experts) if expert not in what.trimmed}
     if what.delta.get(role) == "dense":
-        return {f"{prefix}.{e}.{NAMES[role]}.dense": delta.to(what.dtype) for e, delta in deltas.items()}
+        dense = {f"{prefix}.{e}.{NAMES[role]}.dense": delta.to(what.dtype) for e, delta in deltas.items()}
+        return tensors | dense
     for kind, expert, tensor in _deltas(deltas, num_experts, role, what) if what.rank[role] else ():
         stored = tensor if tensor.dtype == torch.int32 else tensor.to(what.dtype)
         tensors[f"{prefix}.{expert}.{NAMES[role]}.{kind}"] = stored.contiguous()
@@ -277,6 +289,7 @@ def _quantization_config(config: dict, what: Synthetic) -> dict:
         roles = {
             role: {
                 "rank": own.rank[role],
+                "full_base": role in own.full_base,
                 "kept_columns": own.kept[role],
                 "used_columns": own.used[role],
                 "base_rank": own.base_rank.get(role, 0),
@@ -307,7 +320,7 @@ def _quantization_config(config: dict, what: Synthetic) -> dict:
     }
 
 
-def _write(folder: Path, config: dict, others: dict[str, Tensor], experts: dict[str, Tensor]) -> None:
+def write_files(folder: Path, config: dict, others: dict[str, Tensor], experts: dict[str, Tensor]) -> None:
     shards = {"model-00001-of-00002.safetensors": others, "model-00002-of-00002.safetensors": experts}
     names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
     for file, tensors in shards.items():

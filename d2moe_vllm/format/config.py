@@ -18,7 +18,6 @@ from d2moe_vllm.format.kinds import (
     FORMAT_VERSION,
     GROUP_SIZE,
     KINDS,
-    READABLE,
     ROLES,
     STORAGES,
     Dtype,
@@ -67,10 +66,7 @@ class _Model(BaseModel):
 
 
 class Storage(_Model):
-    """How a matrix is stored. type: of kinds.STORAGES; group_size: inputs of a row that share a scale, where packed.
-
-    Sizes are defined for all types; this release reads those of kinds.READABLE.
-    """
+    """How a matrix is stored. type: of kinds.STORAGES; group_size: inputs of a row that share a scale, where packed."""
 
     type: str
     group_size: int = Field(default=GROUP_SIZE, ge=1, le=1_000_000)
@@ -79,18 +75,17 @@ class Storage(_Model):
     def _known(self) -> Storage:
         if self.type not in STORAGES:
             raise ValueError(f"storage type {self.type!r} is none of {', '.join(STORAGES)}")
-        if self.type not in READABLE:
-            raise ValueError(f"storage {self.type!r} is not read by this d2moe-vllm; install a newer one")
         return self
 
 
 class Projection(_Model):
     """What is stored of one projection of one layer.
 
-    rank: columns of each expert's U, rows of its V; 0 means no deltas, whatever the fields about deltas say.
-    kept_columns: input columns of the base that survived static pruning; 0 means no such base.
+    rank: columns of each expert's U, rows of its V; 0 means no deltas, but where delta is "dense".
+    full_base: whether there is a base with all input columns.
+    kept_columns: input columns of a base that survived static pruning; 0 means no such base.
     used_columns: how many of these a forward pass uses under dynamic selection; has to be said where there are any.
-    base_rank: rank of a low-rank base, which takes the place of kept columns; 0 means no such base.
+    base_rank: rank of a low-rank base; 0 means no such base. A projection has one base at most.
     delta: "factors" U V; "columns": U is the delta itself on `rank` of its input columns, else it is zero; "bases":
     A f(sum_j alpha_j B_j) with `rank` columns of A, of `bases` matrices B_j and f the `function`; "dense": the matrix
     itself, at rank 0.
@@ -100,6 +95,7 @@ class Projection(_Model):
     """
 
     rank: int = Field(default=0, ge=0)
+    full_base: bool = False
     kept_columns: int = Field(default=0, ge=0)
     used_columns: int = Field(default=0, ge=0)
     base_rank: int = Field(default=0, ge=0)
@@ -113,7 +109,12 @@ class Projection(_Model):
 
     @property
     def has_base(self) -> bool:
-        return bool(self.kept_columns or self.base_rank)
+        return bool(self.full_base or self.kept_columns or self.base_rank)
+
+    @property
+    def shares(self) -> bool:
+        """Whether experts have factors in common."""
+        return bool(self.rank and (self.shared_v or self.distinct_u))
 
     @property
     def shares_u(self) -> bool:
@@ -126,14 +127,14 @@ class Projection(_Model):
             raise ValueError(f"kept_columns {self.kept_columns} needs used_columns: how many of them are used")
         if self.used_columns > self.kept_columns:
             raise ValueError(f"used_columns {self.used_columns} exceeds kept_columns {self.kept_columns}")
-        if self.kept_columns and self.base_rank:
-            raise ValueError("a base has kept_columns or a base_rank, not both; set one of them to 0")
+        if bool(self.kept_columns) + bool(self.base_rank) + self.full_base > 1:
+            raise ValueError("a base is a full_base, or has kept_columns or a base_rank; leave one of them")
         if not self.rank and not self.has_base and self.delta != "dense":
             raise ValueError("a projection needs a base or a delta, rank, kept_columns and base_rank are all 0")
         if self.delta != "factors" and (self.shared_v or self.distinct_u):
             raise ValueError(f"shared_v and distinct_u need delta 'factors'; delta {self.delta!r} shares neither")
-        if self.delta in ("bases", "dense") and self.has_base:
-            raise ValueError(f"delta {self.delta!r} is a whole matrix and stands on no base; set kept_columns to 0")
+        if self.delta == "bases" and self.has_base:
+            raise ValueError("delta 'bases' is a whole matrix and stands on no base; set kept_columns to 0")
         if self.delta == "dense" and self.rank:
             raise ValueError(f"delta 'dense' is stored whole; its rank must be 0, not {self.rank}")
         if self.delta == "bases":
@@ -144,32 +145,72 @@ class Projection(_Model):
         return self
 
 
+class Channels(_Model):
+    """Which intermediate channels are left, as counts in each of `pruning.groups` equal slices of them (METHODS 4.2).
+
+    experts: of every expert; base: of the base, which has those that any expert has; None where there is no base.
+    """
+
+    experts: tuple[tuple[int, ...], ...] = Field(min_length=1)
+    base: tuple[int, ...] | None = None
+
+
+PACKED, RAGGED, DENSE = "packed matrices", "experts of unequal widths", "dense deltas of all projections"
+"""Of Layer.needs."""
+
+
 class Layer(_Model):
-    """trimmed: experts without any deltas, in ascending order; they run on the base alone (METHODS 1.7)."""
+    """trimmed: experts without any deltas, in ascending order; they run on the base alone (METHODS 1.7). channels: None
+    where every expert keeps all of them."""
 
     gate: Projection
     up: Projection
     down: Projection
     trimmed: tuple[int, ...] = ()
+    channels: Channels | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Layer:
         gate, up = self.gate, self.up
-        if (gate.kept_columns, gate.used_columns) != (up.kept_columns, up.used_columns):
+        columns = [(one.full_base, one.kept_columns, one.used_columns) for one in (gate, up)]
+        if columns[0] != columns[1]:
             raise ValueError("gate and up share one selection of base columns, their column counts must agree")
         for field in ("delta", "shared_v", "distinct_u", "bases", "function", "base_storage", "delta_storage"):
             if getattr(gate, field) != getattr(up, field):
                 raise ValueError(f"gate and up have different {field}; they must agree")
-        if "dense" in (gate.delta, up.delta) or self.down.delta == "bases":
-            raise ValueError("delta 'dense' is for down alone, delta 'bases' for gate and up alone")
+        if self.down.delta == "bases":
+            raise ValueError("delta 'bases' is for gate and up alone")
         if any(left >= right for left, right in itertools.pairwise(self.trimmed)):
             raise ValueError("trimmed must list experts in ascending order, each once")
         if self.trimmed and (lacking := [role for role in ROLES if not self[role].has_base]):
             raise ValueError(f"trimmed experts run on the base alone, but {' and '.join(lacking)} have no base")
+        return self if self.channels is None else self._ragged(self.channels)
+
+    def _ragged(self, channels: Channels) -> Layer:
+        """What may vary in width: bases by their inputs, deltas of an expert's own."""
+        if lacking := [role for role in ROLES if self[role].shares or self[role].delta in ("columns", "bases")]:
+            raise ValueError(f"channels need deltas of an expert's own, not those of {' and '.join(lacking)}")
+        if lacking := [role for role in ROLES if self[role].base_rank or (role == "down" and self[role].kept_columns)]:
+            raise ValueError(f"channels need a full base, not that of {' and '.join(lacking)}")
+        if any(self[role].has_base for role in ROLES) != (channels.base is not None):
+            raise ValueError("channels.base must be there where there is a base, and only there")
         return self
 
     def __getitem__(self, role: Role) -> Projection:
         return getattr(self, role)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a backend has to be able to compute with, in words."""
+        found = {f"deltas of kind {self[role].delta!r}" for role in ROLES}
+        storages = [one for role in ROLES for one in (self[role].base_storage, self[role].delta_storage)]
+        if any(one is not None and STORAGES[one.type].bits for one in storages):
+            found.add(PACKED)
+        if self.channels is not None:
+            found.add(RAGGED)
+        if self.gate.delta == "dense" or (self.down.delta == "dense" and (self.down.has_base or self.trimmed)):
+            found.add(DENSE)
+        return frozenset(found)
 
 
 class Pruning(_Model):
@@ -222,7 +263,23 @@ class CheckpointConfig(_Model):
             for role in ROLES:
                 if problem := self._misfit(layer, role):
                     raise ValueError(f"layer {number} {role}: {problem}")
+            if layer.channels and (problem := self._uncountable(layer.channels)):
+                raise ValueError(f"layer {number} channels: {problem}")
         return self
+
+    def _uncountable(self, channels: Channels) -> str | None:
+        """Why counts of channels cannot be, if they cannot."""
+        groups, experts = self.pruning.groups, self.num_experts
+        if len(channels.experts) != experts:
+            return f"{len(channels.experts)} experts, not {experts}"
+        every, most = channels.experts + (() if channels.base is None else (channels.base,)), self.intermediate_size
+        if any(len(counts) != groups or min(counts) < 0 or max(counts) > most // groups for counts in every):
+            return f"every expert, and the base, needs {groups} counts of 0..{most // groups}"
+        if channels.base is not None:
+            for base, *own in zip(channels.base, *channels.experts, strict=True):
+                if not max(own) <= base <= sum(own):
+                    return f"the base has {base} in a slice where its experts have {max(own)} to {sum(own)}"
+        return None
 
     def _misfit(self, layer: Layer, role: Role) -> str | None:
         """Which of a projection's sizes does not fit the matrices, if any."""
@@ -267,7 +324,7 @@ class CheckpointConfig(_Model):
         return {
             self.tensor_name(layer, one.expert, role, one.name): one
             for role in roles or ROLES
-            for one in stored_tensors(self.sizes, role, entry[role], entry.trimmed)
+            for one in stored_tensors(self.sizes, role, entry)
         }
 
     def projection_tensors(self, layer: int, role: Role) -> dict[str, TensorSpec]:
@@ -277,8 +334,8 @@ class CheckpointConfig(_Model):
     def tensors_at_least(self, layer: int, role: Role) -> int:
         """A bound that is told without making any name: how many experts have a tensor of their own."""
         entry = self.layers[layer]
-        owned = [kind for kind in KINDS if kind.present(entry[role]) and kind.owner != "layer"]
-        return max((len(owners(kind, entry[role], self.num_experts, entry.trimmed)) for kind in owned), default=0)
+        owned = [kind for kind in KINDS if kind.present(entry, role) and kind.owner != "layer"]
+        return max((len(owners(kind, role, entry, self.num_experts)) for kind in owned), default=0)
 
     def untrimmed(self, layer: int) -> list[int]:
         """The experts of a layer that have deltas, in ascending order."""

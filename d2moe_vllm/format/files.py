@@ -27,7 +27,7 @@ from d2moe_vllm.format.config import (
     parse_config,
     refuse_version,
 )
-from d2moe_vllm.format.kinds import HALVES, ROLES, Stored, TensorSpec, index_problem
+from d2moe_vllm.format.kinds import ROLES, Stored, TensorSpec, first_index_problem, index_problem
 
 WHOLE_FILE = "model.safetensors"
 """Holds all tensors of a model that is not split."""
@@ -266,23 +266,12 @@ def _read_integers(folder: Path, weight_map: Mapping[str, str], names: Iterable[
 
 def check_indices(config: CheckpointConfig, layer: int, values: Mapping[str, list[int]]) -> None:
     """Check a layer's integer tensors, by full name. Raises CheckpointError, naming the first that is wrong."""
-    both: dict[str, list[int]] = {}
-    for name, one in config.stored(layer).items():
-        if not one.kind.is_index:
-            continue
-        check_index(name, values[name], config, layer, one)
-        # What has no side of its own at run time gate and up share.
-        if one.role != "down" and one.kind.joined is None and both.setdefault(one.name, values[name]) != values[name]:
-            raise CheckpointError(differ_message(*(config.tensor_name(layer, 0, r, one.name) for r in HALVES["w13"])))
+    found = {name: (one, values[name]) for name, one in config.stored(layer).items() if one.kind.is_index}
+    if problem := first_index_problem(found, config.layers[layer], config.sizes, config.pruning.groups):
+        raise CheckpointError(f"{problem}; copy the checkpoint again")
 
 
 def check_index(name: str, values: list[int], config: CheckpointConfig, layer: int, one: Stored) -> None:
     """Raises CheckpointError unless an index tensor's values are what `kinds.index_problem` says they have to be."""
-    entry, groups = config.layers[layer], config.pruning.groups
-    inputs = config.shape(one.role)[1]
-    if problem := index_problem(one.kind, values, entry[one.role], inputs, groups, entry.trimmed):
+    if problem := index_problem(one, values, config.layers[layer], config.sizes, config.pruning.groups):
         raise CheckpointError(f"{name}: {problem}; copy the checkpoint again")
-
-
-def differ_message(gate: str, up: str) -> str:
-    return f"{gate} and {up} differ, gate and up share one; copy the checkpoint again"

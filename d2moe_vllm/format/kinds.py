@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -49,45 +50,51 @@ class TensorSpec(NamedTuple):
 
 class StorageType(NamedTuple):
     """dtype: safetensors' name of the tensor that holds the numbers, or their codes. bits: of a code that is packed
-    along the input, least significant bits first, beside one 16-bit scale for every group of inputs; 0: not packed."""
+    along the input, least significant bits first, beside one 16-bit scale for every group of inputs; 0: not packed.
+    zero: a code c stands for scale * (c - zero)."""
 
     dtype: str
     bits: int = 0
+    zero: float = 0.0
 
 
 STORAGES: Mapping[str, StorageType] = {
     **{name: StorageType(dtype) for name, dtype in DTYPES.items()},
-    **{f"int{bits}": StorageType("U8", bits) for bits in (8, 4, 3, 2)},
+    "int8": StorageType("U8", 8, 128),
+    "int4": StorageType("U8", 4, 8),
+    # Half-integers: a level at zero would waste one of few.
+    "int3": StorageType("U8", 3, 3.5),
+    "int2": StorageType("U8", 2, 1.5),
 }
 """Type of a matrix's storage -> how it lies in the file."""
-READABLE = tuple(name for name, storage in STORAGES.items() if not storage.bits)
-"""Types that this release computes with. The sizes of the others are defined, and readers refuse them by name."""
 GROUP_SIZE = 64
 """Of a packed matrix whose storage does not say another."""
 SCALES = "_scales"
 """What a packed matrix's name is followed by in its scales' name."""
+SCALE_DTYPE = "BF16"
+"""Of scales, whatever the checkpoint's dtype: as wide a range as float32's, so that none underflows."""
 
 
-def storage_tensors(storage: str, group_size: int, shape: tuple[int, ...], dtype: Dtype) -> dict[str, TensorSpec]:
+def storage_tensors(storage: str, group_size: int, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
     """What holds a matrix of `shape` [..., out, in], by what its name is followed by.
 
-    dtype: of the scales. Rows of codes are padded to whole bytes; a last group may be short.
+    Rows of codes are padded to whole bytes; a last group may be short.
     """
     how, (*rows, inputs) = STORAGES[storage], shape
     if not how.bits:
         return {"": TensorSpec(how.dtype, shape)}
     return {
         "": TensorSpec(how.dtype, (*rows, -(-inputs * how.bits // 8))),
-        SCALES: TensorSpec(DTYPES[dtype], (*rows, -(-inputs // group_size))),
+        SCALES: TensorSpec(SCALE_DTYPE, (*rows, -(-inputs // group_size))),
     }
 
 
-Owner = Literal["layer", "expert", "slot"]
+Owner = Literal["layer", "expert", "slot", "every"]
 """Who has a tensor: the layer, once; every expert with a delta; one of `distinct_u` slots, or, where there are none,
-every expert with a delta. The layer's ride with expert 0, a slot's with the expert of its number."""
-Content = Literal["matrix", "plain", "norms", "inputs", "slots"]
+every expert with a delta; every expert. The layer's ride with expert 0, a slot's with the expert of its number."""
+Content = Literal["matrix", "plain", "norms", "inputs", "slots", "mask"]
 """What is in it: a matrix in its part's storage; numbers in the checkpoint's dtype; float32 norms; int32 numbers of
-input columns; int32 numbers of slots."""
+input columns; int32 numbers of slots; a bit for every intermediate channel, least significant bits first."""
 
 
 class Kind(NamedTuple):
@@ -96,7 +103,9 @@ class Kind(NamedTuple):
     part: of the base or of the deltas: whose storage it has. sizes: what its dimensions count, by the names of
     `size_of`. where: fields of a projection and what they have to be for it to be there; True: not 0 and not false.
     joined: the dimension along which gate's and up's lie side by side at run time, None where they have one for both.
-    input_major: whether the last two dimensions are exchanged at run time, so that skipped inputs are skipped rows.
+    input_major: whether the last two dimensions are exchanged at run time, so that skipped inputs are skipped rows;
+    never where it is packed. ragged: there only where experts keep some of the channels, and with "base" only where
+    these have a base; roles: of the projections that have it.
     """
 
     name: str
@@ -107,10 +116,12 @@ class Kind(NamedTuple):
     content: Content = "matrix"
     joined: str | None = None
     input_major: bool = False
+    ragged: Literal["", "experts", "base"] = ""
+    roles: tuple[Role, ...] = ROLES
 
     @property
     def is_index(self) -> bool:
-        return self.content in ("inputs", "slots")
+        return self.content in ("inputs", "slots", "mask")
 
     @property
     def axis(self) -> int | None:
@@ -123,7 +134,16 @@ class Kind(NamedTuple):
             return None
         return projection.base_storage if self.part == "base" else projection.delta_storage
 
-    def present(self, projection: Any) -> bool:
+    def packed(self, projection: Any) -> Any:
+        """Its storage where that is packed, else None."""
+        storage = self.storage(projection)
+        return storage if storage is not None and STORAGES[storage.type].bits else None
+
+    def present(self, layer: Any, role: Role) -> bool:
+        """Whether a projection of a layer has it; layer: with the fields of config.json's entry."""
+        if role not in self.roles or (self.ragged and not getattr(layer.channels, self.ragged, None)):
+            return False
+        projection = getattr(layer, role)
         values = ((getattr(projection, field), wanted) for field, wanted in self.where.items())
         return all(bool(value) == wanted if isinstance(wanted, bool) else value == wanted for value, wanted in values)
 
@@ -131,6 +151,7 @@ class Kind(NamedTuple):
 _FACTORS = {"rank": True, "delta": "factors"}
 _COLUMNS = {"rank": True, "delta": "columns"}
 KINDS: tuple[Kind, ...] = (
+    Kind("base", "base", "layer", ("out", "in"), {"full_base": True}, joined="out", input_major=True),
     Kind("base", "base", "layer", ("out", "kept"), {"kept_columns": True}, joined="out", input_major=True),
     Kind("base_columns", "base", "layer", ("kept",), {"kept_columns": True}, "inputs"),
     Kind("base_norms", "base", "layer", ("kept",), {"kept_columns": True}, "norms"),
@@ -146,6 +167,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("a", "delta", "expert", ("out", "rank"), {"delta": "bases"}, joined="rank"),
     Kind("alpha", "delta", "expert", ("bases",), {"delta": "bases"}, "plain", joined="bases"),
     Kind("dense", "delta", "expert", ("out", "in"), {"delta": "dense"}, joined="out"),
+    Kind("channels", "delta", "every", ("mask",), {}, "mask", ragged="experts", roles=("down",)),
+    Kind("base_channels", "base", "layer", ("mask",), {}, "mask", ragged="base", roles=("down",)),
 )
 BASE_NAMES = frozenset(kind.name for kind in KINDS if kind.part == "base")
 
@@ -162,8 +185,8 @@ def is_cut(role: str, size: str) -> bool:
 
 
 PROJECTION_DEFAULTS: Mapping[str, Any] = {
-    "rank": 0, "kept_columns": 0, "used_columns": 0, "base_rank": 0, "delta": "factors", "shared_v": False,
-    "distinct_u": 0, "bases": 0, "function": None, "base_storage": None, "delta_storage": None,
+    "rank": 0, "full_base": False, "kept_columns": 0, "used_columns": 0, "base_rank": 0, "delta": "factors",
+    "shared_v": False, "distinct_u": 0, "bases": 0, "function": None, "base_storage": None, "delta_storage": None,
 }  # fmt: skip
 """A projection's fields in config.json, and what an absent one means."""
 
@@ -183,6 +206,26 @@ def projection_of(fields: Mapping[str, Any]) -> Any:
     return SimpleNamespace(**{**PROJECTION_DEFAULTS, **fields, **storages})
 
 
+def layer_of(fields: Mapping[str, Any]) -> Any:
+    """config.json's entry of a layer with its fields as attributes: gate, up, down, trimmed and channels.
+
+    Raises ValueError as `projection_of` does.
+    """
+    channels = fields.get("channels")
+    return SimpleNamespace(
+        **{role: projection_of(fields[role]) for role in ROLES},
+        trimmed=tuple(fields.get("trimmed") or ()),
+        channels=None if channels is None else SimpleNamespace(**{"base": None, **channels}),
+    )
+
+
+def width(layer: Any, expert: int | None, whole: int) -> int:
+    """Intermediate channels that an expert keeps, or, for None, that the base does; `whole` where all are kept."""
+    if layer.channels is None:
+        return whole
+    return sum((layer.channels.base or ()) if expert is None else layer.channels.experts[expert])
+
+
 class Shape(NamedTuple):
     """Of a checkpoint's MoE layers; dtype: of what has no storage of its own."""
 
@@ -196,9 +239,13 @@ class Shape(NamedTuple):
         sizes = (self.intermediate_size, self.hidden_size)
         return (sizes[1], sizes[0]) if role == "down" else sizes
 
-    def size_of(self, size: str, role: str, projection: Any) -> int:
-        """What a name of Kind.sizes counts in one projection."""
+    def size_of(self, size: str, role: Role, layer: Any, expert: int | None = None) -> int:
+        """What a name of Kind.sizes counts in one projection of a layer; expert: whose tensor it is, None: the
+        layer's."""
+        projection, channels = getattr(layer, role), self.intermediate_size
         out_features, in_features = self.matrix(role)
+        if size in ("out", "in") and is_cut(role, size):
+            return width(layer, expert, channels)
         return {
             "out": out_features,
             "in": in_features,
@@ -208,15 +255,19 @@ class Shape(NamedTuple):
             "base_rank": projection.base_rank,
             "bases": projection.bases,
             "experts": self.num_experts,
+            "mask": -(-channels // 8),
         }[size]
 
-    def tensors(self, kind: Kind, role: str, projection: Any) -> dict[str, TensorSpec]:
-        """What is stored of a kind by one owner, by what its name is followed by: scales have a tensor of their own."""
-        shape = tuple(self.size_of(size, role, projection) for size in kind.sizes)
-        if (storage := kind.storage(projection)) is not None:
-            return storage_tensors(storage.type, storage.group_size, shape, self.dtype)
-        fixed = "F32" if kind.content == "norms" else "I32" if kind.is_index else DTYPES[self.dtype]
-        return {"": TensorSpec(fixed, shape)}
+    def tensors(self, kind: Kind, role: Role, layer: Any, expert: int | None = None) -> dict[str, TensorSpec]:
+        """What is stored of a kind by one owner, by what its name is followed by: scales have a tensor of their own.
+
+        expert: the owner, where experts own it; only where these keep different channels does it matter.
+        """
+        shape = tuple(self.size_of(size, role, layer, expert) for size in kind.sizes)
+        if (storage := kind.storage(getattr(layer, role))) is not None:
+            return storage_tensors(storage.type, storage.group_size, shape)
+        fixed = {"norms": "F32", "inputs": "I32", "slots": "I32", "mask": "U8"}
+        return {"": TensorSpec(fixed.get(kind.content, DTYPES[self.dtype]), shape)}
 
 
 class Stored(NamedTuple):
@@ -228,45 +279,89 @@ class Stored(NamedTuple):
     name: str
     spec: TensorSpec
 
+    @property
+    def is_scales(self) -> bool:
+        return self.name != self.kind.name
 
-def owners(kind: Kind, projection: Any, num_experts: int, trimmed: Sequence[int]) -> list[int]:
+
+def owners(kind: Kind, role: Role, layer: Any, num_experts: int) -> list[int]:
     """The numbers that a kind's tensors ride with, in ascending order."""
     if kind.owner == "layer":
         return [0]
-    if kind.owner == "slot" and projection.distinct_u:
-        return list(range(projection.distinct_u))
-    without = set(trimmed)
+    if kind.owner == "slot" and (distinct := getattr(layer, role).distinct_u):
+        return list(range(distinct))
+    without = set() if kind.owner == "every" else set(layer.trimmed)
     return [expert for expert in range(num_experts) if expert not in without]
 
 
-def stored_tensors(shape: Shape, role: Role, projection: Any, trimmed: Sequence[int]) -> Iterator[Stored]:
-    """Everything that is stored of one projection of one layer; projection: with the fields of PROJECTION_DEFAULTS."""
+def stored_tensors(shape: Shape, role: Role, layer: Any) -> Iterator[Stored]:
+    """Everything that is stored of one projection of one layer; layer: with the fields of config.json's entry."""
     for kind in KINDS:
-        if kind.present(projection):
-            tensors = shape.tensors(kind, role, projection)
-            for expert in owners(kind, projection, shape.num_experts, trimmed):
-                for suffix, spec in tensors.items():
-                    yield Stored(role, expert, kind, kind.name + suffix, spec)
+        if not kind.present(layer, role):
+            continue
+        tensors = None
+        for expert in owners(kind, role, layer, shape.num_experts):
+            if tensors is None or layer.channels is not None:
+                tensors = shape.tensors(kind, role, layer, None if kind.owner == "layer" else expert)
+            for suffix, spec in tensors.items():
+                yield Stored(role, expert, kind, kind.name + suffix, spec)
 
 
-def index_problem(
-    kind: Kind, values: Sequence[int], projection: Any, inputs: int, groups: int, trimmed: Sequence[int]
-) -> str | None:
+def index_problem(one: Stored, values: Sequence[int], layer: Any, shape: Shape, groups: int) -> str | None:
     """What is wrong with an index tensor's values, if anything.
 
     Input columns ascend, lie in 0..inputs-1 and are spread evenly over `groups` equal slices of them; slots are those
-    of stored U's, and -1 for trimmed experts and for these alone.
+    of stored U's, and -1 for trimmed experts and for these alone; of a mask each of `groups` equal slices of the
+    channels has as many bits as config.json says, and there are no others.
     """
-    if kind.content == "inputs":
+    if one.kind.content == "mask":
+        counts = layer.channels.base if one.kind.owner == "layer" else layer.channels.experts[one.expert]
+        bits, slices = sum(byte << 8 * place for place, byte in enumerate(values)), shape.intermediate_size // groups
+        found = [(bits >> slices * group & (1 << slices) - 1).bit_count() for group in range(groups)]
+        if found == list(counts) and not bits >> shape.intermediate_size:
+            return None
+        return f"not as many channels in every one of {groups} slices as config.json says"
+    if one.kind.content == "inputs":
+        inputs = shape.matrix(one.role)[1]
         ascending = all(left < right for left, right in itertools.pairwise(values))
         spread = [group for group in range(groups) for _ in range(len(values) // groups)]
         if ascending and [value // (inputs // groups) for value in values] == spread:
             return None
         return f"columns must ascend, lie in 0..{inputs - 1} and be spread evenly over {groups} groups"
-    without = set(trimmed)
+    without, slots = set(layer.trimmed), getattr(layer, one.role).distinct_u
     for expert, slot in enumerate(values):
         if expert in without and slot != -1:
             return f"expert {expert} is trimmed and needs -1, not {slot}"
-        if expert not in without and not 0 <= slot < projection.distinct_u:
-            return f"expert {expert} has U {slot}, but 0..{projection.distinct_u - 1} are stored"
+        if expert not in without and not 0 <= slot < slots:
+            return f"expert {expert} has U {slot}, but 0..{slots - 1} are stored"
     return None
+
+
+def first_index_problem(
+    tensors: Mapping[str, tuple[Stored, Sequence[int]]], layer: Any, shape: Shape, groups: int
+) -> str | None:
+    """What is wrong with the first of a layer's index tensors, by full name, that is not what it has to be, if any.
+
+    What has no side of its own at run time gate and up share; a base has the channels that any expert has.
+    """
+    both: dict[str, tuple[str, Sequence[int]]] = {}
+    every, base = [0] * -(-shape.intermediate_size // 8), None
+    for name, (one, values) in tensors.items():
+        if problem := index_problem(one, values, layer, shape, groups):
+            return f"{name}: {problem}"
+        if one.kind.content == "mask":
+            if one.kind.owner == "layer":
+                base = name, values
+            else:
+                every = list(map(operator.or_, every, values))
+        elif one.role != "down" and one.kind.joined is None:
+            other, values_there = both.setdefault(one.name, (name, values))
+            if values_there != values:
+                return differ_message(other, name)
+    if base is not None and list(base[1]) != every:
+        return f"{base[0]}: its channels are not those that any expert keeps"
+    return None
+
+
+def differ_message(gate: str, up: str) -> str:
+    return f"{gate} and {up} differ, gate and up share one"

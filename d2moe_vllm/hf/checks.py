@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from d2moe_vllm.format.kinds import FORMAT_VERSION, Shape, Stored, index_problem, projection_of, stored_tensors
+from d2moe_vllm.format.kinds import FORMAT_VERSION, Shape, Stored, first_index_problem, layer_of, stored_tensors
 
 MANIFEST = "d2moe_manifest.json"
 
@@ -83,30 +83,30 @@ def check_files(folder: str, settings: Mapping[str, Any]) -> None:
 
 
 def _check_indices(folder: str, settings: Mapping[str, Any], number: str, paths: Mapping[str, str]) -> None:
-    """A layer's columns and U indices are what the format says, and the same for gate and up where these share them."""
-    layer, groups = settings["layers"][number], settings["pruning"].get("groups", 8)
-    indices = {name: one for name, one in _layer_tensors(settings, number).items() if one.kind.is_index}
-    both: dict[str, list[int]] = {}
-    for name, one in indices.items():
-        with safe_open(paths[name], framework="numpy") as handle:
-            values = handle.get_tensor(name).tolist()
-        inputs = settings["intermediate_size" if one.role == "down" else "hidden_size"]
-        trimmed = layer.get("trimmed", ())
-        if problem := index_problem(one.kind, values, projection_of(layer[one.role]), inputs, groups, trimmed):
-            raise ValueError(f"{folder}: {name}: {problem}; copy the checkpoint again")
-        if one.role != "down" and one.kind.joined is None and both.setdefault(one.name, values) != values:
-            raise ValueError(f"{folder}: {name} differs between gate and up, which share it; copy it again")
+    """A layer's columns, U indices and channels are what the format says."""
+    found: dict[str, tuple[Stored, list[int]]] = {}
+    for name, one in _layer_tensors(settings, number).items():
+        if one.kind.is_index:
+            with safe_open(paths[name], framework="numpy") as handle:
+                found[name] = one, handle.get_tensor(name).tolist()
+    layer, groups = layer_of(settings["layers"][number]), settings["pruning"].get("groups", 8)
+    if problem := first_index_problem(found, layer, _shape(settings), groups):
+        raise ValueError(f"{folder}: {problem}; copy the checkpoint again")
 
 
 def _layer_tensors(settings: Mapping[str, Any], number: str) -> dict[str, Stored]:
     """All of a layer's expert tensors, by full name."""
-    shape = Shape(*(settings[field] for field in Shape._fields))
+    shape = _shape(settings)
     prefix, layer = settings["experts"].replace("{layer}", number), settings["layers"][number]
     return {
         f"{prefix}.{one.expert}.{projection}.{one.name}": one
         for role, projection in settings["projections"].items()
-        for one in stored_tensors(shape, role, projection_of(layer[role]), layer.get("trimmed", ()))
+        for one in stored_tensors(shape, role, layer_of(layer))
     }
+
+
+def _shape(settings: Mapping[str, Any]) -> Shape:
+    return Shape(*(settings[field] for field in Shape._fields))
 
 
 def _read_json(folder: str, name: str) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from d2moe_vllm.format.kinds import KINDS, SCALES
 from d2moe_vllm.hf.checks import check_files, d2moe_config
 from d2moe_vllm.hf.experts import D2Experts
 
@@ -43,7 +44,8 @@ def convert(model: Any, settings: Mapping[str, Any]) -> None:
     # Layers that predict further tokens ride along in a checkpoint; transformers has no modules for them.
     for number in range(len(layers), len(layers) + (getattr(config, "num_nextn_predict_layers", 0) or 0)):
         model._keys_to_ignore_on_load_unexpected.add(rf"model\.layers\.{number}\.")
-    model._keep_in_fp32_modules_strict.add("base_norms")
+    # What selections are made by, and scales, which float16 might not hold.
+    model._keep_in_fp32_modules_strict |= {"base_norms", *(kind.name + SCALES for kind in KINDS)}
     model.base_model.register_forward_pre_hook(_note_padding, with_kwargs=True)
     model._d2moe_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if not isinstance(model, D2Mixin):

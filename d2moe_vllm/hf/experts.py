@@ -15,16 +15,22 @@ from torch import Tensor, nn
 from d2moe_vllm.format.kinds import (
     KINDS,
     ROLES,
+    SCALES,
+    STORAGES,
     Dtype,
     Kind,
     Role,
     Shape,
     Stored,
+    layer_of,
     owners,
-    projection_of,
     stored_tensors,
+    width,
 )
+from d2moe_vllm.ops.packing import Packing, from_bits, to_bits, unpacked
 from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights, fused_experts
+
+_INTEGERS = {"I32": torch.int32, "U8": torch.uint8}
 
 
 class D2Projection(nn.Module):
@@ -35,26 +41,33 @@ class D2Projection(nn.Module):
 
     def add(self, one: Stored, projection: Any) -> None:
         shape, storage = one.spec.shape, one.kind.storage(projection)
-        if one.kind.is_index:
-            self.register_buffer(one.name, torch.zeros(shape, dtype=torch.int32))
+        if one.spec.dtype in ("I32", "U8"):
+            # Not to be taken for weights, and left alone by model.to(dtype).
+            self.register_buffer(one.name, torch.zeros(shape, dtype=_INTEGERS[one.spec.dtype]))
+        elif one.is_scales:
+            self.register_buffer(one.name, torch.zeros(shape, dtype=torch.bfloat16))
         elif one.kind.content == "norms":
             self.register_buffer(one.name, torch.zeros(shape, dtype=torch.float32))
         else:
             dtype = None if storage is None else getattr(torch, storage.type)
             self.register_parameter(one.name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
 
-    def forward(self, kind: str) -> Tensor:
-        """The tensor of that kind. Asked for by a call, since accelerate brings offloaded weights when a module is
-        called: read as an attribute they would be on the meta device, and torch computes with those without a word."""
-        return getattr(self, kind)
+    def forward(self, kind: str, how: Packing | None = None, inputs: int = 0) -> Tensor:
+        """The tensor of that kind; a packed one as what it stands for, in float32: how, and how many inputs a row has.
+
+        Asked for by a call, since accelerate brings offloaded weights when a module is called: read as an attribute
+        they would be on the meta device, and torch computes with those without a word."""
+        found = getattr(self, kind)
+        return found if how is None else unpacked(found, getattr(self, kind + SCALES), how, inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> D2Projection:
-        norms = self._buffers.get("base_norms")
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        moved = self._buffers.get("base_norms")
-        if norms is not None and moved is not None and moved.dtype != torch.float32:
-            # model.to(bfloat16) must not round what selections are made by.
-            self._buffers["base_norms"] = norms.to(moved.device)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                # model.to(float16) must round neither what selections are made by nor scales.
+                self._buffers[name] = buffer.to(moved.device)
         return self
 
 
@@ -103,22 +116,23 @@ class D2Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts, self.intermediate_size = num_experts, intermediate_size
-        self.layer = {role: projection_of(layer[role]) for role in ROLES}
+        self.layer = layer_of(layer)
         self.groups, self.projections = groups, dict(projections)
         self.activation, self.scope = activation, scope
-        self.trimmed = tuple(layer.get("trimmed", ()))
+        self.trimmed = self.layer.trimmed
         self.padding_mask: Tensor | None = None
         self.static_shapes = self.in_place = False
         self._places_on: dict[torch.device, Tensor] = {}
+        self._channels_on: dict[torch.device, Tensor] = {}
         for expert in range(num_experts):
             modules = nn.Module()
             for name in self.projections.values():
                 modules.add_module(name, D2Projection())
             self.add_module(str(expert), modules)
-        shape = Shape(num_experts, hidden_size, intermediate_size, dtype)
-        for role, entry in self.layer.items():
-            for one in stored_tensors(shape, role, entry, self.trimmed):
-                self.projection(one.expert, role).add(one, entry)
+        self.shape = Shape(num_experts, hidden_size, intermediate_size, dtype)
+        for role in ROLES:
+            for one in stored_tensors(self.shape, role, self.layer):
+                self.projection(one.expert, role).add(one, getattr(self.layer, role))
 
     def projection(self, expert: int, role: Role) -> D2Projection:
         return getattr(getattr(self, str(expert)), self.projections[role])
@@ -148,6 +162,8 @@ class D2Experts(nn.Module):
         mask = self.padding_mask if self.scope == "batch" else None
         if mask is not None and mask.shape[0] != rows.shape[0]:
             raise ValueError(f"padding mask for {mask.shape[0]} rows, but {rows.shape[0]} tokens reach the experts")
+        every, channels = self.intermediate_size, self.layer.channels
+        widths = () if channels is None else tuple(width(self.layer, e, every) for e in range(self.num_experts))
         output = fused_experts(
             rows,
             top_k_weights,
@@ -157,20 +173,23 @@ class D2Experts(nn.Module):
             mask,
             LayerSpec(
                 num_experts=self.num_experts,
-                intermediate_size=self.intermediate_size,
+                intermediate_size=width(self.layer, None, self.intermediate_size),
                 w13=self._half("gate", "up"),
                 w2=self._half("down"),
                 activation=self.activation,
                 scope=self.scope,
-                function=self.layer["gate"].function or "",
+                function=self.layer.gate.function or "",
                 batch_invariant=self.scope == "token",
                 static_shapes=self.static_shapes,
+                widths=widths,
+                skipped=(0,) * len(widths),
+                without=self.trimmed if widths else (),
             ),
         )
         return output.reshape(hidden_states.shape)
 
     def _half(self, *roles: Role) -> HalfSpec:
-        own = [self.layer[role] for role in roles]
+        own = [getattr(self.layer, role) for role in roles]
         ranks, base_ranks = tuple(entry.rank for entry in own), tuple(entry.base_rank for entry in own)
         return HalfSpec(ranks, base_ranks, self.groups, own[0].used_columns)
 
@@ -179,27 +198,40 @@ class D2Experts(nn.Module):
         when it is visited."""
         tensors: dict[str, Any] = {}
         for kind in KINDS:
-            if having := [role for role in roles if kind.present(self.layer[role])]:
+            if kind.content == "mask":
+                continue
+            if having := [role for role in roles if kind.present(self.layer, role)]:
                 tensors[kind.name] = self._at_run_time(kind, having)
-        if self.trimmed and "delta_u" in tensors:
+        if self.trimmed and (tensors.keys() & {"delta_u", "dense"}):
             places = self._places(device, [e for e in range(self.num_experts) if e not in self.trimmed])
             tensors = {"u_index": places, **tensors}
-            if "shared_v" not in tensors:
+            if tensors.keys() & {"delta_v", "delta_columns"}:
                 tensors["v_index"] = places
+        if roles == ("down",) and self.layer.channels is not None and self.layer.channels.base is not None:
+            tensors["channels"] = self._channels(device)
         return Weights(**tensors)
+
+    def _channels(self, device: torch.device) -> Tensor:
+        """Which of the base's channels each expert has, uint8 [E, ceil(n / 8)]."""
+        if device not in self._channels_on:
+            base = from_bits(self.projection(0, "down")("base_channels"), self.intermediate_size)
+            own = [self.projection(expert, "down")("channels") for expert in range(self.num_experts)]
+            self._channels_on[device] = to_bits(from_bits(torch.stack(own), self.intermediate_size)[:, base])
+        return self._channels_on[device]
 
     def _at_run_time(self, kind: Kind, roles: list[Role]) -> Any:
         """One kind's tensors of some projections side by side, or the one that these have in common."""
         if kind.axis is None:
-            found = [self.projection(0, role)(kind.name) for role in roles]
+            found = [self._whole(0, role, kind) for role in roles]
             joint = kind.content == "norms" and len(found) > 1
             return (found[0].square() + found[1].square()).sqrt() if joint else found[0]
         if kind.owner == "layer":
             joined = self._join(0, roles, kind)
             return joined.mT if kind.input_major else joined
-        experts = owners(kind, self.layer[roles[0]], self.num_experts, self.trimmed)
+        experts = owners(kind, roles[0], self.layer, self.num_experts)
         matrices = _PerExpert(len(experts), lambda place: self._join(experts[place], roles, kind))
-        return torch.stack(list(matrices)) if self.static_shapes and experts else matrices
+        alike = self.static_shapes and experts and self.layer.channels is None
+        return torch.stack(list(matrices)) if alike else matrices
 
     def _places(self, device: torch.device, own: list[int]) -> Tensor:
         """Of each expert among those that have deltas, -1 for none; kept on the device only where it is used there."""
@@ -209,11 +241,21 @@ class D2Experts(nn.Module):
             self._places_on[where] = torch.tensor(index, device=where)
         return self._places_on[where]
 
+    def _whole(self, expert: int, role: Role, kind: Kind) -> Tensor:
+        """A projection's tensor of a kind; of a packed one what it stands for."""
+        if (storage := kind.packed(getattr(self.layer, role))) is None:
+            return self.projection(expert, role)(kind.name)
+        stored, owner = STORAGES[storage.type], None if kind.owner == "layer" else expert
+        inputs = self.shape.size_of(kind.sizes[-1], role, self.layer, owner)
+        how = Packing(stored.bits, stored.zero, storage.group_size)
+        return self.projection(expert, role)(kind.name, how, inputs)
+
     def _join(self, expert: int, roles: list[Role], kind: Kind) -> Tensor:
-        parts, axis = [self.projection(expert, role)(kind.name) for role in roles], kind.axis or 0
+        parts, axis = [self._whole(expert, role, kind) for role in roles], kind.axis or 0
         if len(parts) == 1:
             return parts[0]
-        if self.in_place and not kind.is_index and not torch.compiler.is_compiling():
+        stored = not kind.is_index and kind.packed(getattr(self.layer, roles[0])) is None
+        if self.in_place and stored and not torch.compiler.is_compiling():
             return _side_by_side(parts, axis)
         return torch.cat(parts, dim=axis)
 

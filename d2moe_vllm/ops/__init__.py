@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from d2moe_vllm.format.config import DENSE, PACKED, RAGGED
 from d2moe_vllm.ops import cpu, reference, triton
+from d2moe_vllm.ops.packing import Packing
 from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 
 PARAMETERS = tuple(f"{half}_{field}" for half in ("w13", "w2") for field in Weights._fields)
@@ -29,7 +31,7 @@ class Backend(NamedTuple):
     pack: the halves in the backend's own layout, called once after loading; None where it takes them as they are.
     missing: why it cannot be used on this machine, in one line; None if it can.
     check: hold it against the reference when a model is loaded (selfcheck.py), as it has never run on such devices.
-    lacks: kinds of deltas (checkpoint.Delta) that it cannot compute with.
+    lacks: what of config.Layer.needs it cannot compute with.
     """
 
     fused_experts: FusedExperts
@@ -40,28 +42,27 @@ class Backend(NamedTuple):
     lacks: frozenset[str] = frozenset()
 
 
+_NO_KERNEL = frozenset({PACKED, RAGGED, DENSE})
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing),
+    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing, lacks=_NO_KERNEL),
     # ROCm's devices are "cuda" to torch, too.
-    "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing, check=True),
+    "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing, check=True, lacks=_NO_KERNEL),
     "reference": Backend(reference.fused_experts),
 }
 """By preference."""
 
 
-def choose_backend(
-    device: str, asked: str | None = None, deltas: Collection[str] = ("factors",)
-) -> tuple[str, str | None]:
+def choose_backend(device: str, asked: str | None = None, needs: Collection[str] = ()) -> tuple[str, str | None]:
     """The backend for a device type, and why it is not a better one. Raises ValueError, in one line, where the one
-    that is asked for cannot be used. deltas: what kinds of them a layer has."""
+    that is asked for cannot be used. needs: what a layer has that backends may lack (config.Layer.needs)."""
     able = [name for name, backend in BACKENDS.items() if backend.devices is None or device in backend.devices]
     if asked is not None and asked not in able:
         raise ValueError(f"backend {asked!r} is none of those for this device: {', '.join(able)}")
     reasons: list[str] = []
     for name in able if asked is None else [asked]:
         reason = None
-        if lacking := sorted(BACKENDS[name].lacks & set(deltas)):
-            reason = f"it has no kernel for deltas of kind {' and '.join(map(repr, lacking))} yet"
+        if lacking := sorted(BACKENDS[name].lacks & set(needs)):
+            reason = f"it has no kernel for {' and '.join(lacking)} yet"
         if (reason := reason or BACKENDS[name].missing()) is None:
             return name, "; ".join(reasons) or None
         reasons.append(f"backend {name!r} cannot be used: {reason}")
@@ -91,7 +92,7 @@ def encoded(spec: LayerSpec) -> str:
 @cache
 def decoded(text: str) -> LayerSpec:
     """The reverse of `encoded`, parsed once. Raises KeyError for a text whose fields are not those of today."""
-    kinds: dict[frozenset[str], Any] = {frozenset(kind._fields): kind for kind in (LayerSpec, HalfSpec)}
+    kinds: dict[frozenset[str], Any] = {frozenset(kind._fields): kind for kind in (LayerSpec, HalfSpec, Packing)}
 
     def structure(fields: dict[str, Any]) -> Any:
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
@@ -111,7 +112,15 @@ def fused_experts(
     spec: LayerSpec,
 ) -> Tensor:
     """`reference.fused_experts` by the named backend. Raises ValueError for weights it has no kernel for."""
-    for kind in BACKENDS[backend].lacks:
-        if getattr(w13, kind) is not None or getattr(w2, kind) is not None:
-            raise ValueError(f"backend {backend!r} has no kernel for {kind!r}; use 'reference'")
+    if lacking := BACKENDS[backend].lacks & _needs(w13, w2, spec):
+        raise ValueError(f"backend {backend!r} has no kernel for {' and '.join(sorted(lacking))}; use 'reference'")
     return BACKENDS[backend].fused_experts(x, topk_weights, topk_ids, w13, w2, padding_mask, spec)
+
+
+def _needs(w13: Weights, w2: Weights, spec: LayerSpec) -> set[str]:
+    """What of config.Layer.needs these weights have that not every backend can compute with."""
+    packed = any((spec.w13.base, spec.w13.delta, spec.w2.base, spec.w2.delta))
+    beside = w2.base is not None or w2.base_u is not None or w2.u_index is not None
+    dense = w13.dense is not None or (w2.dense is not None and beside)
+    found = {PACKED: packed, RAGGED: bool(spec.widths), DENSE: dense}
+    return {name for name, there in found.items() if there}

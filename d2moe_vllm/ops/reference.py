@@ -1,7 +1,7 @@
 """The MoE layer of a d2moe checkpoint in plain torch (METHODS 1.5 and 1.6, paper eq. 10).
 
 Two uses: the oracle that faster backends are measured against, and the code that travels inside every
-checkpoint for plain transformers. For the latter it imports torch and nothing else.
+checkpoint for plain transformers. For the latter it imports torch, and of ours only packing.py.
 
     z   = W_b^{gate,up}[:, J] x[J]                                       once per token
     h_e = act(z^gate + U_e^gate V_e^gate x) * (z^up + U_e^up V_e^up x)   per routed expert
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from d2moe_vllm.ops.packing import Packing, StoredMatrices, opened
 
 Activation = Callable[[Tensor], Tensor]
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -63,11 +65,17 @@ class Weights(NamedTuple):
 
     In place of delta_u and what goes with it, for w13: bases: [m, k, H], gate's rows before up's; alpha: [D, 2 m],
     gate's before up's: an expert's V is f(sum_j alpha_j bases_j), part by part (METHODS 3); a: [D, I, k], its U. For
-    w2: dense: [D, H, I], the expert's whole matrix.
+    both: dense: [D, out, in], the whole of an expert's delta.
 
     base: [kept, out], input-major. base_columns: int [kept], ascending, the inputs these rows belong to, evenly
-    spread over the groups. base_norms: float32 [kept], ||W_b[:, j]||_2; for w13 joint, sqrt(gate^2 + up^2).
-    base_u, base_v: a low-rank base instead, [I, r] or [H, r], and [r, in].
+    spread over the groups; None: all inputs. base_norms: float32 [kept], ||W_b[:, j]||_2; for w13 joint,
+    sqrt(gate^2 + up^2). base_u, base_v: a low-rank base instead, [I, r] or [H, r], and [r, in].
+
+    Where matrices are packed (HalfSpec.base, .delta), their last dimension is the bytes of a row of codes, of gate's
+    and then of up's where both lie side by side along it, and `..._scales` has the scales in the same way; the base is
+    [out, in] then. Where experts keep some channels only (LayerSpec.widths), a matrix whose size depends on it is
+    flat: one expert's after the other, row by row. channels (down's): uint8 [E, ceil(I / 8)], then, beside a base:
+    which of its channels an expert has, least significant bits first.
     """
 
     delta_u: Tensor | Sequence[Tensor] | None = None
@@ -85,6 +93,16 @@ class Weights(NamedTuple):
     alpha: Tensor | Sequence[Tensor] | None = None
     a: Tensor | Sequence[Tensor] | None = None
     dense: Tensor | Sequence[Tensor] | None = None
+    channels: Tensor | None = None
+    base_scales: Tensor | None = None
+    base_u_scales: Tensor | None = None
+    base_v_scales: Tensor | None = None
+    delta_u_scales: Tensor | None = None
+    delta_v_scales: Tensor | None = None
+    shared_v_scales: Tensor | None = None
+    bases_scales: Tensor | None = None
+    a_scales: Tensor | None = None
+    dense_scales: Tensor | None = None
 
 
 class HalfSpec(NamedTuple):
@@ -92,23 +110,32 @@ class HalfSpec(NamedTuple):
 
     ranks: of each projection's deltas. base_ranks: of each one's low-rank base, () without one. groups: of consecutive
     kept columns of the base. used: how many of these columns are used in all; a low-rank base has none to choose from.
+    base, delta: how matrices of base and deltas are packed, None where they are not. base_first, delta_first: where in
+    a whole row of theirs the inputs begin that are here.
     """
 
     ranks: tuple[int, ...]
     base_ranks: tuple[int, ...] = ()
     groups: int = 1
     used: int = 0
+    base: Packing | None = None
+    delta: Packing | None = None
+    base_first: int = 0
+    delta_first: int = 0
 
 
 class LayerSpec(NamedTuple):
     """What is constant of a layer on one rank: all that a backend is told beside tensors. Hashable.
 
-    num_experts, intermediate_size: I and the number of experts as they are here. activation: of ACTIVATIONS, or, for
+    num_experts, intermediate_size: I and the number of experts as they are here; where experts keep some channels only,
+    I counts the base's. activation: of ACTIVATIONS, or, for
     this backend alone, any function. scope: "batch", "token" or "off", see select_columns. function: of FUNCTIONS,
     where there are bases. batch_invariant: with scope "off" or "token", every bit of a row of the result depends on
     that row alone; on a GPU only where torch.matmul is so itself (vLLM makes it so under VLLM_BATCH_INVARIANT=1).
     static_shapes: visit every expert with all rows instead of its own rows: more work, but no shape and no control flow
     depends on data (CUDA graphs, tracing).
+    widths, skipped: how many channels each expert keeps here, and how many before them elsewhere; () where all keep I.
+    without: which experts have no deltas, there.
     """
 
     num_experts: int
@@ -120,6 +147,9 @@ class LayerSpec(NamedTuple):
     function: str = ""
     batch_invariant: bool = False
     static_shapes: bool = False
+    widths: tuple[int, ...] = ()
+    skipped: tuple[int, ...] = ()
+    without: tuple[int, ...] = ()
 
 
 def fused_experts(
@@ -144,19 +174,31 @@ def fused_experts(
     product: Product = widened_product
     if spec.batch_invariant and not spec.static_shapes:
         product, act = tiled_product, partial(_row_by_row, act)
+    w13, w2 = (_opened(one, half, spec, x.shape[1], x.dtype) for one, half in ((w13, spec.w13), (w2, spec.w2)))
     z = base_product(x, w13, spec.w13, padding_mask, spec.scope, product, x.dtype)
     # A V that all experts share needs each token once, however many experts it goes to.
     shrunk = None if w13.shared_v is None else product(x, w13.shared_v.t())
     factors13, factors2 = _factors(w13, spec), _factors(w2, spec)
     has_base = w2.base is not None or w2.base_u is not None
     mix = x.new_zeros((x.shape[0], spec.intermediate_size), dtype=accumulate) if has_base else None
+    ragged = bool(spec.widths) and spec.intermediate_size > 0
     output = torch.zeros_like(x, dtype=accumulate)
     visits = _visit_all if spec.static_shapes else _visit_routed
     for expert, rows, gates in visits(topk_ids, topk_weights.to(accumulate), spec.num_experts):
+        if spec.widths and not spec.widths[expert]:
+            continue
         own_x, own_z, own_shrunk = (t if spec.static_shapes or t is None else t[rows] for t in (x, z, shrunk))
+        channels = _channels(w2.channels[expert], spec.widths[expert]) if w2.channels is not None and ragged else None
+        if own_z is not None and channels is not None:
+            own_z = own_z.unflatten(-1, (2, -1)).index_select(-1, channels).flatten(-2)
         hidden = _hidden(own_x, own_z, own_shrunk, factors13(expert), spec.w13.ranks[0], act, accumulate, product)
         if mix is not None:
-            _add(mix, rows, gates, hidden)
+            own = (
+                hidden
+                if channels is None
+                else mix.new_zeros(len(hidden), mix.shape[1]).index_copy_(1, channels, hidden)
+            )
+            _add(mix, rows, gates, own)
         if (factors := factors2(expert)) is not None:
             delta = product(_shrink(hidden.to(x.dtype), factors.v, product), factors.u.t())
             _add(output, rows, gates, factors.where_present(delta.to(accumulate)))
@@ -195,8 +237,10 @@ def base_product(
         if len(half.base_ranks) == 1:
             return product(shrunk, weights.base_u.t())
         return torch.cat(_expand(shrunk, weights.base_u, half.base_ranks[0], product), dim=-1)
-    if weights.base is None or weights.base_columns is None or weights.base_norms is None:
+    if weights.base is None:
         return None
+    if weights.base_columns is None or weights.base_norms is None:
+        return product(x.to(dtype), weights.base)
     kept = x.index_select(1, weights.base_columns)
     mask = select_columns(kept, weights.base_norms, padding_mask, half, scope)
     if mask is not None:
@@ -248,7 +292,7 @@ class _Mixed(NamedTuple):
         parts = (slice(self.gate_rank), slice(self.gate_rank, None))
         return torch.cat(
             [
-                product(x, self.function(torch.tensordot(alpha, tile, dims=1)).t())
+                product(x, self.function(torch.tensordot(alpha.to(tile.dtype), tile, dims=1)).t())
                 for part, alpha in zip(parts, self.alpha.chunk(2), strict=True)
                 for tile in self.bases[:, part].split(MIXED_ROWS, dim=1)
             ],
@@ -257,7 +301,8 @@ class _Mixed(NamedTuple):
 
 
 class _Factors(NamedTuple):
-    """One expert's delta: u [I or H, k]; v [k, in], or int [k] naming columns, or what mixes it, or None: u is it all.
+    """One expert's delta: u [I or H, k]; v [k, in], or int [k] naming columns, or what mixes it, or None: u is it all,
+    [out, in].
 
     present: bool [1], False for an expert that has none, where only the device knows; None: it has.
     """
@@ -272,12 +317,16 @@ class _Factors(NamedTuple):
 
 def _factors(weights: Weights, spec: LayerSpec) -> Callable[[int], _Factors | None]:
     """A function that finds an expert's factors when they are needed; None where it is known to have none."""
-    if weights.dense is not None or weights.bases is not None:
-        return _whole(weights, spec)
+    if weights.bases is not None:
+        return _mixed(weights, spec)
     us, shared_v, u_index = weights.delta_u, weights.shared_v, weights.u_index
     vs = weights.delta_v if weights.delta_columns is None else weights.delta_columns
+    if weights.dense is not None:
+        us, vs = weights.dense, None
     # A rank may have a layer's trimmed experts only, and so nothing stored.
-    if us is None or len(us) == 0 or (shared_v is None and (vs is None or len(vs) == 0)):
+    elif shared_v is None and (vs is None or len(vs) == 0):
+        us = None
+    if us is None or len(us) == 0:
         return lambda expert: None
     u_places, v_places = _places(u_index, spec), _places(weights.v_index, spec)
 
@@ -292,10 +341,8 @@ def _factors(weights: Weights, spec: LayerSpec) -> Callable[[int], _Factors | No
     return find
 
 
-def _whole(weights: Weights, spec: LayerSpec) -> Callable[[int], _Factors]:
-    """`_factors` of experts that are mixed from bases, or stored whole; they stand at their own number's place."""
-    if (dense := weights.dense) is not None:
-        return lambda expert: _Factors(_at(dense, expert), None)
+def _mixed(weights: Weights, spec: LayerSpec) -> Callable[[int], _Factors]:
+    """`_factors` of experts that are mixed from bases; they stand at their own number's place."""
     bases, a, alpha = weights.bases, weights.a, weights.alpha
     if bases is None or a is None or alpha is None:
         raise ValueError("bases need a and alpha, and the other way round")
@@ -309,6 +356,9 @@ def _whole(weights: Weights, spec: LayerSpec) -> Callable[[int], _Factors]:
 
 def _places(index: Tensor | None, spec: LayerSpec) -> Sequence[int | Tensor]:
     """Per expert its index; with static shapes one that stays on the device, int [1], and is never negative."""
+    if spec.widths:
+        own = [expert for expert in range(spec.num_experts) if expert not in spec.without]
+        return [own.index(expert) if expert in own else -1 for expert in range(spec.num_experts)]
     if index is None:
         return range(spec.num_experts)
     return index.clamp(min=0).split(1) if spec.static_shapes else index.tolist()
@@ -317,6 +367,66 @@ def _places(index: Tensor | None, spec: LayerSpec) -> Sequence[int | Tensor]:
 def _at(matrices: Tensor | Sequence[Tensor], place: int | Tensor) -> Tensor:
     # Indexing by a tensor of no dimensions would synchronise.
     return matrices[place] if isinstance(place, int) else matrices.index_select(0, place)[0]  # type: ignore[union-attr]
+
+
+def _channels(bits: Tensor, width: int) -> Tensor:
+    """The numbers, int64 [width], of the bits uint8 [bytes] that are set, ascending; the device is not waited for."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    clear = (bits.unsqueeze(1) >> places & 1).flatten().eq(0).to(torch.uint8)
+    return clear.argsort(stable=True)[:width]
+
+
+def _opened(weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int, dtype: torch.dtype) -> Weights:
+    """With matrices as they are computed with: what is packed or flat is opened, an expert's when it is asked for.
+
+    hidden: H. What is packed is rounded to `dtype`, as a dense checkpoint would hold it; in float64 it is exact.
+    """
+    joint = len(half.ranks) == 2
+    inputs = hidden if joint else spec.intermediate_size
+    base_inputs = inputs if weights.base_columns is None else len(weights.base_columns)
+    found: dict[str, Any] = {}
+
+    def layer(name: str, how: Packing | None, parts: tuple[int, ...], first: int) -> None:
+        if how is not None and (values := getattr(weights, name)) is not None:
+            found[name] = opened(values, getattr(weights, f"{name}_scales"), how, parts, first).to(dtype)
+
+    layer("base", half.base, (base_inputs,), half.base_first)
+    if "base" in found:
+        found["base"] = found["base"].t()
+    layer("base_u", half.base, half.base_ranks, 0)
+    layer("base_v", half.base, (inputs,), half.base_first)
+    layer("shared_v", half.delta, (inputs,), half.delta_first)
+    layer("bases", half.delta, (inputs,), 0)
+
+    own = [expert for expert in range(len(spec.widths)) if expert not in spec.without]
+    widths, skipped = [spec.widths[expert] for expert in own], [spec.skipped[expert] for expert in own]
+
+    def experts(name: str, rows: int, parts: tuple[int, ...], *, tall: bool = False, wide: bool = False) -> None:
+        """tall: gate's and up's rows, or one's, are channels, `rows` times each; wide: inputs are."""
+        values = getattr(weights, name)
+        ragged = bool(spec.widths) and (tall or wide)
+        if not isinstance(values, Tensor) or (half.delta is None and not ragged):
+            return
+        count = len(own) if ragged else len(values)
+        heights = [rows * width for width in widths] if ragged and tall else [rows] * count
+        every = [(width,) for width in widths] if ragged and wide else [parts] * count
+        # Ranks share out the inputs of a whole delta and of a V, and of a U only where these are a delta's columns.
+        cut = wide or (name == "delta_u" and weights.delta_columns is not None)
+        first = skipped if ragged and wide else [half.delta_first if cut else 0] * count
+        scales = getattr(weights, f"{name}_scales")
+        found[name] = StoredMatrices(values, scales, half.delta, heights, every, first, dtype)
+
+    channels = spec.intermediate_size
+    if joint:
+        experts("delta_u", 1 if spec.widths else channels, half.ranks, tall=True)
+        experts("delta_v", sum(half.ranks), (hidden,))
+        experts("dense", 2 if spec.widths else 2 * channels, (hidden,), tall=True)
+        experts("a", channels, half.ranks)
+    else:
+        experts("delta_u", hidden, half.ranks)
+        experts("delta_v", half.ranks[0], (channels,), wide=True)
+        experts("dense", hidden, (channels,), wide=True)
+    return weights._replace(**found)
 
 
 def _shrink(x: Tensor, v: Tensor | _Mixed | None, product: Product) -> Tensor:
@@ -329,7 +439,7 @@ def _shrink(x: Tensor, v: Tensor | _Mixed | None, product: Product) -> Tensor:
 
 
 def _expand(shrunk: Tensor, u: Tensor, gate_rank: int, product: Product) -> list[Tensor]:
-    """Gate's and up's `U s` [n, I] for rows s [n, k], with u [I, k]."""
+    """Gate's and up's `U s` [n, I] for rows s [n, k], with u [I, k], gate's columns before up's."""
     return [product(shrunk[:, part], u[:, part].t()) for part in (slice(gate_rank), slice(gate_rank, None))]
 
 
@@ -350,8 +460,12 @@ def _hidden(
     """
     parts = [] if z is None else [part.to(accumulate) for part in z.chunk(2, dim=-1)]
     if factors is not None:
-        shrunk = _shrink(x, factors.v, product) if shrunk is None else shrunk
-        deltas = [factors.where_present(d.to(accumulate)) for d in _expand(shrunk, factors.u, gate_rank, product)]
+        if factors.v is None:
+            found: Sequence[Tensor] = product(x, factors.u.t()).chunk(2, dim=-1)
+        else:
+            shrunk = _shrink(x, factors.v, product) if shrunk is None else shrunk
+            found = _expand(shrunk, factors.u, gate_rank, product)
+        deltas = [factors.where_present(delta.to(accumulate)) for delta in found]
         parts = [part + delta for part, delta in zip(parts, deltas, strict=True)] if parts else deltas
     return act(parts[0]) * parts[1]
 

@@ -30,7 +30,7 @@ from d2moe_vllm.observability import recorder
 from d2moe_vllm.observability.metrics import columns_used_ratio
 from d2moe_vllm.ops import selfcheck
 from d2moe_vllm.ops.reference import ACTIVATIONS
-from d2moe_vllm.serving.loading import LayerLoader, layer_spec
+from d2moe_vllm.serving.loading import LayerLoader
 
 logger = init_logger(__name__)
 
@@ -85,12 +85,8 @@ class D2MoEMethod(FusedMoEMethodBase):
         distributed = parallel.use_ep and parallel.ep_size > 1
         if distributed and self.scope != "off":
             logger.info_once("d2moe: no dynamic column selection on down projections under expert parallelism")
-        self.spec = layer_spec(
-            self.config,
-            self.layer,
-            parallel.tp_size,
+        self.spec = self.loader.spec(
             self.scope,
-            num_experts=num_experts,
             activation=self.moe.activation.value,
             prune_down=not distributed,
             # Scope "token" promises that a request's output never depends on its neighbours: to the last bit.

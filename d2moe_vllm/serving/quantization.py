@@ -133,13 +133,15 @@ class D2MoEConfig(QuantizationConfig):
         return scope
 
     def _settle_backend(self, number: int) -> str:
-        """The backend to serve a layer with, said where it is not the fastest. Raises ValueError, in one line."""
+        """The backend to serve a layer with. Raises ValueError, in one line. Where one of the layers does not get the
+        fastest, it is said: in the same words for all of them, and so once."""
         from d2moe_vllm import compat
 
-        name, why_not_better = backend_in_force(self.config, compat.additional_config(), compat.device_type(), number)
+        options = self.config, compat.additional_config(), compat.device_type()
+        name, why_not_better = backend_in_force(*options)
         if why_not_better:
             compat.init_logger(__name__).warning_once(f"d2moe: the slow backend {name!r} is used: {why_not_better}")
-        return name
+        return backend_in_force(*options, number)[0]
 
     def _check_once(self) -> None:
         from d2moe_vllm import compat

@@ -14,7 +14,7 @@ from d2moe_vllm import ops
 from d2moe_vllm.format.config import CheckpointConfig, Layer, Projection, Pruning, Scope, Source
 from d2moe_vllm.ops.shapes import GROUPS, Shape, sizes
 from d2moe_vllm.ops.triton import tiles
-from d2moe_vllm.serving.loading import LayerLoader, layer_spec
+from d2moe_vllm.serving.loading import LayerLoader
 
 Timer = Callable[[Callable[[], object]], float]
 """Milliseconds that a call takes."""
@@ -65,9 +65,7 @@ class Workload:
             if tensor.is_floating_point() and not name.endswith("norms"):
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
         self.halves = ops.halves([found.get(name) for name in ops.PARAMETERS])
-        self.spec = layer_spec(
-            config, number, 1, config.pruning.scope, num_experts=experts, activation="silu", prune_down=True
-        )
+        self.spec = loader.spec(config.pruning.scope, activation="silu", prune_down=True)
         self.hidden_size = config.hidden_size
         self._batches: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm.format.config import CheckpointConfig
-from d2moe_vllm.format.kinds import Role
+from d2moe_vllm.format.kinds import SCALES, STORAGES, Role, Stored
+from d2moe_vllm.ops.packing import Packing, from_bits, unpacked
 from offline.algebra.mixing import mix
 from offline.io.shards import Reader
 
@@ -27,24 +28,32 @@ class Reconstruction:
         self._reader, self._config, self._dtype = reader, config, dtype
         self._layer: int | None = None
         self._shared: dict[Role, dict[str, Tensor]] = {}
+        self._kept: dict[int | None, Tensor] = {}
+        self._stored: dict[str, Stored] = {}
 
     def weight(self, layer: int, expert: int, role: Role) -> Tensor:
-        """W = base + delta, [out, in]."""
+        """W = base + delta, [out, in], zero at channels that the expert does not keep."""
         base, delta = self.base(layer, role), self.delta(layer, expert, role)
         if base is None:
             return torch.zeros(self._config.shape(role), dtype=self._dtype) if delta is None else delta
-        return base.clone() if delta is None else delta.add_(base)
+        weight = base.clone() if delta is None else delta.add_(base)
+        if (kept := self._channels(layer, expert)) is not None:
+            weight.masked_fill_(~(kept if role == "down" else kept[:, None]), 0)
+        return weight
 
     def base(self, layer: int, role: Role) -> Tensor | None:
-        """The shared base [out, in], its pruned columns zero; None where there is none. Not to be changed."""
+        """The shared base [out, in], zero at columns and channels that are pruned; None where there is none. Not to be
+        changed."""
         return self._load_shared(layer, role).get("full_base")
 
     def delta(self, layer: int, expert: int, role: Role) -> Tensor | None:
         """What is added to the base for one expert, [out, in]; None where nothing is (rank 0, or trimmed)."""
         projection = self._config.layers[layer][role]
+        if expert in self._config.layers[layer].trimmed:
+            return None
         if projection.delta == "dense":
-            return self._tensor(layer, expert, role, "dense")
-        if not projection.rank or expert in self._config.layers[layer].trimmed:
+            return self._spread(self._tensor(layer, expert, role, "dense"), self._channels(layer, expert), role)
+        if not projection.rank:
             return None
         shared = self._load_shared(layer, role)
         if projection.function:
@@ -55,21 +64,24 @@ class Reconstruction:
             columns = self._tensor(layer, expert, role, "delta_columns")
             return self._scatter(left, columns, role)
         right = shared["shared_v"] if "shared_v" in shared else self._tensor(layer, expert, role, "delta_v")
-        return left @ right
+        return self._spread(left @ right, self._channels(layer, expert), role)
 
     def _load_shared(self, layer: int, role: Role) -> dict[str, Tensor]:
         """What all experts of one projection share: full_base, shared_v, bases, u_index, each where there is one.
 
         In float32 that is one expert's weights for the layer's bases, as much again at most for shared V's.
         """
-        if layer != self._layer:
-            self._layer, self._shared = layer, {}
+        self._enter(layer)
         if role not in self._shared:
             projection = self._config.layers[layer][role]
             shared: dict[str, Tensor] = {}
-            if projection.kept_columns:
+            if projection.full_base:
+                base = self._tensor(layer, 0, role, "base")
+                shared["full_base"] = self._spread(base, self._channels(layer, None), role)
+            elif projection.kept_columns:
                 base, columns = (self._tensor(layer, 0, role, kind) for kind in ("base", "base_columns"))
-                shared["full_base"] = self._scatter(base, columns, role)
+                whole = self._scatter(base, columns, role, len(base))
+                shared["full_base"] = self._spread(whole, self._channels(layer, None), role)
             elif projection.base_rank:
                 left, right = (self._tensor(layer, 0, role, kind) for kind in ("base_u", "base_v"))
                 shared["full_base"] = left @ right
@@ -82,12 +94,45 @@ class Reconstruction:
             self._shared[role] = shared
         return self._shared[role]
 
-    def _scatter(self, values: Tensor, columns: Tensor, role: Role) -> Tensor:
-        """values [out, k] at these columns of [out, in], zero elsewhere."""
+    def _enter(self, layer: int) -> None:
+        """Forgets what another layer's experts share."""
+        if layer != self._layer:
+            self._layer, self._shared, self._kept, self._stored = layer, {}, {}, self._config.stored(layer)
+
+    def _channels(self, layer: int, expert: int | None) -> Tensor | None:
+        """Which intermediate channels an expert keeps, or the base, bool [I]; None where all are kept."""
+        if self._config.layers[layer].channels is None:
+            return None
+        self._enter(layer)
+        if expert not in self._kept:
+            name = "base_channels" if expert is None else "channels"
+            bits = self._reader.tensor(self._config.tensor_name(layer, expert or 0, "down", name))
+            self._kept[expert] = from_bits(bits, self._config.intermediate_size)
+        return self._kept[expert]
+
+    def _spread(self, values: Tensor, kept: Tensor | None, role: Role) -> Tensor:
+        """Values [n, in], or for down [out, n], at the channels that are kept, zero at the others: [out, in]."""
+        if kept is None:
+            return values
         full = torch.zeros(self._config.shape(role), dtype=self._dtype)
+        full[(slice(None), kept) if role == "down" else kept] = values
+        return full
+
+    def _scatter(self, values: Tensor, columns: Tensor, role: Role, rows: int | None = None) -> Tensor:
+        """values [out, k] at these columns of [out, in], zero elsewhere; rows: instead of out."""
+        full = torch.zeros(rows or len(values), self._config.shape(role)[1], dtype=self._dtype)
         full[:, columns] = values
         return full
 
-    def _tensor(self, layer: int, expert: int, role: Role, kind: str) -> Tensor:
-        tensor = self._reader.finite(self._config.tensor_name(layer, expert, role, kind))
+    def _tensor(self, layer: int, expert: int, role: Role, name: str) -> Tensor:
+        """A tensor as numbers to compute with; of a packed one what it stands for."""
+        full = self._config.tensor_name(layer, expert, role, name)
+        self._enter(layer)
+        one, projection = self._stored[full], self._config.layers[layer][role]
+        tensor = self._reader.finite(full)
+        if (storage := one.kind.packed(projection)) is not None:
+            stored, owner = STORAGES[storage.type], None if one.kind.owner == "layer" else expert
+            inputs = self._config.sizes.size_of(one.kind.sizes[-1], role, self._config.layers[layer], owner)
+            how = Packing(stored.bits, stored.zero, storage.group_size)
+            tensor = unpacked(tensor, self._reader.finite(full + SCALES), how, inputs)
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor.long()

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, GROUP_SIZE, ROLES, Role, storage_tensors
+from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, GROUP_SIZE, ROLES, SCALE_DTYPE, Role, storage_tensors
 from offline.algebra.rounding import Rounded, round_matrix
 from offline.compare.baselines import ROUNDED
 from offline.compare.rewriting import Rewrite, dense_shards
@@ -40,7 +40,7 @@ def rounded_bytes(model: DenseModel, name: str) -> int:
     stored = sum(
         spec.nbytes
         for role in ROLES
-        for spec in storage_tensors(f"int{bits}", GROUP_SIZE, shape.projection(role), model.dtype).values()
+        for spec in storage_tensors(f"int{bits}", GROUP_SIZE, shape.projection(role)).values()
     )
     return written - dense + experts * stored
 
@@ -71,9 +71,7 @@ class Rounding(Calibration):
 
 
 def _round(weight: Tensor, gram: Tensor | None, bits: int) -> Rounded:
-    # Scales are stored in the checkpoint's dtype; float32 experts get 16 bits all the same.
-    dtype = weight.dtype if weight.dtype.itemsize == 2 else torch.bfloat16
-    return round_matrix(weight.float(), gram, bits, dtype=dtype)
+    return round_matrix(weight.float(), gram, bits, dtype=TORCH_DTYPES[SCALE_DTYPE])
 
 
 def write_rounded(

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
 
 from d2moe_vllm.format.config import CheckpointConfig, Layer, Projection
 from d2moe_vllm.format.kinds import KINDS, ROLES, Role, TensorSpec, owners
@@ -131,13 +133,10 @@ class Problem:
         return self.method.projection(self.recipe, self.shape, role, option, rank)
 
     def layers(self, choices: Choices, ranks: Ranks) -> dict[int, Layer]:
-        return {
-            layer: Layer(
-                **{role: self.projection(role, choices[layer, SITES[role]], ranks[layer, role]) for role in ROLES},
-                trimmed=self.trimmed[layer],
-            )
-            for layer in self.shape.layers
-        }
+        def projections(layer: int) -> dict[str, Any]:
+            return {role: self.projection(role, choices[layer, SITES[role]], ranks[layer, role]) for role in ROLES}
+
+        return {layer: Layer(**projections(layer), trimmed=self.trimmed[layer]) for layer in self.shape.layers}
 
     def solve(self, choices: Choices, ranks: Ranks) -> Budget:
         layers = self.layers(choices, ranks)
@@ -176,13 +175,13 @@ class Problem:
 
     def _payload(self, role: Role, option: Option, rank: int) -> int:
         """By the table of kinds, so that no formula for sizes stands twice."""
-        sizes, projection = self.draft.sizes, self.projection(role, option, rank)
-        trimmed = self.trimmed[self.shape.layers[0]]
+        sizes, trimmed = self.draft.sizes, self.trimmed[self.shape.layers[0]]
+        layer = SimpleNamespace(**{role: self.projection(role, option, rank)}, trimmed=trimmed, channels=None)
         return sum(
-            len(owners(kind, projection, sizes.num_experts, trimmed)) * spec.nbytes
+            len(owners(kind, role, layer, sizes.num_experts)) * spec.nbytes
             for kind in KINDS
-            if kind.present(projection)
-            for spec in sizes.tensors(kind, role, projection).values()
+            if kind.present(layer, role)
+            for spec in sizes.tensors(kind, role, layer).values()
         )
 
     def delta_bytes(self, ranks: Ranks) -> int:

@@ -155,7 +155,7 @@ def test_an_unknown_function_is_one_line(backend: Backend, function: str) -> Non
 
 
 def test_a_gpu_gets_the_kernels() -> None:
-    assert choose_backend("cuda", deltas=("bases", "dense")) == ("triton", None)
+    assert choose_backend("cuda", needs=("deltas of kind 'bases'", "deltas of kind 'dense'")) == ("triton", None)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,7 +12,7 @@ from torch import Tensor
 from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.ops import BACKENDS
 from d2moe_vllm.ops.reference import Weights
-from d2moe_vllm.serving.loading import LayerLoader, layer_spec
+from d2moe_vllm.serving.loading import LayerLoader
 
 LAYER = 1
 SHARDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
@@ -68,8 +67,7 @@ def compute(
 ) -> Tensor:
     halves = [Weights(**{k: parameters.get(f"{half}_{k}") for k in Weights._fields}) for half in ("w13", "w2")]
     experts = len(loader.experts)
-    constants: dict[str, Any] = {"num_experts": experts, "activation": "silu", "prune_down": experts == 8}
-    spec = layer_spec(loader.config, loader.layer, loader.tp_size, scope, **constants)
+    spec = loader.spec(scope, activation="silu", prune_down=experts == 8)
     if (pack := BACKENDS[backend].pack) is not None:
         # Packing takes the storage of what it packs.
         copies = [Weights(*(None if t is None else t.clone() for t in half)) for half in halves]

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from d2moe_vllm.format.config import Projection, Storage
+from d2moe_vllm.format.config import Layer, Projection, Storage
 from d2moe_vllm.format.kinds import (
-    DTYPES,
     KINDS,
     PROJECTION_DEFAULTS,
+    ROLES,
+    SCALE_DTYPE,
     STORAGES,
     Kind,
     is_cut,
+    layer_of,
     projection_of,
     storage_tensors,
 )
@@ -23,12 +25,14 @@ OWNERS = {
     "layer": "the layer, with expert 0",
     "expert": "every expert with a delta",
     "slot": "`distinct_u` slots, or every expert with a delta",
+    "every": "every expert",
 }
 CONTENTS = {
     "plain": "`dtype`",
     "norms": "float32",
     "inputs": "int32",
     "slots": "int32",
+    "mask": "uint8",
 }
 
 
@@ -41,6 +45,10 @@ def where(kind: Kind) -> str:
             found.append(f"`{field} > 0`" if wanted and number else f"`{field}`" if wanted else f"not `{field}`")
         else:
             found.append(f'`{field}` `"{wanted}"`')
+    if kind.ragged:
+        found.append("`channels`" if kind.ragged == "experts" else "`channels.base`")
+    if kind.roles != ROLES:
+        found.append(f"{' and '.join(kind.roles)} only")
     return ", ".join(found)
 
 
@@ -71,6 +79,10 @@ def test_a_projection_has_the_same_fields_with_and_without_pydantic() -> None:
         Projection.model_validate({"kept_columns": 8})
     with pytest.raises(ValueError, match="kept_columns 8 needs used_columns"):
         projection_of({"kept_columns": 8})
+    layer = {"gate": given, "up": given, "down": given}
+    plain_layer, given_layer = vars(layer_of(layer)), Layer.model_validate(layer).model_dump()
+    assert set(plain_layer) == set(given_layer)
+    assert {name: given_layer[name] for name in ("trimmed", "channels")} == {"trimmed": (), "channels": None}
     storage = projection_of({"delta_storage": {"type": "float32"}}).delta_storage
     assert Storage(type="float32").model_dump() == vars(storage)
 
@@ -78,12 +90,12 @@ def test_a_projection_has_the_same_fields_with_and_without_pydantic() -> None:
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.516), (4, 0.266), (3, 0.203), (2, 0.141)])
 def test_packed_matrices_have_the_bytes_of_their_bits(bits: int, share: float) -> None:
     """Of 16 bits, groups of 64 with one 16-bit scale: the shares that plain rounding is known to leave."""
-    found = storage_tensors(f"int{bits}", 64, (256, 128), "bfloat16")
+    found = storage_tensors(f"int{bits}", 64, (256, 128))
     assert sum(spec.nbytes for spec in found.values()) / (256 * 128 * 2) == pytest.approx(share, abs=5e-4)
 
 
 def test_rows_of_codes_end_on_a_byte_and_a_last_group_may_be_short() -> None:
-    found = storage_tensors("int3", 64, (5, 130), "float16")
+    found = storage_tensors("int3", 64, (5, 130))
     assert found[""].shape == (5, 49)  # 390 bits
-    assert (found["_scales"].dtype, found["_scales"].shape) == (DTYPES["float16"], (5, 3))
-    assert storage_tensors("bfloat16", 64, (5, 130), "float16")[""].shape == (5, 130)
+    assert (found["_scales"].dtype, found["_scales"].shape) == (SCALE_DTYPE, (5, 3))
+    assert storage_tensors("bfloat16", 64, (5, 130))[""].shape == (5, 130)

@@ -11,7 +11,6 @@ from one_layer import LAYER, compute, dense_layer, fill, layer_tensors, make_loa
 from torch import Tensor
 
 from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, parse_config
-from d2moe_vllm.serving.loading import layer_spec
 
 
 def test_the_whole_layer_is_the_dense_reconstruction(
@@ -54,7 +53,7 @@ def test_expert_parallel_ranks_add_up(
         expected = compute(whole, fill(whole, tensors), *batch)
         total = sum(compute(rank, own, *batch) for rank, own in zip(ranks, filled, strict=True))
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
-    spec = layer_spec(config, LAYER, 1, scope, num_experts=4, activation="silu", prune_down=False)
+    spec = make_loader(config).spec(scope, activation="silu", prune_down=False)
     assert spec.w2.used == 192
 
 

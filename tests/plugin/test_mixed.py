@@ -244,14 +244,17 @@ def test_reconstruction_is_what_the_tensors_mean(folder: Path, function: str) ->
 
 def test_a_backend_is_not_taken_for_what_it_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next one that can is; one that is asked for is refused."""
-    kinds = {"bases", "dense"}
+    kinds = {"deltas of kind 'bases'", "deltas of kind 'dense'"}
     assert choose_backend("cpu", None, kinds) == ("cpu", None)
     monkeypatch.setitem(BACKENDS, "cpu", BACKENDS["cpu"]._replace(lacks=frozenset(kinds)))
     name, reason = choose_backend("cpu", None, kinds)
     assert name == "reference"
-    assert reason == "backend 'cpu' cannot be used: it has no kernel for deltas of kind 'bases' and 'dense' yet"
+    assert (
+        reason
+        == "backend 'cpu' cannot be used: it has no kernel for deltas of kind 'bases' and deltas of kind 'dense' yet"
+    )
     with pytest.raises(ValueError, match="backend 'cpu' cannot be used: it has no kernel"):
-        choose_backend("cpu", "cpu", {"bases"})
+        choose_backend("cpu", "cpu", {"deltas of kind 'bases'"})
 
 
 def test_the_other_layers_are_untouched(folder: Path, batch: tuple[Tensor, Tensor]) -> None:

@@ -25,7 +25,6 @@ from d2moe_vllm.format.files import read_config
 from d2moe_vllm.ops import Backend, reference, selfcheck
 from d2moe_vllm.ops.selfcheck import SelfCheckError, against_reference
 from d2moe_vllm.serving.experts import D2MoEMethod
-from d2moe_vllm.serving.loading import layer_spec
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +64,7 @@ def test_every_variant_on_every_kind_of_rank(
     config = read_config(variants)
     loader = make_loader(config, layer=layer, **ranks)
     found = fill(loader, layer_tensors(variants, layer))
-    constants: dict[str, Any] = {
-        "num_experts": len(loader.experts),
-        "activation": "silu",
-        "prune_down": "ep" not in ranks,
-    }
-    spec = layer_spec(config, layer, loader.tp_size, "batch", **constants)
+    spec = loader.spec("batch", activation="silu", prune_down="ep" not in ranks)
 
     def load(backend: Backend) -> None:
         monkeypatch.setitem(ops.BACKENDS, "new", backend._replace(check=True))
