@@ -275,7 +275,8 @@ def sweep_work(plan: Plan) -> Sweeps:
         backwards = backward_work(plan, first=not plan.measures) - (forward if measure and not plan.measures else 0)
         merge = backwards + chosen * costs.merge
     if plan.merges_apart or not plan.needs_fisher:
-        write = forward * (2 if plan.follows else 1)
+        # Following, every layer but the last runs once more as it has become.
+        write = forward + ((chosen - 1) * costs.forward if plan.follows else 0)
         if plan.recipe.base.kind != "none" and not plan.needs_fisher:
             write += chosen * costs.merge
     else:
