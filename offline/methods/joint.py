@@ -57,7 +57,7 @@ class JointFactors:
     def measure(self, advance: Callable[[float], None]) -> None:
         """What experts share depends on all of them: a killed run measures the layer anew."""
         job = self.job
-        if all(job.is_measured(expert) for expert in job.own) and job.work.has_part(job.number, MEASURED_PART):
+        if job.work.has_part(job.number, MEASURED_PART):
             advance(1)
             return
         found: dict[int, dict[str, Tensor]] = {expert: {} for expert in job.own}
@@ -72,6 +72,7 @@ class JointFactors:
                 self._held.clear()
         for expert, curves in found.items():
             save_curves(job, expert, curves)
+        job.work.group.barrier()  # the part says that every process has measured its experts
         if job.work.group.first:
             job.save(MEASURED_PART, joined)
         job.work.group.barrier()
@@ -95,7 +96,9 @@ class JointFactors:
         """Writes the parts `shared-making` and `shared`."""
         job = self.job
         advance(1)
-        if job.work.has_part(job.number, SHARED_PART):
+        found = job.work.has_part(job.number, SHARED_PART)
+        job.work.group.barrier()  # before it is written: all see the same
+        if found:
             return
         tensors: dict[str, Tensor] = {}
         for site, (option,) in job.options.items():

@@ -259,11 +259,13 @@ class Writing(Settled):
         """Writes the base, where there is one and an earlier run has not written it."""
         if all(option == "none" for (option,) in job.options.values()):
             return
-        if self.work.has_part(job.number, BASE_PART):
+        found = self.work.has_part(job.number, BASE_PART)
+        self.work.group.barrier()  # before it is written: all see the same
+        if found:
             self.sweep.steps.skip(0 if self.plan.merges_apart else self.costs.merge)
         elif self.plan.merges_apart:
-            found = self.work.load_part(job.number, MERGED_PART)
-            write_base(job, {role: found[role].to(self.sweep.model.device) for role in ROLES if role in found})
+            merged = self.work.load_part(job.number, MERGED_PART)
+            write_base(job, {role: merged[role].to(self.sweep.model.device) for role in ROLES if role in merged})
         else:
             write_base(job, self.merge(job))
 
