@@ -28,6 +28,9 @@ TINY = 1e-12
 """Matrices below this are scaled before their elements are squared: float32 ends at 1e-38."""
 SAFE_EXCESS = 1e-6
 """Share of the squared error by which float32 products may exceed the optimum, before float64 is taken."""
+SAFE_SUM = 1e-5
+"""Share of a squared error by which float32 products may be wrong where it is read from eigenvalues, before float64 is
+taken."""
 
 
 def column_blocks(columns: int) -> Iterator[slice]:
@@ -126,20 +129,38 @@ def whitened_factors(delta: Tensor, gram: Tensor | None, rank: int) -> Factors:
         return _project(delta, _top(lambda dtype: output_moment(delta, gram, dtype), delta, rank))
     # The same subspace from the smaller side, made orthonormal again on the output side.
     root = gram_root(gram)
-
-    def moment(dtype: torch.dtype) -> Tensor:
-        middle = input_moment(delta, dtype)
-        factor = root.to(dtype)
-        result = torch.empty_like(root)
-        for block in column_blocks(in_features):  # the root is triangular: only its lower blocks take part
-            part = middle[:, block.start :] @ factor[block.start :, block]
-            lower = factor[block.start :, block.start :].T @ part[block.start :]
-            result[block.start :, block] = lower
-            result[block, block.start :] = lower.T
-        return result
-
-    right = _top(moment, delta, rank)
+    right = _top(lambda dtype: _rooted_moment(delta, root, dtype), delta, rank)
     return _project(delta, _orthonormal(delta @ (root @ right).to(delta.dtype)))
+
+
+def whitened_curve(delta: Tensor, gram: Tensor | None, rank: int) -> Tensor:
+    """What `whitened_factors` leave at every rank, ||(delta - u[:, :r] v[:r]) G^(1/2)||_F^2 for r = 0..rank, before
+    factors are rounded: float64 [rank + 1], on delta's device.
+
+    Sums of eigenvalues that are left out, so no eigenvector is computed. Arguments and errors as `whitened_factors`.
+    """
+    out_features, in_features = _check(delta, rank)
+    gram = _needed(gram, in_features)
+    if out_features <= in_features:
+        values = _values(lambda dtype: output_moment(delta, gram, dtype), delta, rank)
+    else:
+        root = gram_root(gram)
+        values = _values(lambda dtype: _rooted_moment(delta, root, dtype), delta, rank)
+    left = values.flip(0).cumsum(0).flip(0)
+    return torch.cat([left, left.new_zeros(1)])[: rank + 1]
+
+
+def _rooted_moment(delta: Tensor, root: Tensor, dtype: torch.dtype) -> Tensor:
+    """rootᵀ deltaᵀ delta root, products in `dtype`; root: lower triangular float64 [in, in]. float64 [in, in]."""
+    middle = input_moment(delta, dtype)
+    factor = root.to(dtype)
+    result = torch.empty_like(root)
+    for block in column_blocks(len(root)):  # the root is triangular: only its lower blocks take part
+        part = middle[:, block.start :] @ factor[block.start :, block]
+        lower = factor[block.start :, block.start :].T @ part[block.start :]
+        result[block.start :, block] = lower
+        result[block, block.start :] = lower.T
+    return result
 
 
 def asvd_factors(delta: Tensor, gram: Tensor | None, rank: int) -> Factors:
@@ -184,6 +205,21 @@ def _top(moment: Callable[[torch.dtype], Tensor], delta: Tensor, rank: int) -> T
     if delta.dtype != torch.float64 and not _rounding_is_harmless(values.flip(0), rank):
         vectors = torch.linalg.eigh(moment(torch.float64)).eigenvectors
     return vectors[:, -rank:].flip(1)
+
+
+def _values(moment: Callable[[torch.dtype], Tensor], delta: Tensor, rank: int) -> Tensor:
+    """All eigenvalues of moment(dtype), none below 0, descending, float64. In float32 only where sums of those behind
+    any of the first `rank` are right to SAFE_SUM."""
+    values = torch.linalg.eigvalsh(moment(delta.dtype).double()).clamp(min=0).flip(0)
+    if delta.dtype == torch.float64:
+        return values
+    left, total = values.sum() - values.cumsum(0), float(values.sum())
+    # Noise e per entry moves a sum of eigenvalues by about e times the root of their number.
+    noise = torch.finfo(torch.float32).eps * total / len(values) ** 0.5
+    matters = left > 1e-13 * total
+    if not (noise <= SAFE_SUM * left)[:rank][matters[:rank]].all():
+        values = torch.linalg.eigvalsh(moment(torch.float64)).clamp(min=0).flip(0)
+    return values
 
 
 def _rounding_is_harmless(values: Tensor, rank: int) -> bool:

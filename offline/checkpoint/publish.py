@@ -30,7 +30,6 @@ from offline.work.workdir import WorkDir
 
 def publish(
     plan: Plan,
-    budget: Budget,
     windows: Windows,
     work: WorkDir,
     out: Path,
@@ -39,11 +38,11 @@ def publish(
 ) -> None:
     """Put the layers of `work` and all that stays as it was together under `out`, all or nothing.
 
-    tokenizer_config: what tokenizer_config.json has to say in place of the source's, None for what it says;
-    last_check: called when all is written and has no name yet; what it raises leaves nothing behind.
+    plan: settled; tokenizer_config: what tokenizer_config.json has to say in place of the source's, None for what it
+    says; last_check: called when all is written and has no name yet; what it raises leaves nothing behind.
     Raises InputError where `out` has come into being meanwhile.
     """
-    model, assembly = plan.model, Assembly(plan, budget, work)
+    model, budget, assembly = plan.model, plan.budget, Assembly(plan, work)
 
     def produce(name: str) -> Tensor:
         return assembly.tensor(name) if name in assembly else model.other_tensor(name)

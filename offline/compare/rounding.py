@@ -61,7 +61,7 @@ class Rounding(Calibration):
 
     def work_on(self, job: LayerJob) -> None:
         self.sweep.label(job.number, f"round to {self.bits} bits")
-        work = layer_work(self.plan).factor
+        work = layer_work(self.plan).write
         for expert in range(job.experts):
             weights = job.weights(expert)
             grams = {site: job.shrunk_gram(expert, weights, site) for site in dict.fromkeys(SITES.values())}
@@ -100,10 +100,10 @@ def write_rounded(
     work = WorkDir(folder, mark, restart=True)
     try:
         costs = layer_work(plan)
-        total = model.num_layers * costs.forward + len(model.shape.layers) * costs.factor
+        total = model.num_layers * costs.forward + len(model.shape.layers) * costs.write
         with Steps(total, console) as steps:
             sweep = open_sweep(plan, windows.tokens, work, steps, device)
-            sweep.run(Rounding(plan, work, sweep, bits))
+            sweep.run(Rounding(plan, work, sweep, bits), work=total)
 
         def rounded(layer: int, expert: int, role: Role) -> Tensor:
             return work.load_part(layer, f"{expert:05d}", role)[role]

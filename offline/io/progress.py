@@ -47,6 +47,11 @@ class Steps:
         if note:
             self._console.print(note, style="dim", highlight=False)
 
+    def reach(self, work: float) -> None:
+        """So much of the total is behind us, whatever was spared on the way."""
+        if work > self._done:
+            self.skip(work - self._done)
+
     def label(self, text: str) -> None:
         self._label = text
         if self._progress:

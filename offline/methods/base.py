@@ -11,7 +11,7 @@ from d2moe_vllm.format.kinds import Role
 from offline.algebra.merging import MERGES
 from offline.methods.factors import Factors, OwnFactors
 from offline.methods.joint import SHARED_PART, JointFactors
-from offline.methods.layer import LayerJob, Plan
+from offline.methods.layer import BASE_PART, LayerJob, Plan, expert_part
 from offline.methods.options import Option
 from offline.methods.settings import Section, Settings
 from offline.source.families import MoEShape
@@ -77,10 +77,13 @@ class Method:
     def check(self, recipe: Settings, experts: int) -> None:
         """Raises InputError for a resolved recipe whose counts do not fit so many experts."""
 
-    def needs_gradient(self, recipe: Settings) -> bool:
-        """Whether the calibration runs backwards: for Fisher information, or for what errors cost."""
-        merges = recipe.base.kind != "none" and MERGES[recipe.base.merge].needs_fisher
-        return merges or recipe.allocation == "adaptive"
+    def measures(self, recipe: Settings) -> bool:
+        """Whether the budget is settled by what errors cost: then a sweep backwards measures them first."""
+        return recipe.allocation == "adaptive"
+
+    def needs_fisher(self, recipe: Settings) -> bool:
+        """Whether bases are merged by Fisher information, in a sweep backwards."""
+        return recipe.base.kind != "none" and MERGES[recipe.base.merge].needs_fisher
 
     def joint(self, recipe: Settings) -> bool:
         """Whether experts are factored together."""
@@ -119,15 +122,15 @@ class Method:
 
     # The result
 
-    def place(self, stored: Projection, kind: str, expert: int, role: Role, option: Option) -> tuple[str, str]:
-        """(part, key) of a stored tensor among the layer's parts; factors lie there at the largest rank."""
+    def place(self, stored: Projection, kind: str, expert: int, role: Role) -> tuple[str, str]:
+        """(part, key) of a stored tensor among the layer's parts, where it lies as it is stored."""
         if kind.startswith("base"):
-            return f"base-{option}", f"{role}.{kind}"
+            return BASE_PART, f"{role}.{kind}"
         if kind == "delta_u" and stored.shares_u:
-            return SHARED_PART, f"{option}.{role}.{kind}.{expert}"
+            return SHARED_PART, f"{role}.{kind}.{expert}"
         if kind in ("shared_v", "u_index"):
-            return SHARED_PART, f"{option}.{role}.{kind}"
-        return f"{expert:05d}", f"{option}.{role}.{kind.removeprefix('delta_')}"
+            return SHARED_PART, f"{role}.{kind}"
+        return expert_part(expert), f"{role}.{kind.removeprefix('delta_')}"
 
     def report(self, work: WorkDir, layer: int) -> dict[str, Any]:
         """What d2moe_stats.json tells of a layer besides tokens and errors."""

@@ -1,8 +1,8 @@
-"""How a layer's experts become factors: what a method hands to the layer's steps, and each expert on its own."""
+"""How a layer's experts become factors: what a method hands to the two sweeps, and each expert on its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm.format.kinds import Role
-from offline.algebra.factorization import DELTAS, column_factors
+from offline.algebra.factorization import DELTAS, column_factors, whitened_curve, whitened_energy
 from offline.methods.layer import LayerJob
+from offline.methods.measuring import curve_of, curve_without, picked, save_curves
 from offline.methods.options import Option
+from offline.source.sites import SELECTIONS
 
 
 class Factors(Protocol):
@@ -20,18 +22,22 @@ class Factors(Protocol):
 
     @property
     def share(self) -> float:
-        """Of the work, how much `write` does."""
+        """Of the work of the final factors, how much `write` does."""
 
     @property
     def kept(self) -> Sequence[str]:
         """Which of the factors are an expert's own, and go into its part."""
 
+    def measure(self, advance: Callable[[float], None]) -> None:
+        """Writes the parts `measured-<expert>` of this process's experts, for all kinds of base that there are to
+        choose from, up to the caps; tells what share is done. Not asked for where the budget is settled."""
+
     def write(self, advance: Callable[[float], None]) -> None:
         """Writes what the experts share, before any expert's own factors are asked for; tells what share is done."""
 
-    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        """An expert's u and v (or columns), and what else is kept, as stored, at the largest rank, the best first, on
-        the device; delta: float32 [out, in], from the option's base; gram: float32 [in, in]."""
+    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> Mapping[str, Tensor]:
+        """An expert's final u and v (or ascending columns), and what else is kept, as stored, on the device; delta:
+        float32 [out, in], from the settled base; gram: float32 [in, in]."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,52 @@ class OwnFactors:
     share: ClassVar[float] = 0.0
     kept: ClassVar[Sequence[str]] = ("u", "v", "columns")
 
-    def write(self, advance: Callable[[float], None]) -> None:
-        """Nothing is shared."""
+    def measure(self, advance: Callable[[float], None]) -> None:
+        """An expert at a time: a killed run measures on with its next one."""
+        for expert in self.job.own:
+            if not self.job.is_measured(expert):
+                self._measure(expert)
+            advance(1 / len(self.job.own))
 
-    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        recipe, dtype, cap = self.job.plan.recipe, self.job.plan.torch_dtype, self.job.cap(role)
+    def _measure(self, expert: int) -> None:
+        job, found = self.job, {}
+        weights = job.weights(expert)
+        for site, roles in SELECTIONS.items():
+            gram = job.shrunk_gram(expert, weights, site)
+            for role in roles:
+                energy = whitened_energy(weights[role].float(), gram)
+                found[f"{role}.energy"] = torch.tensor([energy], dtype=torch.float64)
+                for option in job.options[site]:
+                    delta = job.delta(option, role, weights[role])
+                    curve = curve_without if expert in job.trimmed else self._curve
+                    found[f"{option}.{role}.curve"] = curve(job, delta, gram, role)
+        save_curves(job, expert, found)
+
+    def _curve(self, job: LayerJob, delta: Tensor, gram: Tensor, role: Role) -> Tensor:
+        """Of factors that are orthogonal where the error is measured from eigenvalues alone, else from factors."""
+        recipe, cap = job.plan.recipe, job.cap(role)
+        if recipe.delta.method == "whitened":
+            return picked(job, role, whitened_curve(delta, gram, cap))
         if recipe.delta.method == "prune":
             u, columns = column_factors(delta, gram, cap, recipe.base.groups)
             best = best_first(u.norm(dim=0) * gram.diagonal()[columns.long()].sqrt(), recipe.base.groups)
-            return {"u": u[:, best].to(dtype), "columns": columns[best]}
+            v = torch.zeros(cap, delta.shape[1], device=delta.device)
+            v[torch.arange(cap), columns[best].long()] = 1.0
+            return curve_of(job, delta, gram, role, u[:, best].to(job.plan.torch_dtype), v)
         u, v = DELTAS[recipe.delta.method](delta, gram, cap)
+        return curve_of(job, delta, gram, role, u.to(job.plan.torch_dtype), v.to(job.plan.torch_dtype))
+
+    def write(self, advance: Callable[[float], None]) -> None:
+        """Nothing is shared."""
+
+    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> Mapping[str, Tensor]:
+        recipe, dtype, rank = self.job.plan.recipe, self.job.plan.torch_dtype, self.job.cap(role)
+        if not rank:
+            return {}
+        if recipe.delta.method == "prune":
+            u, columns = column_factors(delta, gram, rank, recipe.base.groups)
+            return {"u": u.to(dtype), "columns": columns}
+        u, v = DELTAS[recipe.delta.method](delta, gram, rank)
         return {"u": u.to(dtype), "v": v.to(dtype)}
 
 

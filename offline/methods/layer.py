@@ -21,9 +21,9 @@ from offline.work.workdir import WorkDir
 
 
 class Plan(Protocol):
-    """What methods know of the plan. caps: the largest rank that a projection may get, by layer: factors are computed
-    up to it, then cut; torch_dtype: of the experts as they are stored; hold_layer: there is memory for a layer;
-    processes: on this machine."""
+    """What methods know of the plan. caps: by layer the rank of a projection once the budget is settled, before that
+    the largest that it may get, up to which errors are measured; torch_dtype: of the experts as they are stored;
+    hold_layer: there is memory for a layer; processes: on this machine."""
 
     @property
     def model(self) -> DenseModel: ...
@@ -39,12 +39,27 @@ class Plan(Protocol):
     def processes(self) -> int: ...
 
 
+BASE_PART = "base"
+"""A layer's part that holds its settled base, as it is stored: `<role>.base`, `<role>.base_columns`, ..."""
+
+
+def expert_part(expert: int) -> str:
+    """A layer's part that holds what is an expert's own."""
+    return f"{expert:05d}"
+
+
+def measured_part(expert: int) -> str:
+    """A layer's part that holds what an expert's errors would be, of which the budget is settled."""
+    return f"measured-{expert:05d}"
+
+
 @dataclass(frozen=True)
 class LayerJob:
     """The compression of one layer on this process.
 
     tokens: int64 [experts], rows routed to each; trimmed: experts that get no delta (METHODS 1.7);
-    energy[site]: float64 [n], sums of x² of what the base reads.
+    energy[site]: float64 [n], sums of x² of what the base reads; options: of each selection, the kinds of base to
+    measure, or the one that was settled.
     """
 
     number: int
@@ -55,6 +70,7 @@ class LayerJob:
     trimmed: tuple[int, ...]
     energy: Mapping[Site, Tensor]
     activation: Activation
+    options: Mapping[Site, tuple[Option, ...]]
     _bases: dict[tuple[Option, Role], list[Tensor]] = field(default_factory=dict)
 
     @property
@@ -89,15 +105,23 @@ class LayerJob:
         first, second = self._base_parts(option, role)
         if option == "svd":
             return first.float() @ second.float()
+        columns = second.long()
+        # While several kinds are measured, one whole base serves all of them.
+        kept = first if first.shape[1] == len(columns) else first[:, columns]
         whole = torch.zeros(self.plan.model.shape.projection(role), device=first.device)
-        return whole.index_copy_(1, second.long(), first.float())
+        return whole.index_copy_(1, columns, kept.float())
+
+    def hold_base(self, option: Option, role: Role, first: Tensor, second: Tensor) -> None:
+        """Keeps a base that is measured, in memory alone: rounded as it would be stored, base_u and base_v, or the base
+        with all of its columns and the numbers of those that are kept."""
+        self._bases[option, role] = [first.to(self.routing.device), second.to(self.routing.device)]
 
     def _base_parts(self, option: Option, role: Role) -> list[Tensor]:
         """What a base is stored as, on the device; where the plan has room for a layer, read once while it lasts."""
         if (found := self._bases.get((option, role))) is None:
             kinds = ("base_u", "base_v") if option == "svd" else ("base", "base_columns")
             keys = [f"{role}.{kind}" for kind in kinds]
-            parts = self.work.load_part(self.number, f"base-{option}", *keys)
+            parts = self.work.load_part(self.number, BASE_PART, *keys)
             found = [parts[key].to(self.routing.device) for key in keys]
             if self.plan.hold_layer:
                 self._bases[option, role] = found
@@ -112,6 +136,9 @@ class LayerJob:
         """As `gram`, shrunk by how few tokens the expert saw."""
         gram = self.gram(expert, weights, site)
         return shrink_gram(gram, int(self.tokens[expert]), self.plan.recipe.delta.shrinkage)
+
+    def is_measured(self, expert: int) -> bool:
+        return self.work.has_part(self.number, measured_part(expert))
 
     def save(self, part: str, tensors: dict[str, Tensor]) -> None:
         """Writes a part. Raises InputError for one that is not finite."""

@@ -70,6 +70,10 @@ class MixedFactors:
     _grams: dict[int, Tensor] = field(default_factory=dict)
     _weights: dict[tuple[int, Role], Tensor] = field(default_factory=dict)
 
+    def measure(self, advance: Callable[[float], None]) -> None:
+        """Ranks are uniform: never asked for."""
+        raise NotImplementedError
+
     def write(self, advance: Callable[[float], None]) -> None:
         """Writes the parts `fit-gate` and `fit-up`."""
         job = self.job
@@ -245,10 +249,10 @@ class _Method(Method):
     def factors(self, job: LayerJob) -> Factors:
         return MixedFactors(job)
 
-    def place(self, stored: Projection, kind: str, expert: int, role: Role, option: Option) -> tuple[str, str]:
+    def place(self, stored: Projection, kind: str, expert: int, role: Role) -> tuple[str, str]:
         if kind == "bases":
             return fit_part(role), kind
-        return super().place(stored, "u" if kind == "a" else kind, expert, role, option)
+        return super().place(stored, "u" if kind == "a" else kind, expert, role)
 
     def report(self, work: WorkDir, layer: int) -> dict[str, Any]:
         """How the fits went; errors are relative, before rounding, over all experts together."""

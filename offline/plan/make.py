@@ -12,9 +12,10 @@ from offline.io.shards import SHARD_BYTES
 from offline.methods import METHODS
 from offline.methods.options import Option
 from offline.plan.budget import Budget, Problem, solve_paper, solve_stored
+from offline.plan.disk import work_bytes
 from offline.plan.plan import Plan, Resources
 from offline.plan.recipe import Recipe
-from offline.plan.resources import check_resources, peak_memory, phases, work_bytes
+from offline.plan.resources import check_resources, peak_memory, phases
 from offline.plan.selection import first_selection
 from offline.source.dense import DenseModel
 
@@ -112,7 +113,7 @@ def _caps(problem: Problem, budget: Budget) -> dict[tuple[int, Role], int]:
     smallest: Option = "none" if "none" in problem.options else problem.options[0]
     richest = solve_stored(problem, recipe.ratio, smallest)
     most = {role: max(richest.config.layers[layer][role].rank for layer in problem.shape.layers) for role in ROLES}
-    # Twice the uniform rank leaves the budget room to move, and bounds the working folder.
+    # Twice the uniform rank leaves the budget room to move, and bounds what is measured.
     return {
         (layer, role): min(math.ceil(2 * most[role] / multiple) * multiple, problem.limit(role))
         for layer, role in ranks

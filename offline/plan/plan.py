@@ -32,9 +32,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Plan:
-    """recipe: with every `auto` decided; budget: exact files, bytes and ranks where ranks do not wait for measured
-    errors, else those of the uniform allocation; caps: by layer the largest rank that a projection may get, up to which
-    factors are computed, then cut; resources: how much is in memory at once."""
+    """recipe: with every `auto` decided; budget: exact files, bytes and ranks, of the uniform allocation where they
+    wait for what calibration tells; caps: by layer the largest rank that a projection may get, up to which errors are
+    measured, and its rank once the budget is settled; resources: how much is in memory at once; final: whether the
+    budget was settled by what calibration told."""
 
     model: DenseModel
     recipe: Recipe
@@ -42,6 +43,7 @@ class Plan:
     budget: Budget
     caps: dict[tuple[int, Role], int]
     resources: Resources
+    final: bool = False
 
     @property
     def config(self) -> CheckpointConfig:
@@ -52,9 +54,27 @@ class Plan:
         return METHODS[self.recipe.method]
 
     @property
+    def measures(self) -> bool:
+        """Whether a first sweep, backwards, measures what errors would cost."""
+        return self.method.measures(self.recipe)
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether bases are merged in a sweep backwards: their merge wants Fisher information, and there are any or may
+        be."""
+        chosen = any(option != "none" for option in self.budget.choices.values())
+        return self.method.needs_fisher(self.recipe) and (chosen or not self.settled)
+
+    @property
     def needs_gradient(self) -> bool:
-        """Whether the calibration runs backwards."""
-        return self.method.needs_gradient(self.recipe)
+        """Whether any sweep runs backwards."""
+        return self.measures or self.needs_fisher
+
+    @property
+    def merges_apart(self) -> bool:
+        """Whether bases are merged in a sweep backwards over the dense layers, before one forwards that follows the
+        compressed ones."""
+        return self.follows and self.needs_fisher
 
     @property
     def follows(self) -> bool:
@@ -63,7 +83,11 @@ class Plan:
 
     @property
     def settled(self) -> bool:
-        """Whether the budget is final before calibration."""
+        """Whether the budget is final: before calibration, or by now."""
+        return self.final or self._settled
+
+    @property
+    def _settled(self) -> bool:
         return self.recipe.allocation == "uniform" and not self.recipe.delta.trim and not self.selects
 
     @property

@@ -1,4 +1,5 @@
-"""Memory, disk and time of a compression, predicted from shapes; and how much to take at once so that memory holds.
+"""Memory and time of a compression, predicted from shapes; and how much to take at once so that memory holds. Its
+working folder: disk.py.
 
 What memory can hold is decided by two sizes: how many tokens run through a layer together, and how many rows of
 one expert are taken together. Everything else (one layer's weights in their stored dtype, one expert's
@@ -20,6 +21,7 @@ import torch
 from d2moe_vllm.format.kinds import ROLES, TensorSpec
 from offline.errors import InputError
 from offline.plan.plan import Plan, Resources
+from offline.plan.states import States
 
 ROWS = (4096, 2048, 1024, 512, 256)
 """Of one expert at once, by how much memory there is."""
@@ -111,7 +113,9 @@ def phases(plan: Plan) -> dict[str, int]:
         result["head"] = FLOAT32 * (outside + 4 * length * vocabulary + 8 * length * hidden)
     if recipe.base.kind != "none" or backwards:
         result["merge"] = _merge_bytes(plan)
-    result["factor"] = _factor_bytes(plan)
+    if plan.measures:
+        result["measure"] = _measure_bytes(plan)
+    result["write"] = _write_bytes(plan)
     result |= {name: size + _rows(plan) for name, size in plan.method.phases(plan).items()}
     return {name: PROCESS_BYTES + size for name, size in result.items()}
 
@@ -150,20 +154,45 @@ def _merge_bytes(plan: Plan) -> int:
     return 3 * matrix * plan.torch_dtype.itemsize + 2 * FLOAT32 * matrix + fisher + merging + _rows(plan)
 
 
-def _factor_bytes(plan: Plan) -> int:
-    """One expert's weights, a delta and its base, one site's Gram matrix, an eigenproblem, factors, their error; the
-    layer's bases, where there is room for a layer."""
+def _expert_bytes(plan: Plan) -> int:
+    """One expert's weights, a delta and its base, one site's Gram matrix, an eigenproblem; sums over experts where
+    these share factors."""
     shape, width = plan.model.shape, plan.torch_dtype.itemsize
     hidden, middle = shape.hidden_size, shape.intermediate_size
     matrix, large = hidden * middle, max(hidden, middle)
     grams = FLOAT32 * (middle**2 + max(middle**2 if hidden > middle else 0, hidden**2))
     eigen = FLOAT64 * 4 * min(hidden, middle) ** 2
-    cap = max(plan.caps.values())
-    factors = (FLOAT64 + FLOAT32 + width) * cap * (hidden + middle) + FLOAT64 * cap * middle
-    products = FLOAT64 * (2 * matrix + large * 1024)
     joint = FLOAT64 * 5 * large**2 if plan.method.joint(plan.recipe) else 0
-    bases = 3 * matrix * width * sum(option != "none" for option in plan.recipe.options) if plan.hold_layer else 0
-    return 3 * matrix * (width + FLOAT32) + bases + grams + eigen + factors + products + joint + _rows(plan)
+    return 3 * matrix * (width + FLOAT32) + grams + eigen + joint + _rows(plan)
+
+
+def _factor_bytes(plan: Plan) -> int:
+    """One matrix's factors at the largest rank, and what their error takes."""
+    shape, cap = plan.model.shape, max(plan.caps.values())
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    factors = (FLOAT64 + FLOAT32 + plan.torch_dtype.itemsize) * cap * (hidden + middle) + FLOAT64 * cap * middle
+    return factors + FLOAT64 * (2 * hidden * middle + max(hidden, middle) * 1024)
+
+
+def _measure_bytes(plan: Plan) -> int:
+    """Beside an expert the layer's bases, rounded; where curves are no eigenvalues factors, and the shared ones of a
+    selection."""
+    shape, delta, width = plan.model.shape, plan.recipe.delta, plan.torch_dtype.itemsize
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    bases = 3 * hidden * middle * width if plan.recipe.base.kind != "none" else 0
+    if not plan.method.joint(plan.recipe):
+        return _expert_bytes(plan) + bases + (0 if delta.method == "whitened" else _factor_bytes(plan))
+    cap = max(plan.caps.values())
+    shared = 2 * cap * ((FLOAT64 + width) * max(hidden, middle) + delta.distinct_u * width * max(hidden, middle))
+    return _expert_bytes(plan) + bases + _factor_bytes(plan) + shared
+
+
+def _write_bytes(plan: Plan) -> int:
+    """Beside an expert its factors; the layer's base, where there is room for a layer."""
+    shape, width = plan.model.shape, plan.torch_dtype.itemsize
+    based = plan.resources.hold_layer and plan.recipe.base.kind != "none"
+    bases = 3 * shape.hidden_size * shape.intermediate_size * width if based else 0
+    return _expert_bytes(plan) + bases + _factor_bytes(plan)
 
 
 def _rows(plan: Plan) -> int:
@@ -177,37 +206,20 @@ def peak_memory(plan: Plan) -> int:
     return max(phases(plan).values())
 
 
-def work_bytes(plan: Plan) -> int:
-    """Bytes on disk while running, besides the result: activations, gradients, factors at their largest ranks."""
-    shape, width = plan.model.shape, plan.torch_dtype.itemsize
-    # Every layer's input where the run goes backwards, else two; two gradients; what reaches one layer's experts.
-    kept = plan.needs_gradient or plan.selects
-    arrays = (plan.model.num_layers + 1 + 3 + 2 if kept else 4) + (3 if plan.follows else 0)
-    activations = FLOAT32 * plan.tokens * (arrays * shape.hidden_size + 2 * shape.experts_per_token)
-    options = len(plan.problem.options)
-    factors = sum(
-        rank * sum(shape.projection(role)) * shape.num_experts * width * options
-        for (_, role), rank in plan.caps.items()
-    )
-    bases = (
-        len(plan.problem.shape.layers) * shape.expert_parameters * (options * width + (FLOAT32 if plan.follows else 0))
-    )
-    return activations + factors + bases + FLOAT32 * shape.expert_parameters
-
-
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations per layer, as float32 ones: running it over the calibration windows once, with what
-    reaches its experts written down, merging, and factoring."""
+    """Floating-point operations per layer, as float32 ones: running it over the calibration windows once, or forwards
+    and back; merging; measuring; factoring."""
 
     forward: float
-    record: float
+    backward: float
     merge: float
-    factor: float
+    measure: float
+    write: float
 
 
 def layer_work(plan: Plan) -> Work:
-    """What one MoE layer costs; a layer without experts costs at most `forward` or `record`."""
+    """What one MoE layer costs; a layer without experts costs at most `forward` or `backward`."""
     shape = plan.model.shape
     hidden, middle = shape.hidden_size, shape.intermediate_size
     matrix = hidden * middle
@@ -215,28 +227,65 @@ def layer_work(plan: Plan) -> Work:
     _, inside, _ = _outside_and_inside(plan)
     attention = 2 * plan.tokens * (inside + 2 * plan.windows[1] * hidden)
     forward = 2 * rows * 3 * matrix + attention
-    record = forward * (3 if plan.needs_gradient else 1)
     # Gate, up and the way back through down; Fisher's squared products where the merge wants them.
     merge = 2 * rows * matrix * 6 if plan.needs_gradient else 20.0 * shape.num_experts * 3 * matrix
     grams = 2 * rows * (hidden**2 + middle**2 + 2 * matrix)
     small = min(hidden, middle)
-    # Per projection an eigenproblem of about 15 n^3 and the products around it, in float64.
-    eigen = 2 * shape.num_experts * 3 * (15 * small**3 + 4 * matrix * (hidden + middle)) * len(plan.problem.options)
-    return Work(forward, record, merge, grams + eigen + plan.method.operations(plan))
+    # Per projection an eigenproblem of about 15 n^3 (3 n^3 without vectors) and the products around it, in float64.
+    products = 4 * matrix * (hidden + middle)
+    each = 2 * shape.num_experts * 3
+    values = plan.recipe.delta.method == "whitened" and not plan.method.joint(plan.recipe)
+    curve = (3 * small**3 + products / 4) if values else (15 * small**3 + products)
+    measure = grams + each * curve * len(plan.problem.options) if plan.measures else 0.0
+    write = grams + each * (15 * small**3 + products) + plan.method.operations(plan)
+    return Work(forward, 3 * forward, merge, measure, write)
+
+
+@dataclass(frozen=True)
+class Sweeps:
+    """Of a whole run, as `Work`: what its sweeps cost, with all that is done at layers."""
+
+    measure: float = 0.0
+    merge: float = 0.0
+    write: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.measure + self.merge + self.write
+
+
+def backward_work(plan: Plan, *, first: bool) -> float:
+    """Of a sweep backwards over all layers; first: the one that makes the hidden states which it keeps."""
+    costs, layers = layer_work(plan), plan.model.num_layers
+    forwards = States(layers).recomputed(first=first) + (layers if first else 0)
+    return layers * costs.backward + forwards * costs.forward
+
+
+def sweep_work(plan: Plan) -> Sweeps:
+    """At most: a settled budget may need less of it."""
+    costs, layers = layer_work(plan), plan.model.num_layers
+    moe, chosen, forward = len(plan.model.shape.layers), len(plan.problem.shape.layers), layers * costs.forward
+    measure = merge = write = 0.0
+    if plan.measures:
+        measure = backward_work(plan, first=True) + moe * (costs.merge + costs.measure)
+    elif not plan.settled:
+        measure = forward
+    if plan.needs_fisher:
+        # Where only routed tokens were measured, hidden states are there and no gradient is.
+        backwards = backward_work(plan, first=not plan.measures) - (forward if measure and not plan.measures else 0)
+        merge = backwards + chosen * costs.merge
+    if plan.merges_apart or not plan.needs_fisher:
+        # Following, every layer but the last runs once more as it has become.
+        write = forward + ((chosen - 1) * costs.forward if plan.follows else 0)
+        if plan.recipe.base.kind != "none" and not plan.needs_fisher:
+            write += chosen * costs.merge
+    else:
+        merge, write = 0.0, merge
+    return Sweeps(measure, merge, write + chosen * costs.write)
 
 
 def total_work(plan: Plan) -> float:
-    work, layers = layer_work(plan), plan.model.num_layers
-    moe = len(plan.model.shape.layers)
-    chosen = len(plan.problem.shape.layers)
-    sweeps = layers * work.record + moe * work.merge + chosen * work.factor
-    if plan.selects:
-        sweeps += chosen * work.record
-    if plan.needs_gradient:
-        sweeps += layers * work.forward
-    if plan.follows:
-        sweeps += 2 * layers * work.forward
-    return sweeps
+    return sweep_work(plan).total
 
 
 @cache

@@ -56,7 +56,7 @@ def settle_layers(plan: Plan, work: WorkDir) -> Plan:
     found = sensitivities(work, plan.model.shape.layers)
     problem = restrict(plan.problem, plan.model, least_sensitive(found, len(plan.problem.shape.layers)))
     budget = solve_stored(problem, plan.recipe.ratio)
-    return replace(plan, problem=problem, budget=budget, caps=budget.ranks)
+    return replace(plan, problem=problem, budget=budget, caps=budget.ranks, final=True)
 
 
 def _full(problem: Problem, budget: Budget) -> bool:

@@ -1,49 +1,63 @@
 """The visitors that watch a layer's experts while it runs over the calibration text, and then work on that layer; among
-them those that compress: every MoE layer ends as parts in the working folder.
+them those that compress: every MoE layer ends as its final tensors, parts in the working folder.
 
-Fisher information and what errors cost need the gradient: then merging and factoring are done on a sweep backwards,
-else on one forwards. Where calibration follows the compression, factors are left to a last sweep forwards, in which
-every layer sees what the compressed layers before it give. Where calibration chooses the layers, a sweep forwards
-looks at them all, and the chosen ones are then watched once more.
+Settle, then write. Where ranks, kinds of base, trimmed experts or the layers themselves wait for what calibration
+tells, a first sweep measures it, layer by layer, and keeps a few kilobytes of each projection. Then the budget is
+settled for all layers at once, and a second sweep writes every layer's final tensors: what is not chosen is never on
+disk. Fisher information and what errors cost need the gradient: such sweeps run backwards, the others forwards, and a
+base is merged in the sweep that needs it. Where calibration follows the compression, the writing sweep runs forwards,
+every layer seeing what the final layers before it give; bases that need Fisher information are then merged beforehand.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.hf.experts import D2Experts
-from offline.checkpoint.assembly import Assembly, trimmed_experts
+from offline.checkpoint.assembly import FACTS_PART, Assembly
 from offline.checkpoint.experts import compressed_experts
 from offline.io.progress import Steps
-from offline.methods.compression import build_bases, factor_experts, merge_experts
-from offline.methods.layer import LayerJob
+from offline.methods.bases import Merged, hold_bases, merge_experts, write_base
+from offline.methods.joint import MAKING_PART
+from offline.methods.layer import BASE_PART, LayerJob
+from offline.methods.options import Option
 from offline.methods.selection import look_at
+from offline.methods.writing import write_experts
 from offline.plan.plan import Plan
-from offline.plan.resources import layer_work
-from offline.plan.selection import settle_layers
+from offline.plan.resources import layer_work, sweep_work
+from offline.plan.settling import MEASURED_PART, settle
 from offline.run.sweep import Sweep, Visitor
 from offline.source.layerwise import LayerwiseModel, read_hf_config
-from offline.source.sites import Site
+from offline.source.sites import SELECTIONS, Site
 from offline.work.activations import Rows
 from offline.work.statistics import DenseExperts, Recorder, Routing
 from offline.work.workdir import WorkDir
 
 
-def compress_layers(plan: Plan, tokens: Tensor, work: WorkDir, steps: Steps, device: torch.device) -> None:
-    """Run or resume. tokens: int64 [windows, seq]. Raises InputError for what cannot be computed with."""
-    sweep = open_sweep(plan, tokens, work, steps, device)
-    if plan.selects:
-        sweep.run(Judging(plan, work, sweep), keep=True)
-        sweep.revisit(Factoring(settle_layers(plan, work), work, sweep))
-        return
-    if plan.needs_gradient and plan.follows:
-        sweep.run(Merging(plan, work, sweep))
-    sweep.run(Factoring(plan, work, sweep), states="following" if plan.follows else "hidden")
+def compress_layers(plan: Plan, tokens: Tensor, work: WorkDir, steps: Steps, device: torch.device) -> Plan:
+    """Run or resume; returns the settled plan, whose tensors lie in `work`. tokens: int64 [windows, seq]. Raises
+    InputError for what cannot be computed with."""
+    sweep, costs = open_sweep(plan, tokens, work, steps, device), sweep_work(plan)
+    if not plan.settled:
+        measuring = Judging(plan, work, sweep) if plan.selects else Measuring(plan, work, sweep)
+        sweep.run(measuring, keep=plan.needs_fisher, work=costs.measure)
+        steps.label("settling the budget")
+        plan = settle(plan, work)
+        steps.reach(costs.measure)
+    if plan.merges_apart:
+        sweep.run(Merging(plan, work, sweep), work=costs.merge)
+    steps.reach(costs.measure + costs.merge)
+    writing = Writing(plan, work, sweep)
+    if not writing.backwards:
+        sweep.forget("gradient", *(["hidden"] if plan.follows else []))
+    sweep.run(writing, states="following" if plan.follows else "hidden", work=costs.write)
+    steps.reach(costs.total)
+    return plan
 
 
 def open_sweep(plan: Plan, tokens: Tensor, work: WorkDir, steps: Steps, device: torch.device) -> Sweep:
@@ -54,7 +68,7 @@ def open_sweep(plan: Plan, tokens: Tensor, work: WorkDir, steps: Steps, device: 
     def experts(layer: int) -> DenseExperts | None:
         return dense_experts(plan, model, layer) if layer in source.shape.layers else None
 
-    return Sweep(model, experts, tokens, work, steps, costs.forward, costs.record, plan.resources.batch_tokens)
+    return Sweep(model, experts, tokens, work, steps, costs.forward, costs.backward, plan.resources.batch_tokens)
 
 
 def dense_experts(plan: Plan, model: LayerwiseModel, layer: int, recorder: Recorder | None = None) -> DenseExperts:
@@ -66,7 +80,10 @@ def dense_experts(plan: Plan, model: LayerwiseModel, layer: int, recorder: Recor
 
 class Calibration(Visitor):
     """Records what reaches the experts of every MoE layer. All of it is discarded when the layer is finished, but the
-    part `facts` (routed tokens, energies, trimmed experts)."""
+    part `facts` (routed tokens, energies of what a base reads, the least routed experts). passing: parts that are
+    dropped when the work on a layer is done: the next sweep records anew."""
+
+    passing: Sequence[str] = (FACTS_PART,)
 
     def __init__(self, plan: Plan, work: WorkDir, sweep: Sweep) -> None:
         self.plan, self.work, self.sweep = plan, work, sweep
@@ -81,7 +98,7 @@ class Calibration(Visitor):
         return self.work.has_part(layer, f"{self.name}-done")
 
     def recorded(self, layer: int) -> bool:
-        return self.work.has_part(layer, "facts")
+        return self.work.has_part(layer, FACTS_PART)
 
     def experts(self, layer: int) -> DenseExperts:
         shape = self.plan.model.shape
@@ -94,20 +111,21 @@ class Calibration(Visitor):
             self._recorder.at = rows
 
     def visited(self, layer: int) -> None:
-        """Marks the layer as done, and only then discards what it was made from."""
+        """Marks the layer as done, and only then discards the arrays that it was made from."""
         if self._recorder:
             self._publish(layer, self._recorder)
         self._recorder = None
         self.work_on(self._job(layer))
         if self.work.group.first:
+            for part in self.passing:  # before: nobody would look at a finished layer again
+                self.work.discard_part(layer, part)
             self.work.save_part(layer, f"{self.name}-done", {"done": torch.ones(1)})
         self.work.discard("inputs", "choice", "gates", "upstream")
         self.work.group.barrier()
 
-    def discard_part(self, layer: int, part: str) -> None:
-        if self.work.group.first:
-            self.work.discard_part(layer, part)
-        self.work.group.barrier()
+    def options(self, layer: int) -> dict[Site, tuple[Option, ...]]:
+        """The kinds of base that are made for each selection."""
+        return dict.fromkeys(SELECTIONS, self.plan.recipe.options)
 
     def _arrays(self, take: Callable[[str, int, int, torch.dtype], Rows]) -> dict[str, Rows]:
         """What is recorded of every token; take: the working folder's `create` or `rows`."""
@@ -128,7 +146,7 @@ class Calibration(Visitor):
         facts = {"tokens": tokens, **{f"energy.{site}": energy for site, energy in recorder.energy.items()}}
         least = tokens.argsort(stable=True)[: self.plan.recipe.delta.trim].sort().values
         if self.work.group.first:
-            self.work.save_part(layer, "facts", {**facts, "trimmed": least})
+            self.work.save_part(layer, FACTS_PART, {**facts, "trimmed": least})
         self.work.group.barrier()
 
     def _job(self, layer: int) -> LayerJob:
@@ -136,70 +154,122 @@ class Calibration(Visitor):
         choice, gates = arrays["choice"].read(every), arrays["gates"].read(every)
         rows = self.plan.resources.rows
         routing = Routing(arrays["inputs"], choice, gates, arrays.get("upstream"), rows, model.device)
-        facts = self.work.load_part(layer, "facts")
+        facts = self.work.load_part(layer, FACTS_PART)
         energy: dict[Site, Tensor] = {"input": facts["energy.input"], "middle": facts["energy.middle"]}
-        trimmed = tuple(facts["trimmed"].tolist())
-        return LayerJob(layer, self.plan, self.work, routing, facts["tokens"], trimmed, energy, model.activation)
+        trimmed = self.trimmed(layer, facts)
+        kinds, activation = self.options(layer), model.activation
+        return LayerJob(layer, self.plan, self.work, routing, facts["tokens"], trimmed, energy, activation, kinds)
+
+    def trimmed(self, layer: int, facts: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The experts that get no delta."""
+        return tuple(facts["trimmed"].tolist())
 
 
 class Judging(Calibration):
-    """How much each layer matters."""
+    """How much each layer matters, of methods that compress some of them."""
 
     name = "judged"
 
     def work_on(self, job: LayerJob) -> None:
         look_at(job)
-        self.discard_part(job.number, "facts")  # chosen layers are recorded anew
 
 
-class Merging(Calibration):
-    """The base of every layer, and what its errors cost."""
-
-    name = "merged"
+class _WithBases(Calibration):
+    """Merges bases on the way. backwards: also where the merge alone would not need it."""
 
     def __init__(self, plan: Plan, work: WorkDir, sweep: Sweep) -> None:
         super().__init__(plan, work, sweep)
-        self.backwards = plan.needs_gradient
         self.costs = layer_work(plan)
-        # The last part that a merge writes.
-        self._last = "sensitivity" if plan.needs_gradient else "merged" if plan.recipe.base.kind != "none" else None
+
+    def merge(self, job: LayerJob) -> Merged:
+        self.sweep.label(job.number, "merge")
+        return merge_experts(job, lambda share: self.sweep.steps.advance(self.costs.merge * share))
+
+
+class Measuring(_WithBases):
+    """What settling the budget needs: errors at every rank with every kind of base, or who is routed how often."""
+
+    name = "measured"
+
+    def __init__(self, plan: Plan, work: WorkDir, sweep: Sweep) -> None:
+        super().__init__(plan, work, sweep)
+        self.backwards = plan.measures
 
     def work_on(self, job: LayerJob) -> None:
-        self.merge(job)
-        self.discard_part(job.number, "facts")  # the last sweep records anew
+        if self.plan.measures:
+            hold_bases(job, self.merge(job))
+            self.sweep.label(job.number, "measure")
+            factors = self.plan.method.factors(job)
+            factors.measure(lambda share: self.sweep.steps.advance(self.costs.measure * share))
+        if self.work.group.first:
+            trimmed = torch.tensor(job.trimmed, dtype=torch.int64)
+            self.work.save_part(job.number, MEASURED_PART, {"tokens": job.tokens, "trimmed": trimmed})
+        self.work.group.barrier()
 
-    def merge(self, job: LayerJob) -> None:
-        if self._last and not self.work.has_part(job.number, self._last):
-            self.sweep.label(job.number, "merge")
-            merge_experts(job, lambda share: self.sweep.steps.advance(self.costs.merge * share))
 
-
-class Factoring(Merging):
-    """Bases and factors of every layer, merged first where it is not yet."""
-
-    name = "factored"
+class Settled(_WithBases):
+    """Works by a settled plan."""
 
     def __init__(self, plan: Plan, work: WorkDir, sweep: Sweep) -> None:
         super().__init__(plan, work, sweep)
         self.layers = plan.problem.shape.layers
-        self.replaces = plan.follows
-        self.backwards = plan.needs_gradient and not plan.follows
+
+    def options(self, layer: int) -> dict[Site, tuple[Option, ...]]:
+        return {site: (self.plan.budget.choices[layer, site],) for site in SELECTIONS}
+
+    def trimmed(self, layer: int, facts: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return self.plan.budget.config.layers[layer].trimmed
+
+
+MERGED_PART = "merged"
+"""A layer's part that holds its merged bases, float32 [out, in] by role, from one sweep to the next."""
+
+
+class Merging(Settled):
+    """The bases of every layer, for a writing sweep that runs the other way."""
+
+    name = "merged"
+    backwards = True
 
     def work_on(self, job: LayerJob) -> None:
-        self.merge(job)
-        self.sweep.label(job.number, "prune, factor")
-        build_bases(job)
-        factor_experts(job, lambda share: self.sweep.steps.advance(self.costs.factor * share))
+        if not self.work.has_part(job.number, MERGED_PART):
+            merged = self.merge(job)
+            if self.work.group.first:
+                self.work.save_part(job.number, MERGED_PART, {role: base.cpu() for role, base in merged.items()})
+        self.work.group.barrier()
 
-    def visited(self, layer: int) -> None:
-        super().visited(layer)
-        self.discard_part(layer, "merged")
+
+class Writing(Settled):
+    """The final tensors of every layer."""
+
+    name = "written"
+    passing = (MAKING_PART, MERGED_PART)
+
+    def __init__(self, plan: Plan, work: WorkDir, sweep: Sweep) -> None:
+        super().__init__(plan, work, sweep)
+        self.replaces = plan.follows
+        self.backwards = plan.needs_fisher and not plan.follows
+
+    def work_on(self, job: LayerJob) -> None:
+        self._base(job)
+        self.sweep.label(job.number, "write")
+        write_experts(job, lambda share: self.sweep.steps.advance(self.costs.write * share))
+
+    def _base(self, job: LayerJob) -> None:
+        """Writes the base, where there is one and an earlier run has not written it."""
+        if all(option == "none" for (option,) in job.options.values()):
+            return
+        found = self.work.has_part(job.number, BASE_PART)
+        self.work.group.barrier()  # before it is written: all see the same
+        if found:
+            self.sweep.steps.skip(0 if self.plan.merges_apart else self.costs.merge)
+        elif self.plan.merges_apart:
+            merged = self.work.load_part(job.number, MERGED_PART)
+            write_base(job, {role: merged[role].to(self.sweep.model.device) for role in ROLES if role in merged})
+        else:
+            write_base(job, self.merge(job))
 
     def replacement(self, layer: int) -> D2Experts:
-        """The layer as the plan's own budget makes it: final where ranks do not wait for all layers' errors."""
-        plan = self.plan
-        # Which experts are trimmed is known by now.
-        problem = replace(plan.problem, trimmed={**plan.problem.trimmed, layer: trimmed_experts(self.work, layer)})
-        budget = problem.solve(plan.budget.choices, plan.budget.ranks)
-        config, assembly = budget.config, Assembly(plan, budget, self.work)
-        return compressed_experts(config, layer, assembly.tensor, self.sweep.model.activation, "off")
+        """The layer as it will be."""
+        assembly = Assembly(self.plan, self.work)
+        return compressed_experts(assembly.config, layer, assembly.tensor, self.sweep.model.activation, "off")

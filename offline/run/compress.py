@@ -6,23 +6,23 @@ import errno
 import os
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from offline.checkpoint.assembly import settle
 from offline.checkpoint.publish import publish
 from offline.errors import InputError
 from offline.io.console import plain_console
 from offline.io.folders import check_new_folder
 from offline.io.progress import Steps
+from offline.plan.disk import work_bytes
 from offline.plan.make import make_plan, summary
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
-from offline.plan.resources import estimate_seconds, peak_memory, total_work, work_bytes
+from offline.plan.resources import estimate_seconds, peak_memory, total_work
 from offline.run.calibration import compress_layers
 from offline.source.dense import open_dense
 from offline.source.text import Text
@@ -95,14 +95,13 @@ def compress(
     )
     try:
         with Steps(total_work(plan), console) as steps:
-            compress_layers(plan, windows.tokens, work, steps, chosen)
+            settled = compress_layers(plan, windows.tokens, work, steps, chosen)
             if group.first:
                 refuse_changed_source(plan.model, mark)
             steps.label("writing the checkpoint")
             disk = work.nbytes() if group.first else 0
-            budget = settle(plan, work)
             if group.first:
-                publish(plan, budget, windows, work, out, lambda: refuse_changed_source(plan.model, mark), reads.config)
+                publish(settled, windows, work, out, lambda: refuse_changed_source(plan.model, mark), reads.config)
         group.barrier()
         work.remove()
     except OSError as error:
@@ -114,9 +113,8 @@ def compress(
         ) from None
     finally:
         work.close()
-    done = replace(plan, budget=budget)
     written = {"path": str(out), "tokenizer": tokenizer.folder, "predicted": predicted, "work_bytes": disk}
-    return {**summary(done, predicted["seconds"]), **written}
+    return {**summary(settled, predicted["seconds"]), **written}
 
 
 def choose_device(device: str) -> torch.device:

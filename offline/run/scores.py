@@ -18,7 +18,7 @@ from offline.methods.settings import Calibration as CalibrationSettings
 from offline.plan.make import make_plan
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
-from offline.plan.resources import layer_work
+from offline.plan.resources import backward_work, layer_work
 from offline.run.calibration import Calibration, open_sweep
 from offline.source.dense import DenseModel
 from offline.source.tokens import Windows
@@ -73,10 +73,10 @@ def score_channels(plan: Plan, windows: Windows, folder: Path, device: torch.dev
     mark = fingerprint(model, plan.recipe.to_json(), windows.sha256, {"device": device.type}) | {"what": PART}
     work = WorkDir(folder, mark, restart=True)
     try:
-        total = model.num_layers * (costs.forward + costs.record) + len(model.shape.layers) * costs.merge
+        total = backward_work(plan, first=True) + len(model.shape.layers) * costs.merge
         with Steps(total, console) as steps:
             sweep = open_sweep(plan, windows.tokens, work, steps, device)
-            sweep.run(Scoring(plan, work, sweep))
+            sweep.run(Scoring(plan, work, sweep), work=total)
         found = {layer: work.load_part(layer, PART)["scores"] for layer in model.shape.layers}
         work.remove()
     finally:

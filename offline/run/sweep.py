@@ -1,8 +1,9 @@
 """The sweep over layers: a model runs over windows of text with one decoder layer's weights in memory at a time, and a
 visitor does what the sweep is made for.
 
-Forwards, every layer's output becomes the next one's input. Backwards, every layer's input is stored on a sweep
-forwards; then each layer is run once more from the last one down, and its input's gradient handed to the layer below.
+Forwards, every layer's output becomes the next one's input. Backwards, the layers' inputs come from a sweep forwards,
+which keeps one of every few (offline/plan/states.py); then each layer is run once more from the last one down, and its
+input's gradient handed to the layer below. The inputs of a stretch of layers are computed anew when it is their turn.
 Hidden states and gradients lie in files: in the working folder of a run that can be continued, which goes on with what
 is there, else in a temporary folder.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from offline.io.progress import Steps
 from offline.plan.plan import BATCH_TOKENS
+from offline.plan.states import States
 from offline.source.layerwise import LayerwiseModel, next_token_loss
 from offline.work.activations import Rows
 from offline.work.distributed import Group
@@ -152,23 +154,43 @@ class Sweep:
         every = list(batches(len(self.tokens), self.tokens.shape[1], self.batch_tokens))
         self.batches = [every[number] for number in self.arrays.group.own(range(len(every)))]
 
-    def run(self, visitor: Visitor, upto: int | None = None, *, states: str = "hidden", keep: bool = False) -> None:
+    @property
+    def states(self) -> States:
+        """Which hidden states a sweep backwards keeps."""
+        return States(self.model.num_layers)
+
+    def run(
+        self,
+        visitor: Visitor,
+        upto: int | None = None,
+        *,
+        states: str = "hidden",
+        keep: bool = False,
+        work: float = 0.0,
+    ) -> None:
         """Runs, or resumes, until the visitor has finished all of its layers.
 
         upto: without layers to visit, the layer whose input is wanted (their number for the last one's output); states:
-        name of the hidden states; keep: whether a layer's input stays when its output is there (forwards only).
+        name of the hidden states; keep: whether what a sweep backwards starts from stays for a next one; work: what all
+        of it counts in `steps`, of which an earlier run's part is skipped.
         """
-        work = self.forward_work + (self.backward_work if visitor.backwards else 0)
-        pending = self._pending(visitor, self.model.num_layers * work)
+        pending = [layer for layer in visitor.layers if not visitor.done(layer)]
+        if finished := len(visitor.layers) - len(pending):
+            note = f"resuming: {finished} of {len(visitor.layers)} MoE layers are {visitor.name}"
+            self.steps.skip(work * finished / len(visitor.layers), note)
         if pending and visitor.backwards:
-            self._backwards(visitor, pending)
+            self._backwards(visitor, pending, keep=keep)
         elif pending or upto is not None:
-            self._forwards(visitor, pending, pending[-1] if upto is None else upto, states, keep=keep)
+            last = self.model.num_layers if keep else pending[-1] if upto is None else upto
+            self._forwards(visitor, pending, last, states, keep=keep)
+        # What a process is about to look for, no other one is to discard any more.
+        self.arrays.group.barrier()
 
-    def revisit(self, visitor: Visitor) -> None:
-        """As `run`, where a sweep forwards has kept every layer's input: only the layers to visit run, forwards."""
-        for layer in self._pending(visitor, len(visitor.layers) * self.forward_work):
-            self._visit(visitor, layer, "hidden", None)
+    def forget(self, *what: str) -> None:
+        """Discards what an earlier sweep kept and none will start from: "hidden" states, a "gradient"."""
+        layers = range(self.model.num_layers + 1)
+        self.arrays.discard(*(_name(name, layer) for name in what for layer in layers))
+        self.arrays.group.barrier()
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -183,50 +205,58 @@ class Sweep:
     def label(self, layer: int, what: str) -> None:
         self.steps.label(f"layer {layer + 1}/{self.model.num_layers}: {what}")
 
-    def _pending(self, visitor: Visitor, work: float) -> list[int]:
-        pending = [layer for layer in visitor.layers if not visitor.done(layer)]
-        if finished := len(visitor.layers) - len(pending):
-            note = f"resuming: {finished} of {len(visitor.layers)} MoE layers are {visitor.name}"
-            self.steps.skip(0 if pending else work, note)
-        return pending
-
-    def _forwards(self, visitor: Visitor, pending: Sequence[int], upto: int, states: str, *, keep: bool) -> None:
-        # Where inputs are not kept, one is discarded when the next is there.
-        start = next((layer for layer in range(upto + 1) if self.arrays.has(_name(states, layer))), None)
-        if start is None:
-            start = 0
-            self._embed(_name(states, 0))
+    def _forwards(
+        self, visitor: Visitor, pending: Sequence[int], upto: int, states: str, *, keep: bool = False
+    ) -> None:
+        """keep: what a sweep backwards starts from, else an input is discarded when the next one is there."""
+        start = self._nearest(states, pending[0] if pending else upto)
         for layer in range(start, upto + 1):
             above = _name(states, layer + 1)
             if layer in pending:
                 into = None if layer == upto or visitor.replaces or self.arrays.has(above) else above
                 self._visit(visitor, layer, states, into)
-            elif layer < upto and self.arrays.has(above):
-                self.steps.skip(self.forward_work)
             if layer < upto and not self.arrays.has(above):
                 replaced = visitor.replaces and layer in visitor.layers
                 self.label(layer, "compressed forward" if replaced else "forward")
                 self._run(layer, visitor.replacement if replaced else self.experts, states, above)
-            if not keep:
+            if not (keep and layer in self.states.start):
                 self.arrays.discard(_name(states, layer))
 
-    def _backwards(self, visitor: Visitor, pending: Sequence[int]) -> None:
-        """A layer's input and the gradient at its output are discarded when it is done."""
+    def _nearest(self, states: str, layer: int) -> int:
+        """The last layer up to `layer` whose input is there; the first one's is made where there is none."""
+        found = [number for number in range(layer + 1) if self.arrays.has(_name(states, number))]
+        if not found:
+            self._embed(_name(states, 0))
+        return max(found, default=0)
+
+    def _backwards(self, visitor: Visitor, pending: Sequence[int], *, keep: bool) -> None:
+        """A layer's input and the gradient at its output are discarded when it is done, but for what is kept."""
         lowest, highest, layers = pending[0], pending[-1], self.model.num_layers
         # Where gradients have to come down from: the lowest that an earlier run left, else the head's.
         known = [layer for layer in range(highest, layers) if self.arrays.has(_name("gradient", layer + 1))]
-        self._forwards(Visitor(), (), highest if known else layers, "hidden", keep=True)
         if not known:
+            self._forwards(Visitor(), (), layers, "hidden", keep=True)
             self._head_gradient()
         for layer in range(min(known, default=layers - 1), lowest - 1, -1):
+            self._recompute(layer)
             into = _name("gradient", layer) if layer > lowest else None
             if layer in pending:
                 self._visit(visitor, layer, None, into)
             else:
                 self.label(layer, "gradient")
                 self._run(layer, self.experts, None, into)
-            self.arrays.discard(_name("gradient", layer + 1), _name("hidden", layer))
-        self.arrays.discard(*(_name("hidden", layer) for layer in range(lowest)))
+            if not (keep and layer + 1 == layers):
+                self.arrays.discard(_name("gradient", layer + 1))
+            if not (keep and self.states.is_kept(layer)):
+                self.arrays.discard(_name("hidden", layer))
+        if not keep:
+            self.arrays.discard(*(_name("hidden", layer) for layer in range(lowest)))
+
+    def _recompute(self, layer: int) -> None:
+        """The inputs of the layers from the last one that is there up to `layer`."""
+        for number in range(self._nearest("hidden", layer), layer):
+            self.label(number, "forward again")
+            self._run(number, self.experts, "hidden", _name("hidden", number + 1))
 
     def _visit(self, visitor: Visitor, layer: int, states: str | None, into: str | None) -> None:
         if visitor.recorded(layer):

@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_and_says_so(table: dict[str, Any], command: list[o
     work = tmp_path / "work"
     chosen = ["--ratio", 0.4, "--method", "d2", *command[command.index("--text") : command.index("--workdir")]]
     arguments = ["compare", *map(str, (TINY, *chosen, "--workdir", work, "--html", tmp_path / "table.html"))]
-    done = work / "d2-0.4.work" / "layers" / "00003" / "factored-done.safetensors"
+    done = work / "d2-0.4.work" / "layers" / "00003" / "written-done.safetensors"
     with subprocess.Popen([script("d2moe"), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         while not done.exists():
             assert run.poll() is None, "ended before its last layer was done"

@@ -122,16 +122,21 @@ def test_two_runs_give_the_same_bytes(compressed: Path, texts: tuple[Path, Path]
 KILL_POINTS = [
     pytest.param("tiny.d2moe-work/fingerprint.json", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/hidden-00000.rows", marks=pytest.mark.slow),
-    pytest.param("tiny.d2moe-work/hidden-00003.rows", marks=pytest.mark.slow),
+    pytest.param("tiny.d2moe-work/hidden-00002.rows", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/gradient-00004.rows", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/layers/00003/facts.safetensors", marks=pytest.mark.slow),
-    "tiny.d2moe-work/layers/00003/merged.safetensors",
-    "tiny.d2moe-work/layers/00002/00004.safetensors",
-    pytest.param("tiny.d2moe-work/layers/00002/factored-done.safetensors", marks=pytest.mark.slow),
+    pytest.param("tiny.d2moe-work/layers/00003/sensitivity.safetensors", marks=pytest.mark.slow),
+    "tiny.d2moe-work/layers/00002/measured-00004.safetensors",
+    pytest.param("tiny.d2moe-work/layers/00002/measured-done.safetensors", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/gradient-00001.rows", marks=pytest.mark.slow),
+    pytest.param("tiny.d2moe-work/layers/00000/measured-done.safetensors", marks=pytest.mark.slow),
+    pytest.param("tiny.d2moe-work/layers/00003/base.safetensors", marks=pytest.mark.slow),
+    "tiny.d2moe-work/layers/00002/00004.safetensors",
+    pytest.param("tiny.d2moe-work/layers/00002/written-done.safetensors", marks=pytest.mark.slow),
+    pytest.param("tiny.d2moe-work/layers/00000/written-done.safetensors", marks=pytest.mark.slow),
     pytest.param(".tiny.partial", marks=pytest.mark.slow),
 ]
-RESUMING = ("layers/00002", "gradient-00001", "partial")
+RESUMING = ("layers/00002", "layers/00000", "00003/base", "gradient-00001", "partial")
 """Points where at least one layer is done."""
 
 
@@ -158,7 +163,7 @@ def test_changed_calibration_starts_over_and_says_so(
     out, work = tmp_path / "tiny", tmp_path / "work"
     arguments = (TINY, out, "--calibration", texts[0], "--workdir", work, *COMPRESS)
     killed = Compression(*arguments, "--seed", "7")
-    assert killed.wait_for((work / "hidden-00001.rows").exists)
+    assert killed.wait_for((work / "hidden-00002.rows").exists)
     assert killed.kill()
     done = d2moe_here("compress", *arguments)
     assert done.returncode == 0, done.stderr
@@ -331,13 +336,13 @@ def test_a_run_begun_with_other_threads_is_not_thrown_away(texts: tuple[Path, Pa
     text = ("--ratio", "0.4", "--calibration", texts[0], "--windows", "8", "--seq-len", "64")
     arguments = ["compress", TINY, tmp_path / "tiny", *text]
     killed = Compression(*arguments[1:])
-    assert killed.wait_for((work / "hidden-00001.rows").exists)
+    assert killed.wait_for((work / "hidden-00002.rows").exists)
     assert killed.kill()
     kept = json.loads((work / "fingerprint.json").read_text())
     kept["machine"]["threads"] = 77
     (work / "fingerprint.json").write_text(json.dumps(kept))
     refused(d2moe_here(*arguments), "threads 77", "--restart")
-    assert (work / "hidden-00001.rows").exists()
+    assert (work / "hidden-00002.rows").exists()
     assert d2moe_here(*arguments, "--restart").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 

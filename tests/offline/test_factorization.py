@@ -18,6 +18,7 @@ from offline.algebra.factorization import (
     shrink_gram,
     svd_base,
     svd_factors,
+    whitened_curve,
     whitened_energy,
     whitened_factors,
 )
@@ -193,6 +194,30 @@ def test_error_curve_is_the_error_at_every_rank(shape: tuple[int, int], seed: in
     assert torch.allclose(curve, torch.tensor(direct, dtype=torch.float64), rtol=1e-6, atol=1e-9 * (1 + direct[0]))
     assert whitened_energy(delta, gram) == pytest.approx(direct[0], rel=1e-9)
     assert torch.equal(error_curve(delta, gram, u, v, whitened_energy(delta, gram)), curve)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, seed=st.integers(0, 1000), tokens=st.integers(0, 40), data=st.data())
+def test_eigenvalues_tell_what_whitened_factors_leave(
+    shape: tuple[int, int], seed: int, tokens: int, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(1, min(shape)))
+    delta, inputs = case(shape, tokens, seed)
+    gram = inputs @ inputs.T
+    curve = whitened_curve(delta, gram, rank)
+    expected = error_curve(delta, gram, *whitened_factors(delta, gram, rank))
+    assert curve.dtype == torch.float64
+    assert torch.allclose(curve, expected, rtol=1e-6, atol=1e-9 * (1 + float(expected[0])))
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+@pytest.mark.parametrize("outlier", [1.0, 30.0, 1e3])
+def test_eigenvalues_of_float32_products_are_right_where_little_is_left(shape: tuple[int, int], outlier: float) -> None:
+    delta, inputs = case(shape, 200, 0)
+    inputs[:3] *= outlier
+    delta, gram = delta.float(), (inputs @ inputs.T).float()
+    expected = whitened_curve(delta.double(), gram.double(), min(shape) - 1)
+    assert torch.allclose(whitened_curve(delta, gram, min(shape) - 1), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])

@@ -292,6 +292,9 @@ class PlainFactors:
     share = 0.0
     kept = ("u", "v")
 
+    def measure(self, advance: Callable[[float], None]) -> None:
+        """Ranks are uniform."""
+
     def write(self, advance: Callable[[float], None]) -> None:
         """Nothing is shared."""
 

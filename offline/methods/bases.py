@@ -1,0 +1,166 @@
+"""The shared base of a layer: merged from its experts, then pruned or decomposed, and rounded as it will be stored.
+
+Where the merge wants Fisher information, experts' gradients are taken on the way, and with them what an error of each
+expert costs. A merge is made anew in every sweep that needs one: what is merged never waits on disk for a decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from d2moe_vllm.format.kinds import ROLES, Role
+from offline.algebra.factorization import svd_base
+from offline.algebra.merging import MERGES, Merge, MergeOptions
+from offline.algebra.pruning import column_scores, select_columns
+from offline.errors import InputError
+from offline.methods.layer import BASE_PART, LayerJob
+from offline.methods.options import Option
+from offline.source.sites import SELECTIONS, SITES, Site
+from offline.work.statistics import gradients
+
+Advance = Callable[[float], None]
+"""Told which share of a step is done."""
+Merged = Mapping[Role, Tensor]
+"""float32 [out, in] of every projection that gets a base, on the device."""
+SENSITIVITY_PART = "sensitivity"
+"""A layer's part that holds what a unit of each projection's squared error costs, float64 [3, experts]
+(METHODS 1.4)."""
+
+
+def merge_experts(job: LayerJob, advance: Advance) -> Merged:
+    """The layer's experts as one, the same on every process. Writes the part `sensitivity`, where gradients were
+    recorded and it is not there yet. Raises InputError where gradients overflow."""
+    group = job.work.group
+    wanted = [role for role in ROLES if any(option != "none" for option in job.options[SITES[role]])]
+    sensitivity = torch.zeros(len(ROLES), job.experts, dtype=torch.float64)
+    merges = {role: _new_merge(job, role) for role in wanted}
+    for number in range(max((merge.passes for merge in merges.values()), default=1)):
+        for merge in merges.values() if number else ():
+            merge.next_pass()
+        for expert in job.own:
+            _add_expert(job, expert, merges, sensitivity if number == 0 else None)
+            advance(1 / len(job.own))
+        for merge in merges.values():
+            group.sum(merge.state())
+    group.sum([sensitivity])
+    if not torch.isfinite(sensitivity).all():
+        raise InputError(f"layer {job.number}: gradients overflow on the calibration text; use another text")
+    recorded = job.routing.upstream is not None
+    if group.first and recorded and not job.work.has_part(job.number, SENSITIVITY_PART):
+        job.work.save_part(job.number, SENSITIVITY_PART, {"sensitivity": sensitivity})
+    group.barrier()
+    return {role: merge.result() for role, merge in merges.items()}
+
+
+def _new_merge(job: LayerJob, role: Role) -> Merge:
+    base = job.plan.recipe.base
+    out_features, in_features = job.plan.model.shape.projection(role)
+    options = MergeOptions(
+        fisher_epsilon=base.fisher_epsilon,
+        frequency_power=base.frequency_power,
+        regmean_shrinkage=base.regmean_shrinkage,
+        ties_density=base.ties_density,
+        device=job.routing.device,
+    )
+    return MERGES[base.merge](out_features, in_features, job.experts, options)
+
+
+def _add_expert(job: LayerJob, expert: int, merges: Mapping[Role, Merge], sensitivity: Tensor | None) -> None:
+    recipe, weights = job.plan.recipe, job.weights(expert)
+    needs = MERGES[recipe.base.merge]
+    fisher = None
+    if job.routing.upstream is not None and (needs.needs_fisher or sensitivity is not None):
+        found = gradients(
+            weights,
+            job.routing,
+            expert,
+            job.activation,
+            fisher=bool(merges) and needs.needs_fisher,
+            gate_weighted=recipe.delta.gate_weighted,
+        )
+        fisher = found.fisher
+        if sensitivity is not None:
+            sensitivity[:, expert] = torch.tensor([found.sensitivity[role] for role in ROLES])
+    total = int(job.tokens.sum())
+    for site, roles in SELECTIONS.items():
+        gram = job.gram(expert, weights, site) if needs.needs_gram and any(role in merges for role in roles) else None
+        for role in roles:
+            if role in merges:
+                merges[role].add(
+                    weights[role],
+                    tokens=int(job.tokens[expert]),
+                    total_tokens=total,
+                    fisher=None if fisher is None else fisher[role],
+                    gram=gram,
+                )
+
+
+def hold_bases(job: LayerJob, merged: Merged) -> None:
+    """Keeps every kind of base that is to be measured in the job's memory."""
+    _check_energy(job)
+    dtype = job.plan.torch_dtype
+    whole = {role: base.to(dtype) for role, base in merged.items()}
+    for site, roles in SELECTIONS.items():
+        for option in job.options[site]:
+            if option == "svd":
+                for role in roles:
+                    job.hold_base(option, role, *_low_rank(job, merged, role))
+            elif option != "none":
+                columns = _columns(job, merged, option, site)
+                for role in roles:
+                    job.hold_base(option, role, whole[role], columns)
+
+
+def write_base(job: LayerJob, merged: Merged) -> None:
+    """Writes the part `base`: the settled kind of base of every selection that has one, as it will be stored. Raises
+    InputError for one that is not finite."""
+    _check_energy(job)
+    if job.work.group.first:
+        tensors: dict[str, Tensor] = {}
+        for site, (option,) in job.options.items():
+            if option != "none":
+                tensors |= _stored(job, merged, option, site)
+        job.save(BASE_PART, tensors)
+    job.work.group.barrier()
+
+
+def _check_energy(job: LayerJob) -> None:
+    if not all(torch.isfinite(energy).all() for energy in job.energy.values()):
+        raise InputError(f"layer {job.number}: activations overflow float32 on the calibration text; use another")
+
+
+def _stored(job: LayerJob, merged: Merged, option: Option, site: Site) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    if option == "svd":
+        for role in SELECTIONS[site]:
+            u, v = _low_rank(job, merged, role)
+            tensors |= {f"{role}.base_u": u.cpu(), f"{role}.base_v": v.cpu()}
+        return tensors
+    columns = _columns(job, merged, option, site)
+    for role in SELECTIONS[site]:
+        stored = merged[role][:, columns.long()].to(job.plan.torch_dtype)
+        tensors |= {
+            f"{role}.base": stored.cpu(),
+            f"{role}.base_columns": columns.cpu().clone(),
+            f"{role}.base_norms": stored.float().norm(dim=0).cpu(),
+        }
+    return tensors
+
+
+def _low_rank(job: LayerJob, merged: Merged, role: Role) -> tuple[Tensor, Tensor]:
+    """base_u and base_v in the stored dtype."""
+    rank = job.plan.recipe.base_rank(job.plan.model.shape, role)
+    u, v = svd_base(merged[role], job.energy[SITES[role]], rank)
+    return u.to(job.plan.torch_dtype), v.to(job.plan.torch_dtype)
+
+
+def _columns(job: LayerJob, merged: Merged, option: Option, site: Site) -> Tensor:
+    """int32, the input columns that a pruned or full base keeps (METHODS 1.2)."""
+    base = job.plan.recipe.base
+    squares = [merged[role].double().square().sum(dim=0) for role in SELECTIONS[site]]
+    joint = torch.stack(squares).sum(dim=0).sqrt().cpu()
+    kept = base.columns(len(joint), option).kept
+    return select_columns(column_scores(joint, job.energy[site].sqrt()), kept, base.groups)

@@ -1,0 +1,95 @@
+"""What a compression's working folder holds at its worst moment, predicted from shapes.
+
+Hidden states and gradients come and go layer by layer, final tensors pile up: the worst moment is the largest sum of
+the two, so the sweeps are gone through layer by layer, as they will run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from d2moe_vllm.format.kinds import ROLES
+from offline.plan.plan import Plan
+from offline.plan.resources import FLOAT32, FLOAT64
+from offline.plan.states import States
+
+PART_BYTES = 4096
+"""Of a part's header, with names and checksums of its tensors."""
+
+
+def work_bytes(plan: Plan) -> int:
+    """Bytes on disk while running, besides the result: hidden states, gradients, and final tensors."""
+    return _measured(plan) + max(*_measuring(plan), *_writing(plan))
+
+
+def _state(plan: Plan) -> int:
+    """Hidden states of all windows, or gradients, at one layer."""
+    return FLOAT32 * plan.tokens * plan.model.shape.hidden_size
+
+
+def _record(plan: Plan, *, backwards: bool) -> int:
+    """What reaches one layer's experts, and the gradient at their output."""
+    return _state(plan) * (1 + backwards) + 2 * FLOAT32 * plan.tokens * plan.model.shape.experts_per_token
+
+
+def _measuring(plan: Plan) -> Iterator[int]:
+    """What lies there during the first sweep."""
+    yield 0
+    if plan.measures:
+        yield from _backwards(plan, 0, keep=plan.needs_fisher)
+    elif not plan.settled:
+        states = len(States(plan.model.num_layers).start) + 1 if plan.needs_fisher else 2
+        yield states * _state(plan) + _record(plan, backwards=False)
+
+
+def _writing(plan: Plan) -> Iterator[int]:
+    """What lies there while bases are merged, where that is a sweep of its own, and while tensors are written."""
+    final, chosen = _final(plan), plan.problem.shape.layers
+    each = final // len(chosen)
+    if plan.needs_fisher and not plan.follows:
+        yield from _backwards(plan, each, keep=False)
+        return
+    merged = FLOAT32 * plan.model.shape.expert_parameters if plan.merges_apart else 0
+    if merged:
+        yield from _backwards(plan, merged, keep=False)
+    for number in range(len(chosen)):
+        arrays = 2 * _state(plan) + _record(plan, backwards=False)
+        yield arrays + (number + 1) * each + (len(chosen) - number) * merged
+
+
+def _backwards(plan: Plan, part: int, *, keep: bool) -> Iterator[int]:
+    """A sweep backwards that leaves `part` bytes of every MoE layer; keep: states and the head's gradient stay."""
+    layers, chosen = plan.model.num_layers, plan.problem.shape.layers
+    states, state, written = States(layers), _state(plan), 0
+    yield (len(states.start) + 1) * state
+    for layer in range(layers - 1, chosen[0] - 1, -1):
+        kept = sum(states.is_kept(above) for above in range(layer + 1, layers)) if keep else 0
+        gradients = 1 + (layer > chosen[0]) + (keep and layer + 1 < layers)
+        arrays = (len(states.there(layer)) + kept + gradients) * state
+        if layer in chosen:
+            written += part
+            arrays += _record(plan, backwards=True)
+        yield arrays + written
+
+
+def _final(plan: Plan) -> int:
+    """The final tensors, in their parts, and what is there of one layer only while it is written."""
+    config, shape = plan.config, plan.model.shape
+    tensors = [one for layer in config.layers for one in config.stored(layer).values() if one.name != "dense"]
+    size = sum(one.spec.nbytes for one in tensors)
+    if not plan.settled:  # calibration decides how far the budget is used up
+        size += max(int((1 - plan.recipe.ratio) * config.source.bytes) - plan.budget.nbytes, 0)
+    size += len(config.layers) * (shape.num_experts + 4) * PART_BYTES
+    if plan.recipe.delta.joint:
+        size += sum(FLOAT64 * max(plan.caps.values()) * shape.projection(role)[1] for role in ROLES)
+    return size
+
+
+def _measured(plan: Plan) -> int:
+    """What settling needs, which stays to the end."""
+    layers, experts = len(plan.model.shape.layers), plan.model.shape.num_experts
+    if not plan.measures:
+        return layers * PART_BYTES
+    multiple, first = plan.problem.rank_multiple, plan.problem.shape.layers[0]
+    steps = sum(-(-plan.caps[first, role] // multiple) + 2 for role in ROLES)
+    return layers * experts * (PART_BYTES + FLOAT64 * steps * len(plan.problem.options))

@@ -1,0 +1,168 @@
+"""The two sweeps of a compression: what lies in the working folder meanwhile, what is done twice, and how far a run
+says that it is, with a model of enough layers that hidden states are computed anew."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from compression import d2moe_here
+from families import write_family
+from hostile import Disk, digests, refused
+from rich.console import Console
+
+from offline.io.progress import Steps
+from offline.plan.disk import work_bytes
+from offline.plan.make import make_plan
+from offline.plan.plan import Plan
+from offline.plan.recipe import Recipe
+from offline.plan.resources import total_work
+from offline.plan.states import States
+from offline.run.calibration import compress_layers
+from offline.source.dense import open_dense
+from offline.work.workdir import WorkDir
+
+LAYERS, WINDOWS, LENGTH = 9, 32, 64
+TOKENS = torch.randint(0, 256, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "pruned": {"base": {"kind": "semi-dynamic"}},
+    "uniform": {"allocation": "uniform"},
+    "no base": {"base": {"kind": "none"}},
+    "mean": {"base": {"merge": "mean", "kind": "static"}},
+    "shared": {"base": {"kind": "svd"}, "delta": {"share_v": True, "distinct_u": 2}},
+    "trimmed": {"allocation": "uniform", "delta": {"trim": 1}},
+    "follows": {"base": {"kind": "static"}, "calibration": {"inputs": "compressed"}},
+    "follows, uniform": {"allocation": "uniform", "calibration": {"inputs": "compressed"}},
+    "moe-svd": {"method": "moe-svd"},
+    "mobe": {"method": "mobe", "mobe": {"max_steps": 3, "bases": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deep") / "deep"
+    return write_family(folder, "mixtral", num_hidden_layers=LAYERS)
+
+
+def planned(deep: Path, recipe: dict[str, Any]) -> Plan:
+    settings = {"ratio": 0.12, "calibration": {"windows": WINDOWS, "seq_len": LENGTH}, **recipe}
+    settings["calibration"] = {"windows": WINDOWS, "seq_len": LENGTH, **recipe.get("calibration", {})}
+    return make_plan(open_dense(str(deep)), Recipe.model_validate(settings))
+
+
+class Counted(Steps):
+    """Notes what was advanced, and what was skipped to get to where the plan had been."""
+
+    def __init__(self, total: float) -> None:
+        super().__init__(total, Console(file=StringIO()))
+        self.advanced = self.skipped = 0.0
+
+    def advance(self, work: float) -> None:
+        self.advanced += work
+        super().advance(work)
+
+    def skip(self, work: float, note: str = "") -> None:
+        self.skipped += work
+        super().skip(work, note)
+
+
+class Watched(WorkDir):
+    """Notes how much lies there at its fullest."""
+
+    peak = 0
+
+    def look(self) -> None:
+        self.peak = max(self.peak, self.nbytes())
+
+    def publish(self, *arguments: Any) -> None:
+        super().publish(*arguments)
+        self.look()
+
+    def create(self, *arguments: Any) -> Any:
+        array = super().create(*arguments)
+        self.look()
+        return array
+
+    def save_part(self, *arguments: Any) -> None:
+        super().save_part(*arguments)
+        self.look()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_disk_and_progress_are_what_was_planned(name: str, deep: Path, tmp_path: Path) -> None:
+    plan = planned(deep, RECIPES[name])
+    work, steps = Watched(tmp_path / "work", {}), Counted(total_work(plan))
+    settled = compress_layers(plan, TOKENS, work, steps, torch.device("cpu"))
+    work.close()
+    assert settled.settled
+    assert 0.8 * work_bytes(plan) < work.peak <= work_bytes(plan), (work.peak, work_bytes(plan))
+    assert steps.advanced == pytest.approx(total_work(plan), rel=1e-6)
+    # These experts share nothing: where it need not be, no base is made.
+    spared = plan.needs_fisher and not settled.needs_fisher
+    assert spared == (name == "default")
+    assert steps.skipped <= (0.35 if spared else 1e-6) * total_work(plan), steps.skipped / total_work(plan)
+    left = {path.name for path in (tmp_path / "work").glob("*.rows")}
+    assert not left, left
+
+
+def test_what_lies_there_in_the_end_is_what_is_stored(deep: Path, tmp_path: Path) -> None:
+    """Besides a few kilobytes for each projection: no other kind of base, no higher rank."""
+    plan = planned(deep, {})
+    work = WorkDir(tmp_path / "work", {})
+    with Steps(1, Console(file=StringIO())) as steps:
+        settled = compress_layers(plan, TOKENS, work, steps, torch.device("cpu"))
+    names = {path.stem for path in (tmp_path / "work" / "layers").glob("*/*.safetensors")}
+    experts = {f"{expert:05d}" for expert in range(4)}
+    small = {f"measured-{expert}" for expert in experts} | {"measured", "measured-done", "written-done", "facts"}
+    assert names <= experts | small | {"sensitivity", "base"}
+    stored = {name: spec.nbytes for name, spec in settled.config.expert_tensors().items()}
+    found = sum(
+        tensor.nbytes
+        for layer in settled.config.layers
+        for part in (*sorted(experts), "base")
+        if work.has_part(layer, part)
+        for key, tensor in work.load_part(layer, part).items()
+        if not key.endswith((".error", ".energy"))
+    )
+    work.close()
+    assert found == sum(stored.values())
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 9, 27, 32, 61])
+def test_states_are_few_and_each_layer_finds_its_own(layers: int) -> None:
+    states = States(layers)
+    assert max(len(states.there(layer)) for layer in range(layers)) <= 2 * layers**0.5 + 1
+    assert len(states.start) <= 2 * layers**0.5 + 2
+    for layer in range(layers):
+        assert layer in states.there(layer)
+    assert states.recomputed(first=True) <= states.recomputed(first=False) < layers
+    assert 0 in states.start
+    assert layers in states.start
+
+
+@pytest.mark.parametrize("name", ["default", pytest.param("follows", marks=pytest.mark.slow),
+                                  pytest.param("trimmed", marks=pytest.mark.slow),
+                                  pytest.param("shared", marks=pytest.mark.slow)])  # fmt: skip
+def test_broken_off_in_every_sweep_it_ends_in_the_same_bytes(
+    name: str, deep: Path, few_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time further along than before, on the way through nine layers, down, up again and down."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"ratio": 0.12, **RECIPES[name]}))
+    given = ("--recipe", tmp_path / "recipe.yaml", "--calibration", few_words, "--windows", "4", "--seq-len", "32")
+    disk = Disk(monkeypatch)
+    assert d2moe_here("compress", deep, tmp_path / "whole", *given).returncode == 0
+    out, breaks = tmp_path / "out", 0
+    while breaks < 40:
+        disk.fill(at=37)
+        done = d2moe_here("compress", deep, out, *given)
+        if not done.returncode:
+            break
+        refused(done, "No space left")
+        breaks += 1
+    assert 4 <= breaks < 40
+    assert digests(out) == digests(tmp_path / "whole")
