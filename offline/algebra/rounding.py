@@ -123,7 +123,7 @@ def round_matrices(
         if feedback is not None and stop < inputs:
             # Matrix by matrix: a product's last bits may depend on how many rows it has.
             for part, rest in zip(lost.split(parts), left[:, stop:].split(parts), strict=True):
-                rest -= part @ feedback[start:stop, stop:]
+                rest.sub_(part @ feedback[start:stop, stop:])
     return [
         Rounded(code, scale, number, group_size, damping)
         for code, scale, number in zip(codes.split(parts), scales.split(parts), bits, strict=True)
