@@ -40,13 +40,18 @@ class Way(NamedTuple):
 class LayerCosts:
     """What a layer may do, as expected loss in nats over the calibration text.
 
-    channels: float64 [experts, intermediate], of a channel that is dropped; halves: by the halves of the format, each
-    way that may be taken -> float64 [experts, intermediate], what the channel's part of the half loses when it stays:
-    its rows of gate and up, its column of down.
+    channels: float64 [experts, intermediate], of a channel that is dropped. losses: by the halves of the format, each
+    way that may be taken -> float64 [experts], what the expert's half loses with all its channels. shares: by half,
+    float64 [experts, intermediate], how that is spread over the channels, whose sum over an expert's is 1.
     """
 
     channels: Tensor
-    halves: Mapping[str, Mapping[Way, Tensor]]
+    losses: Mapping[str, Mapping[Way, Tensor]]
+    shares: Mapping[str, Tensor]
+
+    def stays(self, half: str, way: Way) -> Tensor:
+        """What the channels' part of a half loses where they stay, float64 [experts, intermediate]."""
+        return self.losses[half][way][:, None] * self.shares[half]
 
 
 class Settled(NamedTuple):
@@ -125,12 +130,19 @@ class _Layer:
 
     def __init__(self, costs: LayerCosts, sizes: Sizes) -> None:
         self.costs, self.sizes = costs, sizes
-        if set(costs.halves) != set(HALVES) or not all(costs.halves.values()):
+        if set(costs.losses) != set(HALVES) or not all(costs.losses.values()):
             raise ValueError(f"a layer needs ways for each of {', '.join(HALVES)}")
         shape = (sizes.experts, sizes.intermediate)
-        for found in (costs.channels, *(one for half in costs.halves.values() for one in half.values())):
-            if found.shape != shape or not bool(torch.isfinite(found).all()):
-                raise ValueError(f"costs are finite and [experts, intermediate], which is {list(shape)}")
+        shaped = [costs.channels.shape == shape]
+        for half, ways in costs.losses.items():
+            shaped += [costs.shares[half].shape == shape, *(one.shape == shape[:1] for one in ways.values())]
+        given = [
+            costs.channels,
+            *costs.shares.values(),
+            *(one for ways in costs.losses.values() for one in ways.values()),
+        ]
+        if not all(shaped) or not all(bool(torch.isfinite(one).all()) for one in given):
+            raise ValueError(f"costs are finite and of {shape[0]} experts with {shape[1]} channels")
         self.worth = [self._worth(half) for half in HALVES]
         self.dropped = float(costs.channels.sum())
         pairs: list[Ways] = [(one, other) for one in self.worth[0] for other in self.worth[1]]
@@ -144,11 +156,11 @@ class _Layer:
         def standing(way: Way) -> tuple[int, float]:
             every = self.sizes.intermediate
             own = self.sizes.experts * self.sizes.matrices(half, way.delta, every)
-            return own + self.sizes.base(half, way.base, every), float(self.costs.halves[half][way].sum())
+            return own + self.sizes.base(half, way.base, every), float(self.costs.losses[half][way].sum())
 
         found: list[Way] = []
         least = math.inf
-        for way in sorted(self.costs.halves[half], key=standing):
+        for way in sorted(self.costs.losses[half], key=standing):
             loss = standing(way)[1]
             if loss < least:
                 found.append(way)
@@ -160,7 +172,7 @@ class _Layer:
 
     def saved(self, pair: Ways) -> Tensor:
         """By channels that stay: what dropping them would lose, less what they lose then."""
-        first, second = (self.costs.halves[half][way] for half, way in zip(HALVES, pair, strict=True))
+        first, second = (self.costs.stays(half, way) for half, way in zip(HALVES, pair, strict=True))
         return self.costs.channels - first - second
 
     def settled(self, pair: Ways, kept: Tensor) -> Settled:
@@ -180,12 +192,14 @@ class _Layer:
     def buy(self, price: float) -> tuple[Ways, Settled]:
         """The first of the best pairs, found by bytes on average, and the best channels with it."""
         best: tuple[float, Ways] | None = None
+        second = self.costs.shares["w2"]
         for one in self.worth[0]:
-            rest = self.costs.channels - self.costs.halves["w13"][one]
+            rest = self.costs.channels - self.costs.stays("w13", one)
             for other in self.worth[1]:
                 pair = one, other
                 own, base = self.per_channel[pair]
-                gain = (rest - self.costs.halves["w2"][other]).sub_(price * own).clamp_(min=0)
+                gain = rest.addcmul(second, self.costs.losses["w2"][other][:, None], value=-1)
+                gain = gain.sub_(price * own).clamp_(min=0)
                 saved = float((gain.sum(dim=0) - price * base).clamp_(min=0).sum() if base else gain.sum())
                 every = self.every[pair]
                 total = min(self.dropped - saved + price * self.sizes.masks, every.loss + price * every.nbytes)
@@ -213,10 +227,11 @@ def settle(layers: Sequence[LayerCosts], sizes: Sizes, room: int) -> list[Settle
     The price is found by bisection. Where a layer changes its ways at that price, more bytes are asked for at once than
     there are: then all ways that are next to it are tried, each with the channels of its own price. What is left is
     spent channel by channel. Equal choices fall to the first, so the answer is a function of the arguments.
-    Raises ValueError where costs have another shape or are not finite, and where `room` is negative.
+    Raises ValueError where costs have another shape or are not finite, and where not even layers without any channel
+    fit into `room`.
     """
-    if room < 0:
-        raise ValueError(f"a room of {room} bytes")
+    if room < (least := len(layers) * sizes.masks):
+        raise ValueError(f"{room} bytes hold no channel sets; {least} are the least")
     market = [_Layer(costs, sizes) for costs in layers]
     highest = max(float(costs.channels.sum()) for costs in layers) * 2 + 1e-30
     low, high = math.log(highest * LOWEST), math.log(highest)
@@ -262,7 +277,32 @@ def _with_ways(market: Sequence[_Layer], pairs: Sequence[Ways], room: int) -> li
             found, high = attempt, middle
         else:
             low = middle
-    return _fill(market, pairs, found, room)
+    return _fill(market, *_upgrade(market, list(pairs), found, room), room)
+
+
+def _upgrade(
+    market: Sequence[_Layer], pairs: list[Ways], found: list[Settled], room: int
+) -> tuple[list[Ways], list[Settled]]:
+    """Spends what is left on better ways for the channels that stay, those first that save most for a byte."""
+    left = room - sum(one.nbytes for one in found)
+    while True:
+        best: tuple[float, int, Ways, Settled] | None = None
+        for number, (layer, one) in enumerate(zip(market, found, strict=True)):
+            for pair in layer.per_channel if bool(one.kept.any()) else ():
+                if layer.every[pair].nbytes <= layer.every[pairs[number]].nbytes:
+                    continue
+                more = layer.sizes.layer(layer.named(pair), one.kept) - one.nbytes
+                if not 0 < more <= left:
+                    continue
+                better = layer.settled(pair, one.kept)
+                rate = (one.loss - better.loss) / more
+                if rate > 0 and (best is None or rate > best[0]):
+                    best = rate, number, pair, better
+        if best is None:
+            return pairs, found
+        _, number, pairs[number], better = best
+        left -= better.nbytes - found[number].nbytes
+        found[number] = better
 
 
 def _fill(market: Sequence[_Layer], pairs: Sequence[Ways], found: list[Settled], room: int) -> list[Settled]:
