@@ -22,6 +22,8 @@ from d2moe_vllm.format.kinds import GROUP_SIZE, HALVES, Dtype, storage_tensors
 
 HALVINGS = 40
 """Of the logarithm of the price."""
+UNSEEN = 1e-3
+"""Of what a layer's mean expert costs, the least that any is taken to cost."""
 FILLED = 256
 """Purchases of single channels that are tried at the end."""
 LOWEST = 1e-12
@@ -52,6 +54,21 @@ class LayerCosts:
     def stays(self, half: str, way: Way) -> Tensor:
         """What the channels' part of a half loses where they stay, float64 [experts, intermediate]."""
         return self.losses[half][way][:, None] * self.shares[half]
+
+    def floored(self, share: float = UNSEEN) -> LayerCosts:
+        """The same, where every expert costs at least a share of the layer's mean expert, spread evenly.
+
+        An expert that the calibration text does not reach costs nothing by measure, and would be the first to go, also
+        where there is room for all; other texts reach it.
+        """
+        size = self.channels.shape[1]
+        least = share * float(self.channels.sum(dim=1).mean()) / size
+
+        def floor(losses: Tensor) -> Tensor:
+            return losses.clamp(min=share * float(losses.mean()))
+
+        losses = {half: {way: floor(one) for way, one in ways.items()} for half, ways in self.losses.items()}
+        return LayerCosts(self.channels.clamp(min=least), losses, self.shares)
 
 
 class Settled(NamedTuple):
@@ -318,7 +335,7 @@ def _fill(market: Sequence[_Layer], pairs: Sequence[Ways], found: list[Settled],
             channels = open_[expert].nonzero().flatten()
             gains = gain[expert, channels].sort(descending=True).values
             sums = gains[: len(gains) // multiple * multiple].view(-1, multiple).sum(dim=1)
-            offers += [(-value / max(own, 1e-9), number, expert) for value in sums.tolist()]
+            offers += [(-value / max(own, 1e-9), number, expert) for value in sums[:FILLED].tolist()]
     offers.sort()
     refused = set()
     for _, number, expert in offers[:FILLED]:

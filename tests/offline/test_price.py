@@ -145,6 +145,20 @@ def test_a_base_keeps_what_any_expert_keeps_and_is_paid_for_together() -> None:
     assert found.kept[:, 32:].any()
 
 
+def test_experts_that_no_token_reached_stay_while_there_is_room() -> None:
+    sizes = Sizes(experts=4, hidden=64, intermediate=64)
+    [costs] = layers(sizes, 1)
+    costs = LayerCosts(torch.full_like(costs.channels, float(costs.channels.mean())), costs.losses, costs.shares)
+    for one in (costs.channels, *costs.losses["w13"].values(), *costs.losses["w2"].values()):
+        one[2] = 0
+    half = sizes.whole // 2
+    assert not settle([costs], sizes, half)[0].kept[2].any()
+    [found] = settle([costs.floored()], sizes, int(half * 1.1))
+    assert found.kept.all()
+    [found] = settle([costs.floored()], sizes, half // 10)
+    assert int(found.kept[2].sum()) * 4 < int(found.kept[0].sum())
+
+
 def test_what_it_refuses() -> None:
     sizes = Sizes(experts=2, hidden=64, intermediate=16)
     [costs] = layers(sizes, 1)
