@@ -68,15 +68,14 @@ def round_matrix(
     *,
     group_size: int = GROUP_SIZE,
     dtype: torch.dtype = torch.bfloat16,
-    by_size: bool = False,
 ) -> Rounded:
     """The matrix in codes of `bits` bits, with a scale in `dtype` for every `group_size` inputs of a row.
 
     weight: float32 [out, in]; gram: second moment of the inputs, [in, in], symmetric, positive semi-definite, any
-    scale; None rounds to nearest, every column alone; by_size: see `round_matrices`. Raises ValueError for other bits
-    and for group sizes that do not divide BLOCK.
+    scale; None rounds to nearest, every column alone. Raises ValueError for other bits and for group sizes that do not
+    divide BLOCK.
     """
-    return round_matrices([weight], gram, [bits], group_size=group_size, dtype=dtype, by_size=by_size)[0]
+    return round_matrices([weight], gram, [bits], group_size=group_size, dtype=dtype)[0]
 
 
 def round_matrices(
@@ -86,15 +85,12 @@ def round_matrices(
     *,
     group_size: int = GROUP_SIZE,
     dtype: torch.dtype = torch.bfloat16,
-    by_size: bool = False,
 ) -> list[Rounded]:
     """Several matrices that read the same inputs, each to its own bits, in one pass over the columns.
 
     weights: float32 [out_i, in]; bits: one for each of them; all else as for `round_matrix`, whose answers these are to
     the bit. One factorization serves them all, and on small matrices, where what takes time is the loop, they take as
-    long as one. by_size: columns are taken by falling mean square of what they read, so that those which matter most
-    are rounded while all others can still make up for them; scales are then chosen beforehand, for groups of columns
-    as they are stored (not without `gram`). Raises ValueError as `round_matrix` does.
+    long as one. Raises ValueError as `round_matrix` does.
     """
     if not set(bits) <= LEVELS.keys() or BLOCK % group_size:
         raise ValueError(
@@ -105,30 +101,17 @@ def round_matrices(
     rows, inputs = left.shape
     parts = [len(weight) for weight in weights]
     levels = _Rows.of(bits, parts, left.device)
-    order = torch.arange(inputs, device=left.device)
-    if by_size and gram is not None:
-        order = gram.diagonal().argsort(descending=True, stable=True)
-        gram = gram[order][:, order]
-    else:
-        by_size = False
     importance, feedback, damping = _feedback(gram, left)
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     scales = torch.empty(rows, -(-inputs // group_size), dtype=dtype, device=left.device)
-    if by_size:
-        stored = torch.empty_like(importance).index_copy_(0, order, importance)
-        for group, columns in enumerate(torch.arange(inputs, device=left.device).split(group_size)):
-            scales[:, group] = best_scales(left[:, columns], stored[columns], levels, dtype)
-        left = left[:, order]
-    groups = (order // group_size).tolist()
     for start in range(0, inputs, BLOCK):
         stop = min(start + BLOCK, inputs)
         lost = torch.zeros(rows, stop - start, device=left.device)
         for column in range(start, stop):
-            group = groups[column]
-            if not by_size and column % group_size == 0:
+            group = column // group_size
+            if column % group_size == 0:
                 end = min(column + group_size, inputs)
                 scales[:, group] = best_scales(left[:, column:end], importance[column:end], levels, dtype)
-            if by_size or column % group_size == 0:
                 scale = scales[:, group, None].float()
             code = _nearest(left[:, column, None], scale, levels)
             codes[:, column] = code[:, 0].to(torch.uint8)
@@ -141,7 +124,6 @@ def round_matrices(
             # Matrix by matrix: a product's last bits may depend on how many rows it has.
             for part, rest in zip(lost.split(parts), left[:, stop:].split(parts), strict=True):
                 rest.sub_(part @ feedback[start:stop, stop:])
-    codes = torch.empty_like(codes).index_copy_(1, order, codes)
     return [
         Rounded(code, scale, number, group_size, damping)
         for code, scale, number in zip(codes.split(parts), scales.split(parts), bits, strict=True)

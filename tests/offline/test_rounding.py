@@ -110,33 +110,19 @@ def test_blocks_are_a_matter_of_speed(problem: tuple[Tensor, Tensor], monkeypatc
     assert (round_matrix(weight, gram, 3).dense() - blocked).abs().gt(1e-5).double().mean() < 0.01
 
 
-@pytest.mark.parametrize("by_size", [False, True])
-def test_several_at_once_are_what_each_alone_is(by_size: bool, problem: tuple[Tensor, Tensor]) -> None:
-    """To the bit, whatever their rows and bits; a sample of rows too, but for a product's last bits."""
+def test_several_at_once_are_what_each_alone_is(problem: tuple[Tensor, Tensor]) -> None:
+    """To the bit, whatever their rows and bits."""
     weight, gram = problem
     weights, bits = [weight, weight[:1] * 3, weight[5:12], weight, weight.flip(0)], [2, 8, 3, 4, 2]
     for moment in (gram, None):
-        found = round_matrices(weights, moment, bits, by_size=by_size)
+        found = round_matrices(weights, moment, bits)
         for one, own, number in zip(found, weights, bits, strict=True):
-            alone = round_matrix(own, moment, number, by_size=by_size)
+            alone = round_matrix(own, moment, number)
             assert torch.equal(one.codes, alone.codes)
             assert torch.equal(one.scales, alone.scales)
             assert (one.bits, one.damping) == (number, alone.damping)
     with pytest.raises(ValueError, match="2 5 bits"):
         round_matrices([weight, weight], gram, [2, 5])
-
-
-@pytest.mark.parametrize("bits", [3, 2])
-def test_by_size_is_another_order_of_the_same_columns(bits: int, problem: tuple[Tensor, Tensor]) -> None:
-    """As the matrix and moment in that order would be rounded, where a scale is a row's."""
-    weight, gram = problem[0][:, :BLOCK], problem[1][:BLOCK, :BLOCK].clone()
-    loud = torch.linspace(0.2, 3, BLOCK)[torch.randperm(BLOCK, generator=torch.Generator().manual_seed(2))]
-    gram = gram * loud * loud[:, None]
-    order = gram.diagonal().argsort(descending=True)
-    found = round_matrix(weight, gram, bits, group_size=BLOCK, by_size=True).dense()
-    other = round_matrix(weight[:, order], gram[order][:, order], bits, group_size=BLOCK).dense()
-    assert (found[:, order] - other).abs().gt(1e-5).double().mean() < 0.02
-    assert error(weight, found, gram) < error(weight, round_matrix(weight, gram, bits, group_size=BLOCK).dense(), gram)
 
 
 @pytest.mark.parametrize("bits", LEVELS)
