@@ -6,7 +6,7 @@ half-integers at 3 and 2, where a level at zero would waste one of few.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,33 +75,74 @@ def round_matrix(
     scale; None rounds to nearest, every column alone. Raises ValueError for other bits and for group sizes that do not
     divide BLOCK.
     """
-    if bits not in LEVELS or BLOCK % group_size:
+    return round_matrices([weight], gram, [bits], group_size=group_size, dtype=dtype)[0]
+
+
+def round_matrices(
+    weights: Sequence[Tensor],
+    gram: Tensor | None,
+    bits: Sequence[int],
+    *,
+    group_size: int = GROUP_SIZE,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Rounded]:
+    """Several matrices that read the same inputs, each to its own bits, in one pass over the columns.
+
+    weights: float32 [out_i, in]; bits: one for each of them; all else as for `round_matrix`, whose answers these are to
+    the bit. One factorization serves them all, and on small matrices, where what takes time is the loop, they take as
+    long as one. Raises ValueError as `round_matrix` does.
+    """
+    if not set(bits) <= LEVELS.keys() or BLOCK % group_size:
         raise ValueError(
-            f"{bits} bits in groups of {group_size}: only {list(LEVELS)} bits, in groups that divide {BLOCK}"
+            f"{' '.join(map(str, bits))} bits in groups of {group_size}: only {list(LEVELS)} bits, in groups that "
+            f"divide {BLOCK}"
         )
-    inputs = weight.shape[1]
-    importance, feedback, damping = _feedback(gram, weight)
-    left = weight.float().clone()
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(weight.shape[0], -(-inputs // group_size), dtype=dtype, device=weight.device)
+    left = torch.cat([weight.float() for weight in weights])
+    rows, inputs = left.shape
+    parts = [len(weight) for weight in weights]
+    levels = _Rows.of(bits, parts, left.device)
+    importance, feedback, damping = _feedback(gram, left)
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+    scales = torch.empty(rows, -(-inputs // group_size), dtype=dtype, device=left.device)
     for start in range(0, inputs, BLOCK):
         stop = min(start + BLOCK, inputs)
-        lost = torch.zeros(weight.shape[0], stop - start, device=weight.device)
+        lost = torch.zeros(rows, stop - start, device=left.device)
         for column in range(start, stop):
             group = column // group_size
             if column % group_size == 0:
                 end = min(column + group_size, inputs)
-                scales[:, group] = best_scales(left[:, column:end], importance[column:end], bits, dtype)
-            codes[:, column] = _nearest(left[:, column], scales[:, group].float(), bits)
+                scales[:, group] = best_scales(left[:, column:end], importance[column:end], levels, dtype)
+                scale = scales[:, group, None].float()
+            code = _nearest(left[:, column, None], scale, levels)
+            codes[:, column] = code[:, 0].to(torch.uint8)
             if feedback is None:
                 continue
-            rounded = (codes[:, column].float() - LEVELS[bits].zero) * scales[:, group].float()
-            error = (left[:, column] - rounded) / feedback[column, column]
-            left[:, column:stop] -= error[:, None] * feedback[column, column:stop]
-            lost[:, column - start] = error
-        if feedback is not None:
-            left[:, stop:] -= lost @ feedback[start:stop, stop:]
-    return Rounded(codes, scales, bits, group_size, damping)
+            error = (left[:, column, None] - (code - levels.zero) * scale) / feedback[column, column]
+            left[:, column:stop] -= error * feedback[column, column:stop]
+            lost[:, column - start] = error[:, 0]
+        if feedback is not None and stop < inputs:
+            # Matrix by matrix: a product's last bits may depend on how many rows it has.
+            for part, rest in zip(lost.split(parts), left[:, stop:].split(parts), strict=True):
+                rest.sub_(part @ feedback[start:stop, stop:])
+    return [
+        Rounded(code, scale, number, group_size, damping)
+        for code, scale, number in zip(codes.split(parts), scales.split(parts), bits, strict=True)
+    ]
+
+
+class _Rows(NamedTuple):
+    """Levels row by row, float32 [rows, 1] each."""
+
+    zero: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    @classmethod
+    def of(cls, bits: Sequence[int], rows: Sequence[int], device: torch.device) -> _Rows:
+        """rows: of the matrix with these bits."""
+        repeats = torch.tensor(rows)
+        columns = [torch.tensor([LEVELS[one][field] for one in bits]) for field in range(3)]
+        return cls(*(column.float().repeat_interleave(repeats)[:, None].to(device) for column in columns))
 
 
 def _feedback(gram: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None, float]:
@@ -122,25 +163,26 @@ def _feedback(gram: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | Non
         damping *= 10
 
 
-def best_scales(weight: Tensor, importance: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def best_scales(weight: Tensor, importance: Tensor, levels: _Rows, dtype: torch.dtype) -> Tensor:
     """Of every row the scale, among CANDIDATES, that leaves the least squared error, weighed by `importance`.
 
     weight: float32 [out, group]; importance: float32 [group]. Rounded to `dtype` before levels are chosen; 0 for a row
     that is all zero, or too small for `dtype`. Returns [out].
     """
-    whole = weight.abs().amax(dim=1) / LEVELS[bits].largest
+    whole = weight.abs().amax(dim=1, keepdim=True) / (levels.highest - levels.zero)
     best, least = torch.zeros_like(whole), torch.full_like(whole, torch.inf)
     for share in torch.linspace(1, SMALLEST, CANDIDATES).tolist():
         scales = (whole * share).to(dtype).float()
-        rounded = (_nearest(weight, scales[:, None], bits).float() - LEVELS[bits].zero) * scales[:, None]
-        error = (weight - rounded).square() @ importance
+        rounded = (_nearest(weight, scales, levels) - levels.zero) * scales
+        # A sum along each row, not a product with a vector, whose last bits may depend on how many rows there are.
+        error = (weight - rounded).square_().mul_(importance).sum(dim=1, keepdim=True)
         better = error < least
         best, least = torch.where(better, scales, best), torch.where(better, error, least)
-    return best.to(dtype)
+    return best[:, 0].to(dtype)
 
 
-def _nearest(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """uint8, of the shape of `weight`; where a scale is 0 any code stands for 0, and the middle one is taken."""
-    zero, lowest, highest = LEVELS[bits]
-    places = torch.where(scales > 0, weight / scales.clamp(min=torch.finfo(torch.float32).tiny), 0) + zero
-    return places.round().clamp(lowest, highest).to(torch.uint8)
+def _nearest(weight: Tensor, scales: Tensor, levels: _Rows) -> Tensor:
+    """Codes as float32, of the shape of `weight` [out, n]; scales: float32 [out, 1]. Where a scale is 0 any code stands
+    for 0, and the middle one is taken."""
+    places = torch.where(scales > 0, weight / scales.clamp(min=torch.finfo(torch.float32).tiny), 0) + levels.zero
+    return places.round_().clamp_(levels.lowest, levels.highest)

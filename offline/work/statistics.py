@@ -153,10 +153,12 @@ class Gradients:
     fisher[role]: float32 [out, in], F = (Δ∘Δ)ᵀ (x∘x), squared per position, so that the result does not depend on
     how windows are batched (METHODS 1.1); None where not asked for. sensitivity[role]: what a unit of squared error
     at the projection's output costs, sum over tokens of |Δ|² / out, Δ before the gate where Grams carry the gate.
+    rows[role]: float64 [out], the same output by output, sum over tokens of Δ².
     """
 
     fisher: dict[Role, Tensor] | None
     sensitivity: dict[Role, float]
+    rows: dict[Role, Tensor]
 
 
 @torch.no_grad()
@@ -170,6 +172,7 @@ def gradients(
     if fisher:
         total = {role: torch.zeros(weights[role].shape, device=routing.device) for role in ROLES}
     sums: dict[Role, float] = dict.fromkeys(ROLES, 0.0)
+    rows = {role: torch.zeros(len(weights[role]), dtype=torch.float64, device=routing.device) for role in ROLES}
     for token, x, gates in routing.batches(expert):
         upstream = routing.upstream.read(token).to(routing.device)
         gate, up = linear(x, weights["gate"].float()), linear(x, weights["up"].float())
@@ -184,10 +187,12 @@ def gradients(
         for role in ROLES:
             squares = outputs[role].square_()
             gated = squares * gates.square()
-            sums[role] += float((squares if gate_weighted else gated).sum(dtype=torch.float64)) / squares.shape[1]
+            counted = squares if gate_weighted else gated
+            sums[role] += float(counted.sum(dtype=torch.float64)) / squares.shape[1]
+            rows[role] += counted.sum(dim=0, dtype=torch.float64)
             if fisher:
                 total[role].addmm_(gated.T, inputs[role].square())
-    return Gradients(total if fisher else None, sums)
+    return Gradients(total if fisher else None, sums, rows)
 
 
 @torch.no_grad()
@@ -220,6 +225,30 @@ def mean_gram(
         total.addmm_(rows.T, rows)
         count += len(token)
     return total.div_(max(count, 1))
+
+
+@torch.no_grad()
+def output_moments(
+    weights: Weights, stored: Weights, routing: Routing, expert: int, activation: Activation, *, gate_weighted: bool
+) -> tuple[Tensor, Tensor]:
+    """What one expert's channels have become, and how what it gave goes with them: mean h' h'ᵀ, float32 [kept, kept],
+    and mean y h'ᵀ, float32 [hidden, kept], for `refit_outputs`; tokens weighted by their squared gate if so asked.
+
+    weights: the dense expert, which gives y; stored: gate and up as they will be stored, [kept, hidden] each, which
+    make h'. Zero where no token was routed to it.
+    """
+    kept, hidden = stored["gate"].shape
+    moment = torch.zeros(kept, kept, device=routing.device)
+    cross = torch.zeros(hidden, kept, device=routing.device)
+    count = 0
+    for _, x, gates in routing.batches(expert):
+        given, become = linear(_middle(weights, x, activation), weights["down"].float()), _middle(stored, x, activation)
+        if gate_weighted:
+            given, become = given * gates, become * gates
+        moment.addmm_(become.T, become)
+        cross.addmm_(given.T, become)
+        count += len(x)
+    return moment.div_(max(count, 1)), cross.div_(max(count, 1))
 
 
 def _middle(weights: Weights, x: Tensor, activation: Activation) -> Tensor:

@@ -11,7 +11,7 @@ from compression import TINY, d2moe_here
 from safetensors.torch import load_file
 from torch import Tensor
 
-from offline.algebra.rounding import BLOCK, DAMPING, LEVELS, round_matrix
+from offline.algebra.rounding import BLOCK, DAMPING, LEVELS, round_matrices, round_matrix
 
 OUT, IN, GROUP = 24, 200, 64
 STAND_FOR = {
@@ -108,6 +108,21 @@ def test_blocks_are_a_matter_of_speed(problem: tuple[Tensor, Tensor], monkeypatc
     blocked = round_matrix(weight, gram, 3).dense()
     monkeypatch.setattr("offline.algebra.rounding.BLOCK", 2 * BLOCK)
     assert (round_matrix(weight, gram, 3).dense() - blocked).abs().gt(1e-5).double().mean() < 0.01
+
+
+def test_several_at_once_are_what_each_alone_is(problem: tuple[Tensor, Tensor]) -> None:
+    """To the bit, whatever their rows and bits."""
+    weight, gram = problem
+    weights, bits = [weight, weight[:1] * 3, weight[5:12], weight, weight.flip(0)], [2, 8, 3, 4, 2]
+    for moment in (gram, None):
+        found = round_matrices(weights, moment, bits)
+        for one, own, number in zip(found, weights, bits, strict=True):
+            alone = round_matrix(own, moment, number)
+            assert torch.equal(one.codes, alone.codes)
+            assert torch.equal(one.scales, alone.scales)
+            assert (one.bits, one.damping) == (number, alone.damping)
+    with pytest.raises(ValueError, match="2 5 bits"):
+        round_matrices([weight, weight], gram, [2, 5])
 
 
 @pytest.mark.parametrize("bits", LEVELS)

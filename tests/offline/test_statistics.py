@@ -18,7 +18,7 @@ from offline.plan.recipe import Recipe
 from offline.run.calibration import Calibration, open_sweep
 from offline.source.dense import open_dense
 from offline.source.layerwise import next_token_loss
-from offline.work.statistics import Gradients, gradients, mean_gram
+from offline.work.statistics import Gradients, gradients, mean_gram, output_moments
 from offline.work.workdir import WorkDir
 
 WINDOWS, LENGTH, EXPERTS, LAYERS = 3, 7, 4, 3
@@ -97,6 +97,11 @@ class Seen:
     energy: dict[str, Tensor]
     gradients: list[Gradients]
     gram: dict[str, list[Tensor]]
+    moments: list[tuple[Tensor, Tensor]]
+
+
+KEPT = slice(3, 20, 2)
+"""Channels that stay, of 24."""
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "gate-weighted"])
@@ -120,13 +125,15 @@ def streamed(
 
         def work_on(self, job: LayerJob) -> None:
             weighted = {"gate_weighted": request.param}
-            grads, grams = [], {"input": [], "middle": []}
+            grads, grams, moments = [], {"input": [], "middle": []}, []
             for expert in range(EXPERTS):
                 weights = job.weights(expert)
                 grads.append(gradients(weights, job.routing, expert, job.activation, fisher=True, **weighted))
                 for site, found in grams.items():
                     found.append(mean_gram(weights, job.routing, expert, site, job.activation, **weighted))
-            seen[job.number] = Seen(job.tokens, dict(job.energy), grads, grams)
+                stored = {role: weights[role][KEPT] for role in ("gate", "up")}
+                moments.append(output_moments(weights, stored, job.routing, expert, job.activation, **weighted))
+            seen[job.number] = Seen(job.tokens, dict(job.energy), grads, grams, moments)
 
     with Steps(1) as steps:
         sweep = open_sweep(plan, tokens, work, steps, torch.device("cpu"))
@@ -157,6 +164,20 @@ def test_grams_are_of_routed_rows_only(streamed: tuple, expected: list[PerPositi
                 assert close(statistics[layer].gram[site][expert], gram)
 
 
+def test_output_moments_are_of_what_channels_become_and_experts_give(
+    streamed: tuple, expected: list[PerPosition]
+) -> None:
+    weighted, statistics = streamed
+    for layer, observed in enumerate(expected):
+        for expert in range(EXPERTS):
+            rows = [(row[2], row[4]["down"].detach() @ row[2], row[3]) for row in observed.rows if row[0] == expert]
+            moment = sum(torch.outer(h[KEPT], h[KEPT]) * (g.square() if weighted else 1) for h, _, g in rows)
+            cross = sum(torch.outer(y, h[KEPT]) * (g.square() if weighted else 1) for h, y, g in rows)
+            found = statistics[layer].moments[expert]
+            assert close(found[0], moment / len(rows))
+            assert close(found[1], cross / len(rows))
+
+
 def test_energy_is_of_what_the_base_reads(streamed: tuple, expected: list[PerPosition]) -> None:
     for layer, observed in enumerate(expected):
         energy = streamed[1][layer].energy
@@ -178,15 +199,18 @@ def test_sensitivity_is_what_an_error_at_the_output_costs(streamed: tuple, expec
     for layer, observed in enumerate(expected):
         for role in ("gate", "up", "down"):
             for expert in range(EXPERTS):
-                total = 0.0
+                total, outputs = 0.0, 0
                 for row in (row for row in observed.rows if row[0] == expert):
                     # The weight's gradient is the outer product of the output's gradient and the input.
                     inputs = row[2] if role == "down" else row[1]
                     gradient = row[4][role].grad
                     square = gradient.square().sum() / inputs.square().sum() / len(gradient)
                     total += float(square / row[3].square() if weighted else square)
-                found = statistics[layer].gradients[expert].sensitivity[role]
-                assert found == pytest.approx(total, rel=1e-3)
+                    squares = gradient.square().sum(dim=1) / inputs.square().sum()
+                    outputs = outputs + (squares / row[3].square() if weighted else squares)
+                found = statistics[layer].gradients[expert]
+                assert found.sensitivity[role] == pytest.approx(total, rel=1e-3)
+                assert close(found.rows[role], outputs)
 
 
 def test_batching_of_windows_does_not_matter(model_folder: Path, tokens: Tensor, expected: list[PerPosition]) -> None:
