@@ -23,7 +23,7 @@ from offline.compare.server import Server, ServerError
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "examples" / "tiny-mixtral"
 BUILD = ROOT / "build" / "demo"
-RATIO = "0.4"
+RATIO = "0.6"
 SEQ_LEN = "256"
 
 
@@ -44,7 +44,7 @@ def d2moe(*arguments: str | Path) -> dict[str, Any]:
 
 def compress() -> Path:
     calibration, held_out = language_reference.write(BUILD / "texts")
-    out = BUILD / "tiny-mixtral-d2-40"
+    out = BUILD / "tiny-mixtral-d2-60"
     shutil.rmtree(out, ignore_errors=True)
     d2moe("compress", SOURCE, out, "--ratio", RATIO, "--calibration", calibration, "--seq-len", SEQ_LEN)
     after = d2moe("inspect", out)
@@ -54,6 +54,7 @@ def compress() -> Path:
     say(f"{'':24}{'before':>14}{'after':>14}")
     say(f"{'parameters':24}{before['parameters']:>14,}{after['parameters']:>14,}")
     say(f"{'bytes on disk':24}{before['bytes']:>14,}{after['bytes']:>14,}  ({100 * after['stored_ratio']:.1f} % gone)")
+    say(f"stored: {after['stores']}")
     say(f"{'perplexity, in-domain':24}" + "".join(f"{q['perplexity']:>14.2f}" for q in quality))
     say("(topics of Python's language reference that calibration did not see: the domain it was calibrated on)")
     say()

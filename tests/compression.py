@@ -12,7 +12,7 @@ from offline.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny-mixtral"
-COMPRESS = ["--ratio", "0.4", "--windows", "32", "--seq-len", "128"]
+COMPRESS = ["--ratio", "0.4", "--bits", "16", "--windows", "32", "--seq-len", "128"]
 
 
 def script(name: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 WINDOWS = ("--windows", "4", "--seq-len", "32")
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
+    "factors": {"bits": 16},
     "regmean": {"base": {"merge": "regmean", "sparsity": 0}},
     "svd base, asvd": {"base": {"kind": "svd", "merge": "frequency"}, "delta": {"method": "asvd"}},
     "ties, prune": {"base": {"merge": "ties"}, "delta": {"method": "prune"}},
@@ -38,7 +39,10 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 
 
 def compress(source: Path, out: Path, text: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    return d2moe_here("compress", source, out, "--ratio", "0.08", "--calibration", text, *WINDOWS, *more)
+    """In the paper's world, unless a recipe says what is to be done."""
+    bits = () if "--recipe" in more else ("--bits", "16")
+    given = ("--ratio", "0.08", "--calibration", text, *WINDOWS, *bits)
+    return d2moe_here("compress", source, out, *given, *more)
 
 
 def refused(done: subprocess.CompletedProcess[str], *fragments: str) -> None:

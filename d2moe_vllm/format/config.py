@@ -159,6 +159,11 @@ PACKED, RAGGED, DENSE = "packed matrices", "experts of unequal widths", "dense d
 """Of Layer.needs."""
 
 
+def deltas_of_kind(delta: str) -> str:
+    """Likewise."""
+    return f"deltas of kind {delta!r}"
+
+
 class Layer(_Model):
     """trimmed: experts without any deltas, in ascending order; they run on the base alone (METHODS 1.7). channels: None
     where every expert keeps all of them."""
@@ -202,7 +207,7 @@ class Layer(_Model):
     @property
     def needs(self) -> frozenset[str]:
         """What a backend has to be able to compute with, in words."""
-        found = {f"deltas of kind {self[role].delta!r}" for role in ROLES}
+        found = {deltas_of_kind(self[role].delta) for role in ROLES}
         storages = [one for role in ROLES for one in (self[role].base_storage, self[role].delta_storage)]
         if any(one is not None and STORAGES[one.type].bits for one in storages):
             found.add(PACKED)
@@ -341,6 +346,11 @@ class CheckpointConfig(_Model):
         """The experts of a layer that have deltas, in ascending order."""
         trimmed = set(self.layers[layer].trimmed)
         return [expert for expert in range(self.num_experts) if expert not in trimmed]
+
+    @property
+    def expert_numbers(self) -> int:
+        """Numbers that all expert tensors hold; of packed ones those that codes stand for."""
+        return sum(one.numbers for layer in self.layers for one in self.stored(layer).values())
 
     def expert_tensors(self) -> dict[str, TensorSpec]:
         """Every expert tensor of the checkpoint, by full name."""

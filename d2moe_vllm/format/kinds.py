@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -271,13 +270,15 @@ class Shape(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """One tensor of a layer: expert is the number that it rides with, name its kind's, with SCALES for scales."""
+    """One tensor of a layer: expert is the number that it rides with, name its kind's, with SCALES for scales; numbers:
+    how many of the model's it holds, of a packed matrix those that its codes stand for; scales and masks are none."""
 
     role: Role
     expert: int
     kind: Kind
     name: str
     spec: TensorSpec
+    numbers: int
 
     @property
     def is_scales(self) -> bool:
@@ -299,12 +300,14 @@ def stored_tensors(shape: Shape, role: Role, layer: Any) -> Iterator[Stored]:
     for kind in KINDS:
         if not kind.present(layer, role):
             continue
-        tensors = None
+        tensors, numbers, masks = None, 0, kind.content == "mask"
         for expert in owners(kind, role, layer, shape.num_experts):
             if tensors is None or layer.channels is not None:
-                tensors = shape.tensors(kind, role, layer, None if kind.owner == "layer" else expert)
+                owner = None if kind.owner == "layer" else expert
+                tensors = shape.tensors(kind, role, layer, owner)
+                numbers = math.prod(shape.size_of(size, role, layer, owner) for size in kind.sizes)
             for suffix, spec in tensors.items():
-                yield Stored(role, expert, kind, kind.name + suffix, spec)
+                yield Stored(role, expert, kind, kind.name + suffix, spec, 0 if suffix or masks else numbers)
 
 
 def index_problem(one: Stored, values: Sequence[int], layer: Any, shape: Shape, groups: int) -> str | None:
@@ -353,7 +356,7 @@ def first_index_problem(
             if one.kind.owner == "layer":
                 base = name, values
             else:
-                every = list(map(operator.or_, every, values))
+                every = [one | other for one, other in zip(every, values, strict=True)]
         elif one.role != "down" and one.kind.joined is None:
             other, values_there = both.setdefault(one.name, (name, values))
             if values_there != values:

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from d2moe_vllm import __version__
 from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, Delta, Function, Manifest, Scope, Source
 from d2moe_vllm.format.files import read_manifest
-from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, ROLES
 from d2moe_vllm.format.recipefile import read_recipe
 from d2moe_vllm.observability.metrics import COLUMNS_USED, DELTA_BYTES, EXPERT_TOKENS, SECONDS, columns_in_use
 
@@ -42,6 +42,7 @@ class Experts(BaseModel):
     parameters: int
     bytes: int
     dense_parameters: int
+    dense_bytes: int
     ratio: float
 
 
@@ -117,7 +118,7 @@ def describe(
     """All of Info but what changes: the counters are empty. folder: the checkpoint's, None if not on this machine."""
     experts = config.expert_tensors().values()
     dense = config.num_experts * 3 * config.hidden_size * config.intermediate_size * len(config.layers)
-    parameters = sum(spec.numel for spec in experts)
+    parameters = config.expert_numbers
     manifest = _manifest(folder)
     others = manifest.other_tensors.values() if manifest else ()
     stored = sum(file.bytes for file in manifest.files.values()) if manifest else None
@@ -136,6 +137,7 @@ def describe(
             parameters=parameters,
             bytes=sum(spec.nbytes for spec in experts),
             dense_parameters=dense,
+            dense_bytes=dense * DTYPE_BYTES[DTYPES[config.dtype]],
             ratio=1 - parameters / dense,
         ),
         num_experts=config.num_experts,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from d2moe_vllm.format.config import DENSE, PACKED, RAGGED
+from d2moe_vllm.format.config import DENSE, PACKED, RAGGED, deltas_of_kind
 from d2moe_vllm.ops import cpu, reference, triton
 from d2moe_vllm.ops.packing import Packing
 from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
@@ -122,5 +122,6 @@ def _needs(w13: Weights, w2: Weights, spec: LayerSpec) -> set[str]:
     packed = any((spec.w13.base, spec.w13.delta, spec.w2.base, spec.w2.delta))
     beside = w2.base is not None or w2.base_u is not None or w2.u_index is not None
     dense = w13.dense is not None or (w2.dense is not None and beside)
-    found = {PACKED: packed, RAGGED: bool(spec.widths), DENSE: dense}
+    kinds = [kind for kind in ("bases", "dense") if getattr(w13, kind) is not None or getattr(w2, kind) is not None]
+    found = {PACKED: packed, RAGGED: bool(spec.widths), DENSE: dense, **dict.fromkeys(map(deltas_of_kind, kinds), True)}
     return {name for name, there in found.items() if there}

@@ -8,8 +8,12 @@ moment of the channels that stay, in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from offline.algebra.rounding import cholesky_
 
 RIDGE = 1e-6
 """Of the mean second moment, added to every channel's, so that a singular one is no special case."""
@@ -30,8 +34,11 @@ def refit_dropped(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     if bool(kept.all()) or not kept.any():
         return stays
     # W G[:, S] = W_S G[S, S] + W_R G[R, S]: only what went is to be taken over, so what stays loses no digits.
-    moment = gram[kept][:, kept].double()
     taken = weight[:, ~kept].double() @ gram[~kept][:, kept].double()
+
+    def moment() -> Tensor:
+        return gram[kept][:, kept].double()
+
     return stays + _solve(moment, taken).float()
 
 
@@ -61,19 +68,28 @@ def refit_outputs(
         return stays
     share = strength * len(kept) / (strength * len(kept) + tokens)
     left = (cross.double() - stays.double() @ moment.double()).mul_(1 - share)
-    shrunk = moment.double() * (1 - share)
-    shrunk.diagonal().add_(share * mean)
+
+    def shrunk() -> Tensor:
+        found = moment.double() * (1 - share)
+        found.diagonal().add_(share * mean)
+        return found
+
     return stays + _solve(shrunk, left).float()
 
 
-def _solve(moment: Tensor, right: Tensor) -> Tensor:
-    """right (moment + eps)^-1, float64 [out, n]; moment is changed."""
-    eps = RIDGE * float(moment.diagonal().mean())
-    moment.diagonal().add_(max(eps, torch.finfo(torch.float64).tiny))
-    root, failed = torch.linalg.cholesky_ex(moment)
-    if failed:  # float32 moments may be indefinite by more than the ridge
-        return torch.linalg.solve(moment, right, left=False)
-    return torch.cholesky_solve(right.T, root).T
+def _solve(moment: Callable[[], Tensor], right: Tensor) -> Tensor:
+    """right (moment + eps)^-1, float64 [out, n], in the place of `right`; moment: makes it anew, float64 [n, n]."""
+
+    def made() -> Tensor:
+        found = moment().mT
+        found.diagonal().add_(max(RIDGE * float(found.diagonal().mean()), torch.finfo(torch.float64).tiny))
+        return found
+
+    # In place, as in `rounding`: at real sizes each is gigabytes.
+    if not cholesky_(root := made()):  # float32 moments may be indefinite by more than the ridge
+        return torch.linalg.solve(made(), right, left=False)
+    columns = right.contiguous().T
+    return torch.cholesky_solve(columns, root, out=columns).T
 
 
 def _check(weight: Tensor, kept: Tensor) -> int:

@@ -15,6 +15,7 @@ Experts are added one at a time, in any order, so that no more than one expert i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,13 +34,15 @@ class MergeOptions:
 
     regmean_shrinkage: how far RegMean's Grams are pulled to their diagonal, 0 to 1 (RegMean, arXiv 2212.09849,
     section 4: it multiplies off-diagonals by 0.9). ties_density: share of entries that TIES keeps of each
-    expert (TIES-Merging, arXiv 2306.01708: the top 20 %). device: where the accumulators live.
+    expert (TIES-Merging, arXiv 2306.01708: the top 20 %). partial: whether experts may lack some rows or columns
+    (METHODS 4.2), of merges that are `partial`. device: where the accumulators live.
     """
 
     fisher_epsilon: float = 1e-3
     frequency_power: float = 0.0
     regmean_shrinkage: float = 0.1
     ties_density: float = 0.2
+    partial: Literal["", "rows", "columns"] = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
@@ -48,6 +51,7 @@ class Merge:
 
     needs_fisher = False
     needs_gram = False
+    partial = False
     passes = 1
 
     def __init__(self, out_features: int, in_features: int, experts: int, options: MergeOptions) -> None:
@@ -57,34 +61,56 @@ class Merge:
         self.options = options
         self.sum = self.zeros()
         self.added = self.zeros(1, dtype=torch.float64)
+        if options.partial and not self.partial:
+            raise ValueError(f"{type(self).__name__} merges whole matrices only")
+        size = {"": (1, 1), "rows": (out_features, 1), "columns": (1, in_features)}[options.partial]
+        self.counts = self.zeros(*size)
+        """Experts that have each row, or column."""
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape or self.shape, dtype=dtype, device=self.options.device)
 
     def add(
-        self, weight: Tensor, tokens: int, total_tokens: int, fisher: Tensor | None = None, gram: Tensor | None = None
+        self,
+        weight: Tensor,
+        tokens: int,
+        total_tokens: int,
+        fisher: Tensor | None = None,
+        gram: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> None:
         """One expert. weight: [out, in], any float dtype; tokens: routed to it, of total_tokens in the layer
         (over all experts); fisher: float [out, in], summed over tokens; gram: float [in, in], the mean over
-        its tokens. Nothing is kept of the arguments, nor changed in them.
+        its tokens; kept: bool [out], or [in], the rows or columns that the expert has, as options.partial says: the
+        others have no part in the merge. Nothing is kept of the arguments, nor changed in them.
         Raises ValueError where the shape is another or what the merge needs is missing.
         """
         if weight.shape != self.shape:
             raise ValueError(f"weight is {list(weight.shape)}, the merge is of {list(self.shape)}")
         self.added += 1
-        self._add(weight.to(self.options.device, torch.float32), tokens / max(total_tokens, 1), fisher, gram)
+        weight = weight.to(self.options.device, torch.float32)
+        if self.options.partial:
+            if kept is None or kept.shape != (self.counts.numel(),):
+                raise ValueError(f"a merge of some {self.options.partial} needs to know which, of each expert")
+            mask = kept.to(self.options.device).view(self.counts.shape)
+            weight, fisher = weight * mask, None if fisher is None else fisher.to(self.options.device) * mask
+            self.counts += mask
+        else:
+            self.counts += 1
+        self._add(weight, tokens / max(total_tokens, 1), fisher, gram)
 
     def _add(self, weight: Tensor, share: float, fisher: Tensor | None, gram: Tensor | None) -> None:
         self.sum += weight
 
     def state(self) -> list[Tensor]:
         """The accumulators of this pass. Summed over processes, in place, they are those of all experts."""
-        return [self.sum, self.added]
+        return [self.sum, self.added, self.counts]
 
     def next_pass(self) -> None:
         """Between two passes, where `passes` says there are two."""
         self._check_complete()
         self.added.zero_()
+        self.counts.zero_()
 
     def result(self) -> Tensor:
         """The base, float32 [out, in]. Ends the merge: accumulators may be reused for the result.
@@ -95,7 +121,8 @@ class Merge:
         return self._result()
 
     def _result(self) -> Tensor:
-        return self.sum.div_(self.experts)
+        # What no expert has is zero.
+        return self.sum.div_(self.counts.clamp(min=1))
 
     def _check_complete(self) -> None:
         if int(self.added) != self.experts:
@@ -104,6 +131,8 @@ class Merge:
 
 class MeanMerge(Merge):
     """The plain mean."""
+
+    partial = True
 
 
 class FrequencyMerge(Merge):
@@ -134,6 +163,7 @@ class FisherMerge(Merge):
     """
 
     needs_fisher = True
+    partial = True
 
     def __init__(self, out_features: int, in_features: int, experts: int, options: MergeOptions) -> None:
         super().__init__(out_features, in_features, experts, options)
@@ -153,14 +183,16 @@ class FisherMerge(Merge):
         return [*super().state(), self.top, self.bottom]
 
     def _result(self) -> Tensor:
-        mean = sum(float(row.double().sum()) for row in self.bottom.split(256)) / (self.experts * self.sum.numel())
+        had = float(self.counts.double().sum()) * self.sum.numel() / self.counts.numel()
+        mean = sum(float(row.double().sum()) for row in self.bottom.split(256)) / max(had, 1)
         if mean == 0:
             return super()._result()
-        epsilon = self.options.fisher_epsilon
-        for total, top, bottom in zip(self.sum.split(256), self.top.split(256), self.bottom.split(256), strict=True):
+        epsilon, counts = self.options.fisher_epsilon, self.counts.clamp(min=1).expand(len(self.sum), -1)
+        rows = (part.split(256) for part in (self.sum, self.top, self.bottom, counts))
+        for total, top, bottom, count in zip(*rows, strict=True):
             # Divided by the mean in float64, so that tiny Fisher values cannot underflow.
             above = top.double().div_(mean).add_(total, alpha=epsilon)
-            total.copy_(above / bottom.double().div_(mean).add_(epsilon * self.experts))
+            total.copy_(above / bottom.double().div_(mean).add_(epsilon * count.double()))
         return self.sum
 
 
@@ -245,7 +277,7 @@ class TiesMerge(Merge):
         negatives += difference < 0
 
     def state(self) -> list[Tensor]:
-        return [*(self.signed or [self.sum]), self.added]
+        return [*(self.signed or [self.sum]), self.added, self.counts]
 
     def next_pass(self) -> None:
         super().next_pass()

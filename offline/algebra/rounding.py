@@ -152,15 +152,24 @@ def _feedback(gram: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | Non
     if gram is None or float(mean := gram.diagonal().double().mean()) <= 0:
         return torch.ones(inputs, device=weight.device), None, 0.0
     damping = DAMPING
+    importance = (gram.diagonal().double() / mean).float()
     while True:
-        moment = gram.double() / mean
+        # One float64 matrix, in place, in the order of its columns, which LAPACK wants: at real sizes it is gigabytes.
+        moment = gram.double().div_(mean).mT
         moment.diagonal().add_(damping)
-        root, failed = torch.linalg.cholesky_ex(moment)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
-        if not failed:
-            return moment.diagonal().float(), upper.float(), damping
+        if cholesky_(moment):
+            torch.cholesky_inverse(moment, out=moment)
+            if cholesky_(moment, upper=True):
+                return importance + damping, moment.float(), damping
         damping *= 10
+
+
+def cholesky_(matrix: Tensor, *, upper: bool = False) -> bool:
+    """Puts the factor of a symmetric matrix, float64 [n, n] in the order of its columns, in its own place; False where
+    it is not positive definite, with which it is lost."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
+    return not bool(info)
 
 
 def best_scales(weight: Tensor, importance: Tensor, levels: _Rows, dtype: torch.dtype) -> Tensor:

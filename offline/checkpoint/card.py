@@ -14,12 +14,17 @@ from offline.errors import InputError
 from offline.io.shards import write_file
 from offline.plan.budget import Budget
 from offline.plan.plan import Plan
+from offline.plan.words import describe
 from offline.source.folder import is_repository
 
 MEASURED = ("<!-- measured -->", "<!-- /measured -->")
 """Between these lines of a card are perplexities that `d2moe report --card` measured."""
 _PLACE = f"{re.escape(MEASURED[0])}.*?{re.escape(MEASURED[1])}"
 
+MADE = (
+    "per MoE layer whole experts, or their deltas from one shared base, in few bits and without the channels that cost "
+    "least."
+)
 TEMPLATE = """---
 {metadata}---
 
@@ -34,6 +39,7 @@ TEMPLATE = """---
 | bytes on disk | {source_bytes:,} | {bytes:,} |
 
 Made by d2moe-vllm: {made}
+Stored: {stores}.
 Everything but the experts is unchanged{left_out}.
 
 To serve it, install d2moe-vllm from a checkout of its repository:
@@ -87,7 +93,8 @@ def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str
     errors = [[error for report in reports for error in report["relative_error"][role]] for role in ROLES]
     return TEMPLATE.format(
         method=plan.method.title,
-        made=plan.method.made.format(dense=layers - len(budget.config.layers), layers=layers),
+        made=MADE if plan.priced else plan.method.made.format(dense=layers - len(budget.config.layers), layers=layers),
+        stores=describe(budget.config),
         left_out=f", but {_names(plan.model.homeless)}, which the model has no place for"
         if plan.model.homeless
         else "",
@@ -116,6 +123,8 @@ def _names(tensors: Iterable[str]) -> str:
 def _recipe_line(plan: Plan) -> str:
     recipe = plan.recipe
     line = f"Ratio {recipe.ratio:g} ({recipe.accounting})"
+    if plan.priced:
+        return f"{line}, bits {recipe.bits}, one price over bits, channels and base"
     return line + (f", {recipe.allocation} ranks, base {recipe.base.kind}" if plan.method.has_base else "")
 
 

@@ -15,7 +15,7 @@ from d2moe_vllm.format.config import CheckpointConfig, CheckpointError
 from d2moe_vllm.format.files import check_checkpoint, read_manifest
 from d2moe_vllm.format.kinds import DTYPES, Role, TensorSpec
 from offline.checkpoint.card import source_metadata
-from offline.checkpoint.inspect import read_statistics
+from offline.checkpoint.inspect import count_parameters, read_statistics
 from offline.checkpoint.reconstruction import Reconstruction
 from offline.io.folders import check_new_folder, check_space, new_folder
 from offline.io.progress import Steps
@@ -124,6 +124,6 @@ def _card(folder: Path, config: CheckpointConfig, reader: Reader, parameters: in
         source=config.source,
         dtype=config.dtype,
         bytes=reader.nbytes,
-        compressed_parameters=reader.parameters,
+        compressed_parameters=count_parameters(reader, config),
         parameters=parameters,
     )

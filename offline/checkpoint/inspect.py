@@ -12,11 +12,12 @@ from torch import Tensor
 
 from d2moe_vllm.format.config import STATS_FILE, CheckpointConfig, CheckpointError
 from d2moe_vllm.format.files import check_checkpoint
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, ROLES, Role
 from offline.algebra.analysis import SHARES, cka_matrix, energy_curve, gram_count, mean_curve, spectrum, unrelated_cka
 from offline.checkpoint.reconstruction import Reconstruction
 from offline.io.progress import Steps
 from offline.io.shards import Reader
+from offline.plan.words import describe
 from offline.source.dense import DenseModel
 from offline.source.original import open_original
 
@@ -32,7 +33,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     config = check_checkpoint(folder)
     reader = Reader(folder)
     experts = config.expert_tensors()
-    stored = sum(reader.specs[name].numel for name in experts)
+    stored = config.expert_numbers
     stored_bytes = sum(reader.specs[name].nbytes for name in experts)
     kinds: dict[str, dict[str, int]] = {}
     for layer in config.layers:
@@ -48,19 +49,27 @@ def inspect(folder: Path) -> dict[str, Any]:
         "family": config.family,
         "source": config.source.model_dump(),
         "scope": config.pruning.scope,
-        "parameters": reader.parameters,
+        "intermediate_size": config.intermediate_size,
+        "stores": describe(config),
+        "parameters": count_parameters(reader, config),
         "bytes": reader.nbytes,
         "stored_ratio": 1 - reader.nbytes / config.source.bytes,
         "experts": {
             "parameters": stored,
             "bytes": stored_bytes,
             "dense_parameters": dense,
+            "dense_bytes": dense * DTYPE_BYTES[DTYPES[config.dtype]],
             "ratio": 1 - stored / dense,
         },
         "kinds": kinds,
         "layers": {str(number): layer.model_dump(mode="json") for number, layer in config.layers.items()},
         "statistics": read_statistics(folder),
     }
+
+
+def count_parameters(reader: Reader, config: CheckpointConfig) -> int:
+    """Of a whole checkpoint; of packed matrices the numbers that codes stand for."""
+    return reader.parameters - sum(spec.numel for spec in config.expert_tensors().values()) + config.expert_numbers
 
 
 def read_statistics(folder: Path) -> dict[str, Any]:

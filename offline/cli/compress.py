@@ -14,6 +14,7 @@ from rich.table import Table
 from offline.cli.options import (
     Accounting,
     AllowLarger,
+    Bits,
     CalibrationText,
     Json,
     Memory,
@@ -28,10 +29,11 @@ from offline.cli.options import (
     TokenizerOption,
     TrustRemoteCode,
     WindowsOption,
+    parse_bits,
     parse_size,
     read_recipe,
 )
-from offline.cli.tables import show, sizes
+from offline.cli.tables import less_than_asked, show, sizes
 from offline.errors import InputError
 from offline.io.console import plain_console
 from offline.io.memory import peak_memory
@@ -46,6 +48,7 @@ def compress(
     calibration: CalibrationText = None,
     recipe: RecipeFile = None,
     method: Method = None,
+    bits: Bits = None,
     accounting: Accounting = None,
     scope: ScopeOption = None,
     windows: WindowsOption = None,
@@ -70,6 +73,7 @@ def compress(
     overrides = {
         "ratio": ratio,
         "method": method,
+        "bits": parse_bits(bits),
         "accounting": accounting,
         "scope": scope,
         "calibration": {"windows": windows, "seq_len": seq_len, "seed": seed},
@@ -91,6 +95,8 @@ def compress(
 
 def compress_table(console: Console, result: dict[str, Any]) -> None:
     sizes(console, result["source"], result["result"])
+    console.print(f"stores: {result['result']['stores']}", highlight=False, soft_wrap=True)
+    less_than_asked(console, result)
     predicted = result["predicted"]
     table = Table("", "predicted", "really", box=None, pad_edge=False)
     table.add_row("time", duration(predicted["seconds"]), duration(result["seconds"]))

@@ -45,13 +45,14 @@ def inspect_table(console: Console, content: dict[str, Any]) -> None:
     sizes(console, content["source"], content)
     console.print(f"stored ratio {content['stored_ratio']:.6f}", highlight=False)
     experts = content["experts"]
+    console.print(f"stores: {content['stores']}", highlight=False, soft_wrap=True)
     console.print(
         f"experts alone: {experts['parameters']:,} of {experts['dense_parameters']:,} parameters, "
-        f"{100 * experts['ratio']:.2f} % removed",
+        f"{100 * experts['bytes'] / experts['dense_bytes']:.2f} % of the bytes",
         highlight=False,
     )
     console.print()
-    projections(console, "layer", content["layers"])
+    projections(console, "layer", content["layers"], content["intermediate_size"])
     for number, layer in content["layers"].items():
         if special := _specialties(layer):
             console.print(f"layer {number}: {special}", highlight=False, soft_wrap=True)
@@ -110,7 +111,7 @@ def _specialties(layer: dict[str, Any]) -> str:
     found = []
     for role in ROLES:
         one = layer[role]
-        kinds = ["as it is"] * (one["delta"] == "dense")
+        kinds = ["as it is"] * (one["delta"] == "dense" and not one["delta_storage"] and not layer["channels"])
         kinds += [f"{one['bases']} bases, {one['function']}"] * bool(one["bases"])
         kinds += ["columns as they are"] * (one["delta"] == "columns") + ["one V"] * one["shared_v"]
         kinds += [f"{one['distinct_u']} different U"] * bool(one["distinct_u"])

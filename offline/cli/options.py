@@ -27,6 +27,13 @@ RecipeFile = Annotated[
 Original = Annotated[str | None, typer.Option("--source", metavar="SRC", help="The dense original to compare with.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 Method = Annotated[str | None, typer.Option(help="Compression method, by its name in docs/methods.md (default d2).")]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|16|8|4|3|2",
+        help="Bits of the experts' numbers; auto chooses layer by layer (default of d2), 16 is the paper's world.",
+    ),
+]
 Accounting = Annotated[
     Literal["stored", "paper"] | None,
     typer.Option(help="What the ratio means: bytes gone from disk, or the paper's nominal share."),
@@ -53,6 +60,11 @@ Memory = Annotated[
 AllowLarger = Annotated[
     bool, typer.Option("--allow-larger", help="Go on where the result would not be smaller than an fp8 source.")
 ]
+
+
+def parse_bits(text: str | None) -> int | str | None:
+    """As a recipe has them; what is none of them the recipe refuses."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def parse_size(text: str | None) -> int | None:

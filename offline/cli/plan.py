@@ -10,6 +10,7 @@ from rich.console import Console
 from offline.cli.options import (
     Accounting,
     AllowLarger,
+    Bits,
     Json,
     Memory,
     Method,
@@ -19,10 +20,11 @@ from offline.cli.options import (
     SeqLen,
     Src,
     WindowsOption,
+    parse_bits,
     parse_size,
     read_recipe,
 )
-from offline.cli.tables import projections, show, sizes
+from offline.cli.tables import less_than_asked, projections, show, sizes
 from offline.io.console import plain_console
 from offline.io.units import duration, size
 
@@ -32,6 +34,7 @@ def plan(
     ratio: Ratio = None,
     recipe: RecipeFile = None,
     method: Method = None,
+    bits: Bits = None,
     accounting: Accounting = None,
     windows: WindowsOption = None,
     seq_len: SeqLen = None,
@@ -50,6 +53,7 @@ def plan(
     overrides = {
         "ratio": ratio,
         "method": method,
+        "bits": parse_bits(bits),
         "accounting": accounting,
         "calibration": {"windows": windows, "seq_len": seq_len},
     }
@@ -64,7 +68,9 @@ def plan(
 def plan_table(console: Console, summary: dict[str, Any]) -> None:
     sizes(console, summary["source"], summary["result"])
     console.print()
-    projections(console, "", {"first layer": summary["first_layer"]})
+    console.print(f"stores: {summary['result']['stores']}", highlight=False, soft_wrap=True)
+    less_than_asked(console, summary)
+    projections(console, "", {"first layer": summary["first_layer"]}, summary["intermediate_size"])
     if dense := summary["result"]["dense_layers"]:
         console.print(f"{summary['result']['layers']} layers like this, {dense} stay dense", highlight=False)
     if not summary["result"]["final"]:
@@ -72,9 +78,12 @@ def plan_table(console: Console, summary: dict[str, Any]) -> None:
 
         console.print(find_method(summary["recipe"]["method"]).until, style="dim")
     console.print()
-    shares = ", ".join(f"{role} {100 * share:.2f} %" for role, share in summary["kept_share_of_deltas"].items())
-    console.print(f"kept share of the deltas: {shares}", highlight=False)
-    console.print(f"experts alone: {100 * summary['result']['expert_ratio']:.2f} % removed", highlight=False)
+    if summary["first_layer"]["gate"]["delta"] != "dense":
+        shares = ", ".join(f"{role} {100 * share:.2f} %" for role, share in summary["kept_share_of_deltas"].items())
+        console.print(f"kept share of the deltas: {shares}", highlight=False)
+    result = summary["result"]
+    share = result["expert_bytes"] / result["dense_expert_bytes"]
+    console.print(f"experts alone: {100 * share:.2f} % of their bytes are left", highlight=False)
     disk = summary["disk_bytes"]
     console.print(
         f"to do it: about {size(summary['peak_memory_bytes'])} of memory, {size(disk['work'])} of disk while "

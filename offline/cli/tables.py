@@ -10,8 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.format.config import Layer
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.io.console import hush, plain_console
+from offline.plan.words import channels_of, describe_layer
 
 
 def show(content: dict[str, Any], as_json: bool, table: Callable[[Console, dict[str, Any]], None]) -> None:
@@ -35,21 +37,47 @@ def sizes(console: Console, source: dict[str, Any], result: dict[str, Any]) -> N
     console.print(table)
 
 
-def projections(console: Console, title: str, rows: dict[str, dict[str, Any]]) -> None:
+def less_than_asked(console: Console, summary: dict[str, Any]) -> None:
+    """Says where a result is smaller than asked for, and where nothing of ours is needed."""
+    result, ratio = summary["result"], summary["recipe"]["ratio"]
+    if not result["saves_nothing"]:
+        return
+    console.print(
+        "this is smaller than asked for: more bytes would save nothing that can be measured "
+        f"({100 * ratio:g} % were to go)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result["stores"] == "no base, 8-bit experts":
+        console.print(
+            "at this size plain 8-bit experts lose nothing; vLLM's own 8-bit weights (W8A16) are an alternative",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def projections(console: Console, title: str, rows: dict[str, dict[str, Any]], channels: int) -> None:
+    """What layers store; channels: of an expert of the original."""
+    layers = {name: Layer.model_validate(layer) for name, layer in rows.items()}
+    if any(layer.gate.delta == "dense" or layer.gate.full_base for layer in layers.values()):
+        table = Table(title, "stored", "channels of an expert", box=None, pad_edge=False)
+        for name, layer in layers.items():
+            table.add_row(name, describe_layer(layer), channels_of(layer, channels))
+        console.print(table)
+        return
     table = Table(
         title, *(f"{role} rank" for role in ROLES), "gate/up columns", "down columns", box=None, pad_edge=False
     )
-    for name, layer in rows.items():
-        table.add_row(
-            name, *(str(layer[role]["rank"]) for role in ROLES), _base(layer, "gate", "up"), _base(layer, "down")
-        )
+    for name, layer in layers.items():
+        ranks = (str(layer[role].rank) for role in ROLES)
+        table.add_row(name, *ranks, _base(layer, "gate", "up"), _base(layer, "down"))
     console.print(table)
 
 
-def _base(layer: dict[str, Any], *roles: str) -> str:
+def _base(layer: Layer, *roles: Role) -> str:
     """Of projections that share a selection of columns; the ranks of low-rank bases may differ."""
     first = layer[roles[0]]
-    if first["kept_columns"]:
-        return f"{first['kept_columns']} ({first['used_columns']} used)"
-    ranks = [layer[role]["base_rank"] for role in roles]
-    return f"rank {'/'.join(map(str, ranks))}" if any(ranks) else "none"
+    if first.kept_columns:
+        return f"{first.kept_columns} ({first.used_columns} used)"
+    ranks = [layer[role].base_rank for role in roles]
+    return f"rank {'/'.join(map(str, ranks))}" if any(ranks) else "all" if first.full_base else "none"

@@ -20,7 +20,9 @@ import torch
 from rich.console import Console
 
 import d2moe_vllm
-from d2moe_vllm.format.config import CheckpointError
+from d2moe_vllm.format.config import MANIFEST_FILE, CheckpointError
+from d2moe_vllm.format.files import read_config
+from offline.checkpoint.inspect import count_parameters
 from offline.compare.baselines import CHANNELS, FEWER_EXPERTS, RECIPES, ROUNDED, fewer_experts, write_fewer
 from offline.compare.channels import channels_to_prune, lowest, write_pruned
 from offline.compare.rewriting import RECORD_FILE
@@ -121,7 +123,7 @@ class Comparison:
     def _resolved(self, name: str, ratio: float) -> Recipe:
         shape = self.model.shape
         recipe = self.settings.recipe(name, ratio)
-        return recipe.resolve(shape.hidden_size, self.model.max_positions, shape.num_experts)
+        return recipe.resolve(shape.hidden_size, self.model.max_positions, shape.num_experts, shape.intermediate_size)
 
     def _refused(self, name: str, ratio: float) -> dict[str, Any] | None:
         """The row of a ratio that a method cannot reach, or of a model that it cannot compress; None where it can.
@@ -224,6 +226,8 @@ class Comparison:
     def _stored(self, reader: Reader) -> dict[str, Any]:
         """What lies on disk, and what is left of it where zeros are not counted."""
         found: dict[str, Any] = {"bytes": reader.nbytes, "parameters": reader.parameters, "counted": None}
+        if (reader.folder / MANIFEST_FILE).exists():
+            found["parameters"] = count_parameters(reader, read_config(reader.folder))
         record = reader.folder / RECORD_FILE
         if record.exists() and (counted := json.loads(record.read_text(encoding="utf-8")).get("counted")):
             found["counted"] = {**counted, "ratio": 1 - counted["bytes"] / self.model.reader.nbytes}

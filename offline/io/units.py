@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+FLOAT32, FLOAT64 = 4, 8
+"""Bytes of a number."""
+
 
 def size(count: float) -> str:
     """Bytes with a decimal unit, as disks are sold."""

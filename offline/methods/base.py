@@ -122,8 +122,11 @@ class Method:
 
     # The result
 
-    def place(self, stored: Projection, kind: str, expert: int, role: Role) -> tuple[str, str]:
-        """(part, key) of a stored tensor among the layer's parts, where it lies as it is stored."""
+    def place(self, stored: Projection, kind: str, expert: int, role: Role) -> tuple[str, str] | None:
+        """(part, key) of a stored tensor among the layer's parts, where it lies as it is stored; None for a projection
+        that is stored as it is in the source."""
+        if stored.delta == "dense":
+            return None
         if kind.startswith("base"):
             return BASE_PART, f"{role}.{kind}"
         if kind == "delta_u" and stored.shares_u:

@@ -249,7 +249,7 @@ class _Method(Method):
     def factors(self, job: LayerJob) -> Factors:
         return MixedFactors(job)
 
-    def place(self, stored: Projection, kind: str, expert: int, role: Role) -> tuple[str, str]:
+    def place(self, stored: Projection, kind: str, expert: int, role: Role) -> tuple[str, str] | None:
         if kind == "bases":
             return fit_part(role), kind
         return super().place(stored, "u" if kind == "a" else kind, expert, role)

@@ -70,13 +70,16 @@ class Delta(Section):
 
     gate_weighted: weigh tokens by their squared gate value; shrinkage: strength of the pull towards a plain SVD where
     an expert saw few tokens; trim: so many of a layer's least routed experts get no delta; share_v: one V for all
-    experts of a projection; distinct_u: so many distinct U's per layer and projection, 0 for one per expert.
+    experts of a projection; distinct_u: so many distinct U's per layer and projection, 0 for one per expert. method
+    `dense` keeps deltas whole, in few bits and without the channels that cost least (METHODS 4); channel_multiple: of
+    what an expert keeps of these.
     """
 
-    method: Literal["whitened", "svd", "asvd", "prune"] = "whitened"
+    method: Literal["whitened", "svd", "asvd", "prune", "dense"] = "whitened"
     gate_weighted: bool = True
     shrinkage: float = Field(default=0.1, ge=0)
     rank_multiple: Multiple = "auto"
+    channel_multiple: Multiple = "auto"
     trim: int = Field(default=0, ge=0)
     share_v: bool = False
     distinct_u: int = Field(default=0, ge=0)
@@ -97,10 +100,13 @@ class Settings(Section):
     """accounting: `stored` (share of the source's bytes gone from disk) or `paper` (Table 12's nominal share).
     allocation: `uniform` (one kept share for all) or `adaptive` (ranks where they save most error, METHODS 1.4);
     adaptive unless the paper's accounting is asked for. base.kind is auto where the allocation is adaptive, else
-    semi-dynamic. scope: the dynamic column selection that the checkpoint asks to be served with."""
+    semi-dynamic. scope: the dynamic column selection that the checkpoint asks to be served with. bits: of the numbers
+    of base and deltas; `auto` lets the price choose, layer by layer; group_size: inputs that share a scale."""
 
     method: str = "d2"
     ratio: float = Field(gt=0, lt=1)
+    bits: Literal["auto", 16, 8, 4, 3, 2] = 16
+    group_size: Literal[32, 64, 128] = 64
     accounting: Literal["stored", "paper"] = "stored"
     allocation: Literal["uniform", "adaptive"] = "adaptive"
     scope: Scope = "off"
@@ -111,6 +117,11 @@ class Settings(Section):
     def own(self, section: type[Own]) -> Own:
         """A method's own section."""
         return next(one for one in (self.model_extra or {}).values() if isinstance(one, section))
+
+    @property
+    def priced(self) -> bool:
+        """Whether one price decides over bits, channels and base (METHODS 4.3): deltas are whole then."""
+        return self.delta.method == "dense"
 
     @property
     def options(self) -> tuple[Option, ...]:

@@ -68,7 +68,10 @@ class Budget:
 
     @property
     def parameters(self) -> int:
-        return sum(spec.numel for shard in self.shards for spec in shard.tensors.values())
+        """Of packed matrices the numbers that codes stand for."""
+        experts, shards = self.config.expert_tensors(), self.shards
+        others = sum(spec.numel for shard in shards for name, spec in shard.tensors.items() if name not in experts)
+        return others + self.config.expert_numbers
 
     @property
     def stored_ratio(self) -> float:

@@ -8,8 +8,9 @@ from typing import Any
 
 from d2moe_vllm.format.kinds import DTYPE_BYTES, TensorSpec
 from offline.errors import InputError
+from offline.io.units import FLOAT32
 from offline.plan.plan import BATCH_TOKENS
-from offline.plan.resources import FLOAT32, PROCESS_BYTES, machine_memory, outside_and_inside, scores
+from offline.plan.resources import PROCESS_BYTES, machine_memory, outside_and_inside, scores
 from offline.source.families import MoEShape
 
 

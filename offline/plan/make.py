@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, ROLES, Role
 from offline.errors import InputError
 from offline.io.shards import SHARD_BYTES
 from offline.methods import METHODS
@@ -14,9 +14,11 @@ from offline.methods.options import Option
 from offline.plan.budget import Budget, Problem, solve_paper, solve_stored
 from offline.plan.disk import work_bytes
 from offline.plan.plan import Plan, Resources
+from offline.plan.pricing import saves_nothing, solve_priced, typical_costs
 from offline.plan.recipe import Recipe
 from offline.plan.resources import check_resources, peak_memory, phases
 from offline.plan.selection import first_selection
+from offline.plan.words import describe
 from offline.source.dense import DenseModel
 
 
@@ -35,7 +37,9 @@ def make_plan(
     machine; allow_larger: a result no smaller than the source is what the user wants (an fp8 original, under the
     paper's accounting). Raises InputError where the ratio cannot be reached or the memory does not suffice.
     """
-    recipe = recipe.resolve(model.shape.hidden_size, model.max_positions, model.shape.num_experts)
+    recipe = recipe.resolve(
+        model.shape.hidden_size, model.max_positions, model.shape.num_experts, model.shape.intermediate_size
+    )
     base, shape = recipe.base, model.shape
     for role in ROLES:
         if shape.projection(role)[1] % base.groups:
@@ -49,14 +53,18 @@ def make_plan(
     problem = _problem(model, recipe, shard_bytes)
     if choice := problem.method.choice:
         problem = first_selection(problem, model, choice)
-    budget = solve_paper(problem, recipe.ratio) if recipe.accounting == "paper" else _uniform(problem, recipe.ratio)
+    if recipe.priced:
+        budget = solve_priced(problem, typical_costs(problem)).budget
+    else:
+        budget = solve_paper(problem, recipe.ratio) if recipe.accounting == "paper" else _uniform(problem, recipe.ratio)
     if budget.nbytes >= model.reader.nbytes and not allow_larger:
         raise InputError(
             f"ratio {recipe.ratio:g} would not make the model smaller: {budget.nbytes:,} bytes instead of "
             f"{model.reader.nbytes:,} (an original in fp8 is written in bfloat16); choose a higher ratio, or add "
             "--allow-larger"
         )
-    plan = Plan(model, recipe, problem, budget, _caps(problem, budget), Resources())
+    caps = budget.ranks if recipe.priced else _caps(problem, budget)
+    plan = Plan(model, recipe, problem, budget, caps, Resources())
     return check_resources(plan, memory, processes)
 
 
@@ -124,7 +132,7 @@ def summary(plan: Plan, seconds: float) -> dict[str, Any]:
     """What `plan --json` prints; seconds: `resources.estimate_seconds`, which takes a measurement."""
     source, shape, config = plan.config.source, plan.model.shape, plan.config
     experts = shape.num_experts * shape.expert_parameters * len(config.layers)
-    kept = sum(spec.numel for spec in config.expert_tensors().values())
+    kept = config.expert_numbers
     first = config.layers[min(config.layers)]
     return {
         "source": {"name": source.name, "parameters": source.parameters, "bytes": source.bytes},
@@ -133,15 +141,20 @@ def summary(plan: Plan, seconds: float) -> dict[str, Any]:
             "bytes": plan.budget.nbytes,
             "stored_ratio": plan.budget.stored_ratio,
             "expert_ratio": 1 - kept / experts,
+            "expert_bytes": sum(spec.nbytes for spec in config.expert_tensors().values()),
+            "dense_expert_bytes": experts * DTYPE_BYTES[DTYPES[plan.model.dtype]],
             "files": len(plan.budget.shards),
             "layers": len(config.layers),
             "dense_layers": len(shape.layers) - len(config.layers),
             "final": plan.settled,
+            "stores": describe(config),
+            "saves_nothing": plan.priced and saves_nothing(plan.problem, plan.budget),
         },
         "left_out": plan.model.left_out,
         "notes": plan.model.remarks,
         "kept_share_of_deltas": {role: plan.budget.kept_share[role] for role in ROLES},
-        "first_layer": {role: first[role].model_dump() for role in ROLES},
+        "first_layer": first.model_dump(mode="json"),
+        "intermediate_size": shape.intermediate_size,
         "peak_memory_bytes": peak_memory(plan),
         "memory_phases": phases(plan),
         "tokens_at_once": plan.resources.batch_tokens,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.format.kinds import DTYPES, Role
+from offline.algebra.price import Settled
 from offline.io.shards import TORCH_DTYPES
 from offline.methods import METHODS
 from offline.methods.base import Method
@@ -35,7 +37,7 @@ class Plan:
     """recipe: with every `auto` decided; budget: exact files, bytes and ranks, of the uniform allocation where they
     wait for what calibration tells; caps: by layer the largest rank that a projection may get, up to which errors are
     measured, and its rank once the budget is settled; resources: how much is in memory at once; final: whether the
-    budget was settled by what calibration told."""
+    budget was settled by what calibration told; chosen: what the price chose for each layer, where there is one."""
 
     model: DenseModel
     recipe: Recipe
@@ -44,6 +46,7 @@ class Plan:
     caps: dict[tuple[int, Role], int]
     resources: Resources
     final: bool = False
+    chosen: Mapping[int, Settled] = field(default_factory=dict)
 
     @property
     def config(self) -> CheckpointConfig:
@@ -85,6 +88,11 @@ class Plan:
     def settled(self) -> bool:
         """Whether the budget is final: before calibration, or by now."""
         return self.final or self._settled
+
+    @property
+    def priced(self) -> bool:
+        """Whether one price decides over bits, channels and base."""
+        return self.recipe.priced
 
     @property
     def _settled(self) -> bool:

@@ -18,12 +18,15 @@ from pydantic import (
 )
 
 from d2moe_vllm.format.config import first_error
+from offline.algebra.merging import MERGES
 from offline.errors import InputError
 from offline.methods import METHODS
 from offline.methods.settings import Section, Settings
 
 REAL_MODEL_WIDTH = 1024
 """From this hidden size on, `auto` multiples are 16, which the GPU kernels want."""
+NARROW = 512
+"""Up to so many intermediate channels, experts may keep any number of them; from there on, multiples of 32."""
 
 
 def _known(name: Any) -> Any:
@@ -56,7 +59,12 @@ class Recipe(Settings):
         name = content.get("method", "d2")
         fixed = METHODS[name].fixed if name in list(METHODS) else {}
         usual = "uniform" if content.get("accounting") == "paper" else "adaptive"
+        if name == "d2" and "bits" not in content:
+            asked = any(_of_factors(content)) or any(_given(content, section, field) for section, field in _OF_FACTORS)
+            content = {**content, "bits": 16 if asked else "auto"}
         content = _beneath(content, {"allocation": usual, **fixed})
+        if name == "d2":
+            content = _beneath(content, {"delta": {"method": "whitened" if content["bits"] == 16 else "dense"}})
         return _beneath(content, {"base": {"kind": "auto" if content["allocation"] == "adaptive" else "semi-dynamic"}})
 
     @model_validator(mode="after")
@@ -64,6 +72,18 @@ class Recipe(Settings):
         for field, value, found in _pairs(METHODS[self.method].fixed, self):
             if found != value:
                 raise ValueError(f"method {self.method} needs {field} {value}, not {found}; leave it out")
+        if self.bits == "auto" and not self.priced:
+            raise ValueError(
+                f"bits auto chooses among whole deltas of method d2, not for {self.method} with delta.method "
+                f"{self.delta.method}; give a number of bits, such as --bits 16"
+            )
+        if self.bits not in (16, "auto") and not self.priced:
+            raise ValueError(
+                f"bits {self.bits} are for whole deltas, and method {self.method} with delta.method "
+                f"{self.delta.method} is written in 16 bits only; leave bits out"
+            )
+        if self.priced and (asked := next(_of_factors(self.model_dump()), None)):
+            raise ValueError(f"{asked} does not go with bits {self.bits}: it is for low-rank deltas; add --bits 16")
         if self.allocation == "adaptive" and self.accounting == "paper":
             raise ValueError("allocation adaptive needs accounting stored")
         if self.accounting == "paper" and (self.delta.trim or self.delta.joint):
@@ -77,9 +97,10 @@ class Recipe(Settings):
             raise ValueError("delta.trim needs a base: trimmed experts run on it alone")
         return self
 
-    def resolve(self, hidden_size: int, max_positions: int | None, experts: int) -> Recipe:
-        """This recipe with every `auto` decided for one model."""
+    def resolve(self, hidden_size: int, max_positions: int | None, experts: int, intermediate_size: int) -> Recipe:
+        """This recipe with every `auto` decided for one model, but for bits, which are decided layer by layer."""
         multiple = 16 if hidden_size >= REAL_MODEL_WIDTH else 1
+        channels = 1 if intermediate_size <= NARROW else 32
         seq_len = self.calibration.seq_len
         if seq_len == "auto":
             seq_len = min(2048, max_positions or 2048)
@@ -89,7 +110,12 @@ class Recipe(Settings):
             update={
                 "calibration": self.calibration.model_copy(update={"seq_len": seq_len}),
                 "base": self.base.model_copy(update={"column_multiple": _decide(self.base.column_multiple, multiple)}),
-                "delta": self.delta.model_copy(update={"rank_multiple": _decide(self.delta.rank_multiple, multiple)}),
+                "delta": self.delta.model_copy(
+                    update={
+                        "rank_multiple": _decide(self.delta.rank_multiple, multiple),
+                        "channel_multiple": _decide(self.delta.channel_multiple, channels),
+                    }
+                ),
             }
         )
         return METHODS[self.method].resolve(resolved, experts)
@@ -101,6 +127,37 @@ class Recipe(Settings):
     def to_json(self) -> dict[str, Any]:
         """Its fields, but for the sections of other methods."""
         return self.model_dump(exclude=(self.model_extra or {}).keys() - {METHODS[self.method].section})
+
+
+_FACTORS_ALONE: Mapping[str, Any] = {
+    "accounting": ("stored",),
+    "allocation": ("adaptive",),
+    "scope": ("off",),
+    "calibration": {"inputs": ("dense",)},
+    "base": {"kind": ("auto", "none"), "merge": tuple(name for name, merge in MERGES.items() if merge.partial)},
+    "delta": {"method": ("dense",), "trim": (0,), "share_v": (False,), "distinct_u": (0,)},
+}
+"""Fields that ask for the paper's world of low-rank deltas -> the values that do not."""
+
+
+_OF_FACTORS = (("base", "sparsity"), ("base", "column_multiple"), ("delta", "rank_multiple"))
+"""Fields that count with low-rank deltas and pruned bases alone: who gives them, means these."""
+
+
+def _given(content: Mapping[str, Any], section: str, field: str) -> bool:
+    return isinstance(found := content.get(section), Mapping) and field in found
+
+
+def _of_factors(
+    content: Mapping[str, Any], among: Mapping[str, Any] = _FACTORS_ALONE, where: str = ""
+) -> Iterator[str]:
+    """What in a recipe's content is for low-rank deltas alone, as "field value"."""
+    for key, allowed in among.items():
+        given = content.get(key)
+        if isinstance(allowed, Mapping):
+            yield from _of_factors(given if isinstance(given, Mapping) else {}, allowed, f"{where}{key}.")
+        elif given is not None and given not in allowed:
+            yield f"{where}{key} {given}"
 
 
 def _own_sections() -> type[Section]:

@@ -20,7 +20,9 @@ import torch
 
 from d2moe_vllm.format.kinds import ROLES, TensorSpec
 from offline.errors import InputError
+from offline.io.units import FLOAT32, FLOAT64
 from offline.plan.plan import Plan, Resources
+from offline.plan.rounded import rounding_phases, rounding_work
 from offline.plan.states import States
 
 ROWS = (4096, 2048, 1024, 512, 256)
@@ -28,7 +30,6 @@ ROWS = (4096, 2048, 1024, 512, 256)
 PROCESS_BYTES = 690_000_000
 """A Python process with torch and transformers imported, and with scikit-learn and pandas, which transformers imports
 where they are installed (lm-eval brings them)."""
-FLOAT32, FLOAT64 = 4, 8
 
 
 def machine_memory() -> int:
@@ -111,6 +112,9 @@ def phases(plan: Plan) -> dict[str, int]:
     result = {"embeddings": FLOAT32 * (outside + 2 * plan.resources.batch_tokens * hidden), **_running(plan)}
     if backwards:
         result["head"] = FLOAT32 * (outside + 4 * length * vocabulary + 8 * length * hidden)
+    if plan.priced:
+        result |= {name: size + _rows(plan) for name, size in rounding_phases(plan).items()}
+        return {name: PROCESS_BYTES + size for name, size in result.items()}
     if recipe.base.kind != "none" or backwards:
         result["merge"] = _merge_bytes(plan)
     if plan.measures:
@@ -232,6 +236,9 @@ def layer_work(plan: Plan) -> Work:
     grams = 2 * rows * (hidden**2 + middle**2 + 2 * matrix)
     small = min(hidden, middle)
     # Per projection an eigenproblem of about 15 n^3 (3 n^3 without vectors) and the products around it, in float64.
+    if plan.priced:
+        measure, write = rounding_work(plan)
+        return Work(forward, 3 * forward, merge, grams + measure, 2 * grams + forward + write)
     products = 4 * matrix * (hidden + middle)
     each = 2 * shape.num_experts * 3
     values = plan.recipe.delta.method == "whitened" and not plan.method.joint(plan.recipe)

@@ -15,9 +15,11 @@ from d2moe_vllm.format.kinds import ROLES, Role
 from offline.methods.bases import SENSITIVITY_PART
 from offline.methods.layer import measured_part
 from offline.methods.options import Option
+from offline.methods.pricing import layer_costs
 from offline.plan.allocation import Curves, solve_adaptive
 from offline.plan.budget import solve_paper, solve_stored
 from offline.plan.plan import Plan
+from offline.plan.pricing import solve_priced
 from offline.plan.selection import settle_layers
 from offline.work.workdir import WorkDir
 
@@ -35,6 +37,11 @@ def settle(plan: Plan, work: WorkDir) -> Plan:
         return plan
     if plan.selects:
         return settle_layers(plan, work)
+    if plan.priced:
+        shape = plan.model.shape
+        costs = {layer: layer_costs(plan.recipe, work, layer, shape.num_experts) for layer in shape.layers}
+        found = solve_priced(plan.problem, costs)
+        return replace(plan, budget=found.budget, chosen=found.chosen, final=True)
     problem = replace(plan.problem, trimmed={layer: trimmed_experts(work, layer) for layer in plan.model.shape.layers})
     if plan.measures:
         budget = solve_adaptive(problem, plan.recipe.ratio, error_curves(plan, work))

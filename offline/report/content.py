@@ -12,7 +12,7 @@ from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.format.files import check_checkpoint
 from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.format.recipefile import read_recipe
-from offline.checkpoint.inspect import analyse, inspect, read_statistics
+from offline.checkpoint.inspect import analyse, count_parameters, inspect, read_statistics
 from offline.errors import InputError
 from offline.io.naming import labels
 from offline.io.progress import Steps
@@ -118,11 +118,15 @@ def _parts(folder: Path, config: CheckpointConfig) -> dict[str, dict[str, dict[s
     after = {kind: {"parameters": 0, "bytes": 0} for kind in ("base", "deltas", "factors", "bases", "kept")}
     # What is no delta from a base is a factor of an expert.
     deltas = "deltas" if find_method(config.method).has_base else "factors"
-    named = {"bases": "bases", "dense": "kept"}
     for layer in config.layers:
         for one in config.stored(layer).values():
-            part = after["base" if one.kind.part == "base" else named.get(one.kind.name, deltas)]
-            part["parameters"] += one.spec.numel
+            entry = config.layers[layer]
+            kept = one.kind.name == "dense" and not (
+                entry.channels or entry[one.role].has_base or entry[one.role].delta_storage
+            )
+            own = "kept" if kept else "bases" if one.kind.name == "bases" else deltas
+            part = after["base" if one.kind.part == "base" else own]
+            part["parameters"] += one.numbers
             part["bytes"] += one.spec.nbytes
     # Layers that stay dense are stored as in the source, in the checkpoint's dtype.
     width = {"float32": 4}.get(config.dtype, 2)
@@ -131,7 +135,7 @@ def _parts(folder: Path, config: CheckpointConfig) -> dict[str, dict[str, dict[s
     after["kept"]["bytes"] += left * width
     stored = {figure: sum(part[figure] for part in after.values()) for figure in ("parameters", "bytes")}
     after["rest"] = {
-        "parameters": reader.parameters - stored["parameters"],
+        "parameters": count_parameters(reader, config) - stored["parameters"],
         "bytes": reader.nbytes - stored["bytes"],
     }
     return {"before": before, "after": {kind: part for kind, part in after.items() if part["parameters"]}}

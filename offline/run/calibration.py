@@ -26,6 +26,8 @@ from offline.methods.bases import Merged, hold_bases, merge_experts, write_base
 from offline.methods.joint import MAKING_PART
 from offline.methods.layer import BASE_PART, LayerJob
 from offline.methods.options import Option
+from offline.methods.priced import write_priced
+from offline.methods.pricing import measure_priced
 from offline.methods.selection import look_at
 from offline.methods.writing import write_experts
 from offline.plan.plan import Plan
@@ -196,7 +198,11 @@ class Measuring(_WithBases):
         self.backwards = plan.measures
 
     def work_on(self, job: LayerJob) -> None:
-        if self.plan.measures:
+        if self.plan.priced:
+            self.sweep.label(job.number, "measure")
+            costs = self.costs.merge + self.costs.measure
+            measure_priced(job, lambda share: self.sweep.steps.advance(costs * share))
+        elif self.plan.measures:
             hold_bases(job, self.merge(job))
             self.sweep.label(job.number, "measure")
             factors = self.plan.method.factors(job)
@@ -251,6 +257,12 @@ class Writing(Settled):
         self.backwards = plan.needs_fisher and not plan.follows
 
     def work_on(self, job: LayerJob) -> None:
+        if self.plan.priced:
+            self.sweep.label(job.number, "write")
+            costs = self.costs.write + (self.costs.merge if self.plan.needs_fisher else 0)
+            settled = self.plan.chosen[job.number]
+            write_priced(job, settled, lambda share: self.sweep.steps.advance(costs * share))
+            return
         self._base(job)
         self.sweep.label(job.number, "write")
         write_experts(job, lambda share: self.sweep.steps.advance(self.costs.write * share))

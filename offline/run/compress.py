@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from offline.checkpoint.assembly import Assembly
 from offline.checkpoint.publish import publish
 from offline.errors import InputError
 from offline.io.console import plain_console
@@ -100,6 +101,7 @@ def compress(
                 refuse_changed_source(plan.model, mark)
             steps.label("writing the checkpoint")
             disk = work.nbytes() if group.first else 0
+            warnings = _warnings(settled, Assembly(settled, work)) if group.first else []
             if group.first:
                 publish(settled, windows, work, out, lambda: refuse_changed_source(plan.model, mark), reads.config)
         group.barrier()
@@ -113,8 +115,43 @@ def compress(
         ) from None
     finally:
         work.close()
-    written = {"path": str(out), "tokenizer": tokenizer.folder, "predicted": predicted, "work_bytes": disk}
+    for warning in warnings:
+        console.print(warning, highlight=False, soft_wrap=True, markup=False)
+    written = {
+        "warnings": warnings,
+        "path": str(out),
+        "tokenizer": tokenizer.folder,
+        "predicted": predicted,
+        "work_bytes": disk,
+    }
     return {**summary(settled, predicted["seconds"]), **written}
+
+
+FEW_TOKENS = 64
+"""An expert that saw fewer is fitted to hardly more than its weights."""
+
+
+def _warnings(plan: Plan, assembly: Assembly) -> list[str]:
+    """One line for experts that saw few tokens, and for factorizations that took more damping than usual."""
+    found, few, damped = [], [], []
+    for layer, report in assembly.reports().items():
+        few += [f"{layer}/{e} ({count})" for e, count in enumerate(report["tokens"]) if count < FEW_TOKENS]
+        damped += [f"{layer}/{e} {role}" for role, experts in report.get("damping", {}).items() for e in experts]
+    if few:
+        found.append(
+            f"{len(few)} experts saw fewer than {FEW_TOKENS} tokens of the calibration text (layer/expert: "
+            f"{_some(few)}); more windows, or a text nearer to what is served, would serve them better"
+        )
+    if damped:
+        found.append(
+            f"{len(damped)} matrices were rounded with more damping than usual: what their experts saw does not tell "
+            f"all inputs apart (layer/expert: {_some(damped)})"
+        )
+    return found
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def choose_device(device: str) -> torch.device:

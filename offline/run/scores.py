@@ -22,7 +22,7 @@ from offline.plan.resources import backward_work, layer_work
 from offline.run.calibration import Calibration, open_sweep
 from offline.source.dense import DenseModel
 from offline.source.tokens import Windows
-from offline.work.statistics import channel_scores
+from offline.work.statistics import gradients
 from offline.work.workdir import WorkDir, fingerprint
 
 PART = "channels"
@@ -42,12 +42,16 @@ class Scoring(Calibration):
         self.sweep.label(job.number, "channel scores")
         scores, work = [], layer_work(self.plan).merge
         for expert in range(job.experts):
-            scores.append(channel_scores(job.weights(expert), job.routing, expert, job.activation).cpu())
+            weighted = self.plan.recipe.delta.gate_weighted
+            found = gradients(
+                job.weights(expert), job.routing, expert, job.activation, fisher=False, gate_weighted=weighted
+            )
+            scores.append(found.channels.cpu())
             self.sweep.steps.advance(work / job.experts)
-        found = torch.stack(scores)
-        if not torch.isfinite(found).all():
+        every = torch.stack(scores)
+        if not torch.isfinite(every).all():
             raise InputError(f"layer {job.number}: gradients overflow on the calibration text; use another")
-        self.work.save_part(job.number, PART, {"scores": found})
+        self.work.save_part(job.number, PART, {"scores": every})
 
 
 def sweep_plan(model: DenseModel, calibration: CalibrationSettings, memory: int | None, *, backwards: bool) -> Plan:
@@ -59,6 +63,7 @@ def sweep_plan(model: DenseModel, calibration: CalibrationSettings, memory: int 
     ratio = round(min(share, 1) / 2, 3)
     recipe = Recipe(
         ratio=ratio,
+        bits=16,
         allocation="adaptive" if backwards else "uniform",
         base=Base(kind="none", groups=1),
         calibration=calibration,

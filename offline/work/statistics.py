@@ -7,7 +7,7 @@ whatever their number. Everything is accumulated in float32; no weight gradient 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -151,28 +151,46 @@ class Gradients:
     """Squared gradients of the log-likelihood at one expert's projections.
 
     fisher[role]: float32 [out, in], F = (Δ∘Δ)ᵀ (x∘x), squared per position, so that the result does not depend on
-    how windows are batched (METHODS 1.1); None where not asked for. sensitivity[role]: what a unit of squared error
-    at the projection's output costs, sum over tokens of |Δ|² / out, Δ before the gate where Grams carry the gate.
-    rows[role]: float64 [out], the same output by output, sum over tokens of Δ².
+    how windows are batched (METHODS 1.1); None where not asked for. rows[role]: float64 [out], what a unit of squared
+    error at each of its outputs costs, sum over tokens of Δ², Δ before the gate where Grams carry the gate.
+    channels: float64 [intermediate], sum over tokens of (dL/dh * h)² of what down reads: twice the second-order
+    estimate of what a channel's loss costs (METHODS 4.2).
     """
 
     fisher: dict[Role, Tensor] | None
-    sensitivity: dict[Role, float]
     rows: dict[Role, Tensor]
+    channels: Tensor
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(one).all()) for one in (*self.rows.values(), self.channels))
+
+    @property
+    def sensitivity(self) -> dict[Role, float]:
+        """What a unit of squared error costs on average over the outputs (METHODS 1.4)."""
+        return {role: float(rows.mean()) for role, rows in self.rows.items()}
 
 
 @torch.no_grad()
 def gradients(
-    weights: Weights, routing: Routing, expert: int, activation: Activation, *, fisher: bool, gate_weighted: bool
+    weights: Weights,
+    routing: Routing,
+    expert: int,
+    activation: Activation,
+    *,
+    fisher: bool | Collection[Role],
+    gate_weighted: bool,
 ) -> Gradients:
-    """One expert's squared gradients over all of its rows. Raises ValueError where no upstream was recorded."""
+    """One expert's squared gradients over all of its rows; fisher: of all projections, none, or some. Raises ValueError
+    where no upstream was recorded."""
     if routing.upstream is None:
         raise ValueError("gradients need a recording with upstream gradients")
     total: dict[Role, Tensor] = {}
-    if fisher:
-        total = {role: torch.zeros(weights[role].shape, device=routing.device) for role in ROLES}
-    sums: dict[Role, float] = dict.fromkeys(ROLES, 0.0)
-    rows = {role: torch.zeros(len(weights[role]), dtype=torch.float64, device=routing.device) for role in ROLES}
+    wanted = (ROLES if fisher else ()) if isinstance(fisher, bool) else fisher
+    if wanted:
+        total = {role: torch.zeros(weights[role].shape, device=routing.device) for role in wanted}
+    sums = {role: torch.zeros(len(weights[role]), dtype=torch.float64, device=routing.device) for role in ROLES}
+    channels = torch.zeros(weights["down"].shape[1], dtype=torch.float64, device=routing.device)
     for token, x, gates in routing.batches(expert):
         upstream = routing.upstream.read(token).to(routing.device)
         gate, up = linear(x, weights["gate"].float()), linear(x, weights["up"].float())
@@ -184,29 +202,14 @@ def gradients(
         activated = activated.detach()
         inputs: dict[Role, Tensor] = {"gate": x, "up": x, "down": activated * up}
         outputs: dict[Role, Tensor] = {"gate": gate_back, "up": back * activated, "down": upstream}
+        channels += (gates * back * inputs["down"]).square_().sum(dim=0, dtype=torch.float64)
         for role in ROLES:
             squares = outputs[role].square_()
             gated = squares * gates.square()
-            counted = squares if gate_weighted else gated
-            sums[role] += float(counted.sum(dtype=torch.float64)) / squares.shape[1]
-            rows[role] += counted.sum(dim=0, dtype=torch.float64)
-            if fisher:
+            sums[role] += (squares if gate_weighted else gated).sum(dim=0, dtype=torch.float64)
+            if role in total:
                 total[role].addmm_(gated.T, inputs[role].square())
-    return Gradients(total if fisher else None, sums, rows)
-
-
-@torch.no_grad()
-def channel_scores(weights: Weights, routing: Routing, expert: int, activation: Activation) -> Tensor:
-    """Sum over tokens of (dL/dh * h)² for each of one expert's intermediate channels h, float64 [intermediate]: the
-    second-order estimate of what a channel's loss costs. L is the log-likelihood; a channel that no token reaches has
-    0. Raises ValueError where no upstream was recorded."""
-    if routing.upstream is None:
-        raise ValueError("channel scores need a recording with upstream gradients")
-    total = torch.zeros(weights["down"].shape[1], dtype=torch.float64, device=routing.device)
-    for token, x, gates in routing.batches(expert):
-        back = gates * (routing.upstream.read(token).to(routing.device) @ weights["down"].float())
-        total += back.mul_(_middle(weights, x, activation)).square_().sum(dim=0, dtype=torch.float64)
-    return total
+    return Gradients(total or None, sums, channels)
 
 
 @torch.no_grad()
@@ -227,28 +230,50 @@ def mean_gram(
     return total.div_(max(count, 1))
 
 
-@torch.no_grad()
-def output_moments(
-    weights: Weights, stored: Weights, routing: Routing, expert: int, activation: Activation, *, gate_weighted: bool
-) -> tuple[Tensor, Tensor]:
-    """What one expert's channels have become, and how what it gave goes with them: mean h' h'ᵀ, float32 [kept, kept],
-    and mean y h'ᵀ, float32 [hidden, kept], for `refit_outputs`; tokens weighted by their squared gate if so asked.
+@dataclass(frozen=True)
+class Outputs:
+    """What an expert's kept channels have become, beside what it gave, as means over its tokens.
 
-    weights: the dense expert, which gives y; stored: gate and up as they will be stored, [kept, hidden] each, which
-    make h'. Zero where no token was routed to it.
+    moment: float32 [kept, kept], of h' h'ᵀ; cross: float32 [hidden, kept], of y h'ᵀ; energy: of |y|². y is what the
+    dense expert gives and h' what the channels that stay are, once gate and up are as stored. Zero without tokens.
     """
-    kept, hidden = stored["gate"].shape
+
+    moment: Tensor
+    cross: Tensor
+    energy: float
+
+    def error(self, down: Tensor) -> float:
+        """Mean |y - W h'|² of a down projection W, float32 [hidden, kept]."""
+        weight = down.double()
+        product = weight @ self.moment.double()
+        return self.energy + float(((product - 2 * self.cross.double()) * weight).sum())
+
+
+@torch.no_grad()
+def outputs(
+    weights: Weights,
+    stored: Weights,
+    routing: Routing,
+    expert: int,
+    activation: Activation,
+    *,
+    gate_weighted: bool,
+) -> Outputs:
+    """One expert's outputs and what its channels have become; stored: gate and up [kept, hidden] as they will be
+    stored, float32; tokens weighted by their squared gate if so asked."""
+    kept, hidden = len(stored["gate"]), len(weights["down"])
     moment = torch.zeros(kept, kept, device=routing.device)
     cross = torch.zeros(hidden, kept, device=routing.device)
-    count = 0
+    energy, count = 0.0, 0
     for _, x, gates in routing.batches(expert):
-        given, become = linear(_middle(weights, x, activation), weights["down"].float()), _middle(stored, x, activation)
-        if gate_weighted:
-            given, become = given * gates, become * gates
-        moment.addmm_(become.T, become)
-        cross.addmm_(given.T, become)
+        factor = gates if gate_weighted else torch.ones_like(gates)
+        gave = linear(_middle(weights, x, activation), weights["down"].float()).mul_(factor)
+        became = (activation(linear(x, stored["gate"])) * linear(x, stored["up"])).mul_(factor)
+        moment.addmm_(became.T, became)
+        cross.addmm_(gave.T, became)
+        energy += float(gave.square().sum(dtype=torch.float64))
         count += len(x)
-    return moment.div_(max(count, 1)), cross.div_(max(count, 1))
+    return Outputs(moment.div_(max(count, 1)), cross.div_(max(count, 1)), energy / max(count, 1))
 
 
 def _middle(weights: Weights, x: Tensor, activation: Activation) -> Tensor:

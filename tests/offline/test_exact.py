@@ -46,7 +46,8 @@ LENGTH = 32
 
 def recipe(ratio: float = 0.08, windows: int = 8, **sections: Any) -> Recipe:
     calibration = {"windows": windows, "seq_len": LENGTH, **sections.pop("calibration", {})}
-    return Recipe.model_validate({"ratio": ratio, "allocation": "uniform", "calibration": calibration, **sections})
+    asked = {"ratio": ratio, "bits": 16, "allocation": "uniform", "calibration": calibration, **sections}
+    return Recipe.model_validate(asked)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from d2moe_vllm.format.config import Layer
 from d2moe_vllm.format.files import read_config
 from d2moe_vllm.format.kinds import ROLES
+from offline.plan.recipe import Recipe
 from offline.source.dense import open_dense
 
 RATIO = 0.08
@@ -135,6 +136,10 @@ def _check_layer(layer: Layer, asked: dict[str, Any]) -> None:
         projection = layer[role]
         assert projection.shared_v == delta.get("share_v", False)
         assert projection.distinct_u == delta.get("distinct_u", 0)
+        if Recipe.model_validate({"ratio": RATIO, **asked}).priced:
+            assert projection.delta in ("dense", "factors")  # whole, or the base alone
+            assert projection.rank == 0
+            continue
         assert projection.delta == ("columns" if delta.get("method") == "prune" else "factors")
         if kind == "semi-dynamic":
             assert projection.kept_columns >= projection.used_columns > 0

@@ -97,6 +97,37 @@ def test_frequency_merge_weighs_by_routed_tokens(seed: int, tokens: list[int]) -
     assert torch.allclose(run("mean", case).double(), case.mean(), atol=1e-6)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000), tokens=routed.filter(any), across=st.booleans(), name=st.sampled_from(["fisher", "mean"])
+)
+def test_what_an_expert_lacks_has_no_part_in_the_merge(seed: int, tokens: list[int], across: bool, name: str) -> None:
+    """Rows or columns, position by position over the experts that have it; what none has is zero."""
+    case = Case(seed, tokens)
+    masks = (
+        torch.rand(len(tokens), SHAPE[1] if across else SHAPE[0], generator=torch.Generator().manual_seed(seed)) > 0.5
+    )
+    merge = MERGES[name](*SHAPE, len(tokens), MergeOptions(partial="columns" if across else "rows", fisher_epsilon=0.1))
+    for weight, fisher, mask, count in zip(case.weights, case.fisher, masks, tokens, strict=True):
+        merge.add(weight, count, sum(tokens), fisher, kept=mask)
+    had = [mask.double().expand(SHAPE) if across else mask.double()[:, None].expand(SHAPE) for mask in masks]
+    mean = sum(float((f.double() * h).sum()) for f, h in zip(case.fisher, had, strict=True))
+    mean /= max(sum(float(h.sum()) for h in had), 1)
+    counts = [
+        h * (f.double() + 0.1 * mean) if name == "fisher" and mean else h for f, h in zip(case.fisher, had, strict=True)
+    ]
+    top = sum(c * w.double() for c, w in zip(counts, case.weights, strict=True))
+    expected = torch.where(sum(had) > 0, top / sum(counts).clamp(min=1e-300), 0.0)
+    assert torch.allclose(merge.result().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_merges_of_whole_matrices_say_so() -> None:
+    with pytest.raises(ValueError, match="TiesMerge merges whole matrices only"):
+        MERGES["ties"](*SHAPE, 2, MergeOptions(partial="rows"))
+    with pytest.raises(ValueError, match="needs to know which"):
+        MERGES["mean"](*SHAPE, 2, MergeOptions(partial="rows")).add(torch.zeros(SHAPE), 1, 1)
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1000), tokens=routed, shrinkage=st.sampled_from([0.0, 0.1, 1.0]))
 def test_regmean_is_the_least_squares_merge(seed: int, tokens: list[int], shrinkage: float) -> None:

@@ -107,8 +107,9 @@ def deepseek_v3(folder: Path, layers: int) -> Path:
     return write_sparse(folder, DEEPSEEK_V3 | {"num_hidden_layers": layers}, specs)
 
 
-def plan(source: Path, *arguments: str) -> dict[str, Any]:
-    done = d2moe_here("plan", source, *arguments, "--json")
+def plan(source: Path, *arguments: str, bits: str | None = "16") -> dict[str, Any]:
+    """bits: the paper's world by default; what the price chooses has tests of its own."""
+    done = d2moe_here("plan", source, *arguments, *(("--bits", bits) if bits else ()), "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from d2moe_vllm.format.kinds import storage_tensors
-from offline.plan.price import LayerCosts, Settled, Sizes, Way, settle
+from offline.algebra.price import LayerCosts, Settled, Sizes, Way, settle
 
 WAYS = [Way(0, 16), Way(0, 8), Way(0, 4), Way(0, 3), Way(0, 2), Way(4, 2), Way(4, 0)]
 LOST = {16: 0.0, 8: 0.0002, 4: 0.02, 3: 0.06, 2: 0.2, 0: 0.8}
@@ -47,7 +47,7 @@ def bytes_of(sizes: Sizes, settled: Settled) -> int:
 
     def matrix(out: int, inputs: int, bits: int) -> int:
         kind = "bfloat16" if bits == 16 else f"int{bits}"
-        return sum(spec.nbytes for spec in storage_tensors(kind, 64, (out, inputs), "bfloat16").values())
+        return sum(spec.nbytes for spec in storage_tensors(kind, 64, (out, inputs)).values())
 
     total = 0
     union = int(settled.kept.any(dim=0).sum())
@@ -58,9 +58,10 @@ def bytes_of(sizes: Sizes, settled: Settled) -> int:
                 total += times * matrix(*((count, sizes.hidden) if half == "w13" else (sizes.hidden, count)), way.delta)
         if union and way.base:
             out, inputs = (union, sizes.hidden) if half == "w13" else (sizes.hidden, union)
-            total += times * (matrix(out, inputs, way.base) + 4 * inputs + 4 * inputs)
+            total += times * matrix(out, inputs, way.base)
     if not settled.kept.all():
-        total += sizes.experts * ((sizes.intermediate + 7) // 8)
+        has_base = any(way.base for way in settled.ways.values())
+        total += (sizes.experts + has_base) * ((sizes.intermediate + 7) // 8)
     return total
 
 
@@ -162,10 +163,10 @@ def test_experts_that_no_token_reached_stay_while_there_is_room() -> None:
 def test_what_it_refuses() -> None:
     sizes = Sizes(experts=2, hidden=64, intermediate=16)
     [costs] = layers(sizes, 1)
-    [found] = settle([costs], sizes, sizes.masks)
+    [found] = settle([costs], sizes, sizes.masks(base=False))
     assert not found.kept.any()
     with pytest.raises(ValueError, match="hold no channel sets"):
-        settle([costs], sizes, sizes.masks - 1)
+        settle([costs], sizes, sizes.masks(base=False) - 1)
     with pytest.raises(ValueError, match="costs are finite"):
         settle([LayerCosts(costs.channels * torch.nan, costs.losses, costs.shares)], sizes, 1000)
     with pytest.raises(ValueError, match="needs ways"):

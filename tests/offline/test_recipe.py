@@ -12,12 +12,12 @@ from offline.plan.recipe import Recipe, load_recipe
 
 
 def test_round_trip() -> None:
-    recipe = Recipe(ratio=0.4).resolve(128, 1024, 8)
+    recipe = Recipe(ratio=0.4).resolve(128, 1024, 8, 256)
     assert Recipe.model_validate(yaml.safe_load(recipe.dump())) == recipe
 
 
 def test_auto_is_16_for_real_models_and_1_for_tiny_ones() -> None:
-    real, tiny = Recipe(ratio=0.4).resolve(4096, 32768, 8), Recipe(ratio=0.4).resolve(128, 1024, 8)
+    real, tiny = Recipe(ratio=0.4).resolve(4096, 32768, 8, 14336), Recipe(ratio=0.4).resolve(128, 1024, 8, 256)
     assert (real.delta.rank_multiple, real.base.column_multiple, real.calibration.seq_len) == (16, 16, 2048)
     assert (tiny.delta.rank_multiple, tiny.base.column_multiple, tiny.calibration.seq_len) == (1, 1, 1024)
 

@@ -52,7 +52,7 @@ SIZES = {
 def test_rounding_prunes_about_what_was_asked_for_on_the_real_sizes(family: str) -> None:
     recipe = load_recipe(SHIPPED[family], {"ratio": 0.4})
     for sizes in SIZES[family]:
-        assert recipe.resolve(sizes[0], 2048, 8).base.column_multiple == 16
+        assert recipe.resolve(sizes[0], 2048, 8, sizes[1]).base.column_multiple == 16
         for columns in sizes:
             assert columns % recipe.base.groups == 0
             kept = int(columns / recipe.base.groups * (1 - recipe.base.sparsity / 2)) // 16 * 16
@@ -61,12 +61,18 @@ def test_rounding_prunes_about_what_was_asked_for_on_the_real_sizes(family: str)
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6])
 def test_a_name_gives_a_plan_at_any_ratio_and_options_win(ratio: float) -> None:
-    done = d2moe_here("plan", TINY, "--recipe", "mixtral", "--ratio", ratio, "--windows", "8", "--json")
-    assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
-    assert plan["recipe"]["ratio"] == ratio
-    assert plan["recipe"]["calibration"]["windows"] == 8
-    assert 0 <= plan["result"]["stored_ratio"] - ratio < 0.01
+    for bits, left in (("16", 0.0), ("auto", 0.516)):
+        given = ("--recipe", "mixtral", "--ratio", ratio, "--windows", "8", "--bits", bits)
+        done = d2moe_here("plan", TINY, *given, "--json")
+        assert done.returncode == 0, done.stderr
+        plan = json.loads(done.stdout)
+        assert plan["recipe"]["ratio"] == ratio
+        assert plan["recipe"]["calibration"]["windows"] == 8
+        result = plan["result"]
+        # Less is left only where 8 bits are: more would save nothing.
+        share = result["expert_bytes"] / result["dense_expert_bytes"]
+        assert result["stored_ratio"] >= ratio
+        assert result["stored_ratio"] - ratio < 0.01 or share == pytest.approx(left, abs=2e-3)
 
 
 def test_the_ratio_is_the_users() -> None:

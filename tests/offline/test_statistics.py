@@ -18,7 +18,7 @@ from offline.plan.recipe import Recipe
 from offline.run.calibration import Calibration, open_sweep
 from offline.source.dense import open_dense
 from offline.source.layerwise import next_token_loss
-from offline.work.statistics import Gradients, gradients, mean_gram, output_moments
+from offline.work.statistics import Gradients, Outputs, gradients, mean_gram, outputs
 from offline.work.workdir import WorkDir
 
 WINDOWS, LENGTH, EXPERTS, LAYERS = 3, 7, 4, 3
@@ -97,7 +97,7 @@ class Seen:
     energy: dict[str, Tensor]
     gradients: list[Gradients]
     gram: dict[str, list[Tensor]]
-    moments: list[tuple[Tensor, Tensor]]
+    moments: list[Outputs]
 
 
 KEPT = slice(3, 20, 2)
@@ -132,7 +132,7 @@ def streamed(
                 for site, found in grams.items():
                     found.append(mean_gram(weights, job.routing, expert, site, job.activation, **weighted))
                 stored = {role: weights[role][KEPT] for role in ("gate", "up")}
-                moments.append(output_moments(weights, stored, job.routing, expert, job.activation, **weighted))
+                moments.append(outputs(weights, stored, job.routing, expert, job.activation, **weighted))
             seen[job.number] = Seen(job.tokens, dict(job.energy), grads, grams, moments)
 
     with Steps(1) as steps:
@@ -174,8 +174,14 @@ def test_output_moments_are_of_what_channels_become_and_experts_give(
             moment = sum(torch.outer(h[KEPT], h[KEPT]) * (g.square() if weighted else 1) for h, _, g in rows)
             cross = sum(torch.outer(y, h[KEPT]) * (g.square() if weighted else 1) for h, y, g in rows)
             found = statistics[layer].moments[expert]
-            assert close(found[0], moment / len(rows))
-            assert close(found[1], cross / len(rows))
+            assert close(found.moment, moment / len(rows))
+            assert close(found.cross, cross / len(rows))
+            energy = sum(float(y.double().square().sum()) * (float(g) ** 2 if weighted else 1) for _, y, g in rows)
+            assert found.energy == pytest.approx(energy / len(rows), rel=1e-4)
+            down = torch.linspace(-1, 1, cross.numel(), dtype=torch.float64).view(cross.shape).float()
+            left = [(y - down.double() @ h[KEPT]) * (g if weighted else 1) for h, y, g in rows]
+            error = sum(float(one.double().square().sum()) for one in left) / len(rows)
+            assert found.error(down) == pytest.approx(error, rel=1e-3)
 
 
 def test_energy_is_of_what_the_base_reads(streamed: tuple, expected: list[PerPosition]) -> None:

@@ -112,7 +112,7 @@ def test_disk_and_progress_are_what_was_planned(name: str, deep: Path, tmp_path:
 
 def test_what_lies_there_in_the_end_is_what_is_stored(deep: Path, tmp_path: Path) -> None:
     """Besides a few kilobytes for each projection: no other kind of base, no higher rank."""
-    plan = planned(deep, {})
+    plan = planned(deep, {"bits": 16})
     work = WorkDir(tmp_path / "work", {})
     with Steps(1, Console(file=StringIO())) as steps:
         settled = compress_layers(plan, TOKENS, work, steps, torch.device("cpu"))

@@ -167,10 +167,11 @@ def test_without_a_compiler_it_falls_back_and_says_why(environment: dict[str, st
 @pytest.mark.parametrize("kind", ["bases", "dense"])
 def test_weights_without_a_kernel_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not left out of the sum."""
-    monkeypatch.setitem(BACKENDS, "new", BACKENDS["cpu"]._replace(lacks=frozenset((kind,))))
+    lacking = f"deltas of kind '{kind}'"
+    monkeypatch.setitem(BACKENDS, "new", BACKENDS["cpu"]._replace(lacks=frozenset((lacking,))))
     halves = (Weights(), Weights(**{kind: torch.ones(1)}))
     spec = LayerSpec(1, 8, HalfSpec((0, 0)), HalfSpec((0,)), "silu", "off")
-    with pytest.raises(ValueError, match=f"backend 'new' has no kernel for '{kind}'; use 'reference'"):
+    with pytest.raises(ValueError, match=f"backend 'new' has no kernel for {lacking}; use 'reference'"):
         every_backend("new", torch.ones(1, 8), torch.ones(1, 1), torch.zeros(1, 1), *halves, None, spec)
 
 

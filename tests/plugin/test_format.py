@@ -58,7 +58,7 @@ def one(role: str, **changes: Any) -> Callable[[dict[str, Any]], object]:
 
 # The layers: 0 low-rank base, trimmed; 1 delta columns, trimmed; 2 all shared, trimmed; 3 U's shared.
 RULES: list[tuple[int, Callable[[dict[str, Any]], object], str]] = [
-    (0, one("down", kept_columns=8), "kept_columns or a base_rank, not both"),
+    (0, one("down", kept_columns=8), "a base is a full_base, or has kept_columns or a base_rank"),
     (0, one("down", base_rank=129), "layer 0 down: base_rank 129 exceeds the matrix"),
     (0, one("down", base_rank=-1), "layers.0.down.base_rank"),
     (0, one("down", base_rank=0), "trimmed experts run on the base alone, but down have no base"),

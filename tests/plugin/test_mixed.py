@@ -64,10 +64,10 @@ RULES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (both(shared_v=True), "shared_v and distinct_u need delta 'factors'"),
     (both(kept_columns=8), "delta 'bases' is a whole matrix and stands on no base"),
     (both(base_rank=8), "delta 'bases' is a whole matrix and stands on no base"),
-    (one("down", kept_columns=8), "delta 'dense' is a whole matrix and stands on no base"),
+    (one("down", kept_columns=8, full_base=True), "a base is a full_base, or has kept_columns or a base_rank"),
     (one("down", rank=8), "its rank must be 0, not 8"),
-    (one("down", delta="bases", rank=8, bases=2, function="silu"), "delta 'bases' for gate and up alone"),
-    (both(delta="dense", rank=0, bases=0, function=None), "delta 'dense' is for down alone"),
+    (one("down", delta="bases", rank=8, bases=2, function="silu"), "delta 'bases' is for gate and up alone"),
+    (both(delta="dense", bases=0, function=None), "its rank must be 0"),
     (one("down", delta="factors", rank=8, bases=2), "bases and function need delta 'bases', not 'factors'"),
     (lambda layer: layer.update(trimmed=[1]), "trimmed experts run on the base alone"),
 ]

@@ -235,7 +235,7 @@ def edit(folder: Path, change: Callable[[dict], object], shard: str = "model-000
         (too_high, COLUMNS.format("w2") + r": columns must ascend, lie in 0\.\.255"),
         (negative, COLUMNS.format("w2") + ": columns must ascend"),
         (uneven, COLUMNS.format("w1") + ": columns must .* evenly over 8 groups"),
-        (gate_is_not_up, COLUMNS.format("w3") + " differs between gate and up"),
+        (gate_is_not_up, COLUMNS.format("w3") + " differ, gate and up share one"),
     ],
 )
 @pytest.mark.parametrize("trust_remote_code", [True, False], ids=["modeling file", "quantizer"])

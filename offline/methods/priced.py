@@ -1,0 +1,285 @@
+"""The final tensors of a layer of whole deltas: few bits, some of the channels, perhaps a base (METHODS 4.2).
+
+In this order, as every step is made for what the ones before it have left: gate and up lose the channels that go, their
+base is merged of what stays and rounded, their deltas are taken against the rounded base and rounded; then down is
+refitted to what gate and up have become, its base merged of that and rounded, and its deltas rounded. Every part is
+written as soon as it is known, so an interrupted layer continues with its next expert, and several processes share a
+layer's experts out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from d2moe_vllm.format.config import Layer
+from d2moe_vllm.format.kinds import HALVES, SCALE_DTYPE, SCALES, STORAGES, Role, Stored
+from d2moe_vllm.ops.packing import Packing, pack, to_bits, unpacked
+from offline.algebra.channels import refit_outputs
+from offline.algebra.factorization import shrink_gram, whitened_energy
+from offline.algebra.merging import MERGES, Merge, MergeOptions
+from offline.algebra.price import Settled
+from offline.algebra.rounding import round_matrices
+from offline.errors import InputError
+from offline.io.shards import TORCH_DTYPES
+from offline.methods.layer import LayerJob, expert_part
+from offline.methods.settings import Base
+from offline.work.statistics import Outputs, Weights, gradients, outputs
+
+Advance = Callable[[float], None]
+"""Told which share of a step is done."""
+Written = dict[str, Tensor]
+"""A matrix as it is stored: by what its name is followed by."""
+DAMPING = "_damping"
+"""What a rounded matrix's name is followed by in the part where it says what its factorization took, float32 [1]."""
+
+
+def base_part(half: str) -> str:
+    """A layer's part that holds the base of a half, as it is stored."""
+    return f"base-{half}"
+
+
+def half_part(expert: int, half: str) -> str:
+    """A layer's part that holds what is an expert's own of a half."""
+    return f"{expert_part(expert)}-{half}"
+
+
+def new_merge(job: LayerJob, role: Role, partial: Literal["", "rows", "columns"] = "") -> Merge:
+    """An empty merge of a projection; partial: whether experts may lack some rows or columns."""
+    base: Base = job.plan.recipe.base
+    options = MergeOptions(
+        fisher_epsilon=base.fisher_epsilon,
+        frequency_power=base.frequency_power,
+        partial=partial,
+        device=job.routing.device,
+    )
+    return MERGES[base.merge](*job.plan.model.shape.projection(role), job.experts, options)
+
+
+def half_of(role: Role) -> str:
+    return next(half for half, roles in HALVES.items() if role in roles)
+
+
+def place_of(layer: Layer, one: Stored) -> tuple[str, str]:
+    """(part, key) of a stored tensor among the layer's parts, where it lies as it is stored."""
+    half = half_of(one.role)
+    if one.kind.name == "base_channels":
+        return base_part("w2" if layer.down.has_base else "w13"), one.name
+    if one.kind.owner == "layer":
+        return base_part(half), f"{one.role}.{one.name}"
+    return half_part(one.expert, half), one.name if one.kind.content == "mask" else f"{one.role}.{one.name}"
+
+
+def write_priced(job: LayerJob, settled: Settled, advance: Advance) -> None:
+    """Writes a layer's bases and every expert's deltas and channels."""
+    _Writer(job, settled, advance).write()
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """One layer. settled.kept: bool [experts, intermediate]."""
+
+    job: LayerJob
+    settled: Settled
+    advance: Advance
+
+    def write(self) -> None:
+        steps = sum(2 if self.settled.ways[half].base else 1 for half in HALVES)
+        for half in HALVES:
+            if self.settled.ways[half].base:
+                if not self.job.work.has_part(self.job.number, base_part(half)):
+                    self._write_base(half, 1 / steps)
+                else:
+                    self.advance(1 / steps)
+            self._write_deltas(half, 1 / steps)
+            self.job.work.group.barrier()
+
+    def kept(self, expert: int) -> Tensor:
+        return self.settled.kept[expert].to(self.job.routing.device)
+
+    @property
+    def union(self) -> Tensor:
+        """The channels that any expert keeps, which a base has; bool [intermediate]."""
+        return self.settled.kept.any(dim=0).to(self.job.routing.device)
+
+    # Bases
+
+    def _write_base(self, half: str, share: float) -> None:
+        """Merges a half's base of what stays of the experts, and rounds it for what all of them read together."""
+        job, roles = self.job, HALVES[half]
+        merges = {role: new_merge(job, role, "columns" if half == "w2" else "rows") for role in roles}
+        size = job.plan.model.shape.projection(roles[0])[1]
+        pooled = torch.zeros(size, size, device=job.routing.device)
+        total = int(job.tokens.sum())
+        for expert in job.own:
+            weights, tokens, kept = job.weights(expert), int(job.tokens[expert]), self.kept(expert)
+            found, gram = self._to_merge(half, expert, weights)
+            needs, fisher = MERGES[job.plan.recipe.base.merge].needs_fisher, None
+            if needs:
+                weighted = job.plan.recipe.delta.gate_weighted
+                fisher = gradients(
+                    weights, job.routing, expert, job.activation, fisher=roles, gate_weighted=weighted
+                ).fisher
+            for role in roles:
+                own = None if fisher is None else fisher[role]
+                merges[role].add(found[role], tokens, total, own, kept=kept)
+            pooled.add_(gram, alpha=tokens / max(total, 1))
+            self.advance(share / len(job.own))
+        for merge in merges.values():
+            job.work.group.sum(merge.state())
+        job.work.group.sum([pooled])
+        if job.work.group.first:
+            job.save(base_part(half), self._rounded_base(half, merges, pooled))
+        job.work.group.barrier()
+
+    def _to_merge(self, half: str, expert: int, weights: Weights) -> tuple[Mapping[Role, Tensor], Tensor]:
+        """An expert's projections of a half in their whole size, and the second moment of what they read."""
+        if half == "w13":
+            return weights, self.job.shrunk_gram(expert, weights, "input")
+        kept = self.kept(expert)
+        down, seen = self._refitted(expert, weights)
+        places = kept.nonzero()[:, 0]
+        whole = torch.zeros(weights["down"].shape, device=down.device).index_copy_(1, places, down)
+        moment = self._shrunk(expert, seen.moment)
+        gram = torch.zeros(len(kept), len(kept), device=down.device)
+        gram[places[:, None], places] = moment
+        return {"down": whole}, gram
+
+    def _rounded_base(self, half: str, merges: Mapping[Role, Merge], pooled: Tensor) -> dict[str, Tensor]:
+        union, bits = self.union, self.settled.ways[half].base
+        roles = list(merges)
+        if half == "w13":
+            found = self._round([merges[role].result()[union] for role in roles], pooled, bits)
+        else:
+            whole = merges["down"].result()[:, union].contiguous()
+            found = self._round([whole], pooled[union][:, union], bits)
+        pairs = zip(roles, found, strict=True)
+        tensors = {f"{role}.base{suffix}": tensor.cpu() for role, one in pairs for suffix, tensor in one.items()}
+        return {**tensors, "base_channels": to_bits(union).cpu()}
+
+    def _base(self, half: str, role: Role) -> Tensor | None:
+        """The stored base of a projection, float32, in the size of its union of channels; None without one."""
+        if not (bits := self.settled.ways[half].base):
+            return None
+        inputs = int(self.union.sum()) if half == "w2" else self.job.plan.model.shape.hidden_size
+        return self._opened(base_part(half), f"{role}.base", bits, inputs)
+
+    # Deltas
+
+    def _write_deltas(self, half: str, share: float) -> None:
+        job = self.job
+        for expert in job.own:
+            if not job.work.has_part(job.number, half_part(expert, half)):
+                write = self._gate_and_up if half == "w13" else self._down
+                job.save(half_part(expert, half), {name: tensor.cpu() for name, tensor in write(expert).items()})
+            self.advance(share / len(job.own))
+
+    def _gate_and_up(self, expert: int) -> dict[str, Tensor]:
+        job, kept = self.job, self.kept(expert)
+        weights = job.weights(expert)
+        gram = job.shrunk_gram(expert, weights, "input")
+        roles, within = HALVES["w13"], kept[self.union]
+        bases = {role: self._base("w13", role) for role in roles}
+        deltas = []
+        for role in roles:
+            base = bases[role]
+            own = weights[role][kept].float()
+            deltas.append(own if base is None else own - base[within])
+        found: dict[str, Tensor] = {}
+        for role, delta, stored in zip(roles, deltas, self._delta("w13", deltas, gram), strict=True):
+            found |= {f"{role}.dense{suffix}": tensor for suffix, tensor in stored.items()}
+            left = weights[role].float()
+            left[kept] = delta - self._meaning(stored, self.settled.ways["w13"].delta, delta)
+            found |= _figures(role, whitened_energy(left, gram), whitened_energy(weights[role].float(), gram))
+        return found
+
+    def _down(self, expert: int) -> dict[str, Tensor]:
+        weights, kept, way = self.job.weights(expert), self.kept(expert), self.settled.ways["w2"]
+        down, seen = self._refitted(expert, weights)
+        base = self._base("w2", "down")
+        before = torch.zeros_like(down) if base is None else base[:, kept[self.union]]
+        delta = down - before
+        (stored,) = self._delta("w2", [delta], self._shrunk(expert, seen.moment))
+        found = {f"down.dense{suffix}": tensor for suffix, tensor in stored.items()}
+        written = before + self._meaning(stored, way.delta, delta)
+        found |= _figures("down", max(seen.error(written), 0.0), seen.energy)
+        return {**found, "channels": to_bits(kept)}
+
+    def _delta(self, half: str, deltas: list[Tensor], gram: Tensor) -> list[Written]:
+        """The deltas as stored; nothing of those that are not."""
+        bits = self.settled.ways[half].delta
+        return self._round(deltas, gram, bits) if bits else [{} for _ in deltas]
+
+    def _refitted(self, expert: int, weights: Weights) -> tuple[Tensor, Outputs]:
+        """down, float32 [hidden, kept], as it best gives what the expert gave from what its channels have become."""
+        job, kept, way = self.job, self.kept(expert), self.settled.ways["w13"]
+        stored: dict[Role, Tensor] = {}
+        for role in HALVES["w13"]:
+            base, hidden = self._base("w13", role), job.plan.model.shape.hidden_size
+            own = None if base is None else base[kept[self.union]]
+            if way.delta:
+                delta = self._opened(half_part(expert, "w13"), f"{role}.dense", way.delta, hidden)
+                own = delta if own is None else own + delta
+            assert own is not None, "a half has a base or deltas"
+            stored[role] = own
+        weighted, strength = job.plan.recipe.delta.gate_weighted, job.plan.recipe.delta.shrinkage
+        seen = outputs(weights, stored, job.routing, expert, job.activation, gate_weighted=weighted)
+        if not bool(torch.isfinite(seen.moment).all() & torch.isfinite(seen.cross).all()):
+            raise InputError(f"layer {job.number}: activations overflow float32 on the calibration text; use another")
+        tokens = int(job.tokens[expert])
+        down = refit_outputs(weights["down"], kept, seen.moment, seen.cross, tokens, strength)
+        return down, seen
+
+    def _shrunk(self, expert: int, moment: Tensor) -> Tensor:
+        if not len(moment):
+            return moment
+        return shrink_gram(moment.clone(), int(self.job.tokens[expert]), self.job.plan.recipe.delta.shrinkage)
+
+    # Numbers
+
+    def _round(self, matrices: list[Tensor], gram: Tensor, bits: int) -> list[Written]:
+        """Matrices [out, in] that read inputs of second moment `gram`, as they are stored."""
+        if bits == 16:
+            return [{"": matrix.to(self.job.plan.torch_dtype)} for matrix in matrices]
+        group_size = self.job.plan.recipe.group_size
+        if not matrices[0].numel():
+            return [self._empty(matrix, bits) for matrix in matrices]
+        found = round_matrices(
+            matrices, gram, [bits] * len(matrices), group_size=group_size, dtype=TORCH_DTYPES[SCALE_DTYPE]
+        )
+        return [{"": pack(one.codes, bits), SCALES: one.scales, DAMPING: torch.tensor([one.damping])} for one in found]
+
+    def _empty(self, matrix: Tensor, bits: int) -> Written:
+        rows, how = len(matrix), self._how(bits)
+        inputs = matrix.shape[1]
+        scales = torch.zeros(rows, how.row_groups(inputs), dtype=TORCH_DTYPES[SCALE_DTYPE])
+        return {"": torch.zeros(rows, how.row_bytes(inputs), dtype=torch.uint8), SCALES: scales}
+
+    def _how(self, bits: int) -> Packing:
+        return Packing(bits, STORAGES[f"int{bits}"].zero, self.job.plan.recipe.group_size)
+
+    def _meaning(self, stored: Written, bits: int, like: Tensor) -> Tensor:
+        """What is stored as numbers, float32, of the shape of `like`."""
+        if not bits:
+            return torch.zeros_like(like)
+        if bits == 16:
+            return stored[""].float()
+        return unpacked(stored[""], stored[SCALES], self._how(bits), like.shape[1])
+
+    def _opened(self, part: str, key: str, bits: int, inputs: int) -> Tensor:
+        """A stored matrix of the working folder as numbers, float32, on the device."""
+        job = self.job
+        names = [key] if bits == 16 else [key, key + SCALES]
+        found: dict[str, Any] = job.work.load_part(job.number, part, *names)
+        tensors = [found[name].to(job.routing.device) for name in names]
+        return tensors[0].float() if bits == 16 else unpacked(tensors[0], tensors[1], self._how(bits), inputs)
+
+
+def _figures(role: Role, error: float, energy: float) -> dict[str, Tensor]:
+    """Squared error of a projection's outputs, and what it is a share of."""
+    figures = {"error": error, "energy": energy}
+    return {f"{role}.{name}": torch.tensor([value], dtype=torch.float64) for name, value in figures.items()}
