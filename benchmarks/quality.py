@@ -112,7 +112,12 @@ class Job:
         with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
             out = Path(folder) / "model"
             recipe = RECIPES[self.recipe]
-            content = {"ratio": self.ratio, **recipe, "calibration": CALIBRATION | recipe.get("calibration", {})}
+            content = {
+                "ratio": self.ratio,
+                "bits": 16,
+                **recipe,
+                "calibration": CALIBRATION | recipe.get("calibration", {}),
+            }
             compress(str(source), out, Recipe.model_validate(content), FOLDER / "fit.txt", console=_silent())
             return [_evaluate(out, scope, self.unseen) for scope in self.scopes]
 

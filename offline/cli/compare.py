@@ -60,8 +60,8 @@ def compare(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            help="Simpler ways to compare with: frequency, output-norm, svd, merge, channels; rtn-8, rtn-4, rtn-3, "
-            "rtn-2, gptq-8, gptq-4, gptq-3, gptq-2."
+            help="Simpler ways to compare with: frequency, output-norm, low-rank, svd, merge, channels; rtn-8, "
+            "rtn-4, rtn-3, rtn-2, gptq-8, gptq-4, gptq-3, gptq-2."
         ),
     ] = None,
     calibration: CalibrationText = None,

@@ -143,6 +143,7 @@ FEWER_EXPERTS: Mapping[str, Choose] = {
 }
 """Name -> which of a layer's experts remain, and from what."""
 RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "low-rank": {"bits": 16},
     "svd": {"allocation": "uniform", "base": {"kind": "none"}},
 }
 """Name -> settings of a recipe: what the project's own pipeline can do."""
@@ -163,7 +164,7 @@ ROUNDED: Mapping[str, Bits] = {
     for bits in (8, 4, 3, 2)
 }
 """Of rounding.py: experts keep all their weights in fewer bits; the size does not follow the ratio."""
-BASELINES = ("frequency", "output-norm", "svd", "merge", CHANNELS, *ROUNDED)
+BASELINES = ("frequency", "output-norm", "low-rank", "svd", "merge", CHANNELS, *ROUNDED)
 
 
 # Writing
