@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "examples" / "tiny-mixtral"
 BUILD = ROOT / "build" / "demo"
 RATIO = "0.6"
-SEQ_LEN = "256"
+WINDOWS, SEQ_LEN = "64", "256"
 
 
 def say(text: str = "") -> None:
@@ -46,7 +46,8 @@ def compress() -> Path:
     calibration, held_out = language_reference.write(BUILD / "texts")
     out = BUILD / "tiny-mixtral-d2-60"
     shutil.rmtree(out, ignore_errors=True)
-    d2moe("compress", SOURCE, out, "--ratio", RATIO, "--calibration", calibration, "--seq-len", SEQ_LEN)
+    given = ("--calibration", calibration, "--windows", WINDOWS, "--seq-len", SEQ_LEN)
+    d2moe("compress", SOURCE, out, "--ratio", RATIO, *given)
     after = d2moe("inspect", out)
     before = after["source"]
     quality = [d2moe("eval", folder, "--text", held_out, "--seq-len", SEQ_LEN) for folder in (SOURCE, out)]
