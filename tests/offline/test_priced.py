@@ -66,7 +66,7 @@ def test_the_checkpoint_computes_what_its_export_does(small: Path, texts: tuple[
     assert ours == pytest.approx(dense, rel=5e-3)
 
 
-@pytest.mark.parametrize("ratio", ["0.2", "0.5"])
+@pytest.mark.parametrize("ratio", [pytest.param("0.2", marks=pytest.mark.slow), "0.5"])
 def test_never_worse_than_low_rank_at_no_more_bytes(ratio: str, texts: tuple[Path, Path], tmp_path: Path) -> None:
     found = {}
     for bits in ("auto", "16"):
@@ -89,10 +89,19 @@ def test_more_bytes_than_8_bits_take_are_not_spent(texts: tuple[Path, Path], tmp
     assert content["bytes"] == planned["bytes"]
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("bits", "ratio", "types"), [(8, 0.2, {"int8"}), (4, 0.55, {"int4"}), (3, 0.55, {"int3"}), (2, 0.62, {"int2"}),
-                                 (16, 0.3, {None})],
-)  # fmt: skip
+    ("bits", "ratio", "types"),
+    [
+        pytest.param(8, 0.2, {"int8"}, marks=SLOW),
+        pytest.param(4, 0.55, {"int4"}, marks=SLOW),
+        (3, 0.55, {"int3"}),
+        pytest.param(2, 0.62, {"int2"}, marks=SLOW),
+        (16, 0.3, {None}),
+    ],
+)
 def test_bits_that_are_asked_for_are_those_of_every_delta(
     bits: int, ratio: float, types: set[str | None], texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -161,7 +170,7 @@ def test_experts_that_see_nothing_and_weights_that_are_zero(texts: tuple[Path, P
 
 
 KILL_POINTS = [
-    "tiny.d2moe-work/layers/00002/measured-00004.safetensors",
+    pytest.param("tiny.d2moe-work/layers/00002/measured-00004.safetensors", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/layers/00000/measured-done.safetensors", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/layers/00003/base-w13.safetensors", marks=pytest.mark.slow),
     "tiny.d2moe-work/layers/00002/00004-w13.safetensors",
