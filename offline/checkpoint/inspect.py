@@ -50,6 +50,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "source": config.source.model_dump(),
         "scope": config.pruning.scope,
         "intermediate_size": config.intermediate_size,
+        "num_experts": config.num_experts,
         "stores": describe(config),
         "parameters": count_parameters(reader, config),
         "bytes": reader.nbytes,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.format.config import Layer
+from d2moe_vllm.format.kinds import ROLES, width
 from offline.io.units import size
 from offline.methods import find_method
+from offline.plan.words import describe_layer
 from offline.report import analysed, sisters
 from offline.report.pictures import (
     Bars,
@@ -158,8 +160,41 @@ def error(content: Content) -> Figure:
     )  # fmt: skip
 
 
+def as_it_was(layer: Mapping[str, Any], role: str) -> bool:
+    """Whether a projection is stored as it is in the source."""
+    entry = layer[role]
+    own = entry["delta_storage"] or entry["full_base"] or entry["kept_columns"] or entry["base_rank"]
+    return entry["delta"] == "dense" and not own and not layer["channels"]
+
+
+def stored(content: Content) -> Figure:
+    """Of whole deltas: bits, bases and channels."""
+    every = content["checkpoint"]["intermediate_size"]
+    layers = {number: Layer.model_validate(layer) for number, layer in content["checkpoint"]["layers"].items()}
+    x = [int(number) for number in layers]
+    experts = range(content["checkpoint"]["num_experts"])
+    kept = [[100 * width(layer, expert, every) / every for expert in experts] for layer in layers.values()]
+    means = [sum(values) / len(values) for values in kept]
+    series = [Series("mean of experts", means, list(map(min, kept)), list(map(max, kept)))]
+    rows = [
+        [number, describe_layer(layer), min(values), mean, max(values)]
+        for number, layer, values, mean in zip(x, layers.values(), kept, means, strict=True)
+    ]
+    return Figure(
+        "stored",
+        "What each layer stores",
+        "How many of its channels an expert keeps: more where the price found that a byte saves more loss.",
+        [Panel("stored", "Channels that experts keep", Lines(x, series, "layer", "channels kept, %", zero=True),
+               describe(x, series))],
+        [Table("Stored", ["layer", "how", "narrowest, %", "mean, %", "widest, %"], rows)],
+        [f"In words: {content['checkpoint']['stores']}."],
+    )  # fmt: skip
+
+
 def ranks(content: Content) -> Figure:
     layers = content["checkpoint"]["layers"]
+    if not any(layer[role]["rank"] for layer in layers.values() for role in ROLES):
+        return stored(content)
     x = [int(number) for number in layers]
     roles = [role for role in ROLES if any(layer[role]["rank"] for layer in layers.values())]
     series = [Series(role, [layer[role]["rank"] or None for layer in layers.values()]) for role in roles]
@@ -171,7 +206,7 @@ def ranks(content: Content) -> Figure:
     notes = []
     if dense := _dense_layers(content):
         notes.append(f"Left as they were: {_layers(dense)}.")
-    if whole := [number for number, layer in layers.items() if layer["down"]["delta"] == "dense"]:
+    if whole := [number for number, layer in layers.items() if as_it_was(layer, "down")]:
         notes.append(f"Down was left as it was{'' if len(whole) == len(layers) else f' in {_layers(whole)}'}.")
     if trimmed := [number for number, layer in layers.items() if layer["trimmed"]]:
         notes.append(f"With experts that have no delta: {_layers(trimmed)}.")

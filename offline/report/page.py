@@ -11,6 +11,7 @@ from markupsafe import Markup
 from d2moe_vllm import __version__
 from offline.io.units import size
 from offline.methods import find_method
+from offline.report.figures import as_it_was
 from offline.report.pictures import Figure, Report, short
 from offline.report.plots import png, svg
 from offline.report.template import render
@@ -63,14 +64,14 @@ def tiles(content: dict[str, Any]) -> list[tuple[str, str, str]]:
     found = [
         (f"{100 * checkpoint['stored_ratio']:.1f} %", "of the bytes are gone",
          f"{size(source['bytes'])} → {size(checkpoint['bytes'])}"),
-        (f"{100 * experts['ratio']:.1f} %", "of the compressed layers' experts are gone",
-         f"{experts['dense_parameters']:,} → {experts['parameters']:,} parameters"),
+        (f"{100 * (1 - experts['bytes'] / experts['dense_bytes']):.1f} %", "of the compressed layers' experts are gone",
+         f"{size(experts['dense_bytes'])} → {size(experts['bytes'])}"),
     ]  # fmt: skip
     layers = checkpoint["layers"]
     # What was left as it was has an error of exactly zero, which says nothing about what was compressed.
     errors = [value for number, report in checkpoint["statistics"]["layers"].items()
               for role, values in report["relative_error"].items()
-              for value in values if layers[number][role]["delta"] != "dense"]  # fmt: skip
+              for value in values if not as_it_was(layers[number], role)]  # fmt: skip
     found.append(
         (f"{sum(errors) / len(errors):.3f}", "mean relative error", f"worst of all matrices {max(errors):.3f}")
     )
@@ -98,6 +99,7 @@ def facts(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("Revision", source["revision"] or "none recorded: it was a local folder"),
         ("Family", checkpoint["family"]),
         ("Method", find_method(checkpoint["method"]).title),
+        ("Stored", checkpoint["stores"]),
         ("Ratio", f"{recipe.get('ratio', UNKNOWN)} asked for ({recipe.get('accounting', 'stored')}), "
                   f"{checkpoint['stored_ratio']:.4f} of the bytes gone"),
         ("Parameters", f"{source['parameters']:,} → {checkpoint['parameters']:,}"),
