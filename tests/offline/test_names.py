@@ -66,7 +66,9 @@ def test_paths_are_printed_as_they_are() -> None:
     """A line to be copied into a shell must not lack a part of its path."""
     one = {"parameters": 10, "bytes": 10}
     predicted = {"seconds": 1, "peak_memory_bytes": 1, "work_bytes": 1}
-    made = {"source": one, "result": one, "predicted": predicted, **predicted, "path": f"/x/{ODD}", "tokenizer": None}
+    result = {**one, "stores": "", "saves_nothing": False}
+    made = {"source": one, "result": result, "predicted": predicted, **predicted, "recipe": {"ratio": 0.4}}
+    made |= {"path": f"/x/{ODD}", "tokenizer": None}
     assert f"vllm serve {shlex.quote(f'/x/{ODD}')} --trust-remote-code\n" in printed(compress_table, made)
     exported = {"path": f"/x/{ODD}", "parameters": 1, "bytes": 1, "files": 1, "compressed_bytes": 1}
     assert printed(export_table, exported).count(f"/x/{ODD}") == 2
