@@ -28,6 +28,11 @@ from offline.cli.tables import less_than_asked, projections, show, sizes
 from offline.io.console import plain_console
 from offline.io.units import duration, size
 
+TYPICAL = (
+    "These are a typical model's layers, without a base; calibration decides bits, channels and bases layer by layer, "
+    "in no more bytes."
+)
+
 
 def plan(
     source: Src,
@@ -76,7 +81,8 @@ def plan_table(console: Console, summary: dict[str, Any]) -> None:
     if not summary["result"]["final"]:
         from offline.methods import find_method
 
-        console.print(find_method(summary["recipe"]["method"]).until, style="dim")
+        typical = summary["recipe"]["delta"]["method"] == "dense"
+        console.print(TYPICAL if typical else find_method(summary["recipe"]["method"]).until, style="dim")
     console.print()
     if summary["first_layer"]["gate"]["delta"] != "dense":
         shares = ", ".join(f"{role} {100 * share:.2f} %" for role, share in summary["kept_share_of_deltas"].items())
