@@ -191,13 +191,18 @@ class _Layer:
     def named(self, pair: Ways) -> dict[str, Way]:
         return dict(zip(HALVES, pair, strict=True))
 
+    def stays(self, pair: Ways) -> Tensor:
+        """What channels lose that stay, float64 [experts, intermediate]."""
+        first, second = (self.costs.stays(half, way) for half, way in zip(HALVES, pair, strict=True))
+        return first + second
+
     def saved(self, pair: Ways) -> Tensor:
         """By channels that stay: what dropping them would lose, less what they lose then."""
-        first, second = (self.costs.stays(half, way) for half, way in zip(HALVES, pair, strict=True))
-        return self.costs.channels - first - second
+        return self.costs.channels - self.stays(pair)
 
     def settled(self, pair: Ways, kept: Tensor) -> Settled:
-        loss = self.dropped - float((self.saved(pair) * kept).sum())
+        # Summed as it is, not as what dropping all would lose less what is saved: that cancels where little is lost.
+        loss = float(torch.where(kept, self.stays(pair), self.costs.channels).sum())
         return Settled(self.named(pair), kept, loss, self.sizes.layer(self.named(pair), kept))
 
     def with_ways(self, pair: Ways, price: float) -> Settled:
