@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -351,6 +352,10 @@ class CheckpointConfig(_Model):
     def expert_numbers(self) -> int:
         """Numbers that all expert tensors hold; of packed ones those that codes stand for."""
         return sum(one.numbers for layer in self.layers for one in self.stored(layer).values())
+
+    def numbers(self, others: Iterable[Sequence[int]]) -> int:
+        """Numbers that a whole checkpoint holds; others: the shapes of all tensors that are not the experts'."""
+        return self.expert_numbers + sum(map(math.prod, others))
 
     def expert_tensors(self) -> dict[str, TensorSpec]:
         """Every expert tensor of the checkpoint, by full name."""

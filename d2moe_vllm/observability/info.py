@@ -5,7 +5,6 @@ Names are those of `d2moe inspect --json`, where both have a figure.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -120,7 +119,6 @@ def describe(
     dense = config.num_experts * 3 * config.hidden_size * config.intermediate_size * len(config.layers)
     parameters = config.expert_numbers
     manifest = _manifest(folder)
-    others = manifest.other_tensors.values() if manifest else ()
     stored = sum(file.bytes for file in manifest.files.values()) if manifest else None
     return Info(
         model=model,
@@ -130,7 +128,7 @@ def describe(
         dtype=config.dtype,
         scope=scope,
         backend=backend,
-        parameters=parameters + sum(math.prod(shape) for _, shape in others) if manifest else None,
+        parameters=config.numbers(shape for _, shape in manifest.other_tensors.values()) if manifest else None,
         bytes=stored,
         stored_ratio=1 - stored / config.source.bytes if stored else None,
         experts=Experts(

@@ -1,9 +1,8 @@
 """What an expert's down projection becomes when channels before it are dropped and what makes them is rounded.
 
-Two refits in closed form. `refit_dropped` knows the inputs' second moment alone (METHODS 4.2): channels that stay take
-over what goes together with those that went. `refit_outputs` knows what the expert gave and what its channels have
-become, so it also mends what gate and up lost by rounding: least squares of the one on the other. Both factor one
-moment of the channels that stay, in float64.
+A refit in closed form (METHODS 4.2): least squares of what the expert gave on what its channels have become. So those
+that stay take over what goes together with those that went, and mend what gate and up lost by rounding. One moment of
+the channels that stay is factored, in float64.
 """
 
 from __future__ import annotations
@@ -19,29 +18,6 @@ RIDGE = 1e-6
 """Of the mean second moment, added to every channel's, so that a singular one is no special case."""
 
 
-def refit_dropped(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
-    """W[:, S] <- W G[:, S] (G[S, S] + eps)^-1: the best for inputs of second moment G, of which those in S stay.
-
-    weight: float [out, in]; gram: float [in, in], symmetric, positive semi-definite, any scale, shrunk (what no token
-    reached is the identity after `shrink_gram`, with which this is plain dropping); kept: bool [in]. Returns float32
-    [out, kept], the columns ascending; nothing where none is kept. eps is RIDGE of the mean of G's diagonal.
-    Raises ValueError where shapes disagree.
-    """
-    _check(weight, kept)
-    if gram.shape != (len(kept), len(kept)):
-        raise ValueError(f"gram is {list(gram.shape)}, weight has {len(kept)} inputs")
-    stays = weight[:, kept].float()
-    if bool(kept.all()) or not kept.any():
-        return stays
-    # W G[:, S] = W_S G[S, S] + W_R G[R, S]: only what went is to be taken over, so what stays loses no digits.
-    taken = weight[:, ~kept].double() @ gram[~kept][:, kept].double()
-
-    def moment() -> Tensor:
-        return gram[kept][:, kept].double()
-
-    return stays + _solve(moment, taken).float()
-
-
 def refit_outputs(
     weight: Tensor, kept: Tensor, moment: Tensor, cross: Tensor, tokens: int, strength: float = 0.1
 ) -> Tensor:
@@ -50,7 +26,7 @@ def refit_outputs(
     Least squares with a ridge towards plain dropping: with H' the kept channels as gate and up make them once they are
     stored, and Y what the dense expert gave, it minimises (1 - l) ||Y - W' H'||² / tokens + l m ||W' - W[:, S]||², with
     l as `shrink_gram` shrinks, strength * n / (strength * n + tokens) of n inputs, and m the mean of H''s second
-    moment. Where gate and up lost nothing it is `refit_dropped`.
+    moment. Where gate and up lost nothing it is W[:, S] <- W G[:, S] (G[S, S])^-1, with G shrunk.
 
     weight: float [out, in], the dense one; kept: bool [in]; moment: float [kept, kept], mean of h' h'ᵀ; cross: float
     [out, kept], mean of y h'ᵀ, both over `tokens` tokens with the same weights. Returns float32 [out, kept]. No token,

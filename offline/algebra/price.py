@@ -12,7 +12,6 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -113,11 +112,6 @@ class Sizes:
     def masks(self, *, base: bool) -> int:
         """Of the channel sets of a layer that drops any; base: whether there is one, which has its own."""
         return (self.experts + base) * -(-self.intermediate // 8)
-
-    @cached_property
-    def whole(self) -> int:
-        """Of a layer that is as it was."""
-        return self.experts * sum(self.matrices(half, 16, self.intermediate) for half in HALVES)
 
     def per_channel(self, ways: Mapping[str, Way]) -> tuple[float, float]:
         """Bytes of one channel of an expert, and of one of the base, on average."""

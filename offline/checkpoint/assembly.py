@@ -6,12 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import ROLES, Stored, width
-from offline.algebra.rounding import DAMPING as USUAL
+from d2moe_vllm.format.kinds import ROLES, Stored
 from offline.io.shards import TORCH_DTYPES
 from offline.methods.bases import SENSITIVITY_PART
-from offline.methods.layer import expert_part
-from offline.methods.priced import DAMPING, half_of, half_part, place_of
 from offline.methods.selection import sensitivities
 from offline.plan.plan import Plan
 from offline.source.sites import SITES
@@ -37,10 +34,7 @@ class Assembly:
         """One tensor of the checkpoint. Raises KeyError for a name that is no expert tensor, InputError where its part
         is damaged."""
         layer, one = self._origins[name]
-        if self.plan.priced:
-            place: tuple[str, str] | None = place_of(self.config.layers[layer], one)
-        else:
-            place = self.plan.method.place(self.config.layers[layer][one.role], one.name, one.expert, one.role)
+        place = self.plan.layers.place(self.plan, layer, one)
         if place is None:
             found = self.plan.model.weight(layer, one.expert, one.role)
         else:
@@ -58,7 +52,7 @@ class Assembly:
         errors: dict[str, list[float]] = {role: [] for role in ROLES}
         for expert in range(self.config.num_experts):
             for role in ROLES:
-                name = half_part(expert, half_of(role)) if self.plan.priced else expert_part(expert)
+                name = self.plan.layers.figures_part(expert, role)
                 part = work.load_part(layer, name, f"{role}.error", f"{role}.energy")
                 error, energy = (float(part[f"{role}.{kind}"]) for kind in ("error", "energy"))
                 errors[role].append((error / energy) ** 0.5 if energy > 0 else 0.0)
@@ -67,27 +61,11 @@ class Assembly:
             "relative_error": errors,
             "base": {role: choices[layer, SITES[role]] for role in ROLES},
         }
-        report |= self.plan.method.report(work, layer)
-        if self.plan.priced:
-            report |= self._damping(layer)
+        report |= self.plan.layers.report(self.plan, work, layer)
         if work.has_part(layer, SENSITIVITY_PART):
             values = work.load_part(layer, SENSITIVITY_PART)["sensitivity"].tolist()
             report["sensitivity"] = dict(zip(ROLES, values, strict=True))
         return report
-
-    def _damping(self, layer: int) -> dict[str, Any]:
-        """Where a factorization took more damping than usual: by projection, the experts and how much."""
-        found: dict[str, dict[str, float]] = {}
-        entry = self.config.layers[layer]
-        for role in ROLES:
-            key = f"{role}.dense{DAMPING}"
-            for expert in range(self.config.num_experts if entry[role].delta_storage is not None else 0):
-                if not width(entry, expert, self.config.intermediate_size):
-                    continue
-                taken = float(self.work.load_part(layer, half_part(expert, half_of(role)), key)[key])
-                if taken > 1.5 * USUAL:
-                    found.setdefault(role, {})[str(expert)] = round(taken, 6)
-        return {"damping": found} if found else {}
 
     def selection(self) -> dict[str, Any] | None:
         """Every layer's sensitivity, where the layers that stay dense were chosen by it."""

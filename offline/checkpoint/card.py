@@ -21,10 +21,6 @@ MEASURED = ("<!-- measured -->", "<!-- /measured -->")
 """Between these lines of a card are perplexities that `d2moe report --card` measured."""
 _PLACE = f"{re.escape(MEASURED[0])}.*?{re.escape(MEASURED[1])}"
 
-MADE = (
-    "per MoE layer whole experts, or their deltas from one shared base, in few bits and without the channels that cost "
-    "least."
-)
 TEMPLATE = """---
 {metadata}---
 
@@ -88,12 +84,11 @@ def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str
     }
     carried = source_metadata(plan.model.folder).items()
     metadata |= {key: value for key, value in carried if key.startswith("licen") or key == "language"}
-    layers = len(plan.model.shape.layers)
     reports = statistics["layers"].values()
     errors = [[error for report in reports for error in report["relative_error"][role]] for role in ROLES]
     return TEMPLATE.format(
         method=plan.method.title,
-        made=MADE if plan.priced else plan.method.made.format(dense=layers - len(budget.config.layers), layers=layers),
+        made=plan.layers.made(plan),
         stores=describe(budget.config),
         left_out=f", but {_names(plan.model.homeless)}, which the model has no place for"
         if plan.model.homeless
@@ -105,7 +100,7 @@ def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str
         source_bytes=source.bytes,
         parameters=budget.parameters,
         bytes=budget.nbytes,
-        recipe=_recipe_line(plan),
+        recipe=f"Ratio {plan.recipe.ratio:g} ({plan.recipe.accounting}){plan.layers.recipe_line(plan)}",
         windows=statistics["calibration"]["windows"],
         seq_len=statistics["calibration"]["seq_len"],
         digest=statistics["calibration"]["tokens_sha256"],
@@ -118,14 +113,6 @@ def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str
 
 def _names(tensors: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(tensors))
-
-
-def _recipe_line(plan: Plan) -> str:
-    recipe = plan.recipe
-    line = f"Ratio {recipe.ratio:g} ({recipe.accounting})"
-    if plan.priced:
-        return f"{line}, bits {recipe.bits}, one price over bits, channels and base"
-    return line + (f", {recipe.allocation} ranks, base {recipe.base.kind}" if plan.method.has_base else "")
 
 
 def source_metadata(folder: Path) -> dict[str, object]:

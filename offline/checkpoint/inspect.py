@@ -70,7 +70,8 @@ def inspect(folder: Path) -> dict[str, Any]:
 
 def count_parameters(reader: Reader, config: CheckpointConfig) -> int:
     """Of a whole checkpoint; of packed matrices the numbers that codes stand for."""
-    return reader.parameters - sum(spec.numel for spec in config.expert_tensors().values()) + config.expert_numbers
+    experts = config.expert_tensors()
+    return config.numbers(spec.shape for name, spec in reader.specs.items() if name not in experts)
 
 
 def read_statistics(folder: Path) -> dict[str, Any]:

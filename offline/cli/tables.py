@@ -59,7 +59,7 @@ def less_than_asked(console: Console, summary: dict[str, Any]) -> None:
 def projections(console: Console, title: str, rows: dict[str, dict[str, Any]], channels: int) -> None:
     """What layers store; channels: of an expert of the original."""
     layers = {name: Layer.model_validate(layer) for name, layer in rows.items()}
-    if any(layer.gate.delta == "dense" or layer.gate.full_base for layer in layers.values()):
+    if any(layer.gate.delta == "dense" or (layer.gate.full_base and not layer.gate.rank) for layer in layers.values()):
         table = Table(title, "stored", "channels of an expert", box=None, pad_edge=False)
         for name, layer in layers.items():
             table.add_row(name, describe_layer(layer), channels_of(layer, channels))

@@ -94,6 +94,7 @@ class Method:
         columns, delta = recipe.base.columns(shape.projection(role)[1], option), recipe.delta
         return Projection(
             rank=rank,
+            full_base=option == "full",
             kept_columns=columns.kept,
             used_columns=columns.used,
             base_rank=recipe.base_rank(shape, role) if option == "svd" else 0,

@@ -6,7 +6,7 @@ expert costs. A merge is made anew in every sweep that needs one: what is merged
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,18 +16,18 @@ from offline.algebra.factorization import svd_base
 from offline.algebra.merging import MERGES, Merge, MergeOptions
 from offline.algebra.pruning import column_scores, select_columns
 from offline.errors import InputError
-from offline.methods.layer import BASE_PART, LayerJob
+from offline.methods.layer import BASE_PART, Advance, LayerJob
 from offline.methods.options import Option
 from offline.source.sites import SELECTIONS, SITES, Site
 from offline.work.statistics import gradients
 
-Advance = Callable[[float], None]
-"""Told which share of a step is done."""
 Merged = Mapping[Role, Tensor]
 """float32 [out, in] of every projection that gets a base, on the device."""
 SENSITIVITY_PART = "sensitivity"
 """A layer's part that holds what a unit of each projection's squared error costs, float64 [3, experts]
 (METHODS 1.4)."""
+MERGED_PART = "merged"
+"""A layer's part that holds its merged bases, float32 [out, in] by role, from one sweep to the next."""
 
 
 def merge_experts(job: LayerJob, advance: Advance) -> Merged:
@@ -109,9 +109,9 @@ def hold_bases(job: LayerJob, merged: Merged) -> None:
                 for role in roles:
                     job.hold_base(option, role, *_low_rank(job, merged, role))
             elif option != "none":
-                columns = _columns(job, merged, option, site)
+                columns = [_columns(job, merged, site)] if option == "pruned" else []
                 for role in roles:
-                    job.hold_base(option, role, whole[role], columns)
+                    job.hold_base(option, role, whole[role], *columns)
 
 
 def write_base(job: LayerJob, merged: Merged) -> None:
@@ -139,7 +139,9 @@ def _stored(job: LayerJob, merged: Merged, option: Option, site: Site) -> dict[s
             u, v = _low_rank(job, merged, role)
             tensors |= {f"{role}.base_u": u.cpu(), f"{role}.base_v": v.cpu()}
         return tensors
-    columns = _columns(job, merged, option, site)
+    if option == "full":
+        return {f"{role}.base": merged[role].to(job.plan.torch_dtype).cpu() for role in SELECTIONS[site]}
+    columns = _columns(job, merged, site)
     for role in SELECTIONS[site]:
         stored = merged[role][:, columns.long()].to(job.plan.torch_dtype)
         tensors |= {
@@ -157,10 +159,10 @@ def _low_rank(job: LayerJob, merged: Merged, role: Role) -> tuple[Tensor, Tensor
     return u.to(job.plan.torch_dtype), v.to(job.plan.torch_dtype)
 
 
-def _columns(job: LayerJob, merged: Merged, option: Option, site: Site) -> Tensor:
-    """int32, the input columns that a pruned or full base keeps (METHODS 1.2)."""
+def _columns(job: LayerJob, merged: Merged, site: Site) -> Tensor:
+    """int32, the input columns that a pruned base keeps (METHODS 1.2)."""
     base = job.plan.recipe.base
     squares = [merged[role].double().square().sum(dim=0) for role in SELECTIONS[site]]
     joint = torch.stack(squares).sum(dim=0).sqrt().cpu()
-    kept = base.columns(len(joint), option).kept
+    kept = base.columns(len(joint), "pruned").kept
     return select_columns(column_scores(joint, job.energy[site].sqrt()), kept, base.groups)

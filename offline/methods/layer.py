@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,8 +39,30 @@ class Plan(Protocol):
     def processes(self) -> int: ...
 
 
+Advance = Callable[[float], None]
+"""Told which share of a step is done."""
+
+
+class Progress(Protocol):
+    """What a run says of the work on one layer."""
+
+    def begin(self, step: str, *costs: str) -> Advance:
+        """A step that people see by its name; costs: what of a layer's planned work it is, by the names of `Work`."""
+
+    def skip(self, cost: str) -> None:
+        """Work that an earlier run did already."""
+
+
 BASE_PART = "base"
 """A layer's part that holds its settled base, as it is stored: `<role>.base`, `<role>.base_columns`, ..."""
+
+
+_STORED: Mapping[Option, tuple[str, ...]] = {
+    "pruned": ("base", "base_columns"),
+    "full": ("base",),
+    "svd": ("base_u", "base_v"),
+}
+"""What is needed of a stored base to have it whole."""
 
 
 def expert_part(expert: int) -> str:
@@ -102,25 +124,26 @@ class LayerJob:
         """The whole base [out, in] as it will be stored, float32; None where the option has none."""
         if option == "none":
             return None
-        first, second = self._base_parts(option, role)
+        first, *rest = self._base_parts(option, role)
         if option == "svd":
-            return first.float() @ second.float()
-        columns = second.long()
+            return first.float() @ rest[0].float()
+        if option == "full":
+            return first.float()
+        columns = rest[0].long()
         # While several kinds are measured, one whole base serves all of them.
         kept = first if first.shape[1] == len(columns) else first[:, columns]
         whole = torch.zeros(self.plan.model.shape.projection(role), device=first.device)
         return whole.index_copy_(1, columns, kept.float())
 
-    def hold_base(self, option: Option, role: Role, first: Tensor, second: Tensor) -> None:
+    def hold_base(self, option: Option, role: Role, *parts: Tensor) -> None:
         """Keeps a base that is measured, in memory alone: rounded as it would be stored, base_u and base_v, or the base
-        with all of its columns and the numbers of those that are kept."""
-        self._bases[option, role] = [first.to(self.routing.device), second.to(self.routing.device)]
+        with all of its columns and, of a pruned one, the numbers of those that are kept."""
+        self._bases[option, role] = [part.to(self.routing.device) for part in parts]
 
     def _base_parts(self, option: Option, role: Role) -> list[Tensor]:
         """What a base is stored as, on the device; where the plan has room for a layer, read once while it lasts."""
         if (found := self._bases.get((option, role))) is None:
-            kinds = ("base_u", "base_v") if option == "svd" else ("base", "base_columns")
-            keys = [f"{role}.{kind}" for kind in kinds]
+            keys = [f"{role}.{kind}" for kind in _STORED[option]]
             parts = self.work.load_part(self.number, BASE_PART, *keys)
             found = [parts[key].to(self.routing.device) for key in keys]
             if self.plan.hold_layer:

@@ -9,7 +9,7 @@ layer's experts out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,12 +26,10 @@ from offline.algebra.price import Settled
 from offline.algebra.rounding import round_matrices
 from offline.errors import InputError
 from offline.io.shards import TORCH_DTYPES
-from offline.methods.layer import LayerJob, expert_part
+from offline.methods.layer import Advance, LayerJob, expert_part
 from offline.methods.settings import Base
 from offline.work.statistics import Outputs, Weights, gradients, outputs
 
-Advance = Callable[[float], None]
-"""Told which share of a step is done."""
 Written = dict[str, Tensor]
 """A matrix as it is stored: by what its name is followed by."""
 DAMPING = "_damping"

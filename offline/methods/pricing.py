@@ -8,7 +8,7 @@ channel; `<half>.losses`, float64 [ways], of each way of `ways`, in their order;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -20,15 +20,13 @@ from offline.algebra.price import LayerCosts, Way
 from offline.algebra.rounding import Rounded, round_matrices
 from offline.errors import InputError
 from offline.io.shards import TORCH_DTYPES
-from offline.methods.layer import LayerJob, measured_part
+from offline.methods.layer import Advance, LayerJob, measured_part
 from offline.methods.priced import new_merge
 from offline.methods.settings import Settings
 from offline.source.sites import SITES, Site
 from offline.work.statistics import Gradients, gradients
 from offline.work.workdir import WorkDir
 
-Advance = Callable[[float], None]
-"""Told which share of a step is done."""
 BASES = (4, 3)
 """Bits that a base may have."""
 _AUTO = (Way(0, 8), Way(0, 4), Way(0, 3), Way(0, 2), Way(4, 3), Way(4, 2), Way(3, 2), Way(4, 0))

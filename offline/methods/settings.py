@@ -56,9 +56,7 @@ class Base(Section):
     column_multiple: Multiple = "auto"
 
     def columns(self, in_features: int, option: Option) -> Columns:
-        """Columns of a base under an option; (0, 0) where it is not made of columns."""
-        if option == "full":
-            return Columns(in_features, in_features)
+        """Columns of a base under an option; (0, 0) where it does not have some of them."""
         if option != "pruned":
             return Columns(0, 0)
         multiple, static = int(self.column_multiple), self.kind == "static"

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from offline.algebra.factorization import whitened_energy
 from offline.methods import METHODS
-from offline.methods.bases import Advance
 from offline.methods.factors import Factors
-from offline.methods.layer import LayerJob, expert_part
+from offline.methods.layer import Advance, LayerJob, expert_part
 from offline.source.sites import SELECTIONS
 
 

@@ -69,9 +69,9 @@ class Budget:
     @property
     def parameters(self) -> int:
         """Of packed matrices the numbers that codes stand for."""
-        experts, shards = self.config.expert_tensors(), self.shards
-        others = sum(spec.numel for shard in shards for name, spec in shard.tensors.items() if name not in experts)
-        return others + self.config.expert_numbers
+        experts = self.config.expert_tensors()
+        tensors = (pair for shard in self.shards for pair in shard.tensors.items())
+        return self.config.numbers(spec.shape for name, spec in tensors if name not in experts)
 
     @property
     def stored_ratio(self) -> float:

@@ -10,9 +10,7 @@ from collections.abc import Iterator
 
 from d2moe_vllm.format.kinds import ROLES
 from offline.io.units import FLOAT32, FLOAT64
-from offline.methods.pricing import ways
 from offline.plan.plan import Plan
-from offline.plan.pricing import saves_nothing
 from offline.plan.states import States
 
 PART_BYTES = 4096
@@ -77,13 +75,11 @@ def _backwards(plan: Plan, part: int, *, keep: bool) -> Iterator[int]:
 def _final(plan: Plan) -> int:
     """The final tensors, in their parts, and what is there of one layer only while it is written."""
     config, shape = plan.config, plan.model.shape
-    every = (one for layer in config.layers for one in config.stored(layer).values())
-    tensors = [one for one in every if plan.priced or one.name != "dense"]
-    size = sum(one.spec.nbytes for one in tensors)
-    full = plan.priced and saves_nothing(plan.problem, plan.budget)
-    if not plan.settled and not full:  # calibration decides how far the budget is used up
+    every = ((layer, one) for layer in config.layers for one in config.stored(layer).values())
+    size = sum(one.spec.nbytes for layer, one in every if plan.layers.place(plan, layer, one) is not None)
+    if not plan.settled and not plan.layers.saves_nothing(plan):  # calibration decides how far the budget is used up
         size += max(int((1 - plan.recipe.ratio) * config.source.bytes) - plan.budget.nbytes, 0)
-    size += len(config.layers) * (shape.num_experts * (1 + plan.priced) + 4) * PART_BYTES
+    size += len(config.layers) * (shape.num_experts * plan.layers.parts + 4) * PART_BYTES
     if plan.recipe.delta.joint:
         size += sum(FLOAT64 * max(plan.caps.values()) * shape.projection(role)[1] for role in ROLES)
     return size
@@ -94,9 +90,4 @@ def _measured(plan: Plan) -> int:
     layers, experts = len(plan.model.shape.layers), plan.model.shape.num_experts
     if not plan.measures:
         return layers * PART_BYTES
-    if plan.priced:
-        numbers = 3 * plan.model.shape.intermediate_size + 2 * len(ways(plan.recipe))
-        return layers * experts * (PART_BYTES + FLOAT64 * numbers)
-    multiple, first = plan.problem.rank_multiple, plan.problem.shape.layers[0]
-    steps = sum(-(-plan.caps[first, role] // multiple) + 2 for role in ROLES)
-    return layers * experts * (PART_BYTES + FLOAT64 * steps * len(plan.problem.options))
+    return layers * experts * (PART_BYTES + plan.layers.measured_bytes(plan))

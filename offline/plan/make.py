@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source
-from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, ROLES, Role
+from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, ROLES
 from offline.errors import InputError
 from offline.io.shards import SHARD_BYTES
 from offline.methods import METHODS
-from offline.methods.options import Option
-from offline.plan.budget import Budget, Problem, solve_paper, solve_stored
+from offline.plan.budget import Problem
 from offline.plan.disk import work_bytes
-from offline.plan.plan import Plan, Resources
-from offline.plan.pricing import saves_nothing, solve_priced, typical_costs
+from offline.plan.factored import FactoredLayers
+from offline.plan.plan import Layers, Plan
+from offline.plan.priced import PricedLayers
 from offline.plan.recipe import Recipe
 from offline.plan.resources import check_resources, peak_memory, phases
 from offline.plan.selection import first_selection
@@ -53,19 +52,15 @@ def make_plan(
     problem = _problem(model, recipe, shard_bytes)
     if choice := problem.method.choice:
         problem = first_selection(problem, model, choice)
-    if recipe.priced:
-        budget = solve_priced(problem, typical_costs(problem)).budget
-    else:
-        budget = solve_paper(problem, recipe.ratio) if recipe.accounting == "paper" else _uniform(problem, recipe.ratio)
+    layers: Layers = PricedLayers() if recipe.priced else FactoredLayers()
+    budget, caps = layers.first(problem)
     if budget.nbytes >= model.reader.nbytes and not allow_larger:
         raise InputError(
             f"ratio {recipe.ratio:g} would not make the model smaller: {budget.nbytes:,} bytes instead of "
             f"{model.reader.nbytes:,} (an original in fp8 is written in bfloat16); choose a higher ratio, or add "
             "--allow-larger"
         )
-    caps = budget.ranks if recipe.priced else _caps(problem, budget)
-    plan = Plan(model, recipe, problem, budget, caps, Resources())
-    return check_resources(plan, memory, processes)
+    return check_resources(Plan(model, recipe, problem, budget, caps, layers), memory, processes)
 
 
 def _check_counts(recipe: Recipe, experts: int) -> None:
@@ -100,34 +95,6 @@ def _problem(model: DenseModel, recipe: Recipe, shard_bytes: int) -> Problem:
     return Problem(draft, shape, model.other_tensors, recipe, trimmed, shard_bytes)
 
 
-def _uniform(problem: Problem, ratio: float) -> Budget:
-    """The uniform allocation; where the kind of base is left open, with the first kind that fits."""
-    preferred = [option for option in ("pruned", "svd", "none") if option in problem.options]
-    for option in preferred[:-1]:
-        try:
-            return solve_stored(problem, ratio, option)
-        except InputError:
-            continue
-    return solve_stored(problem, ratio, preferred[-1])
-
-
-def _caps(problem: Problem, budget: Budget) -> dict[tuple[int, Role], int]:
-    ranks = {(layer, role): budget.config.layers[layer][role].rank for layer in problem.shape.layers for role in ROLES}
-    recipe, multiple = problem.recipe, problem.rank_multiple
-    if recipe.allocation == "uniform":
-        # Which experts are trimmed changes the length of names, and that may be worth one more rank.
-        more = multiple if recipe.delta.trim or problem.method.choice else 0
-        return {key: min(rank + more, problem.limit(key[1])) for key, rank in ranks.items()}
-    smallest: Option = "none" if "none" in problem.options else problem.options[0]
-    richest = solve_stored(problem, recipe.ratio, smallest)
-    most = {role: max(richest.config.layers[layer][role].rank for layer in problem.shape.layers) for role in ROLES}
-    # Twice the uniform rank leaves the budget room to move, and bounds what is measured.
-    return {
-        (layer, role): min(math.ceil(2 * most[role] / multiple) * multiple, problem.limit(role))
-        for layer, role in ranks
-    }
-
-
 def summary(plan: Plan, seconds: float) -> dict[str, Any]:
     """What `plan --json` prints; seconds: `resources.estimate_seconds`, which takes a measurement."""
     source, shape, config = plan.config.source, plan.model.shape, plan.config
@@ -148,7 +115,7 @@ def summary(plan: Plan, seconds: float) -> dict[str, Any]:
             "dense_layers": len(shape.layers) - len(config.layers),
             "final": plan.settled,
             "stores": describe(config),
-            "saves_nothing": plan.priced and saves_nothing(plan.problem, plan.budget),
+            "saves_nothing": plan.layers.saves_nothing(plan),
         },
         "left_out": plan.model.left_out,
         "notes": plan.model.remarks,

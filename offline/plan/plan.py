@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from d2moe_vllm.format.config import CheckpointConfig
-from d2moe_vllm.format.kinds import DTYPES, Role
+from d2moe_vllm.format.kinds import DTYPES, Role, Stored
 from offline.algebra.price import Settled
 from offline.io.shards import TORCH_DTYPES
 from offline.methods import METHODS
 from offline.methods.base import Method
-from offline.plan.budget import Budget, Problem
+from offline.methods.layer import LayerJob, Progress
+from offline.plan.budget import Budget, Problem, Ranks
 from offline.plan.recipe import Recipe
 from offline.source.dense import DenseModel
+from offline.work.workdir import WorkDir
 
 BATCH_TOKENS = 4096
 """Tokens that run through a layer at once during calibration and evaluation, where memory allows."""
@@ -36,15 +40,17 @@ class Resources:
 class Plan:
     """recipe: with every `auto` decided; budget: exact files, bytes and ranks, of the uniform allocation where they
     wait for what calibration tells; caps: by layer the largest rank that a projection may get, up to which errors are
-    measured, and its rank once the budget is settled; resources: how much is in memory at once; final: whether the
-    budget was settled by what calibration told; chosen: what the price chose for each layer, where there is one."""
+    measured, and its rank once the budget is settled; layers: what these are made of, and how; resources: how much is
+    in memory at once; final: whether the budget was settled by what calibration told; chosen: what the price chose for
+    each layer, where there is one."""
 
     model: DenseModel
     recipe: Recipe
     problem: Problem
     budget: Budget
-    caps: dict[tuple[int, Role], int]
-    resources: Resources
+    caps: Ranks
+    layers: Layers
+    resources: Resources = Resources()
     final: bool = False
     chosen: Mapping[int, Settled] = field(default_factory=dict)
 
@@ -90,11 +96,6 @@ class Plan:
         return self.final or self._settled
 
     @property
-    def priced(self) -> bool:
-        """Whether one price decides over bits, channels and base."""
-        return self.recipe.priced
-
-    @property
     def _settled(self) -> bool:
         return self.recipe.allocation == "uniform" and not self.recipe.delta.trim and not self.selects
 
@@ -124,3 +125,84 @@ class Plan:
     @property
     def tokens(self) -> int:
         return self.windows[0] * self.windows[1]
+
+
+class LayerWork(NamedTuple):
+    """Floating-point operations at one layer, as float32 ones, besides merging: of measuring and of writing it."""
+
+    measure: float
+    write: float
+
+
+class Layers(ABC):
+    """What compressed layers are made of, and all that depends on it: low-rank factors (factored.py) or whole deltas
+    under one price (priced.py). `make_plan` chooses by the recipe; nothing else asks which of them it is.
+
+    parts: in the working folder of an expert's final tensors.
+    """
+
+    parts: ClassVar[int]
+
+    # Before calibration, and between the sweeps
+
+    @abstractmethod
+    def first(self, problem: Problem) -> tuple[Budget, Ranks]:
+        """The budget, as far as it is known before calibration, and the caps (see `Plan`). Raises InputError where the
+        ratio cannot be reached."""
+
+    @abstractmethod
+    def settle(self, plan: Plan, work: WorkDir) -> Plan:
+        """The plan with its final budget, of what every layer's measuring left in the folder. Raises InputError where
+        the ratio cannot be reached after all."""
+
+    def saves_nothing(self, plan: Plan) -> bool:
+        """Whether the result is smaller than asked because more bytes would save nothing."""
+        return False
+
+    # One layer, in a sweep
+
+    @abstractmethod
+    def measure(self, job: LayerJob, plan: Plan, progress: Progress) -> None:
+        """Writes the parts that settling the budget needs."""
+
+    @abstractmethod
+    def write(self, job: LayerJob, plan: Plan, progress: Progress) -> None:
+        """Writes the parts with the final tensors."""
+
+    # What lies in the folder
+
+    @abstractmethod
+    def place(self, plan: Plan, layer: int, one: Stored) -> tuple[str, str] | None:
+        """(part, key) of a stored tensor, where it lies as it is stored; None where it is stored as in the source."""
+
+    @abstractmethod
+    def figures_part(self, expert: int, role: Role) -> str:
+        """The part that holds `<role>.error` and `<role>.energy` of an expert."""
+
+    @abstractmethod
+    def report(self, plan: Plan, work: WorkDir, layer: int) -> dict[str, Any]:
+        """What d2moe_stats.json tells of a layer besides tokens, errors and kinds of base."""
+
+    # Resources
+
+    @abstractmethod
+    def phases(self, plan: Plan) -> Mapping[str, int]:
+        """Bytes at the worst moment of each phase of work on a layer."""
+
+    @abstractmethod
+    def work(self, plan: Plan, grams: float, forward: float) -> LayerWork:
+        """grams, forward: operations of all second moments of a layer's experts once, and of running it."""
+
+    @abstractmethod
+    def measured_bytes(self, plan: Plan) -> int:
+        """Of what measuring leaves of one expert, besides a part's header."""
+
+    # In words
+
+    @abstractmethod
+    def made(self, plan: Plan) -> str:
+        """What it makes of a model, for the card."""
+
+    @abstractmethod
+    def recipe_line(self, plan: Plan) -> str:
+        """What else the card says of the recipe after the ratio."""

@@ -20,9 +20,8 @@ import torch
 
 from d2moe_vllm.format.kinds import ROLES, TensorSpec
 from offline.errors import InputError
-from offline.io.units import FLOAT32, FLOAT64
+from offline.io.units import FLOAT32
 from offline.plan.plan import Plan, Resources
-from offline.plan.rounded import rounding_phases, rounding_work
 from offline.plan.states import States
 
 ROWS = (4096, 2048, 1024, 512, 256)
@@ -99,28 +98,16 @@ def scores(config: Mapping[str, Any], length: int, batch: int, *, backwards: boo
     return FLOAT32 * heads * length * batch * kept
 
 
-MERGING = {"fisher": 9, "frequency": 6, "ties": 19}
-"""float32 matrices that a merge holds for the three projections; the others hold three."""
-
-
 def phases(plan: Plan) -> dict[str, int]:
     """Bytes resident on one process at the worst moment of each phase of a run."""
-    recipe, backwards = plan.recipe, plan.needs_gradient
+    backwards = plan.needs_gradient
     hidden, vocabulary = plan.model.shape.hidden_size, int(plan.model.config.get("vocab_size", 0))
     outside, _, _ = _outside_and_inside(plan)
     length = plan.windows[1]
     result = {"embeddings": FLOAT32 * (outside + 2 * plan.resources.batch_tokens * hidden), **_running(plan)}
     if backwards:
         result["head"] = FLOAT32 * (outside + 4 * length * vocabulary + 8 * length * hidden)
-    if plan.priced:
-        result |= {name: size + _rows(plan) for name, size in rounding_phases(plan).items()}
-        return {name: PROCESS_BYTES + size for name, size in result.items()}
-    if recipe.base.kind != "none" or backwards:
-        result["merge"] = _merge_bytes(plan)
-    if plan.measures:
-        result["measure"] = _measure_bytes(plan)
-    result["write"] = _write_bytes(plan)
-    result |= {name: size + _rows(plan) for name, size in plan.method.phases(plan).items()}
+    result |= plan.layers.phases(plan)
     return {name: PROCESS_BYTES + size for name, size in result.items()}
 
 
@@ -143,66 +130,6 @@ def _running(plan: Plan) -> dict[str, int]:
         stored = sum(s.numel for role in ROLES for s in plan.config.projection_tensors(first, role).values())
         result["compressed layer"] = FLOAT32 * (inside + stored) + states + routed
     return result
-
-
-def _merge_bytes(plan: Plan) -> int:
-    """One expert's weights and Fisher information, the merge's accumulators, and what adding one expert takes."""
-    shape, base = plan.model.shape, plan.recipe.base
-    hidden, middle = shape.hidden_size, shape.intermediate_size
-    matrix = hidden * middle
-    fisher = 3 * FLOAT32 * matrix if plan.needs_gradient else 0
-    merging = FLOAT32 * matrix * (MERGING.get(base.merge, 3) + 3) if base.kind != "none" else 0
-    if base.merge == "regmean":  # sums in float64, a Gram matrix, and the solution of the largest
-        large = max(hidden, middle)
-        merging += FLOAT64 * (2 * hidden**2 + middle**2 + large**2 + 4 * matrix) + FLOAT32 * large**2
-    return 3 * matrix * plan.torch_dtype.itemsize + 2 * FLOAT32 * matrix + fisher + merging + _rows(plan)
-
-
-def _expert_bytes(plan: Plan) -> int:
-    """One expert's weights, a delta and its base, one site's Gram matrix, an eigenproblem; sums over experts where
-    these share factors."""
-    shape, width = plan.model.shape, plan.torch_dtype.itemsize
-    hidden, middle = shape.hidden_size, shape.intermediate_size
-    matrix, large = hidden * middle, max(hidden, middle)
-    grams = FLOAT32 * (middle**2 + max(middle**2 if hidden > middle else 0, hidden**2))
-    eigen = FLOAT64 * 4 * min(hidden, middle) ** 2
-    joint = FLOAT64 * 5 * large**2 if plan.method.joint(plan.recipe) else 0
-    return 3 * matrix * (width + FLOAT32) + grams + eigen + joint + _rows(plan)
-
-
-def _factor_bytes(plan: Plan) -> int:
-    """One matrix's factors at the largest rank, and what their error takes."""
-    shape, cap = plan.model.shape, max(plan.caps.values())
-    hidden, middle = shape.hidden_size, shape.intermediate_size
-    factors = (FLOAT64 + FLOAT32 + plan.torch_dtype.itemsize) * cap * (hidden + middle) + FLOAT64 * cap * middle
-    return factors + FLOAT64 * (2 * hidden * middle + max(hidden, middle) * 1024)
-
-
-def _measure_bytes(plan: Plan) -> int:
-    """Beside an expert the layer's bases, rounded; where curves are no eigenvalues factors, and the shared ones of a
-    selection."""
-    shape, delta, width = plan.model.shape, plan.recipe.delta, plan.torch_dtype.itemsize
-    hidden, middle = shape.hidden_size, shape.intermediate_size
-    bases = 3 * hidden * middle * width if plan.recipe.base.kind != "none" else 0
-    if not plan.method.joint(plan.recipe):
-        return _expert_bytes(plan) + bases + (0 if delta.method == "whitened" else _factor_bytes(plan))
-    cap = max(plan.caps.values())
-    shared = 2 * cap * ((FLOAT64 + width) * max(hidden, middle) + delta.distinct_u * width * max(hidden, middle))
-    return _expert_bytes(plan) + bases + _factor_bytes(plan) + shared
-
-
-def _write_bytes(plan: Plan) -> int:
-    """Beside an expert its factors; the layer's base, where there is room for a layer."""
-    shape, width = plan.model.shape, plan.torch_dtype.itemsize
-    based = plan.resources.hold_layer and plan.recipe.base.kind != "none"
-    bases = 3 * shape.hidden_size * shape.intermediate_size * width if based else 0
-    return _expert_bytes(plan) + bases + _factor_bytes(plan)
-
-
-def _rows(plan: Plan) -> int:
-    """Some of one expert's rows on their way through it."""
-    shape = plan.model.shape
-    return FLOAT32 * plan.resources.rows * (10 * shape.intermediate_size + 4 * shape.hidden_size)
 
 
 def peak_memory(plan: Plan) -> int:
@@ -234,18 +161,8 @@ def layer_work(plan: Plan) -> Work:
     # Gate, up and the way back through down; Fisher's squared products where the merge wants them.
     merge = 2 * rows * matrix * 6 if plan.needs_gradient else 20.0 * shape.num_experts * 3 * matrix
     grams = 2 * rows * (hidden**2 + middle**2 + 2 * matrix)
-    small = min(hidden, middle)
-    # Per projection an eigenproblem of about 15 n^3 (3 n^3 without vectors) and the products around it, in float64.
-    if plan.priced:
-        measure, write = rounding_work(plan)
-        return Work(forward, 3 * forward, merge, grams + measure, 2 * grams + forward + write)
-    products = 4 * matrix * (hidden + middle)
-    each = 2 * shape.num_experts * 3
-    values = plan.recipe.delta.method == "whitened" and not plan.method.joint(plan.recipe)
-    curve = (3 * small**3 + products / 4) if values else (15 * small**3 + products)
-    measure = grams + each * curve * len(plan.problem.options) if plan.measures else 0.0
-    write = grams + each * (15 * small**3 + products) + plan.method.operations(plan)
-    return Work(forward, 3 * forward, merge, measure, write)
+    own = plan.layers.work(plan, grams, forward)
+    return Work(forward, 3 * forward, merge, own.measure, own.write)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from offline.algebra.losses import SAMPLE
 from offline.io.units import FLOAT32, FLOAT64
 from offline.methods.pricing import ways
+from offline.plan.factoring import rows_bytes
 from offline.plan.plan import Plan
 
 STEP = 6e6
@@ -20,8 +21,8 @@ TRIED = 200
 
 
 def rounding_phases(plan: Plan) -> Mapping[str, int]:
-    """Bytes at the worst moment of looking at a layer's experts and its bases, of measuring and of writing an expert,
-    besides some of its rows."""
+    """Bytes at the worst moment of looking at a layer's experts and its bases, of measuring and of writing an
+    expert."""
     shape, recipe = plan.model.shape, plan.recipe
     hidden, middle = shape.hidden_size, shape.intermediate_size
     matrix, large = hidden * middle, max(hidden, middle)
@@ -46,10 +47,10 @@ def rounding_phases(plan: Plan) -> Mapping[str, int]:
     refit = FLOAT64 * middle**2 + 2 * FLOAT64 * matrix + 2 * FLOAT32 * matrix + FLOAT32 * middle**2
     write = expert + written + max(moment + factors + 4 * FLOAT32 * matrix, refit)
     found = {"look": look, "measure": int(measure), "write": write}
-    if not bits:
-        return found
-    base = expert + 2 * sums * FLOAT32 * matrix + pooled + max(refit + written, moment + gradients)
-    return {**found, "bases": based, "base": base + FLOAT32 * matrix}
+    if bits:
+        base = expert + 2 * sums * FLOAT32 * matrix + pooled + max(refit + written, moment + gradients)
+        found |= {"bases": based, "base": base + FLOAT32 * matrix}
+    return {name: size + rows_bytes(plan) for name, size in found.items()}
 
 
 def rounding_work(plan: Plan) -> tuple[float, float]:

@@ -6,8 +6,6 @@ settling needs of a layer is small.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -15,11 +13,8 @@ from d2moe_vllm.format.kinds import ROLES, Role
 from offline.methods.bases import SENSITIVITY_PART
 from offline.methods.layer import measured_part
 from offline.methods.options import Option
-from offline.methods.pricing import layer_costs
-from offline.plan.allocation import Curves, solve_adaptive
-from offline.plan.budget import solve_paper, solve_stored
+from offline.plan.allocation import Curves
 from offline.plan.plan import Plan
-from offline.plan.pricing import solve_priced
 from offline.plan.selection import settle_layers
 from offline.work.workdir import WorkDir
 
@@ -37,19 +32,7 @@ def settle(plan: Plan, work: WorkDir) -> Plan:
         return plan
     if plan.selects:
         return settle_layers(plan, work)
-    if plan.priced:
-        shape = plan.model.shape
-        costs = {layer: layer_costs(plan.recipe, work, layer, shape.num_experts) for layer in shape.layers}
-        found = solve_priced(plan.problem, costs)
-        return replace(plan, budget=found.budget, chosen=found.chosen, final=True)
-    problem = replace(plan.problem, trimmed={layer: trimmed_experts(work, layer) for layer in plan.model.shape.layers})
-    if plan.measures:
-        budget = solve_adaptive(problem, plan.recipe.ratio, error_curves(plan, work))
-    elif plan.recipe.accounting == "paper":
-        budget = solve_paper(problem, plan.recipe.ratio)
-    else:
-        budget = solve_stored(problem, plan.recipe.ratio)
-    return replace(plan, problem=problem, budget=budget, caps=budget.ranks, final=True)
+    return plan.layers.settle(plan, work)
 
 
 def error_curves(plan: Plan, work: WorkDir) -> Curves:

@@ -17,21 +17,17 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.hf.experts import D2Experts
 from offline.checkpoint.assembly import FACTS_PART, Assembly
 from offline.checkpoint.experts import compressed_experts
 from offline.io.progress import Steps
-from offline.methods.bases import Merged, hold_bases, merge_experts, write_base
+from offline.methods.bases import MERGED_PART, merge_experts
 from offline.methods.joint import MAKING_PART
-from offline.methods.layer import BASE_PART, LayerJob
+from offline.methods.layer import Advance, LayerJob
 from offline.methods.options import Option
-from offline.methods.priced import write_priced
-from offline.methods.pricing import measure_priced
 from offline.methods.selection import look_at
-from offline.methods.writing import write_experts
 from offline.plan.plan import Plan
-from offline.plan.resources import layer_work, sweep_work
+from offline.plan.resources import Work, layer_work, sweep_work
 from offline.plan.settling import MEASURED_PART, settle
 from offline.run.sweep import Sweep, Visitor
 from offline.source.layerwise import LayerwiseModel, read_hf_config
@@ -80,6 +76,21 @@ def dense_experts(plan: Plan, model: LayerwiseModel, layer: int, recorder: Recor
     return DenseExperts(plan.model.shape, take(layer, model.device), model.activation, recorder)
 
 
+class LayerProgress:
+    """What is being done at a layer, and how much of the planned work it is."""
+
+    def __init__(self, sweep: Sweep, costs: Work, layer: int) -> None:
+        self._sweep, self._costs, self._layer = sweep, costs, layer
+
+    def begin(self, step: str, *costs: str) -> Advance:
+        self._sweep.label(self._layer, step)
+        work = sum(getattr(self._costs, cost) for cost in costs)
+        return lambda share: self._sweep.steps.advance(work * share)
+
+    def skip(self, cost: str) -> None:
+        self._sweep.steps.skip(getattr(self._costs, cost))
+
+
 class Calibration(Visitor):
     """Records what reaches the experts of every MoE layer. All of it is discarded when the layer is finished, but the
     part `facts` (routed tokens, energies of what a base reads, the least routed experts). passing: parts that are
@@ -95,6 +106,9 @@ class Calibration(Visitor):
     @abstractmethod
     def work_on(self, job: LayerJob) -> None:
         """What is done with a layer; a killed run does it once more, with the parts it left."""
+
+    def progress(self, job: LayerJob) -> LayerProgress:
+        return LayerProgress(self.sweep, layer_work(self.plan), job.number)
 
     def done(self, layer: int) -> bool:
         return self.work.has_part(layer, f"{self.name}-done")
@@ -176,20 +190,8 @@ class Judging(Calibration):
         look_at(job)
 
 
-class _WithBases(Calibration):
-    """Merges bases on the way. backwards: also where the merge alone would not need it."""
-
-    def __init__(self, plan: Plan, work: WorkDir, sweep: Sweep) -> None:
-        super().__init__(plan, work, sweep)
-        self.costs = layer_work(plan)
-
-    def merge(self, job: LayerJob) -> Merged:
-        self.sweep.label(job.number, "merge")
-        return merge_experts(job, lambda share: self.sweep.steps.advance(self.costs.merge * share))
-
-
-class Measuring(_WithBases):
-    """What settling the budget needs: errors at every rank with every kind of base, or who is routed how often."""
+class Measuring(Calibration):
+    """What settling the budget needs: what errors would cost, or who is routed how often."""
 
     name = "measured"
 
@@ -198,22 +200,14 @@ class Measuring(_WithBases):
         self.backwards = plan.measures
 
     def work_on(self, job: LayerJob) -> None:
-        if self.plan.priced:
-            self.sweep.label(job.number, "measure")
-            costs = self.costs.merge + self.costs.measure
-            measure_priced(job, lambda share: self.sweep.steps.advance(costs * share))
-        elif self.plan.measures:
-            hold_bases(job, self.merge(job))
-            self.sweep.label(job.number, "measure")
-            factors = self.plan.method.factors(job)
-            factors.measure(lambda share: self.sweep.steps.advance(self.costs.measure * share))
+        self.plan.layers.measure(job, self.plan, self.progress(job))
         if self.work.group.first:
             trimmed = torch.tensor(job.trimmed, dtype=torch.int64)
             self.work.save_part(job.number, MEASURED_PART, {"tokens": job.tokens, "trimmed": trimmed})
         self.work.group.barrier()
 
 
-class Settled(_WithBases):
+class Settled(Calibration):
     """Works by a settled plan."""
 
     def __init__(self, plan: Plan, work: WorkDir, sweep: Sweep) -> None:
@@ -227,10 +221,6 @@ class Settled(_WithBases):
         return self.plan.budget.config.layers[layer].trimmed
 
 
-MERGED_PART = "merged"
-"""A layer's part that holds its merged bases, float32 [out, in] by role, from one sweep to the next."""
-
-
 class Merging(Settled):
     """The bases of every layer, for a writing sweep that runs the other way."""
 
@@ -239,7 +229,7 @@ class Merging(Settled):
 
     def work_on(self, job: LayerJob) -> None:
         if not self.work.has_part(job.number, MERGED_PART):
-            merged = self.merge(job)
+            merged = merge_experts(job, self.progress(job).begin("merge", "merge"))
             if self.work.group.first:
                 self.work.save_part(job.number, MERGED_PART, {role: base.cpu() for role, base in merged.items()})
         self.work.group.barrier()
@@ -257,29 +247,7 @@ class Writing(Settled):
         self.backwards = plan.needs_fisher and not plan.follows
 
     def work_on(self, job: LayerJob) -> None:
-        if self.plan.priced:
-            self.sweep.label(job.number, "write")
-            costs = self.costs.write + (self.costs.merge if self.plan.needs_fisher else 0)
-            settled = self.plan.chosen[job.number]
-            write_priced(job, settled, lambda share: self.sweep.steps.advance(costs * share))
-            return
-        self._base(job)
-        self.sweep.label(job.number, "write")
-        write_experts(job, lambda share: self.sweep.steps.advance(self.costs.write * share))
-
-    def _base(self, job: LayerJob) -> None:
-        """Writes the base, where there is one and an earlier run has not written it."""
-        if all(option == "none" for (option,) in job.options.values()):
-            return
-        found = self.work.has_part(job.number, BASE_PART)
-        self.work.group.barrier()  # before it is written: all see the same
-        if found:
-            self.sweep.steps.skip(0 if self.plan.merges_apart else self.costs.merge)
-        elif self.plan.merges_apart:
-            merged = self.work.load_part(job.number, MERGED_PART)
-            write_base(job, {role: merged[role].to(self.sweep.model.device) for role in ROLES if role in merged})
-        else:
-            write_base(job, self.merge(job))
+        self.plan.layers.write(job, self.plan, self.progress(job))
 
     def replacement(self, layer: int) -> D2Experts:
         """The layer as it will be."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offline.algebra.channels import refit_dropped, refit_outputs
+from offline.algebra.channels import refit_outputs
 from offline.algebra.factorization import shrink_gram
 
 OUT, IN, ROWS = 12, 40, 300
@@ -20,6 +20,12 @@ def problem() -> Problem:
     mix = torch.randn(IN, IN, generator=generator) * 0.4 + torch.eye(IN)
     rows = torch.randn(ROWS, IN, generator=generator) @ mix
     return torch.randn(OUT, IN, generator=generator), rows, torch.rand(IN, generator=generator) < 0.6
+
+
+def refit_dropped(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
+    """Where gate and up lost nothing, from the inputs' second moment alone."""
+    wide = gram.double()
+    return refit_outputs(weight, kept, wide[kept][:, kept], weight.double() @ wide[:, kept], ROWS, 0.0)
 
 
 def least_squares(inputs: Tensor, outputs: Tensor, ridge: float = 0, towards: Tensor | None = None) -> Tensor:
@@ -112,9 +118,10 @@ def test_singular_moments_are_no_special_case(problem: Problem) -> None:
 def test_wrong_shapes_are_refused(problem: Problem) -> None:
     weight, _, kept = problem
     count = int(kept.sum())
-    with pytest.raises(ValueError, match="gram is"):
-        refit_dropped(weight, torch.eye(IN + 1), kept)
+    moments = torch.eye(count), torch.zeros(OUT, count)
+    with pytest.raises(ValueError, match="the moment is"):
+        refit_outputs(weight, kept, torch.eye(count + 1), moments[1], ROWS)
     with pytest.raises(ValueError, match="kept is"):
-        refit_dropped(weight, torch.eye(IN), kept[1:])
+        refit_outputs(weight, kept[1:], *moments, ROWS)
     with pytest.raises(ValueError, match="cross moment"):
         refit_outputs(weight, kept, torch.eye(count), torch.zeros(OUT, count + 1), ROWS)

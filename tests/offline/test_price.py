@@ -42,6 +42,11 @@ def layers(sizes: Sizes, count: int, seed: int = 0, ways: list[Way] = WAYS) -> l
     return found
 
 
+def whole(sizes: Sizes) -> int:
+    """Bytes of a layer that is as it was."""
+    return 2 * 3 * sizes.experts * sizes.hidden * sizes.intermediate
+
+
 def bytes_of(sizes: Sizes, settled: Settled) -> int:
     """Tensor by tensor, as the format has them."""
 
@@ -91,10 +96,10 @@ def test_an_exhaustive_search_agrees(seed: int) -> None:
         return min((a + min((b for other, b in second if other <= room - size), default=torch.inf)
                     for size, a in first if size <= room), default=torch.inf)  # fmt: skip
 
-    whole = max(first)[0] + max(second)[0]
+    most = max(first)[0] + max(second)[0]
     step = max(sizes.per_channel({"w13": way, "w2": way})[0] for way in (Way(0, 4),)) + 64 * 3
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-        room = int(share * whole)
+        room = int(share * most)
         found = settle(costs, sizes, room)
         loss = sum(one.loss for one in found)
         assert best(room) <= loss * (1 + 1e-9)
@@ -106,7 +111,7 @@ def test_an_exhaustive_search_agrees(seed: int) -> None:
 def test_bytes_are_exact_and_never_more_than_there_is_room(seed: int, share: float, multiple: int) -> None:
     sizes = Sizes(experts=3, hidden=64, intermediate=70, multiple=multiple)
     costs = layers(sizes, 3, seed)
-    room = int(share * 3 * sizes.whole)
+    room = int(share * 3 * whole(sizes))
     found = settle(costs, sizes, room)
     for one, cost in zip(found, costs, strict=True):
         assert one.nbytes == bytes_of(sizes, one)
@@ -119,9 +124,9 @@ def test_bytes_are_exact_and_never_more_than_there_is_room(seed: int, share: flo
 def test_the_room_is_spent(share: float) -> None:
     """But for less than half a percent, where more bytes would save something."""
     sizes = Sizes(experts=4, hidden=64, intermediate=64)
-    whole = 4 * sizes.whole
-    spent = sum(one.nbytes for one in settle(layers(sizes, 4), sizes, int(share * whole)))
-    assert 0 <= share * whole - spent < 0.005 * whole
+    every = 4 * whole(sizes)
+    spent = sum(one.nbytes for one in settle(layers(sizes, 4), sizes, int(share * every)))
+    assert 0 <= share * every - spent < 0.005 * every
 
 
 def test_more_room_is_never_worse_and_the_answer_is_always_the_same() -> None:
@@ -129,7 +134,7 @@ def test_more_room_is_never_worse_and_the_answer_is_always_the_same() -> None:
     costs = layers(sizes, 4)
     losses = []
     for share in (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.0):
-        found, again = (settle(costs, sizes, int(share * 4 * sizes.whole)) for _ in range(2))
+        found, again = (settle(costs, sizes, int(share * 4 * whole(sizes))) for _ in range(2))
         assert all(torch.equal(a.kept, b.kept) and a.ways == b.ways for a, b in zip(found, again, strict=True))
         losses.append(sum(one.loss for one in found))
     assert losses == sorted(losses, reverse=True)
@@ -152,7 +157,7 @@ def test_experts_that_no_token_reached_stay_while_there_is_room() -> None:
     costs = LayerCosts(torch.full_like(costs.channels, float(costs.channels.mean())), costs.losses, costs.shares)
     for one in (costs.channels, *costs.losses["w13"].values(), *costs.losses["w2"].values()):
         one[2] = 0
-    half = sizes.whole // 2
+    half = whole(sizes) // 2
     assert not settle([costs], sizes, half)[0].kept[2].any()
     [found] = settle([costs.floored()], sizes, int(half * 1.1))
     assert found.kept.all()

@@ -1,0 +1,96 @@
+"""What measuring and writing low-rank factors take (METHODS 1): memory and operations, predicted from shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from offline.io.units import FLOAT32, FLOAT64
+from offline.plan.plan import LayerWork, Plan
+
+MERGING = {"fisher": 9, "frequency": 6, "ties": 19}
+"""float32 matrices that a merge holds for the three projections; the others hold three."""
+
+
+def factoring_phases(plan: Plan) -> Mapping[str, int]:
+    """Bytes at the worst moment of merging, measuring and writing, and of the method's own phases."""
+    found = {}
+    if plan.recipe.base.kind != "none" or plan.needs_gradient:
+        found["merge"] = _merge_bytes(plan)
+    if plan.measures:
+        found["measure"] = _measure_bytes(plan)
+    found["write"] = _write_bytes(plan)
+    return found | {name: size + rows_bytes(plan) for name, size in plan.method.phases(plan).items()}
+
+
+def factoring_work(plan: Plan, grams: float) -> LayerWork:
+    """Operations of a layer's measuring and of its writing, as float32 ones; grams: of its second moments."""
+    shape = plan.model.shape
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    small = min(hidden, middle)
+    # Per projection an eigenproblem of about 15 n^3 (3 n^3 without vectors) and the products around it, in float64.
+    products = 4 * hidden * middle * (hidden + middle)
+    each = 2 * shape.num_experts * 3
+    values = plan.recipe.delta.method == "whitened" and not plan.method.joint(plan.recipe)
+    curve = (3 * small**3 + products / 4) if values else (15 * small**3 + products)
+    measure = grams + each * curve * len(plan.problem.options) if plan.measures else 0.0
+    return LayerWork(measure, grams + each * (15 * small**3 + products) + plan.method.operations(plan))
+
+
+def _merge_bytes(plan: Plan) -> int:
+    """One expert's weights and Fisher information, the merge's accumulators, and what adding one expert takes."""
+    shape, base = plan.model.shape, plan.recipe.base
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix = hidden * middle
+    fisher = 3 * FLOAT32 * matrix if plan.needs_gradient else 0
+    merging = FLOAT32 * matrix * (MERGING.get(base.merge, 3) + 3) if base.kind != "none" else 0
+    if base.merge == "regmean":  # sums in float64, a Gram matrix, and the solution of the largest
+        large = max(hidden, middle)
+        merging += FLOAT64 * (2 * hidden**2 + middle**2 + large**2 + 4 * matrix) + FLOAT32 * large**2
+    return 3 * matrix * plan.torch_dtype.itemsize + 2 * FLOAT32 * matrix + fisher + merging + rows_bytes(plan)
+
+
+def _expert_bytes(plan: Plan) -> int:
+    """One expert's weights, a delta and its base, one site's Gram matrix, an eigenproblem; sums over experts where
+    these share factors."""
+    shape, width = plan.model.shape, plan.torch_dtype.itemsize
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix, large = hidden * middle, max(hidden, middle)
+    grams = FLOAT32 * (middle**2 + max(middle**2 if hidden > middle else 0, hidden**2))
+    eigen = FLOAT64 * 4 * min(hidden, middle) ** 2
+    joint = FLOAT64 * 5 * large**2 if plan.method.joint(plan.recipe) else 0
+    return 3 * matrix * (width + FLOAT32) + grams + eigen + joint + rows_bytes(plan)
+
+
+def _factor_bytes(plan: Plan) -> int:
+    """One matrix's factors at the largest rank, and what their error takes."""
+    shape, cap = plan.model.shape, max(plan.caps.values())
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    factors = (FLOAT64 + FLOAT32 + plan.torch_dtype.itemsize) * cap * (hidden + middle) + FLOAT64 * cap * middle
+    return factors + FLOAT64 * (2 * hidden * middle + max(hidden, middle) * 1024)
+
+
+def _measure_bytes(plan: Plan) -> int:
+    """Beside an expert the layer's bases, rounded; where curves are no eigenvalues factors, and the shared ones of a
+    selection."""
+    shape, delta, width = plan.model.shape, plan.recipe.delta, plan.torch_dtype.itemsize
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    bases = 3 * hidden * middle * width if plan.recipe.base.kind != "none" else 0
+    if not plan.method.joint(plan.recipe):
+        return _expert_bytes(plan) + bases + (0 if delta.method == "whitened" else _factor_bytes(plan))
+    cap = max(plan.caps.values())
+    shared = 2 * cap * ((FLOAT64 + width) * max(hidden, middle) + delta.distinct_u * width * max(hidden, middle))
+    return _expert_bytes(plan) + bases + _factor_bytes(plan) + shared
+
+
+def _write_bytes(plan: Plan) -> int:
+    """Beside an expert its factors; the layer's base, where there is room for a layer."""
+    shape, width = plan.model.shape, plan.torch_dtype.itemsize
+    based = plan.resources.hold_layer and plan.recipe.base.kind != "none"
+    bases = 3 * shape.hidden_size * shape.intermediate_size * width if based else 0
+    return _expert_bytes(plan) + bases + _factor_bytes(plan)
+
+
+def rows_bytes(plan: Plan) -> int:
+    """Some of one expert's rows on their way through it."""
+    shape = plan.model.shape
+    return FLOAT32 * plan.resources.rows * (10 * shape.intermediate_size + 4 * shape.hidden_size)
