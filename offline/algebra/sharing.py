@@ -72,6 +72,17 @@ def fitted_u(weight: Tensor, gram: Tensor, v: Tensor) -> Tensor:
     return torch.linalg.solve(inner, seen @ weight.double().T).T
 
 
+def fitted_v(weight: Tensor, u: Tensor) -> Tensor:
+    """The best V for a given U, whatever is read: V = (Uᵀ U)^-1 Uᵀ W.
+
+    weight: [out, in]; u: [out, k]. Returns float64 [k, in].
+    """
+    u = u.double()
+    inner = u.T @ u
+    inner.diagonal().add_(RIDGE * inner.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny))
+    return torch.linalg.solve(inner, u.T @ weight.double())
+
+
 def merged_u(moment: Tensor, rank: int) -> Tensor:
     """One U for a cluster of experts: minimises sum_i ||(D_i - U V_i) G_i^(1/2)||_F^2 with V_i = Uᵀ D_i.
 

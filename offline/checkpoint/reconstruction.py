@@ -52,18 +52,18 @@ class Reconstruction:
         if expert in self._config.layers[layer].trimmed:
             return None
         if projection.delta == "dense":
-            return self._spread(self._tensor(layer, expert, role, "dense"), self._channels(layer, expert), role)
+            return self._spread(self.numbers(layer, expert, role, "dense"), self._channels(layer, expert), role)
         if not projection.rank:
             return None
         shared = self._load_shared(layer, role)
         if projection.function:
-            a, alpha = (self._tensor(layer, expert, role, kind) for kind in ("a", "alpha"))
+            a, alpha = (self.numbers(layer, expert, role, kind) for kind in ("a", "alpha"))
             return a @ mix(shared["bases"], alpha, projection.function)
-        left = self._tensor(layer, int(shared["u_index"][expert]) if "u_index" in shared else expert, role, "delta_u")
+        left = self.numbers(layer, int(shared["u_index"][expert]) if "u_index" in shared else expert, role, "delta_u")
         if projection.delta == "columns":
-            columns = self._tensor(layer, expert, role, "delta_columns")
+            columns = self.numbers(layer, expert, role, "delta_columns")
             return self._scatter(left, columns, role)
-        right = shared["shared_v"] if "shared_v" in shared else self._tensor(layer, expert, role, "delta_v")
+        right = shared["shared_v"] if "shared_v" in shared else self.numbers(layer, expert, role, "delta_v")
         return self._spread(left @ right, self._channels(layer, expert), role)
 
     def _load_shared(self, layer: int, role: Role) -> dict[str, Tensor]:
@@ -76,21 +76,21 @@ class Reconstruction:
             projection = self._config.layers[layer][role]
             shared: dict[str, Tensor] = {}
             if projection.full_base:
-                base = self._tensor(layer, 0, role, "base")
+                base = self.numbers(layer, 0, role, "base")
                 shared["full_base"] = self._spread(base, self._channels(layer, None), role)
             elif projection.kept_columns:
-                base, columns = (self._tensor(layer, 0, role, kind) for kind in ("base", "base_columns"))
+                base, columns = (self.numbers(layer, 0, role, kind) for kind in ("base", "base_columns"))
                 whole = self._scatter(base, columns, role, len(base))
                 shared["full_base"] = self._spread(whole, self._channels(layer, None), role)
             elif projection.base_rank:
-                left, right = (self._tensor(layer, 0, role, kind) for kind in ("base_u", "base_v"))
+                left, right = (self.numbers(layer, 0, role, kind) for kind in ("base_u", "base_v"))
                 shared["full_base"] = left @ right
             if projection.rank and projection.shared_v:
-                shared["shared_v"] = self._tensor(layer, 0, role, "shared_v")
+                shared["shared_v"] = self.numbers(layer, 0, role, "shared_v")
             if projection.bases:
-                shared["bases"] = self._tensor(layer, 0, role, "bases")
+                shared["bases"] = self.numbers(layer, 0, role, "bases")
             if projection.shares_u:
-                shared["u_index"] = self._tensor(layer, 0, role, "u_index")
+                shared["u_index"] = self.numbers(layer, 0, role, "u_index")
             self._shared[role] = shared
         return self._shared[role]
 
@@ -124,7 +124,7 @@ class Reconstruction:
         full[:, columns] = values
         return full
 
-    def _tensor(self, layer: int, expert: int, role: Role, name: str) -> Tensor:
+    def numbers(self, layer: int, expert: int, role: Role, name: str) -> Tensor:
         """A tensor as numbers to compute with; of a packed one what it stands for."""
         full = self._config.tensor_name(layer, expert, role, name)
         self._enter(layer)

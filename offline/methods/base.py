@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from d2moe_vllm.format.config import Projection
-from d2moe_vllm.format.kinds import Role
+from d2moe_vllm.format.kinds import Role, Stored
 from offline.algebra.merging import MERGES
 from offline.methods.factors import Factors, OwnFactors
 from offline.methods.joint import SHARED_PART, JointFactors
 from offline.methods.layer import BASE_PART, LayerJob, Plan, expert_part
 from offline.methods.options import Option
 from offline.methods.settings import Section, Settings
+from offline.methods.storing import storage_of
 from offline.source.families import MoEShape
 from offline.work.workdir import WorkDir
 
@@ -90,8 +91,9 @@ class Method:
         return recipe.delta.joint
 
     def projection(self, recipe: Settings, shape: MoEShape, role: Role, option: Option, rank: int) -> Projection:
-        """What is stored of one projection; of one that stays as it is a `dense` delta of rank 0."""
+        """What is stored of one projection; of one that is not factored a `dense` delta of rank 0."""
         columns, delta = recipe.base.columns(shape.projection(role)[1], option), recipe.delta
+        storage = storage_of(int(recipe.bits), recipe.group_size)
         return Projection(
             rank=rank,
             full_base=option == "full",
@@ -101,11 +103,17 @@ class Method:
             delta="columns" if delta.method == "prune" else "factors",
             shared_v=delta.share_v,
             distinct_u=delta.distinct_u,
+            base_storage=None if option == "none" else storage,
+            delta_storage=storage if rank else None,
         )
+
+    def whole(self, recipe: Settings, shape: MoEShape, role: Role) -> bool:
+        """Whether a projection is not factored, but stored as it is, or rounded."""
+        return self.projection(recipe, shape, role, recipe.options[0], recipe.rank_multiple).delta == "dense"
 
     def keeps(self, recipe: Settings, shape: MoEShape, role: Role) -> bool:
         """Whether a projection is stored as it is."""
-        return self.projection(recipe, shape, role, recipe.options[0], recipe.rank_multiple).delta == "dense"
+        return self.whole(recipe, shape, role) and recipe.bits == 16
 
     def phases(self, plan: Plan) -> dict[str, int]:
         """Bytes that its own phases hold at their worst moment, by name, besides some rows of one expert."""
@@ -123,18 +131,19 @@ class Method:
 
     # The result
 
-    def place(self, stored: Projection, kind: str, expert: int, role: Role) -> tuple[str, str] | None:
+    def place(self, stored: Projection, one: Stored) -> tuple[str, str] | None:
         """(part, key) of a stored tensor among the layer's parts, where it lies as it is stored; None for a projection
         that is stored as it is in the source."""
-        if stored.delta == "dense":
+        kind, name = one.kind.name, f"{one.role}.{one.name}"
+        if kind == "dense" and stored.delta_storage is None:
             return None
-        if kind.startswith("base"):
-            return BASE_PART, f"{role}.{kind}"
+        if one.kind.part == "base":
+            return BASE_PART, name
         if kind == "delta_u" and stored.shares_u:
-            return SHARED_PART, f"{role}.{kind}.{expert}"
+            return SHARED_PART, f"{one.role}.{kind}.{one.expert}{one.name.removeprefix(kind)}"
         if kind in ("shared_v", "u_index"):
-            return SHARED_PART, f"{role}.{kind}"
-        return expert_part(expert), f"{role}.{kind.removeprefix('delta_')}"
+            return SHARED_PART, name
+        return expert_part(one.expert), f"{one.role}.{one.name.removeprefix('delta_')}"
 
     def report(self, work: WorkDir, layer: int) -> dict[str, Any]:
         """What d2moe_stats.json tells of a layer besides tokens and errors."""

@@ -101,30 +101,45 @@ def _add_expert(job: LayerJob, expert: int, merges: Mapping[Role, Merge], sensit
 def hold_bases(job: LayerJob, merged: Merged) -> None:
     """Keeps every kind of base that is to be measured in the job's memory."""
     _check_energy(job)
-    dtype = job.plan.torch_dtype
-    whole = {role: base.to(dtype) for role, base in merged.items()}
+    moments = _pooled(job)
     for site, roles in SELECTIONS.items():
         for option in job.options[site]:
-            if option == "svd":
+            if option != "none":
+                stored = _stored(job, merged, option, site, moments, whole=True)
                 for role in roles:
-                    job.hold_base(option, role, *_low_rank(job, merged, role))
-            elif option != "none":
-                columns = [_columns(job, merged, site)] if option == "pruned" else []
-                for role in roles:
-                    job.hold_base(option, role, whole[role], *columns)
+                    job.hold_base(option, role, stored[role])
 
 
 def write_base(job: LayerJob, merged: Merged) -> None:
     """Writes the part `base`: the settled kind of base of every selection that has one, as it will be stored. Raises
     InputError for one that is not finite."""
     _check_energy(job)
+    moments = _pooled(job)
     if job.work.group.first:
         tensors: dict[str, Tensor] = {}
         for site, (option,) in job.options.items():
             if option != "none":
-                tensors |= _stored(job, merged, option, site)
+                for role, parts in _stored(job, merged, option, site, moments).items():
+                    tensors |= {f"{role}.{name}": part.cpu() for name, part in parts.items()}
         job.save(BASE_PART, tensors)
     job.work.group.barrier()
+
+
+def _pooled(job: LayerJob) -> dict[Site, Tensor]:
+    """Where bases are rounded, the second moment of what all experts read, float32 [n, n], the mean over routed tokens
+    of what each expert's deltas are fitted by; the same on every process."""
+    sites = [site for site, options in job.options.items() if any(option != "none" for option in options)]
+    if not job.storing.packed:
+        return {}
+    sizes = {site: job.plan.model.shape.projection(SELECTIONS[site][0])[1] for site in sites}
+    found = {site: torch.zeros(size, size, device=job.routing.device) for site, size in sizes.items()}
+    total = max(int(job.tokens.sum()), 1)
+    for expert in job.own:
+        weights = job.weights(expert)
+        for site, moment in found.items():
+            moment.add_(job.shrunk_gram(expert, weights, site), alpha=int(job.tokens[expert]) / total)
+    job.work.group.sum(list(found.values()))
+    return found
 
 
 def _check_energy(job: LayerJob) -> None:
@@ -132,31 +147,33 @@ def _check_energy(job: LayerJob) -> None:
         raise InputError(f"layer {job.number}: activations overflow float32 on the calibration text; use another")
 
 
-def _stored(job: LayerJob, merged: Merged, option: Option, site: Site) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _stored(
+    job: LayerJob, merged: Merged, option: Option, site: Site, moments: Mapping[Site, Tensor], *, whole: bool = False
+) -> dict[Role, dict[str, Tensor]]:
+    """A selection's base as it is stored, by projection and kind; moments: `_pooled`; whole: a pruned one that is not
+    rounded may keep all of its columns, so that in memory it is the full one."""
+    roles, moment = SELECTIONS[site], moments.get(site)
     if option == "svd":
-        for role in SELECTIONS[site]:
-            u, v = _low_rank(job, merged, role)
-            tensors |= {f"{role}.base_u": u.cpu(), f"{role}.base_v": v.cpu()}
-        return tensors
-    if option == "full":
-        return {f"{role}.base": merged[role].to(job.plan.torch_dtype).cpu() for role in SELECTIONS[site]}
-    columns = _columns(job, merged, site)
-    for role in SELECTIONS[site]:
-        stored = merged[role][:, columns.long()].to(job.plan.torch_dtype)
-        tensors |= {
-            f"{role}.base": stored.cpu(),
-            f"{role}.base_columns": columns.cpu().clone(),
-            f"{role}.base_norms": stored.float().norm(dim=0).cpu(),
-        }
-    return tensors
+        return {role: _low_rank(job, merged, role, moment) for role in roles}
+    columns = _columns(job, merged, site) if option == "pruned" else None
+    matrices = [merged[role] for role in roles]
+    if columns is not None and (job.storing.packed or not whole):
+        picked = columns.long()
+        matrices = [matrix[:, picked] for matrix in matrices]
+        moment = None if moment is None else moment[picked][:, picked]
+    found: dict[Role, dict[str, Tensor]] = {}
+    for role, base in zip(roles, job.storing.store(matrices, moment), strict=True):
+        found[role] = base.named("base")
+        if columns is not None:
+            found[role] |= {"base_columns": columns.clone(), "base_norms": base.numbers.norm(dim=0)}
+    return found
 
 
-def _low_rank(job: LayerJob, merged: Merged, role: Role) -> tuple[Tensor, Tensor]:
-    """base_u and base_v in the stored dtype."""
+def _low_rank(job: LayerJob, merged: Merged, role: Role, moment: Tensor | None) -> dict[str, Tensor]:
     rank = job.plan.recipe.base_rank(job.plan.model.shape, role)
     u, v = svd_base(merged[role], job.energy[SITES[role]], rank)
-    return u.to(job.plan.torch_dtype), v.to(job.plan.torch_dtype)
+    left, right = job.storing.factors(merged[role], moment, u, v)
+    return left.named("base_u") | right.named("base_v")
 
 
 def _columns(job: LayerJob, merged: Merged, site: Site) -> Tensor:
@@ -165,4 +182,5 @@ def _columns(job: LayerJob, merged: Merged, site: Site) -> Tensor:
     squares = [merged[role].double().square().sum(dim=0) for role in SELECTIONS[site]]
     joint = torch.stack(squares).sum(dim=0).sqrt().cpu()
     kept = base.columns(len(joint), "pruned").kept
-    return select_columns(column_scores(joint, job.energy[site].sqrt()), kept, base.groups)
+    found = select_columns(column_scores(joint, job.energy[site].sqrt()), kept, base.groups)
+    return found.to(job.routing.device)

@@ -14,6 +14,7 @@ from offline.algebra.factorization import DELTAS, column_factors, whitened_curve
 from offline.methods.layer import LayerJob
 from offline.methods.measuring import curve_of, curve_without, picked, save_curves
 from offline.methods.options import Option
+from offline.methods.storing import Matrix
 from offline.source.sites import SELECTIONS
 
 
@@ -35,9 +36,9 @@ class Factors(Protocol):
     def write(self, advance: Callable[[float], None]) -> None:
         """Writes what the experts share, before any expert's own factors are asked for; tells what share is done."""
 
-    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> Mapping[str, Tensor]:
-        """An expert's final u and v (or ascending columns), and what else is kept, as stored, on the device; delta:
-        float32 [out, in], from the settled base; gram: float32 [in, in]."""
+    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> Mapping[str, Matrix]:
+        """An expert's final u and v (or ascending columns, or the matrix as a whole), and what else is kept, as stored,
+        on the device; delta: float32 [out, in], from the settled base; gram: float32 [in, in]."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,17 @@ class OwnFactors:
     def write(self, advance: Callable[[float], None]) -> None:
         """Nothing is shared."""
 
-    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> Mapping[str, Tensor]:
-        recipe, dtype, rank = self.job.plan.recipe, self.job.plan.torch_dtype, self.job.cap(role)
+    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> Mapping[str, Matrix]:
+        recipe, storing, rank = self.job.plan.recipe, self.job.storing, self.job.cap(role)
         if not rank:
             return {}
         if recipe.delta.method == "prune":
             u, columns = column_factors(delta, gram, rank, recipe.base.groups)
-            return {"u": u.to(dtype), "columns": columns}
+            picked = columns.long()
+            return {"u": storing.store([u], gram[picked][:, picked])[0], "columns": Matrix({"": columns})}
         u, v = DELTAS[recipe.delta.method](delta, gram, rank)
-        return {"u": u.to(dtype), "v": v.to(dtype)}
+        left, right = storing.factors(delta, gram, u, v)
+        return {"u": left, "v": right}
 
 
 def best_first(scores: Tensor, groups: int) -> Tensor:

@@ -5,12 +5,16 @@ of a layer holds, per role and as they will be stored: `shared_v` (Share-V), `de
 part `shared-making` what the experts' own factors are made with while the layer is written: `projector` (Share-V) or
 `scale.<j>` (Merge-U). While errors are measured all of it is in memory, at the largest rank, nested, for one selection
 and one kind of base at a time; of that the part `measured-shared` keeps which expert joined which U.
+
+Where factors are rounded (METHODS 4.1), what is shared is rounded first, by the pooled second moment of what it reads:
+a V by the inputs, a U by what its cluster's V's give. What is an expert's own is then fitted to that in closed form,
+which takes neither a projector nor a scale. Errors are measured before rounding: rounded factors are not nested.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -18,10 +22,20 @@ from torch import Tensor
 
 from d2moe_vllm.format.kinds import Role
 from offline.algebra.factorization import input_moment, output_moment, whitened_energy
-from offline.algebra.sharing import least, mean_u, merged_u, seed_experts, shared_v, unexplained
+from offline.algebra.sharing import (
+    fitted_u,
+    fitted_v,
+    least,
+    mean_u,
+    merged_u,
+    seed_experts,
+    shared_v,
+    unexplained,
+)
 from offline.methods.layer import LayerJob
 from offline.methods.measuring import curve_of, curve_without, save_curves
 from offline.methods.options import Option
+from offline.methods.storing import Matrix, Storing
 from offline.source.sites import SELECTIONS, SITES, Site
 
 SHARED_PART = "shared"
@@ -30,8 +44,14 @@ MAKING_PART = "shared-making"
 MEASURED_PART = "measured-shared"
 _MAKING = ("projector", "scale")
 
-Common = Mapping[str, Tensor]
-"""What all experts of a projection share, by the names in the part."""
+
+@dataclass(frozen=True)
+class Common:
+    """What all experts of a projection share: V; projector: float64 [in, rank], gives each its U where nothing is
+    rounded."""
+
+    v: Matrix
+    projector: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +70,8 @@ class JointFactors:
     """The shared factors of one layer. Every process sums over its own experts."""
 
     job: LayerJob
+    measuring: bool = False
     share: ClassVar[float] = 0.5
-    common_kinds: ClassVar[tuple[str, ...]] = ("shared_v", "projector")
     _held: dict[str, Tensor] = field(default_factory=dict)
 
     def measure(self, advance: Callable[[float], None]) -> None:
@@ -59,7 +79,11 @@ class JointFactors:
         job = self.job
         if job.work.has_part(job.number, MEASURED_PART):
             advance(1)
-            return
+        else:
+            replace(self, measuring=True)._measure_all(advance)
+
+    def _measure_all(self, advance: Callable[[float], None]) -> None:
+        job = self.job
         found: dict[int, dict[str, Tensor]] = {expert: {} for expert in job.own}
         joined: dict[str, Tensor] = {}
         for site, roles in SELECTIONS.items():
@@ -90,7 +114,8 @@ class JointFactors:
                 found[f"{option}.{role}.curve"] = curve_without(job, delta, gram, role)
             else:
                 made = self.factors(option, role, expert, delta, gram)
-                found[f"{option}.{role}.curve"] = curve_of(job, delta, gram, role, made["u"], made["v"])
+                u, v = (made[kind].parts[""] for kind in ("u", "v"))
+                found[f"{option}.{role}.curve"] = curve_of(job, delta, gram, role, u, v)
 
     def write(self, advance: Callable[[float], None]) -> None:
         """Writes the parts `shared-making` and `shared`."""
@@ -115,35 +140,56 @@ class JointFactors:
         delta = self.job.plan.recipe.delta
         roles = tuple(role for role in SELECTIONS[site] if self.job.cap(role))
         common = {role: self._share_v(option, role) for role in roles} if delta.share_v else {}
-        kinds = self.common_kinds[:1] if delta.distinct_u else self.common_kinds
-        tensors = {f"{role}.{kind}": found[kind] for role, found in common.items() for kind in kinds}
+        tensors: dict[str, Tensor] = {}
+        for role, found in common.items():
+            tensors |= found.v.named(f"{role}.shared_v")
+            if found.projector is not None and not delta.distinct_u:
+                tensors[f"{role}.projector"] = found.projector
         if delta.distinct_u and roles:
             tensors |= self._merge_u(option, roles, common)
         return tensors
 
-    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> Mapping[str, Tensor]:
+    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> Mapping[str, Matrix]:
         """An expert's u and v as they will be stored, on the device; delta: [out, in]; gram: [in, in]."""
-        recipe, dtype = self.job.plan.recipe.delta, self.job.plan.torch_dtype
+        recipe, storing = self.job.plan.recipe.delta, self.storing
         if not self.job.cap(role):
             return {}
         if recipe.share_v:
-            v = self._load(role, "shared_v")
+            v = self._matrix(role, "shared_v", delta.shape[1])
             if not recipe.distinct_u:
-                common = {kind: self._load(role, kind) for kind in self.common_kinds}
-                return {"u": self._own_u(common, delta, gram).to(dtype), "v": v}
+                common = Common(v, self._load(role, "projector") if self._projects else None)
+                (u,) = storing.store([self._own_u(common, delta, gram)], storing.seen(v, gram))
+                return {"u": u, "v": v}
         place = int(self._load(role, "u_index")[expert])
-        u = self._load(role, f"delta_u.{place}")
+        u = self._matrix(role, f"delta_u.{place}", self.job.cap(role))
         if recipe.share_v:
             return {"u": u, "v": v}
+        if storing.packed:
+            return {"u": u, "v": storing.store([fitted_v(delta, u.numbers)], gram)[0]}
         # The stored U carries its scale once; V carries its inverse.
         scale = self._load(role, f"scale.{place}")
-        return {"u": u, "v": ((u.double() / scale.square()).T @ delta.double()).to(dtype)}
+        whole = (u.numbers.double() / scale.square()).T @ delta.double()
+        return {"u": u, "v": storing.store([whole], None)[0]}
+
+    @property
+    def storing(self) -> Storing:
+        """Errors are measured before rounding to few bits."""
+        return replace(self.job.storing, bits=16) if self.measuring else self.job.storing
+
+    @property
+    def _projects(self) -> bool:
+        """Whether an expert's own U is a projection of its delta, and not fitted to V."""
+        return not self.storing.packed
 
     @property
     def kept(self) -> tuple[str, ...]:
         """Which factors are an expert's own."""
         delta = self.job.plan.recipe.delta
         return tuple(kind for kind, shared in (("u", delta.distinct_u), ("v", delta.share_v)) if not shared)
+
+    def _matrix(self, role: Role, kind: str, inputs: int) -> Matrix:
+        parts = {name: self._load(role, name) for name in self.storing.names(kind)}
+        return self.storing.open(parts, kind, inputs)
 
     def _load(self, role: Role, kind: str) -> Tensor:
         key = f"{role}.{kind}"
@@ -177,10 +223,18 @@ class JointFactors:
 
     def _own_u(self, common: Common, delta: Tensor, gram: Tensor) -> Tensor:
         """An expert's own U beside a shared V, float64 [out, rank]."""
-        return delta.double() @ common["projector"]
+        if common.projector is None:
+            return fitted_u(delta, gram, common.v.numbers)
+        return delta.double() @ common.projector
 
     def _share_v(self, option: Option, role: Role) -> Common:
-        """shared_v in the stored dtype [rank, in], projector float64 [in, rank]."""
+        """V as it is stored, rounded by what all experts read."""
+        v, projector, gram = self._best_v(option, role)
+        return Common(self.storing.store([v], gram)[0], projector if self._projects else None)
+
+    def _best_v(self, option: Option, role: Role) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """V before it is rounded, float64 [rank, in]; the projector; and the summed second moment of what all experts
+        read, by which V is rounded."""
         job = self.job
         size = job.plan.model.shape.projection(role)[1]
         gram, moment = (torch.zeros(size, size, dtype=torch.float64, device=job.routing.device) for _ in range(2))
@@ -189,7 +243,7 @@ class JointFactors:
             moment += input_moment(delta, torch.float64)
         job.work.group.sum([gram, moment])
         v, projector = shared_v(gram, moment, job.cap(role), len(self._members))
-        return {"shared_v": v.to(job.plan.torch_dtype), "projector": projector}
+        return v, projector, gram
 
     def _merge_u(self, option: Option, roles: tuple[Role, ...], common: Mapping[Role, Common]) -> dict[str, Tensor]:
         clusters = self._clusters(option, roles, common)
@@ -199,7 +253,7 @@ class JointFactors:
             for number in range(len(clusters.seeds)):
                 members = clusters.members(number)
                 u, scale = self._common_u(option, role, members, common)
-                tensors[f"{role}.delta_u.{number}"] = u
+                tensors |= u.named(f"{role}.delta_u.{number}")
                 if scale is not None:
                     tensors[f"{role}.scale.{number}"] = scale
         return tensors
@@ -225,7 +279,7 @@ class JointFactors:
             others = [expert for expert in self._members if expert not in seeds]
             for expert, delta, gram in self._each(option, role, self._own(others)):
                 for number, u in enumerate(founders):
-                    v = common[role]["shared_v"] if common else u.T @ delta.double()
+                    v = common[role].v.numbers if common else u.T @ delta.double()
                     errors[expert, number] += unexplained(delta, gram, u, v)
         job.work.group.sum([errors])
         joined = torch.full((job.experts,), -1, dtype=torch.int32)
@@ -242,17 +296,21 @@ class JointFactors:
 
     def _common_u(
         self, option: Option, role: Role, members: list[int], common: Mapping[Role, Common]
-    ) -> tuple[Tensor, Tensor | None]:
-        """A cluster's U in the stored dtype, and the scale that it carries for its V's (None with a shared V)."""
-        job, dtype = self.job, self.job.plan.torch_dtype
+    ) -> tuple[Matrix, Tensor | None]:
+        """A cluster's U as it is stored, and the scale that it carries for its V's (None with a shared V, and where it
+        is rounded)."""
+        job, storing = self.job, self.storing
         if common:
-            return self._shared_u(option, role, members, common[role]).to(dtype), None
+            u = self._shared_u(option, role, members, common[role])
+            return storing.store([u], self._seen(option, role, members, common[role].v))[0], None
         rows = job.plan.model.shape.projection(role)[0]
         moment = torch.zeros(rows, rows, dtype=torch.float64, device=job.routing.device)
         for expert, delta, gram in self._each(option, role, self._own(members)):
             moment.add_(output_moment(delta, gram, torch.float64), alpha=self._weight(expert, members))
         job.work.group.sum([moment])
         u = merged_u(moment, job.cap(role))
+        if storing.packed:
+            return storing.store([u], u.T @ moment @ u)[0], None
         squares = torch.zeros(u.shape[1], dtype=torch.float64, device=u.device)
         for expert in self._own(members):
             squares += (u.T @ job.delta(option, role, job.weights(expert)[role]).double()).square().sum(dim=1)
@@ -260,7 +318,18 @@ class JointFactors:
         # As in single factors, U's columns and V's rows get the same norm, here in the mean over members.
         scale = (squares / len(members)).sqrt().sqrt()
         scale = torch.where(scale > 0, scale, 1.0)
-        return (u * scale).to(dtype), scale
+        return storing.store([u * scale], None)[0], scale
+
+    def _seen(self, option: Option, role: Role, members: list[int], v: Matrix) -> Tensor | None:
+        """The summed second moment of what a cluster's U reads beside a shared V; None where nothing is rounded."""
+        if not self.storing.packed:
+            return None
+        size = self.job.cap(role)
+        total = torch.zeros(size, size, dtype=torch.float64, device=self.job.routing.device)
+        for expert, _, gram in self._each(option, role, self._own(members)):
+            total.add_(self.storing.seen(v, gram), alpha=self._weight(expert, members))
+        self.job.work.group.sum([total])
+        return total
 
     def _shared_u(self, option: Option, role: Role, members: list[int], common: Common) -> Tensor:
         """A cluster's U beside a shared V, float64 [out, rank]; members: the experts in it, ascending."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from offline.algebra.factorization import shrink_gram
 from offline.errors import InputError
 from offline.methods.options import Option
 from offline.methods.settings import Settings
+from offline.methods.storing import Storing
 from offline.source.dense import DenseModel
 from offline.source.sites import Site
 from offline.work.statistics import Activation, Routing, Weights, mean_gram
@@ -57,12 +58,12 @@ BASE_PART = "base"
 """A layer's part that holds its settled base, as it is stored: `<role>.base`, `<role>.base_columns`, ..."""
 
 
-_STORED: Mapping[Option, tuple[str, ...]] = {
-    "pruned": ("base", "base_columns"),
-    "full": ("base",),
-    "svd": ("base_u", "base_v"),
+_STORED: Mapping[Option, tuple[Any, ...]] = {
+    "pruned": (("base",), "base_columns"),
+    "full": (("base",),),
+    "svd": (("base_u", "base_v"),),
 }
-"""What is needed of a stored base to have it whole."""
+"""What is needed of a stored base to have it whole: matrices, and what else."""
 
 
 def expert_part(expert: int) -> str:
@@ -93,7 +94,7 @@ class LayerJob:
     energy: Mapping[Site, Tensor]
     activation: Activation
     options: Mapping[Site, tuple[Option, ...]]
-    _bases: dict[tuple[Option, Role], list[Tensor]] = field(default_factory=dict)
+    _bases: dict[tuple[Option, Role], Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def experts(self) -> int:
@@ -103,6 +104,11 @@ class LayerJob:
     def own(self) -> list[int]:
         """The experts of this process."""
         return self.work.group.own(range(self.experts))
+
+    @property
+    def storing(self) -> Storing:
+        """Of low-rank factors and their base."""
+        return Storing(int(self.plan.recipe.bits), self.plan.recipe.group_size, self.plan.torch_dtype)
 
     def cap(self, role: Role) -> int:
         """The largest rank that a projection of this layer may get."""
@@ -124,28 +130,34 @@ class LayerJob:
         """The whole base [out, in] as it will be stored, float32; None where the option has none."""
         if option == "none":
             return None
-        first, *rest = self._base_parts(option, role)
+        found, (rows, inputs) = self._base_parts(option, role), self.plan.model.shape.projection(role)
+
+        def opened(kind: str, inputs: int) -> Tensor:
+            return self.storing.open(found, kind, inputs).numbers
+
         if option == "svd":
-            return first.float() @ rest[0].float()
+            rank = self.plan.recipe.base_rank(self.plan.model.shape, role)
+            return opened("base_u", rank) @ opened("base_v", inputs)
         if option == "full":
-            return first.float()
-        columns = rest[0].long()
-        # While several kinds are measured, one whole base serves all of them.
-        kept = first if first.shape[1] == len(columns) else first[:, columns]
-        whole = torch.zeros(self.plan.model.shape.projection(role), device=first.device)
-        return whole.index_copy_(1, columns, kept.float())
+            return opened("base", inputs)
+        columns = found["base_columns"].long()
+        kept = opened("base", len(columns))
+        # While several kinds are measured, one whole base serves all of them, where none is rounded.
+        kept = kept if kept.shape[1] == len(columns) else kept[:, columns]
+        return torch.zeros(rows, inputs, device=kept.device).index_copy_(1, columns, kept)
 
-    def hold_base(self, option: Option, role: Role, *parts: Tensor) -> None:
-        """Keeps a base that is measured, in memory alone: rounded as it would be stored, base_u and base_v, or the base
-        with all of its columns and, of a pruned one, the numbers of those that are kept."""
-        self._bases[option, role] = [part.to(self.routing.device) for part in parts]
+    def hold_base(self, option: Option, role: Role, parts: Mapping[str, Tensor]) -> None:
+        """Keeps a base that is measured, in memory alone, as it would be stored; a pruned one that is not packed may
+        have all of its columns, beside the numbers of those that are kept."""
+        self._bases[option, role] = {name: part.to(self.routing.device) for name, part in parts.items()}
 
-    def _base_parts(self, option: Option, role: Role) -> list[Tensor]:
+    def _base_parts(self, option: Option, role: Role) -> Mapping[str, Tensor]:
         """What a base is stored as, on the device; where the plan has room for a layer, read once while it lasts."""
         if (found := self._bases.get((option, role))) is None:
-            keys = [f"{role}.{kind}" for kind in _STORED[option]]
-            parts = self.work.load_part(self.number, BASE_PART, *keys)
-            found = [parts[key].to(self.routing.device) for key in keys]
+            matrices, *others = _STORED[option]
+            names = [*(name for kind in matrices for name in self.storing.names(kind)), *others]
+            parts = self.work.load_part(self.number, BASE_PART, *(f"{role}.{name}" for name in names))
+            found = {name: parts[f"{role}.{name}"].to(self.routing.device) for name in names}
             if self.plan.hold_layer:
                 self._bases[option, role] = found
         return found

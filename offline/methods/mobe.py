@@ -16,16 +16,17 @@ from pydantic import Field
 from torch import Tensor
 
 from d2moe_vllm.format.config import Function, Projection
-from d2moe_vllm.format.kinds import Role
+from d2moe_vllm.format.kinds import Role, Stored
 from offline.algebra.factorization import input_moment, whitened_energy
 from offline.algebra.mixing import Fit, Target, add_gradient, clusters, fit, mix, start
 from offline.algebra.sharing import fitted_u, shared_v
 from offline.errors import InputError
 from offline.methods.base import WITHOUT_BASE, Asked, Method
 from offline.methods.factors import Factors
-from offline.methods.layer import LayerJob, Plan
+from offline.methods.layer import LayerJob, Plan, expert_part
 from offline.methods.options import Option
 from offline.methods.settings import Section, Settings
+from offline.methods.storing import Matrix, storage_of
 from offline.source.families import MoEShape
 from offline.source.sites import SELECTIONS
 from offline.work.workdir import WorkDir
@@ -64,7 +65,7 @@ class MixedFactors:
 
     job: LayerJob
     share: ClassVar[float] = 0.9
-    kept: ClassVar[tuple[str, ...]] = ("u", "alpha")
+    kept: ClassVar[tuple[str, ...]] = ("u", "alpha", "dense")
     _counts: dict[int, float] = field(default_factory=dict)
     _energies: dict[tuple[int, Role], float] = field(default_factory=dict)
     _grams: dict[int, Tensor] = field(default_factory=dict)
@@ -82,25 +83,53 @@ class MixedFactors:
                 advance(1 / len(ROLES))
                 continue
             found = self._fit(role, lambda share: advance(share / len(ROLES)))
+            alpha = found.logits.softmax(dim=1).to(job.plan.torch_dtype)
+            bases = self._stored_bases(found.bases, alpha)
             if job.work.group.first:
-                dtype = job.plan.torch_dtype
                 log = [found.start, found.end, found.steps, found.halvings, ENDED.index(found.ended)]
-                tensors = {"bases": found.bases.to(dtype), "alpha": found.logits.softmax(dim=1).to(dtype)}
-                tensors["log"] = torch.tensor(log, dtype=torch.float64)
+                tensors = {**bases.named("bases"), "alpha": alpha, "log": torch.tensor(log, dtype=torch.float64)}
                 job.save(fit_part(role), {name: tensor.cpu() for name, tensor in tensors.items()})
             job.work.group.barrier()
         for held in (self._counts, self._energies, self._grams, self._weights):
             held.clear()
 
-    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        """u is A, the best for the rounded bases and alphas; v what these mix to, which is not stored."""
-        job = self.job
-        part = job.work.load_part(job.number, fit_part(role), "bases", "alpha")
+    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> dict[str, Matrix]:
+        """u is A, the best for the rounded bases and alphas, and rounded by what it reads; v what these mix to, which
+        is not stored. down is rounded as a whole, by what it reads, whatever the fit is weighted by."""
+        job, storing = self.job, self.job.storing
+        if role not in ROLES:
+            return {"dense": storing.store([delta], gram)[0]}
+        names = storing.names("bases")
+        part = job.work.load_part(job.number, fit_part(role), *names, "alpha")
         alpha = part["alpha"][expert]
         device = delta.device
-        v = mix(part["bases"].to(device).float(), alpha.to(device).float(), job.plan.recipe.own(MoBE).function)
+        bases = storing.open({name: part[name].to(device) for name in names}, "bases", delta.shape[1]).numbers
+        v = Matrix({"": mix(bases, alpha.to(device).float(), job.plan.recipe.own(MoBE).function)})
         metric = gram if self._weighted else torch.eye(len(gram), device=device)
-        return {"u": fitted_u(delta, metric, v).to(job.plan.torch_dtype), "v": v, "alpha": alpha}
+        (u,) = storing.store([fitted_u(delta, metric, v.numbers)], storing.seen(v, metric))
+        return {"u": u, "v": v, "alpha": Matrix({"": alpha})}
+
+    def _stored_bases(self, bases: Tensor, alpha: Tensor) -> Matrix:
+        """bases: float32 [m, r, in]; alpha: [experts, m], as stored.
+
+        Rounded, an error of basis j reaches expert i's V as alpha_ij times it, to first order and with one slope of the
+        function for all numbers, which near zero it has. So what basis j reads has the second moment
+        sum_i tokens_i alpha_ij² G_i. With weighting `none` there is no moment: to nearest.
+        """
+        job, storing = self.job, self.job.storing
+        if not storing.packed:
+            return storing.store([bases], None)[0]
+        rounded: list[Matrix] = []
+        for basis, shares in zip(bases, alpha.float().square().unbind(dim=1), strict=True):
+            moment = None
+            if self._weighted:
+                moment = torch.zeros(bases.shape[2], bases.shape[2], dtype=torch.float64, device=bases.device)
+                for expert in job.own:
+                    moment.add_(self._grams[expert], alpha=self._counts[expert] * float(shares[expert]))
+                job.work.group.sum([moment])
+            rounded += storing.store([basis], moment)
+        parts = {name: torch.stack([one.parts[name] for one in rounded]) for name in rounded[0].parts}
+        return Matrix(parts, rounded[0].how, rounded[0].inputs)
 
     @property
     def _weighted(self) -> bool:
@@ -213,14 +242,14 @@ class _Method(Method):
         return True
 
     def projection(self, recipe: Settings, shape: MoEShape, role: Role, option: Option, rank: int) -> Projection:
+        storage = storage_of(int(recipe.bits), recipe.group_size)
         if role not in ROLES:
-            return Projection(rank=0, kept_columns=0, used_columns=0, delta="dense")
+            return Projection(delta="dense", delta_storage=storage)
         settings = recipe.own(MoBE)
         return Projection(
             rank=rank,
-            kept_columns=0,
-            used_columns=0,
             delta="bases",
+            delta_storage=storage,
             bases=int(settings.bases),
             function=settings.function,
         )
@@ -249,10 +278,12 @@ class _Method(Method):
     def factors(self, job: LayerJob) -> Factors:
         return MixedFactors(job)
 
-    def place(self, stored: Projection, kind: str, expert: int, role: Role) -> tuple[str, str] | None:
-        if kind == "bases":
-            return fit_part(role), kind
-        return super().place(stored, "u" if kind == "a" else kind, expert, role)
+    def place(self, stored: Projection, one: Stored) -> tuple[str, str] | None:
+        if one.kind.name == "bases":
+            return fit_part(one.role), one.name
+        if one.kind.name == "a":
+            return expert_part(one.expert), f"{one.role}.u{one.name.removeprefix('a')}"
+        return super().place(stored, one)
 
     def report(self, work: WorkDir, layer: int) -> dict[str, Any]:
         """How the fits went; errors are relative, before rounding, over all experts together."""

@@ -7,7 +7,7 @@ here: the most used ones stay as they are, and the other experts take the neares
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -52,21 +52,37 @@ def orthonormal_rows(v: Tensor) -> Tensor:
 class SharedVFactors(JointFactors):
     """The factors of one layer, V and U's by recipe.moe_svd.share_v."""
 
-    common_kinds: ClassVar[tuple[str, ...]] = ("shared_v",)
+    @property
+    def _projects(self) -> bool:
+        return False
 
-    def _share_v(self, option: Option, role: Role) -> Common:
-        kind, dtype = self.job.plan.recipe.own(MoESVD).share_v, self.job.plan.torch_dtype
+    def _best_v(self, option: Option, role: Role) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        kind = self.job.plan.recipe.own(MoESVD).share_v
         if kind == "joint":
-            return {"shared_v": orthonormal_rows(super()._share_v(option, role)["shared_v"]).to(dtype)}
+            v, projector, gram = super()._best_v(option, role)
+            # In the stored dtype before, as the published figures were measured; of no other consequence.
+            return orthonormal_rows(v.to(self.job.plan.torch_dtype)), projector, gram
         expert = seed_experts(self.job.tokens.tolist(), 1)[0]
         _, weight, gram = next(self._each(option, role, [expert]))
         _, v = whitened_factors(weight, gram, self.job.cap(role))
-        return {"shared_v": (v if kind == "most_routed" else orthonormal_rows(v)).to(dtype)}
+        return v if kind == "most_routed" else orthonormal_rows(v), None, self._pooled(option, role)
+
+    def _pooled(self, option: Option, role: Role) -> Tensor | None:
+        """The summed second moment of what all experts read; None where nothing is rounded."""
+        if not self.storing.packed:
+            return None
+        size, members = self.job.plan.model.shape.projection(role)[1], self._members
+        total = torch.zeros(size, size, dtype=torch.float64, device=self.job.routing.device)
+        for expert, _, gram in self._each(option, role, self._own(members)):
+            total.add_(gram, alpha=self._weight(expert, members))
+        self.job.work.group.sum([total])
+        return total
 
     def _own_u(self, common: Common, delta: Tensor, gram: Tensor) -> Tensor:
+        v = common.v.numbers
         if self.job.plan.recipe.own(MoESVD).share_v == "most_routed":
-            return whitened_factors(delta, gram, len(common["shared_v"]))[0].double()
-        return fitted_u(delta, gram, common["shared_v"])
+            return whitened_factors(delta, gram, len(v))[0].double()
+        return fitted_u(delta, gram, v)
 
     def _shared_u(self, option: Option, role: Role, members: list[int], common: Common) -> Tensor:
         """The U of the member that founded the cluster, the most routed one."""

@@ -9,31 +9,25 @@ layer's experts out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from d2moe_vllm.format.config import Layer
-from d2moe_vllm.format.kinds import HALVES, SCALE_DTYPE, SCALES, STORAGES, Role, Stored
-from d2moe_vllm.ops.packing import Packing, pack, to_bits, unpacked
+from d2moe_vllm.format.kinds import HALVES, Role, Stored
+from d2moe_vllm.ops.packing import to_bits
 from offline.algebra.channels import refit_outputs
 from offline.algebra.factorization import shrink_gram, whitened_energy
 from offline.algebra.merging import MERGES, Merge, MergeOptions
 from offline.algebra.price import Settled
-from offline.algebra.rounding import round_matrices
 from offline.errors import InputError
-from offline.io.shards import TORCH_DTYPES
 from offline.methods.layer import Advance, LayerJob, expert_part
 from offline.methods.settings import Base
+from offline.methods.storing import Matrix, Storing
 from offline.work.statistics import Outputs, Weights, gradients, outputs
-
-Written = dict[str, Tensor]
-"""A matrix as it is stored: by what its name is followed by."""
-DAMPING = "_damping"
-"""What a rounded matrix's name is followed by in the part where it says what its factorization took, float32 [1]."""
 
 
 def base_part(half: str) -> str:
@@ -151,13 +145,14 @@ class _Writer:
         union, bits = self.union, self.settled.ways[half].base
         roles = list(merges)
         if half == "w13":
-            found = self._round([merges[role].result()[union] for role in roles], pooled, bits)
+            found = self._storing(bits).store([merges[role].result()[union] for role in roles], pooled)
         else:
             whole = merges["down"].result()[:, union].contiguous()
-            found = self._round([whole], pooled[union][:, union], bits)
-        pairs = zip(roles, found, strict=True)
-        tensors = {f"{role}.base{suffix}": tensor.cpu() for role, one in pairs for suffix, tensor in one.items()}
-        return {**tensors, "base_channels": to_bits(union).cpu()}
+            found = self._storing(bits).store([whole], pooled[union][:, union])
+        tensors = {"base_channels": to_bits(union).cpu()}
+        for role, one in zip(roles, found, strict=True):
+            tensors |= {name: tensor.cpu() for name, tensor in one.named(f"{role}.base").items()}
+        return tensors
 
     def _base(self, half: str, role: Role) -> Tensor | None:
         """The stored base of a projection, float32, in the size of its union of channels; None without one."""
@@ -189,28 +184,28 @@ class _Writer:
             deltas.append(own if base is None else own - base[within])
         found: dict[str, Tensor] = {}
         for role, delta, stored in zip(roles, deltas, self._delta("w13", deltas, gram), strict=True):
-            found |= {f"{role}.dense{suffix}": tensor for suffix, tensor in stored.items()}
+            found |= {} if stored is None else stored.named(f"{role}.dense")
             left = weights[role].float()
-            left[kept] = delta - self._meaning(stored, self.settled.ways["w13"].delta, delta)
+            left[kept] = delta if stored is None else delta - stored.numbers
             found |= _figures(role, whitened_energy(left, gram), whitened_energy(weights[role].float(), gram))
         return found
 
     def _down(self, expert: int) -> dict[str, Tensor]:
-        weights, kept, way = self.job.weights(expert), self.kept(expert), self.settled.ways["w2"]
+        weights, kept = self.job.weights(expert), self.kept(expert)
         down, seen = self._refitted(expert, weights)
         base = self._base("w2", "down")
         before = torch.zeros_like(down) if base is None else base[:, kept[self.union]]
         delta = down - before
         (stored,) = self._delta("w2", [delta], self._shrunk(expert, seen.moment))
-        found = {f"down.dense{suffix}": tensor for suffix, tensor in stored.items()}
-        written = before + self._meaning(stored, way.delta, delta)
+        found = {} if stored is None else stored.named("down.dense")
+        written = before if stored is None else before + stored.numbers
         found |= _figures("down", max(seen.error(written), 0.0), seen.energy)
         return {**found, "channels": to_bits(kept)}
 
-    def _delta(self, half: str, deltas: list[Tensor], gram: Tensor) -> list[Written]:
-        """The deltas as stored; nothing of those that are not."""
+    def _delta(self, half: str, deltas: list[Tensor], gram: Tensor) -> Sequence[Matrix | None]:
+        """The deltas as stored; None for those that are not."""
         bits = self.settled.ways[half].delta
-        return self._round(deltas, gram, bits) if bits else [{} for _ in deltas]
+        return self._storing(bits).store(deltas, gram) if bits else [None for _ in deltas]
 
     def _refitted(self, expert: int, weights: Weights) -> tuple[Tensor, Outputs]:
         """down, float32 [hidden, kept], as it best gives what the expert gave from what its channels have become."""
@@ -239,42 +234,15 @@ class _Writer:
 
     # Numbers
 
-    def _round(self, matrices: list[Tensor], gram: Tensor, bits: int) -> list[Written]:
-        """Matrices [out, in] that read inputs of second moment `gram`, as they are stored."""
-        if bits == 16:
-            return [{"": matrix.to(self.job.plan.torch_dtype)} for matrix in matrices]
-        group_size = self.job.plan.recipe.group_size
-        if not matrices[0].numel():
-            return [self._empty(matrix, bits) for matrix in matrices]
-        found = round_matrices(
-            matrices, gram, [bits] * len(matrices), group_size=group_size, dtype=TORCH_DTYPES[SCALE_DTYPE]
-        )
-        return [{"": pack(one.codes, bits), SCALES: one.scales, DAMPING: torch.tensor([one.damping])} for one in found]
-
-    def _empty(self, matrix: Tensor, bits: int) -> Written:
-        rows, how = len(matrix), self._how(bits)
-        inputs = matrix.shape[1]
-        scales = torch.zeros(rows, how.row_groups(inputs), dtype=TORCH_DTYPES[SCALE_DTYPE])
-        return {"": torch.zeros(rows, how.row_bytes(inputs), dtype=torch.uint8), SCALES: scales}
-
-    def _how(self, bits: int) -> Packing:
-        return Packing(bits, STORAGES[f"int{bits}"].zero, self.job.plan.recipe.group_size)
-
-    def _meaning(self, stored: Written, bits: int, like: Tensor) -> Tensor:
-        """What is stored as numbers, float32, of the shape of `like`."""
-        if not bits:
-            return torch.zeros_like(like)
-        if bits == 16:
-            return stored[""].float()
-        return unpacked(stored[""], stored[SCALES], self._how(bits), like.shape[1])
+    def _storing(self, bits: int) -> Storing:
+        return Storing(bits, self.job.plan.recipe.group_size, self.job.plan.torch_dtype)
 
     def _opened(self, part: str, key: str, bits: int, inputs: int) -> Tensor:
         """A stored matrix of the working folder as numbers, float32, on the device."""
-        job = self.job
-        names = [key] if bits == 16 else [key, key + SCALES]
-        found: dict[str, Any] = job.work.load_part(job.number, part, *names)
-        tensors = [found[name].to(job.routing.device) for name in names]
-        return tensors[0].float() if bits == 16 else unpacked(tensors[0], tensors[1], self._how(bits), inputs)
+        job, storing = self.job, self._storing(bits)
+        found = job.work.load_part(job.number, part, *storing.names(key))
+        tensors = {name: tensor.to(job.routing.device) for name, tensor in found.items()}
+        return storing.open(tensors, key, inputs).numbers
 
 
 def _figures(role: Role, error: float, energy: float) -> dict[str, Tensor]:

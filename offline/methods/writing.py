@@ -16,6 +16,7 @@ from offline.algebra.factorization import whitened_energy
 from offline.methods import METHODS
 from offline.methods.factors import Factors
 from offline.methods.layer import Advance, LayerJob, expert_part
+from offline.methods.storing import Matrix
 from offline.source.sites import SELECTIONS
 
 
@@ -43,18 +44,20 @@ def _written(job: LayerJob, expert: int, factors: Factors) -> dict[str, Tensor]:
         for role in roles:
             delta = job.delta(option, role, weights[role])
             made = {} if expert in job.trimmed else factors.factors(option, role, expert, delta, gram)
-            found = {kind: made[kind] for kind in factors.kept if kind in made}
+            for kind in factors.kept:
+                tensors |= made[kind].named(f"{role}.{kind}") if kind in made else {}
             for kind, energy in (
                 ("error", whitened_energy(_left(delta, made), gram)),
                 ("energy", whitened_energy(weights[role].float(), gram)),
             ):
-                found[kind] = torch.tensor([energy], dtype=torch.float64)
-            tensors |= {f"{role}.{kind}": value.cpu() for kind, value in found.items()}
-    return tensors
+                tensors[f"{role}.{kind}"] = torch.tensor([energy], dtype=torch.float64)
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-def _left(delta: Tensor, made: Mapping[str, Tensor]) -> Tensor:
-    """What a delta's factors, or its columns, leave of it; float32 [out, in]."""
+def _left(delta: Tensor, made: Mapping[str, Matrix]) -> Tensor:
+    """What a delta as it is stored leaves of it; float32 [out, in]."""
     if "columns" in made:
-        return delta.index_add(1, made["columns"].long(), made["u"].float(), alpha=-1)
-    return delta - made["u"].float() @ made["v"].float() if made else delta
+        return delta.index_add(1, made["columns"].parts[""].long(), made["u"].numbers, alpha=-1)
+    if "dense" in made:
+        return delta - made["dense"].numbers
+    return delta - made["u"].numbers @ made["v"].numbers if made else delta

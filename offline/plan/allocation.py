@@ -29,7 +29,7 @@ class _Market:
 
     def __init__(self, problem: Problem, curves: Curves) -> None:
         self.problem, self.curves = problem, curves
-        self.step = {role: problem.step_bytes(role) for role in ROLES}
+        self._tables: dict[Role, Tensor] = {}
         self.base = {(role, option): problem.base_bytes(role, option) for role in ROLES for option in problem.options}
 
     def buy(self, price: float) -> tuple[Choices, Ranks]:
@@ -52,13 +52,20 @@ class _Market:
         total, steps = 0.0, []
         for role in roles:
             curve = self.curves[layer, option, role]
-            cost = curve + price * self.step[role] * torch.arange(len(curve), dtype=torch.float64)
+            cost = curve + price * self._bytes(role, len(curve))
             # Without a base a projection needs a delta.
             lowest = 1 if option == "none" else 0
             step = int(cost[lowest:].argmin()) + lowest
             total += float(cost[step]) + price * self.base[role, option]
             steps.append(step)
         return total, option, steps
+
+    def _bytes(self, role: Role, steps: int) -> Tensor:
+        """Of deltas at 0, 1, 2, ... steps of the rank, float64 [steps]."""
+        if len(self._tables.get(role, ())) < steps:
+            sizes = [self.problem.rank_bytes(role, step * self.problem.rank_multiple) for step in range(steps)]
+            self._tables[role] = torch.tensor(sizes, dtype=torch.float64)
+        return self._tables[role][:steps]
 
     def payload(self, choices: Choices, ranks: Ranks) -> int:
         """Bytes of bases and deltas, headers left out."""
@@ -116,12 +123,13 @@ def _greedy(problem: Problem, market: _Market, choices: Choices, ranks: Ranks, r
         best: tuple[float, tuple[int, Role]] | None = None
         for (layer, role), rank in ranks.items():
             curve, step = market.curves[layer, choices[layer, SITES[role]], role], rank // problem.rank_multiple
-            if step + 1 >= len(curve) or market.step[role] > left:
+            if step + 1 >= len(curve) or (more := problem.step_bytes(role, rank)) > left:
                 continue
-            gain = float(curve[step] - curve[step + 1]) / market.step[role]
+            gain = float(curve[step] - curve[step + 1]) / more
             if best is None or gain > best[0]:
                 best = gain, (layer, role)
         if best is None:
             return ranks
-        ranks[best[1]] += problem.rank_multiple
-        left -= market.step[best[1][1]]
+        place = best[1]
+        left -= problem.step_bytes(place[1], ranks[place])
+        ranks[place] += problem.rank_multiple

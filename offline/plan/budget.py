@@ -7,7 +7,7 @@ that dynamic pruning merely skips.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -114,15 +114,15 @@ class Problem:
         return min(max(rank // self.rank_multiple, 1) * self.rank_multiple, self.limit(role))
 
     def limit(self, role: Role) -> int:
-        if self.keeps(role):
+        if self.whole(role):
             return 0
         out_features, in_features = self.shape.projection(role)
         full = in_features if self.recipe.delta.method == "prune" else min(out_features, in_features)
         return full // self.rank_multiple * self.rank_multiple or full
 
-    def keeps(self, role: Role) -> bool:
-        """Whether a projection is stored as it is."""
-        return self.method.keeps(self.recipe, self.shape, role)
+    def whole(self, role: Role) -> bool:
+        """Whether a projection is not factored."""
+        return self.method.whole(self.recipe, self.shape, role)
 
     def uniform(self, kept_share: float) -> Ranks:
         return {(layer, role): self.rank(role, kept_share) for layer in self.shape.layers for role in ROLES}
@@ -151,46 +151,56 @@ class Problem:
             share[role] = self.kept_share(role, mean)
         return Budget(config, shards, share, choices)
 
+    def full(self, budget: Budget) -> bool:
+        """Whether no rank could be higher."""
+        return all(rank >= self.limit(role) for (_, role), rank in budget.ranks.items())
+
     def kept_share(self, role: Role, rank: float) -> float:
         """Of the deltas' parameters, at a mean rank; with bases METHODS 3's gamma, they included."""
         out_features, in_features = self.shape.projection(role)
         experts = self.shape.num_experts
-        if self.keeps(role):
+        if self.whole(role):
             return 1.0
         if bases := self.projection(role, self.options[0], self.rank_multiple).bases:
             stored = experts * out_features * rank + bases * (rank * in_features + experts)
             return stored / (experts * out_features * in_features)
         return rank * (out_features + in_features) / (out_features * in_features)
 
-    def step_bytes(self, role: Role) -> int:
-        """Payload that one more rank costs a projection of one layer."""
-        return self._steps[role]
+    def step_bytes(self, role: Role, rank: int) -> int:
+        """Payload that one more step costs a projection of one layer at a rank. Of packed factors steps differ: rows
+        fill whole bytes, and now and then one more scale is needed."""
+        return self.rank_bytes(role, rank + self.rank_multiple) - self.rank_bytes(role, rank)
+
+    def rank_bytes(self, role: Role, rank: int) -> int:
+        """Payload of a projection's deltas in one layer, but for what does not grow with the rank."""
+        if (role, rank) not in self._sizes:
+            grows = {"rank", "columns"}
+            self._sizes[role, rank] = self._payload(role, "none", rank, grows) if rank else 0
+        return self._sizes[role, rank]
 
     @cached_property
-    def _steps(self) -> dict[Role, int]:
-        # Sizes are linear in the rank: one above the matrix's limit serves to measure a step.
-        once, twice = self.rank_multiple, 2 * self.rank_multiple
-        return {role: self._payload(role, "none", twice) - self._payload(role, "none", once) for role in ROLES}
+    def _sizes(self) -> dict[tuple[Role, int], int]:
+        return {}
 
     def base_bytes(self, role: Role, option: Option) -> int:
         """Payload of a projection's base in one layer."""
         return self._payload(role, option, self.rank_multiple) - self._payload(role, "none", self.rank_multiple)
 
-    def _payload(self, role: Role, option: Option, rank: int) -> int:
-        """By the table of kinds, so that no formula for sizes stands twice."""
+    def _payload(self, role: Role, option: Option, rank: int, among: Collection[str] = ()) -> int:
+        """By the table of kinds, so that no formula for sizes stands twice; among: only of kinds of which a dimension
+        counts one of these."""
         sizes, trimmed = self.draft.sizes, self.trimmed[self.shape.layers[0]]
         layer = SimpleNamespace(**{role: self.projection(role, option, rank)}, trimmed=trimmed, channels=None)
         return sum(
             len(owners(kind, role, layer, sizes.num_experts)) * spec.nbytes
             for kind in KINDS
-            if kind.present(layer, role)
+            if kind.present(layer, role) and (not among or set(among) & set(kind.sizes))
             for spec in sizes.tensors(kind, role, layer).values()
         )
 
     def delta_bytes(self, ranks: Ranks) -> int:
         """Payload of all deltas but their indices, without building their names."""
-        each = {role: self.step_bytes(role) // self.rank_multiple for role in ROLES}
-        return sum(rank * each[role] for (_, role), rank in ranks.items())
+        return sum(self.rank_bytes(role, rank) for (_, role), rank in ranks.items())
 
 
 def solve_paper(problem: Problem, ratio: float) -> Budget:
@@ -250,12 +260,14 @@ def _one_more_each(problem: Problem, ranks: Ranks, room: int) -> Ranks:
     """One more step for every rank that still has one and for which deltas stay within `room` bytes."""
     ranks = dict(ranks)
     left = room - problem.delta_bytes(ranks)
-    steps = {role: problem.step_bytes(role) for role in ROLES}
     for layer in reversed(problem.shape.layers):
         for role in reversed(ROLES):
-            if steps[role] <= left and ranks[layer, role] + problem.rank_multiple <= problem.limit(role):
+            rank = ranks[layer, role]
+            if rank + problem.rank_multiple > problem.limit(role):
+                continue
+            if (step := problem.step_bytes(role, rank)) <= left:
                 ranks[layer, role] += problem.rank_multiple
-                left -= steps[role]
+                left -= step
     return ranks
 
 

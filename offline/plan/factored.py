@@ -41,6 +41,11 @@ class FactoredLayers(Layers):
             budget = solve_stored(problem, ratio)
         return replace(plan, problem=problem, budget=budget, caps=budget.ranks, final=True)
 
+    def saves_nothing(self, plan: Plan) -> bool:
+        """Few bits at full ranks, by over half a point."""
+        smaller = plan.budget.stored_ratio > plan.recipe.ratio + 0.005
+        return smaller and plan.recipe.bits != 16 and plan.problem.full(plan.budget)
+
     def measure(self, job: LayerJob, plan: Plan, progress: Progress) -> None:
         """The error at every rank with every kind of base; where only trimmed experts wait, nothing."""
         if plan.measures:
@@ -65,7 +70,7 @@ class FactoredLayers(Layers):
             progress.skip("merge")
 
     def place(self, plan: Plan, layer: int, one: Stored) -> tuple[str, str] | None:
-        return plan.method.place(plan.config.layers[layer][one.role], one.name, one.expert, one.role)
+        return plan.method.place(plan.config.layers[layer][one.role], one)
 
     def figures_part(self, expert: int, role: Role) -> str:
         return expert_part(expert)

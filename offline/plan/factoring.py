@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.io.units import FLOAT32, FLOAT64
 from offline.plan.plan import LayerWork, Plan
+from offline.plan.rounded import rounding
 
 MERGING = {"fisher": 9, "frequency": 6, "ties": 19}
 """float32 matrices that a merge holds for the three projections; the others hold three."""
@@ -19,7 +21,9 @@ def factoring_phases(plan: Plan) -> Mapping[str, int]:
     if plan.measures:
         found["measure"] = _measure_bytes(plan)
     found["write"] = _write_bytes(plan)
-    return found | {name: size + rows_bytes(plan) for name, size in plan.method.phases(plan).items()}
+    if plan.recipe.bits != 16 and plan.recipe.base.kind != "none":
+        found["bases"] = _based_bytes(plan)
+    return found | {name: size + plan.rows_bytes for name, size in plan.method.phases(plan).items()}
 
 
 def factoring_work(plan: Plan, grams: float) -> LayerWork:
@@ -33,7 +37,24 @@ def factoring_work(plan: Plan, grams: float) -> LayerWork:
     values = plan.recipe.delta.method == "whitened" and not plan.method.joint(plan.recipe)
     curve = (3 * small**3 + products / 4) if values else (15 * small**3 + products)
     measure = grams + each * curve * len(plan.problem.options) if plan.measures else 0.0
-    return LayerWork(measure, grams + each * (15 * small**3 + products) + plan.method.operations(plan))
+    write = grams + each * (15 * small**3 + products) + plan.method.operations(plan)
+    if plan.recipe.bits == 16:
+        return LayerWork(measure, write)
+    if based := sum(option != "none" for option in plan.problem.options):
+        rounded = grams + sum(rounding(*shape.projection(role)) for role in ROLES)
+        measure += rounded * based if plan.measures else 0.0
+        write += rounded
+    return LayerWork(measure, write + shape.num_experts * sum(_rounded_work(plan, role) for role in ROLES))
+
+
+def _rounded_work(plan: Plan, role: Role) -> float:
+    """Operations of rounding one projection of one expert: V, U's fit to it, and U; or the whole matrix."""
+    rows, inputs = plan.model.shape.projection(role)
+    if plan.problem.whole(role):
+        return rounding(rows, inputs)
+    rank = plan.config.layers[plan.problem.shape.layers[0]][role].rank
+    fit = 2 * 2 * rank * inputs * (inputs + rank + rows) + 2 * rank**3
+    return rounding(rank, inputs) + fit + rounding(rows, rank)
 
 
 def _merge_bytes(plan: Plan) -> int:
@@ -46,7 +67,7 @@ def _merge_bytes(plan: Plan) -> int:
     if base.merge == "regmean":  # sums in float64, a Gram matrix, and the solution of the largest
         large = max(hidden, middle)
         merging += FLOAT64 * (2 * hidden**2 + middle**2 + large**2 + 4 * matrix) + FLOAT32 * large**2
-    return 3 * matrix * plan.torch_dtype.itemsize + 2 * FLOAT32 * matrix + fisher + merging + rows_bytes(plan)
+    return 3 * matrix * plan.torch_dtype.itemsize + 2 * FLOAT32 * matrix + fisher + merging + plan.rows_bytes
 
 
 def _expert_bytes(plan: Plan) -> int:
@@ -58,7 +79,7 @@ def _expert_bytes(plan: Plan) -> int:
     grams = FLOAT32 * (middle**2 + max(middle**2 if hidden > middle else 0, hidden**2))
     eigen = FLOAT64 * 4 * min(hidden, middle) ** 2
     joint = FLOAT64 * 5 * large**2 if plan.method.joint(plan.recipe) else 0
-    return 3 * matrix * (width + FLOAT32) + grams + eigen + joint + rows_bytes(plan)
+    return 3 * matrix * (width + FLOAT32) + grams + eigen + joint + plan.rows_bytes
 
 
 def _factor_bytes(plan: Plan) -> int:
@@ -87,10 +108,32 @@ def _write_bytes(plan: Plan) -> int:
     shape, width = plan.model.shape, plan.torch_dtype.itemsize
     based = plan.resources.hold_layer and plan.recipe.base.kind != "none"
     bases = 3 * shape.hidden_size * shape.intermediate_size * width if based else 0
-    return _expert_bytes(plan) + bases + _factor_bytes(plan)
+    rounding = _rounded_factors(plan) if plan.recipe.bits != 16 else 0
+    return _expert_bytes(plan) + bases + max(_factor_bytes(plan), rounding)
 
 
-def rows_bytes(plan: Plan) -> int:
-    """Some of one expert's rows on their way through it."""
-    shape = plan.model.shape
-    return FLOAT32 * plan.resources.rows * (10 * shape.intermediate_size + 4 * shape.hidden_size)
+def _rounding_bytes(inputs: int, numbers: int) -> int:
+    """What rounding so many numbers with feedback takes: the inputs' moment in float64, its factor, what is left of the
+    numbers, what a scale is tried on, and the codes."""
+    return (FLOAT64 + FLOAT32) * inputs**2 + (4 * FLOAT32 + 1) * numbers
+
+
+def _rounded_factors(plan: Plan) -> int:
+    """Beside a matrix and its moment: V and U while they are rounded, and U's fit in float64."""
+    shape, cap = plan.model.shape, max(plan.caps.values())
+    large, small = max(shape.hidden_size, shape.intermediate_size), min(shape.hidden_size, shape.intermediate_size)
+    whole = small * large if any(map(plan.problem.whole, ROLES)) else 0
+    fit = FLOAT64 * (large**2 + small * large + 2 * cap * large + 2 * cap**2)
+    return max(_rounding_bytes(large, max(cap * large, whole)), fit + FLOAT32 * cap * large)
+
+
+def _based_bytes(plan: Plan) -> int:
+    """While a layer's bases are rounded: three merged matrices, pooled moments, one expert's where they are summed, and
+    those of a selection while they are rounded."""
+    shape, options = plan.model.shape, len([option for option in plan.problem.options if option != "none"])
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    matrix, large = hidden * middle, max(hidden, middle)
+    pooled = FLOAT32 * (hidden**2 + middle**2)
+    summed = 3 * matrix * plan.torch_dtype.itemsize + 2 * FLOAT32 * large**2 + plan.rows_bytes
+    held = (3 + options) * FLOAT32 * matrix
+    return 3 * FLOAT32 * matrix + pooled + max(summed, held + FLOAT32 * large**2 + _rounding_bytes(large, 2 * matrix))

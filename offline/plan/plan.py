@@ -13,6 +13,7 @@ from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.format.kinds import DTYPES, Role, Stored
 from offline.algebra.price import Settled
 from offline.io.shards import TORCH_DTYPES
+from offline.io.units import FLOAT32
 from offline.methods import METHODS
 from offline.methods.base import Method
 from offline.methods.layer import LayerJob, Progress
@@ -111,6 +112,12 @@ class Plan:
     @property
     def processes(self) -> int:
         return self.resources.processes
+
+    @property
+    def rows_bytes(self) -> int:
+        """Of some of one expert's rows on their way through it."""
+        shape = self.model.shape
+        return FLOAT32 * self.resources.rows * (10 * shape.intermediate_size + 4 * shape.hidden_size)
 
     @property
     def torch_dtype(self) -> torch.dtype:

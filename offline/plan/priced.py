@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from d2moe_vllm.format.kinds import ROLES, Role, Stored, width
-from offline.algebra.rounding import DAMPING as USUAL
 from offline.io.units import FLOAT64
 from offline.methods.layer import LayerJob, Progress
-from offline.methods.priced import DAMPING, half_of, half_part, place_of, write_priced
+from offline.methods.priced import half_of, half_part, place_of, write_priced
 from offline.methods.pricing import layer_costs, measure_priced, ways
+from offline.methods.storing import DAMPING, damped
 from offline.plan.budget import Budget, Problem, Ranks
 from offline.plan.plan import Layers, LayerWork, Plan
 from offline.plan.pricing import saves_nothing, solve_priced, typical_costs
@@ -58,8 +58,8 @@ class PricedLayers(Layers):
             for expert in range(config.num_experts if entry[role].delta_storage is not None else 0):
                 if not width(entry, expert, config.intermediate_size):
                     continue
-                taken = float(work.load_part(layer, half_part(expert, half_of(role)), key)[key])
-                if taken > 1.5 * USUAL:
+                taken = damped(work.load_part(layer, half_part(expert, half_of(role)), key))
+                if taken is not None:
                     found.setdefault(role, {})[str(expert)] = round(taken, 6)
         return {"damping": found} if found else {}
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import Channels, CheckpointConfig, Layer, Projection, Storage
+from d2moe_vllm.format.config import Channels, CheckpointConfig, Layer, Projection
 from d2moe_vllm.format.kinds import HALVES, ROLES
 from offline.algebra.price import LayerCosts, Settled, Sizes, settle
 from offline.errors import UnreachableError
 from offline.io.shards import plan_shards
 from offline.methods.pricing import ways
+from offline.methods.storing import storage_of
 from offline.plan.budget import Budget, Problem
 from offline.source.sites import SITES
 
@@ -108,9 +109,6 @@ def layer_of(problem: Problem, one: Settled) -> Layer:
     """config.json's entry."""
     group_size, groups = problem.recipe.group_size, problem.recipe.base.groups
 
-    def storage(bits: int) -> Storage | None:
-        return Storage(type=f"int{bits}", group_size=group_size) if bits not in (0, 16) else None
-
     def counts(kept: Tensor) -> tuple[int, ...]:
         return tuple(kept.view(groups, -1).sum(dim=1).tolist())
 
@@ -118,8 +116,8 @@ def layer_of(problem: Problem, one: Settled) -> Layer:
         role: Projection(
             full_base=bool(way.base),
             delta="dense" if way.delta else "factors",
-            base_storage=storage(way.base),
-            delta_storage=storage(way.delta),
+            base_storage=storage_of(way.base, group_size),
+            delta_storage=storage_of(way.delta, group_size),
         )
         for half, way in one.ways.items()
         for role in HALVES[half]

@@ -77,13 +77,13 @@ class Recipe(Settings):
                 f"bits auto chooses among whole deltas of method d2, not for {self.method} with delta.method "
                 f"{self.delta.method}; give a number of bits, such as --bits 16"
             )
-        if self.bits not in (16, "auto") and not self.priced:
-            raise ValueError(
-                f"bits {self.bits} are for whole deltas, and method {self.method} with delta.method "
-                f"{self.delta.method} is written in 16 bits only; leave bits out"
-            )
+        if self.bits != 16 and self.accounting == "paper" and not self.priced:
+            raise ValueError(f"accounting paper counts numbers, whatever their bits; bits {self.bits} needs stored")
         if self.priced and (asked := next(_of_factors(self.model_dump()), None)):
-            raise ValueError(f"{asked} does not go with bits {self.bits}: it is for low-rank deltas; add --bits 16")
+            mend = "" if self.bits == "auto" else ", or `delta: {method: whitened}` to the recipe"
+            raise ValueError(
+                f"{asked} does not go with bits {self.bits}: it is for low-rank deltas; add --bits 16{mend}"
+            )
         if self.allocation == "adaptive" and self.accounting == "paper":
             raise ValueError("allocation adaptive needs accounting stored")
         if self.accounting == "paper" and (self.delta.trim or self.delta.joint):

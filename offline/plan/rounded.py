@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from offline.algebra.losses import SAMPLE
 from offline.io.units import FLOAT32, FLOAT64
 from offline.methods.pricing import ways
-from offline.plan.factoring import rows_bytes
 from offline.plan.plan import Plan
 
 STEP = 6e6
@@ -50,7 +49,13 @@ def rounding_phases(plan: Plan) -> Mapping[str, int]:
     if bits:
         base = expert + 2 * sums * FLOAT32 * matrix + pooled + max(refit + written, moment + gradients)
         found |= {"bases": based, "base": base + FLOAT32 * matrix}
-    return {name: size + rows_bytes(plan) for name, size in found.items()}
+    return {name: size + plan.rows_bytes for name, size in found.items()}
+
+
+def rounding(rows: int, inputs: int) -> float:
+    """Operations of rounding one matrix with feedback: its moment's factorizations in float64, a step for each column,
+    what columns lose spread over those to come, and scales."""
+    return 2 * 4 / 3 * inputs**3 + STEP * inputs + rows * inputs * (inputs / 2 + TRIED)
 
 
 def rounding_work(plan: Plan) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from dataclasses import replace
 
-from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, ROLES
+from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES
 from offline.errors import InputError
 from offline.methods.base import Choice
 from offline.methods.selection import least_sensitive, sensitivities
@@ -29,7 +29,8 @@ def first_selection(problem: Problem, model: DenseModel, choice: Choice) -> Prob
     """As few layers as reach the ratio when each gives up choice.layer_ratio of its bytes (METHODS 2); the last
     ones, as long as it is not known which. Raises InputError where not even all of them do.
 
-    Fewer than that, where full ranks leave some of the budget over, as with few distinct U's.
+    Fewer than that, where full ranks leave some of the budget over, as with few distinct U's. In few bits full ranks
+    cost next to nothing, so one more layer at full ranks is taken rather than lower ones, and some budget is left.
     """
     ratio, layers = problem.recipe.ratio, model.shape.layers
     each = model.shape.num_experts * model.shape.expert_parameters * DTYPE_BYTES[DTYPES[model.dtype]]
@@ -45,7 +46,10 @@ def first_selection(problem: Problem, model: DenseModel, choice: Choice) -> Prob
     count, chosen = next(((count, found) for count in counts if (found := solved(count))), (0, None))
     if chosen is None:
         return problem
-    while count > 1 and _full(*chosen) and (fewer := solved(count - 1)):
+    packed = problem.recipe.bits != 16
+    while count > 1 and chosen[0].full(chosen[1]) and (fewer := solved(count - 1)):
+        if packed and not fewer[0].full(fewer[1]):
+            break
         count, chosen = count - 1, fewer
     return chosen[0]
 
@@ -57,9 +61,3 @@ def settle_layers(plan: Plan, work: WorkDir) -> Plan:
     problem = restrict(plan.problem, plan.model, least_sensitive(found, len(plan.problem.shape.layers)))
     budget = solve_stored(problem, plan.recipe.ratio)
     return replace(plan, problem=problem, budget=budget, caps=budget.ranks, final=True)
-
-
-def _full(problem: Problem, budget: Budget) -> bool:
-    """Whether no rank could be higher."""
-    layers = budget.config.layers
-    return all(layers[layer][role].rank >= problem.limit(role) for layer in problem.shape.layers for role in ROLES)

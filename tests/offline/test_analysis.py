@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from compression import TINY, d2moe_here
 from edits import add_records
 from safetensors.torch import load_file
 from synthetic import NAMES, dense_expert, write_checkpoint
+from torch import Tensor
 
 from offline.algebra.analysis import (
     SHARES,
@@ -120,6 +122,12 @@ def hidden_first(weight: torch.Tensor, role: str) -> torch.Tensor:
     return weight if role == "down" else weight.T
 
 
+def kept(tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
+    """The input columns of a stored base, whichever kind the budget chose."""
+    found = tensors.get(f"{prefix}.base_columns")
+    return torch.arange(tensors[f"{prefix}.base"].shape[1]) if found is None else found.long()
+
+
 @pytest.mark.parametrize("role", ["gate", "down"])
 def test_analyses_of_the_reconstruction(compressed: Path, analysed: dict, role: str) -> None:
     tensors, _ = stored_and_source(compressed)
@@ -133,7 +141,7 @@ def test_analyses_of_the_reconstruction(compressed: Path, analysed: dict, role: 
     assert found["energy"]["experts"] == pytest.approx([sum(c) / 8 for c in zip(*curves, strict=True)], abs=1e-5)
     prefix = f"model.layers.2.block_sparse_moe.experts.0.{NAMES[role]}"
     base = torch.zeros(experts[0].shape, dtype=torch.float64)
-    base[:, tensors[f"{prefix}.base_columns"].long()] = tensors[f"{prefix}.base"].double()
+    base[:, kept(tensors, prefix)] = tensors[f"{prefix}.base"].double()
     assert found["energy"]["base"] == pytest.approx(energy_curve(torch.linalg.svdvals(base).square()), abs=1e-5)
     rank = tensors[f"{prefix}.delta_u"].shape[1]
     full = next(n for n, share in enumerate(analysed["shares_of_rank"]) if share * 128 >= rank * 100)
@@ -154,7 +162,7 @@ def test_with_a_source_it_is_the_source_that_is_analysed(compressed: Path, analy
     found = content["layers"]["1"]["gate"]
     assert found["cka"][0][7] == pytest.approx(by_definition(experts[0].T, experts[7].T), abs=1e-4)
     base = torch.zeros(256, 128, dtype=torch.float64)
-    base[:, tensors[f"{prefix}.0.w1.base_columns"].long()] = tensors[f"{prefix}.0.w1.base"].double()
+    base[:, kept(tensors, f"{prefix}.0.w1")] = tensors[f"{prefix}.0.w1.base"].double()
     curves = [energy_curve(torch.linalg.svdvals(e - base).square()) for e in experts]
     assert found["energy"]["deltas"] == pytest.approx([sum(c) / 8 for c in zip(*curves, strict=True)], abs=1e-5)
     assert found["energy"]["base"] == analysed["layers"]["1"]["gate"]["energy"]["base"]

@@ -61,7 +61,12 @@ def test_columns_that_do_not_work_out_are_refused(arguments: tuple[int, float, i
 
 
 def problem(
-    shape: MoEShape, sparsity: float | None, multiple: int, dtype: str = "bfloat16", delta: dict | None = None
+    shape: MoEShape,
+    sparsity: float | None,
+    multiple: int,
+    dtype: str = "bfloat16",
+    delta: dict | None = None,
+    bits: int = 16,
 ) -> Problem:
     family = FAMILIES["mixtral"]
     other = {"model.embed_tokens.weight": TensorSpec("BF16", (64, shape.hidden_size))}
@@ -75,7 +80,8 @@ def problem(
     )  # fmt: skip
     base = {"groups": 4, "column_multiple": 1}
     base |= {"kind": "none"} if sparsity is None else {"sparsity": sparsity}
-    recipe = Recipe(ratio=0.5, base=base, delta={"rank_multiple": multiple, **(delta or {})})
+    delta = {"method": "whitened", "rank_multiple": multiple, **(delta or {})}
+    recipe = Recipe(ratio=0.5, bits=bits, group_size=32, base=base, delta=delta)
     trimmed = dict.fromkeys(shape.layers, tuple(range(recipe.delta.trim)))
     return Problem(draft, shape, other, recipe, trimmed, shard_bytes=100_000)
 
@@ -96,6 +102,7 @@ DELTAS = [
     multiple=st.sampled_from([1, 4]),
     dtype=st.sampled_from(["bfloat16", "float32"]),
     delta=st.sampled_from(DELTAS),
+    bits=st.sampled_from([16, 8, 4, 3, 2]),
 )
 def test_budget_is_kept_and_used_up(
     ratio: float,
@@ -107,11 +114,12 @@ def test_budget_is_kept_and_used_up(
     multiple: int,
     dtype: str,
     delta: dict,
+    bits: int,
 ) -> None:
     if delta.get("trim") and sparsity is None:
         return
     shape = MoEShape(experts, 2, hidden, middle, tuple(range(layers)))
-    asked = problem(shape, sparsity, multiple, dtype, delta)
+    asked = problem(shape, sparsity, multiple, dtype, delta, bits)
     target = (1 - ratio) * asked.draft.source.bytes
     try:
         budget = solve_stored(asked, ratio)
@@ -124,7 +132,7 @@ def test_budget_is_kept_and_used_up(
     step = asked.rank_multiple
     assert all(rank % step == 0 and rank >= 1 for rank in ranks.values())
     # Nothing of the size of a step is left over, unless everything is at full rank.
-    steps = [asked.step_bytes(role) for (n, role) in ranks if ranks[n, role] < asked.limit(role)]
+    steps = [asked.step_bytes(role, rank) for (_, role), rank in ranks.items() if rank < asked.limit(role)]
     if steps:
         headers = sum(len(shard.header) for shard in budget.shards)
         assert target - budget.nbytes < min(steps) + 0.05 * headers

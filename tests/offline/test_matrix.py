@@ -58,6 +58,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "delta": {"share_v": True, "distinct_u": 2, "trim": 1},
         "calibration": {"inputs": "compressed"},
     },
+    # In few bits.
+    "4-bit-factors": {"bits": 4, "delta": {"method": "whitened"}},
+    "3-bit-columns": {"bits": 3, "delta": {"method": "prune"}},
+    "8-bit-shared": {"bits": 8, "base": {"kind": "svd"}, "delta": {"method": "whitened", "share_v": True}},
+    "2-bit-follows": {"bits": 2, "delta": {"method": "whitened"}, "calibration": {"inputs": "compressed"}},
 }
 FAST = set(zip(itertools.cycle(CONFIGS), RECIPES, strict=False))
 CELLS = [

@@ -120,7 +120,6 @@ def test_bits_that_are_asked_for_are_those_of_every_delta(
         (("--bits", "4", "--accounting", "paper"), "accounting paper does not go with bits 4"),
         (("--bits", "auto", "--scope", "token"), "scope token does not go with bits auto"),
         (("--bits", "auto", "--method", "mobe"), "bits auto chooses among whole deltas of method d2"),
-        (("--bits", "4", "--method", "moe-svd"), "bits 4 are for whole deltas"),
         (("--bits", "5"), "bits: Input should be"),
         (("--bits", "four"), "bits: Input should be"),
     ],
