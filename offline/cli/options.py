@@ -31,7 +31,8 @@ Bits = Annotated[
     str | None,
     typer.Option(
         metavar="auto|16|8|4|3|2",
-        help="Bits of the experts' numbers; auto chooses layer by layer (default of d2), 16 is the paper's world.",
+        help="Bits of the experts' numbers; auto chooses layer by layer (default of d2), 16 is the paper's world; a "
+        "number also goes with moe-svd, mobe, and a recipe of low-rank deltas.",
     ),
 ]
 Accounting = Annotated[

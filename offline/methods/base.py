@@ -44,10 +44,10 @@ class Method:
     """A method: by default D2-MoE's, a base and deltas or whole experts as deltas from nothing.
 
     name: in recipes and checkpoints; title: as people write it; made: what it makes of a model, for the card ({dense}
-    of {layers} MoE layers are left as they were). settings: its own section of a recipe; fixed: fields of the
-    other sections -> the only value that goes with the method, which is their default then. hint: what else helps
-    where a ratio cannot be reached; until: what a plan cannot know before calibration. choice: None, all layers are
-    compressed.
+    of {layers} MoE layers are left as they were; {down}: what became of a down that is not factored). settings: its
+    own section of a recipe; fixed: fields of the other sections -> the only value that goes with the method, which is
+    their default then. hint: what else helps where a ratio cannot be reached; until: what a plan cannot know before
+    calibration. choice: None, all layers are compressed.
     """
 
     name: str

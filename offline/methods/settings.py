@@ -99,7 +99,8 @@ class Settings(Section):
     allocation: `uniform` (one kept share for all) or `adaptive` (ranks where they save most error, METHODS 1.4);
     adaptive unless the paper's accounting is asked for. base.kind is auto where the allocation is adaptive, else
     semi-dynamic. scope: the dynamic column selection that the checkpoint asks to be served with. bits: of the numbers
-    of base and deltas; `auto` lets the price choose, layer by layer; group_size: inputs that share a scale."""
+    of base and deltas, whole or factored; `auto` lets the price choose, layer by layer, among whole ones; group_size:
+    inputs that share a scale."""
 
     method: str = "d2"
     ratio: float = Field(gt=0, lt=1)

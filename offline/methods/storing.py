@@ -126,5 +126,5 @@ class Storing:
 
 def damped(parts: Mapping[str, Tensor]) -> float | None:
     """The most damping that any matrix of a part took, where that is more than usual."""
-    taken = max((float(tensor) for name, tensor in parts.items() if name.endswith(DAMPING)), default=0.0)
+    taken = max((float(tensor.max()) for name, tensor in parts.items() if name.endswith(DAMPING)), default=0.0)
     return taken if taken > 1.5 * USUAL else None

@@ -13,6 +13,7 @@ from offline.io.units import FLOAT64
 from offline.methods.bases import MERGED_PART, hold_bases, merge_experts, write_base
 from offline.methods.layer import BASE_PART, LayerJob, Progress, expert_part
 from offline.methods.options import Option
+from offline.methods.storing import DAMPING, damped
 from offline.methods.writing import write_experts
 from offline.plan.allocation import solve_adaptive
 from offline.plan.budget import Budget, Problem, Ranks, solve_paper, solve_stored
@@ -76,7 +77,19 @@ class FactoredLayers(Layers):
         return expert_part(expert)
 
     def report(self, plan: Plan, work: WorkDir, layer: int) -> dict[str, Any]:
-        return plan.method.report(work, layer)
+        """Beside the method's own, where a factorization took more damping than usual: by projection, what of an
+        expert's own, or of what all share, and how much."""
+        found: dict[str, dict[str, float]] = {}
+        for one in plan.config.stored(layer).values():
+            place = self.place(plan, layer, one)
+            if place is None or one.is_scales or one.kind.packed(plan.config.layers[layer][one.role]) is None:
+                continue
+            part, key = place[0], place[1] + DAMPING
+            taken = damped(work.load_part(layer, part, key))
+            if taken is not None:
+                mine = found.setdefault(one.role, {})
+                mine[str(one.expert)] = max(mine.get(str(one.expert), 0.0), round(taken, 6))
+        return plan.method.report(work, layer) | ({"damping": found} if found else {})
 
     def phases(self, plan: Plan) -> Mapping[str, int]:
         return factoring_phases(plan)
@@ -91,10 +104,13 @@ class FactoredLayers(Layers):
 
     def made(self, plan: Plan) -> str:
         layers = len(plan.model.shape.layers)
-        return plan.method.made.format(dense=layers - len(plan.config.layers), layers=layers)
+        down = "unchanged" if plan.recipe.bits == 16 else "whole"
+        return plan.method.made.format(dense=layers - len(plan.config.layers), layers=layers, down=down)
 
     def recipe_line(self, plan: Plan) -> str:
-        return f", {plan.recipe.allocation} ranks, base {plan.recipe.base.kind}" if plan.method.has_base else ""
+        bits = "" if plan.recipe.bits == 16 else f", {plan.recipe.bits} bits"
+        ranks = f", {plan.recipe.allocation} ranks, base {plan.recipe.base.kind}" if plan.method.has_base else ""
+        return bits + ranks
 
 
 def _uniform(problem: Problem, ratio: float) -> Budget:

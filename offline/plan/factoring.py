@@ -44,17 +44,20 @@ def factoring_work(plan: Plan, grams: float) -> LayerWork:
         rounded = grams + sum(rounding(*shape.projection(role)) for role in ROLES)
         measure += rounded * based if plan.measures else 0.0
         write += rounded
-    return LayerWork(measure, write + shape.num_experts * sum(_rounded_work(plan, role) for role in ROLES))
+    return LayerWork(measure, write + sum(_rounded_work(plan, role) for role in ROLES))
 
 
 def _rounded_work(plan: Plan, role: Role) -> float:
-    """Operations of rounding one projection of one expert: V, U's fit to it, and U; or the whole matrix."""
+    """Operations of rounding one projection of a layer: V's, or what experts mix them from, U's fits to them, and U's;
+    or whole matrices."""
     rows, inputs = plan.model.shape.projection(role)
+    stored, experts = plan.config.layers[plan.problem.shape.layers[0]][role], plan.model.shape.num_experts
     if plan.problem.whole(role):
-        return rounding(rows, inputs)
-    rank = plan.config.layers[plan.problem.shape.layers[0]][role].rank
+        return experts * rounding(rows, inputs)
+    rank = stored.rank
     fit = 2 * 2 * rank * inputs * (inputs + rank + rows) + 2 * rank**3
-    return rounding(rank, inputs) + fit + rounding(rows, rank)
+    rights = stored.bases or (1 if stored.shared_v else experts)
+    return rights * rounding(rank, inputs) + experts * fit + (stored.distinct_u or experts) * rounding(rows, rank)
 
 
 def _merge_bytes(plan: Plan) -> int:

@@ -249,7 +249,7 @@ def test_fitted_us_beat_each_experts_own(texts: tuple[Path, Path], tmp_path: Pat
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"method": "mobe", "ratio": 0.9}, "even at rank 1 the ratio is 0.47"),
-    ({"method": "mobe", "ratio": 0.9}, "MoBE leaves `down` as it is"),
+    ({"method": "mobe", "ratio": 0.9}, "MoBE leaves `down` whole"),
     ({"method": "moe-svd", "ratio": 0.9}, "even at rank 1 the ratio is 0.70"),
     ({"method": "mobe", "ratio": 0.3, "mobe": {"bases": 9}}, "mobe.bases 9 exceeds the 8 experts"),
     ({"method": "mobe", "ratio": 0.3, "mobe": {"bases": 0}}, "mobe.bases"),

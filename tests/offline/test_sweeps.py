@@ -40,6 +40,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "follows, uniform": {"allocation": "uniform", "calibration": {"inputs": "compressed"}},
     "moe-svd": {"method": "moe-svd"},
     "mobe": {"method": "mobe", "mobe": {"max_steps": 3, "bases": 2}},
+    "few bits": {"bits": 4, "base": {"kind": "semi-dynamic"}, "delta": {"method": "whitened"}, "ratio": 0.2},
+    "few bits, mobe": {"method": "mobe", "bits": 3, "mobe": {"max_steps": 3, "bases": 2}, "ratio": 0.2},
 }
 
 
