@@ -132,6 +132,23 @@ def test_mixtral_8x7b(mixtral: Path, ratio: float) -> None:
     assert content["disk_bytes"]["work"] <= (95e9 if ratio >= 0.4 else 105e9)
 
 
+def test_mixtral_8x7b_in_factors_of_four_bits(mixtral: Path, tmp_path: Path) -> None:
+    """What rounding takes is float64 moments of down's 14,336 inputs, two at a time."""
+    (tmp_path / "recipe.yaml").write_text("delta: {method: whitened}")
+    sixteen, four = (
+        plan(mixtral, "--ratio", ratio, "--recipe", str(tmp_path / "recipe.yaml"), bits=bits)
+        for ratio, bits in (("0.2", "16"), ("0.8", "4"))
+    )
+    assert 0.8 <= four["result"]["stored_ratio"] < 0.801
+    assert "4-bit low-rank" in four["result"]["stores"]
+    ranks = [four["first_layer"][role]["rank"] for role in ("gate", "up", "down")]
+    assert all(rank % 16 == 0 and rank > 0 for rank in ranks)
+    assert sixteen["peak_memory_bytes"] < 10e9
+    assert four["peak_memory_bytes"] < 12e9
+    assert four["disk_bytes"]["work"] < sixteen["disk_bytes"]["work"]
+    assert four["estimated_seconds"] > 0
+
+
 def test_mixtral_at_40_percent_has_ranks_of_about_1500(mixtral: Path) -> None:
     assert plan(mixtral, "--ratio", "0.4")["first_layer"]["down"]["rank"] == pytest.approx(1500, rel=0.03)
 
