@@ -34,6 +34,10 @@ NEGLIGIBLE = 1e-13
 RIDGE = 1e-12
 """Added to V G Vᵀ, relative to its mean diagonal: rows of V beyond the rank of the data are zero."""
 
+NEAR = 0.01
+"""How strongly a U that is fitted to a rounded V is held to what it was: about as rounding U to four bits costs. Anything
+from 1e-8 to this leaves the same error of trained models' experts; matrices of lower rank need 1e-4."""
+
 
 def shared_v(gram: Tensor, moment: Tensor, rank: int, experts: int) -> tuple[Tensor, Tensor]:
     """V of all experts, and the projector that gives each its U: minimises sum_i ||(D_i - U_i V) G^(1/2)||_F^2.
@@ -68,8 +72,23 @@ def fitted_u(weight: Tensor, gram: Tensor, v: Tensor) -> Tensor:
     v = v.double()
     seen = v @ gram.double()
     inner = seen @ v.T
-    inner.diagonal().add_(RIDGE * inner.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny))
+    inner.diagonal().add_((RIDGE * inner.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny))
     return torch.linalg.solve(inner, seen @ weight.double().T).T
+
+
+def refitted_u(u: Tensor, weight: Tensor, gram: Tensor, v: Tensor) -> Tensor:
+    """The best U for a V that has changed, near the U that it had: minimises
+    ||(W - U' V) G^(1/2)||_F^2 + r ||U' - U||^2, with r NEAR of the mean of V G Vᵀ's diagonal.
+
+    Rows of V that hold next to nothing, as of a matrix of lower rank, are noise once they are rounded; the plain
+    optimum makes use of it by columns of U so large that no rounding of U survives them.
+    u: [out, k]; weight: [out, in]; gram: symmetric [in, in]; v: [k, in]. Returns float64 [out, k].
+    """
+    u, v = u.double(), v.double()
+    seen = v @ gram.double()
+    inner = seen @ v.T
+    inner.diagonal().add_((NEAR * inner.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny))
+    return u + torch.linalg.solve(inner, seen @ (weight.double() - u @ v).T).T
 
 
 def fitted_v(weight: Tensor, u: Tensor) -> Tensor:
@@ -79,7 +98,7 @@ def fitted_v(weight: Tensor, u: Tensor) -> Tensor:
     """
     u = u.double()
     inner = u.T @ u
-    inner.diagonal().add_(RIDGE * inner.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny))
+    inner.diagonal().add_((RIDGE * inner.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny))
     return torch.linalg.solve(inner, u.T @ weight.double())
 
 

@@ -7,8 +7,8 @@ part `shared-making` what the experts' own factors are made with while the layer
 and one kind of base at a time; of that the part `measured-shared` keeps which expert joined which U.
 
 Where factors are rounded (METHODS 4.1), what is shared is rounded first, by the pooled second moment of what it reads:
-a V by the inputs, a U by what its cluster's V's give. What is an expert's own is then fitted to that in closed form,
-which takes neither a projector nor a scale. Errors are measured before rounding: rounded factors are not nested.
+a V by the inputs, a U by what its cluster's V's give. What is an expert's own is then fitted to that in closed form.
+Errors are measured before rounding: rounded factors are not nested.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 from d2moe_vllm.format.kinds import Role
 from offline.algebra.factorization import input_moment, output_moment, whitened_energy
 from offline.algebra.sharing import (
-    fitted_u,
     fitted_v,
     least,
     mean_u,
     merged_u,
+    refitted_u,
     seed_experts,
     shared_v,
     unexplained,
@@ -47,8 +47,8 @@ _MAKING = ("projector", "scale")
 
 @dataclass(frozen=True)
 class Common:
-    """What all experts of a projection share: V; projector: float64 [in, rank], gives each its U where nothing is
-    rounded."""
+    """What all experts of a projection share: V; projector: float64 [in, rank], gives each its U before V is rounded,
+    None where U's are made otherwise."""
 
     v: Matrix
     projector: Tensor | None = None
@@ -72,6 +72,7 @@ class JointFactors:
     job: LayerJob
     measuring: bool = False
     share: ClassVar[float] = 0.5
+    _projects: ClassVar[bool] = True
     _held: dict[str, Tensor] = field(default_factory=dict)
 
     def measure(self, advance: Callable[[float], None]) -> None:
@@ -177,11 +178,6 @@ class JointFactors:
         return replace(self.job.storing, bits=16) if self.measuring else self.job.storing
 
     @property
-    def _projects(self) -> bool:
-        """Whether an expert's own U is a projection of its delta, and not fitted to V."""
-        return not self.storing.packed
-
-    @property
     def kept(self) -> tuple[str, ...]:
         """Which factors are an expert's own."""
         delta = self.job.plan.recipe.delta
@@ -223,9 +219,9 @@ class JointFactors:
 
     def _own_u(self, common: Common, delta: Tensor, gram: Tensor) -> Tensor:
         """An expert's own U beside a shared V, float64 [out, rank]."""
-        if common.projector is None:
-            return fitted_u(delta, gram, common.v.numbers)
-        return delta.double() @ common.projector
+        assert common.projector is not None
+        u = delta.double() @ common.projector
+        return refitted_u(u, delta, gram, common.v.numbers) if self.storing.packed else u
 
     def _share_v(self, option: Option, role: Role) -> Common:
         """V as it is stored, rounded by what all experts read."""

@@ -7,7 +7,7 @@ here: the most used ones stay as they are, and the other experts take the neares
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -52,16 +52,14 @@ def orthonormal_rows(v: Tensor) -> Tensor:
 class SharedVFactors(JointFactors):
     """The factors of one layer, V and U's by recipe.moe_svd.share_v."""
 
-    @property
-    def _projects(self) -> bool:
-        return False
+    _projects: ClassVar[bool] = False
 
     def _best_v(self, option: Option, role: Role) -> tuple[Tensor, Tensor | None, Tensor | None]:
         kind = self.job.plan.recipe.own(MoESVD).share_v
         if kind == "joint":
-            v, projector, gram = super()._best_v(option, role)
+            v, _, gram = super()._best_v(option, role)
             # In the stored dtype before, as the published figures were measured; of no other consequence.
-            return orthonormal_rows(v.to(self.job.plan.torch_dtype)), projector, gram
+            return orthonormal_rows(v.to(self.job.plan.torch_dtype)), None, gram
         expert = seed_experts(self.job.tokens.tolist(), 1)[0]
         _, weight, gram = next(self._each(option, role, [expert]))
         _, v = whitened_factors(weight, gram, self.job.cap(role))

@@ -14,7 +14,7 @@ from d2moe_vllm.format.kinds import SCALE_DTYPE, SCALES, STORAGES
 from d2moe_vllm.ops.packing import Packing, pack, unpacked
 from offline.algebra.rounding import DAMPING as USUAL
 from offline.algebra.rounding import round_matrices
-from offline.algebra.sharing import fitted_u
+from offline.algebra.sharing import refitted_u
 from offline.io.shards import TORCH_DTYPES
 
 DAMPING = "_damping"
@@ -93,7 +93,7 @@ class Storing:
         if gram is None:
             raise ValueError("factors are rounded by the second moment of what they read")
         (right,) = self.store([v], gram)
-        fitted = fitted_u(matrix, gram, right.numbers)
+        fitted = refitted_u(u, matrix, gram, right.numbers)
         return self.store([fitted], self.seen(right, gram))[0], right
 
     def seen(self, v: Matrix, gram: Tensor) -> Tensor | None:

@@ -171,6 +171,30 @@ def test_feedback_loses_no_more_than_nearest(bits: int, rows: int, inputs: int, 
     assert -1e-4 * best < lost < 0.9 * nearest
 
 
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("case", ["zero", "rank one", "tiny", "few inputs seen"])
+def test_matrices_of_lower_rank_survive_rounding(bits: int, case: str) -> None:
+    """Rows of V that hold nothing but noise must not be made use of: no worse than the one component alone."""
+    generator = torch.Generator().manual_seed(1)
+    delta, gram = torch.randn(20, 16, generator=generator), torch.eye(16)
+    if case == "zero":
+        delta = torch.zeros(20, 16)
+    elif case == "rank one":
+        delta = torch.outer(delta[:, 0], delta[0])
+    elif case == "tiny":
+        delta *= 1e-12
+    else:
+        gram = torch.diag(torch.tensor([1.0] * 3 + [0.0] * 13))
+    u, v = whitened_factors(delta, gram, 6)
+    storing = Storing(bits, 64, torch.bfloat16)
+    left, right = storing.factors(delta, gram, u, v)
+    assert torch.isfinite(left.numbers).all()
+    assert torch.isfinite(right.numbers).all()
+    plain = [storing.store([one], None)[0].numbers for one in (u, v)]
+    lost = whitened_energy(delta - left.numbers @ right.numbers, gram)
+    assert lost <= 1.05 * whitened_energy(delta - plain[0] @ plain[1], gram)
+
+
 def test_a_fitted_v_is_the_best_there_is() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, u = (torch.randn(30, size, generator=generator, dtype=torch.float64) for size in (20, 7))
