@@ -35,8 +35,8 @@ RIDGE = 1e-12
 """Added to V G Vᵀ, relative to its mean diagonal: rows of V beyond the rank of the data are zero."""
 
 NEAR = 0.01
-"""How strongly a U that is fitted to a rounded V is held to what it was: about as rounding U to four bits costs. Anything
-from 1e-8 to this leaves the same error of trained models' experts; matrices of lower rank need 1e-4."""
+"""How strongly a U that is fitted to a rounded V is held to what it was, about as much as rounding it to 4 bits costs.
+Any value from 1e-8 on leaves trained experts the same error; matrices of lower rank need 1e-4."""
 
 
 def shared_v(gram: Tensor, moment: Tensor, rank: int, experts: int) -> tuple[Tensor, Tensor]:
