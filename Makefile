@@ -33,6 +33,9 @@ test-gpu: setup ## The tests that need an NVIDIA GPU, and the layer benchmark on
 quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 30 minutes)
 	@.venv/bin/python benchmarks/quality.py
 
+frontier: setup ## Measure the default at many sizes anew, for docs/quality.md (needs ../shared; an hour)
+	@.venv/bin/python benchmarks/frontier.py $(ARGS)
+
 picture: setup ## Draw the README's picture anew from the tables of docs/quality.md
 	@.venv/bin/python benchmarks/picture.py
 

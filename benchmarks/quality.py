@@ -6,12 +6,9 @@ build/quality/results.json, so an interrupted run continues; a change of the cod
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +16,12 @@ from typing import Any
 # One thread each, and as many processes as cores: these models are too small to share a core's work.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from measuring import measure_all, perplexity, put_tables, silent
 from places import ROOT, SHARED, code_hash
-from rich.console import Console
 
 from d2moe_vllm.format.config import Scope
-from offline.io.progress import Steps
-from offline.io.shards import write_file
 from offline.plan.recipe import Recipe
 from offline.run.compress import compress
-from offline.run.evaluate import evaluate
 
 PAGE = ROOT / "docs" / "quality.md"
 FOLDER = ROOT / "build" / "quality"
@@ -118,7 +112,7 @@ class Job:
                 **recipe,
                 "calibration": CALIBRATION | recipe.get("calibration", {}),
             }
-            compress(str(source), out, Recipe.model_validate(content), FOLDER / "fit.txt", console=_silent())
+            compress(str(source), out, Recipe.model_validate(content), FOLDER / "fit.txt", console=silent())
             return [_evaluate(out, scope, self.unseen) for scope in self.scopes]
 
 
@@ -145,30 +139,17 @@ def jobs() -> list[Job]:
     return list(unique.values())
 
 
-def measure_all(code: str) -> Results:
-    """Every job's perplexity; what is known already is not measured again."""
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    known: Results = stored.get(code, {})
+def write_texts() -> None:
+    """The calibration text in two: what is fitted on, and what is held out."""
     text = (SHARED / "data" / "calib.txt").read_text(encoding="utf-8")
     cut = int(len(text) * 0.85)
     (FOLDER / "fit.txt").write_text(text[:cut], encoding="utf-8")
     (FOLDER / "hold-out.txt").write_text(text[cut:], encoding="utf-8")
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        waiting = {pool.submit(job.measure): job for job in jobs() if job.key not in known}
-        for count, done in enumerate(as_completed(waiting), start=1):
-            known[waiting[done].key] = done.result()
-            write_file(RESULTS, json.dumps({code: known}, indent=1))
-            print(f"{count}/{len(waiting)} {waiting[done].key}: {done.result()}", file=sys.stderr, flush=True)
-    return known
 
 
 def _evaluate(folder: Path, scope: Scope | None, unseen: bool) -> list[float]:
     texts = [FOLDER / "hold-out.txt", *([SHARED / "data" / "wikitext2-valid.txt"] if unseen else [])]
-    return [evaluate(str(folder), text, 256, scope, lambda total: Steps(total, _silent())).perplexity for text in texts]
-
-
-def _silent() -> Console:
-    return Console(file=io.StringIO())
+    return [perplexity(folder, text, scope=scope) for text in texts]
 
 
 def main_table(results: Results, text: int) -> str:
@@ -217,19 +198,15 @@ def main() -> None:
     if not SHARED.is_dir():
         raise SystemExit("make quality needs the models and texts of ../shared")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    results = measure_all(code_hash())
-    page = PAGE.read_text(encoding="utf-8")
+    write_texts()
+    results = measure_all(jobs(), RESULTS, code_hash())
     tables = {
         "hold-out": main_table(results, 0),
         "unseen": main_table(results, 1),
         "options": options_table(results),
         "scopes": scopes(results),
     }
-    for name, content in tables.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, after = page.split(start)[0], page.split(end)[1]
-        page = f"{before}{start}{content}\n{end}{after}"
-    PAGE.write_text(page, encoding="utf-8")
+    put_tables(PAGE, tables)
     print(f"tables written to {PAGE.relative_to(ROOT)}")
 
 

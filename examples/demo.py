@@ -1,4 +1,4 @@
-"""`make demo`: compress the bundled model at 40 %, serve it with vLLM, ask it a completion and a chat.
+"""`make demo`: compress the bundled model at 60 %, serve it with vLLM, ask it a completion and a chat.
 
 Every step is the command a user would type. Output goes to build/demo; the server is gone when this ends,
 however it ends.

@@ -73,6 +73,21 @@ def test_a_worker_keeps_what_is_stored(tmp_path: Path, checkpoint: Path, method:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [("--ratio", "0.75"), ("--ratio", "0.55", "--bits", "4")])
+def test_a_worker_keeps_few_bits_as_they_are_stored(tmp_path: Path, checkpoint: Path, options: tuple[str, ...]) -> None:
+    """Codes, scales and channels of unequal widths: nothing is widened in memory, or lies there twice."""
+    text = tmp_path / "text"
+    text.write_text("The assignment statement evaluates the expression list. " * 400, encoding="utf-8")
+    calibration = ("--calibration", text, "--windows", 8, "--seq-len", 64)
+    done = d2moe_here("compress", checkpoint.with_name("dense"), tmp_path / "few", *calibration, *options)
+    assert done.returncode == 0, done.stderr
+    (found,) = live(tmp_path / "one", tmp_path / "few", {})
+    report = stored(tmp_path / "few")
+    assert found["experts"] == pytest.approx(report["experts"]["bytes"], rel=CLOSE)
+    assert sum(found.values()) == pytest.approx(report["bytes"], rel=CLOSE)
+
+
+@pytest.mark.slow
 def test_two_ranks_keep_it_once_but_for_what_is_replicated(tmp_path: Path, checkpoint: Path) -> None:
     """Tensor parallelism: the sum over ranks, less the second copy of what every rank needs."""
     ranks = live(tmp_path / "two", checkpoint, TWO_RANKS, tensor_parallel_size=2)

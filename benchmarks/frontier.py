@@ -1,0 +1,230 @@
+"""`make frontier`: the default at many sizes, beside the best that one setting for all layers gives at that size, and
+beside version 1's default; tables in docs/quality.md.
+
+Needs the models and texts of ../shared, which a clone does not have. Every measurement is kept in
+build/frontier/results.json, so an interrupted run continues; a change of the code that compresses starts afresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# One thread each, and as many processes as cores: these models are too small to share a core's work.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from measuring import measure_all, perplexity, put_tables, silent
+from places import ROOT, SHARED, code_hash
+
+from d2moe_vllm.format.files import read_config
+from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES
+from offline.errors import UnreachableError
+from offline.io.shards import Reader
+from offline.plan.recipe import Recipe
+from offline.plan.words import describe
+from offline.run.compress import compress
+
+PAGE = ROOT / "docs" / "quality.md"
+FOLDER = ROOT / "build" / "frontier"
+CODE = ("d2moe_vllm", "offline")
+"""What decides over a result."""
+SIZES: Mapping[str, Sequence[float]] = {
+    "tiny-mixtral": (0.347, 0.525, 0.57, 0.591, 0.611, 0.615, 0.631, 0.635, 0.646, 0.655, 0.664, 0.67),
+    "tiny-mixtral-scratch": (0.347, 0.525, 0.57, 0.591, 0.611, 0.615, 0.631, 0.635, 0.646, 0.655, 0.664, 0.67),
+    "small-mixtral": (0.625, 0.679, 0.703, 0.732, 0.779, 0.791, 0.797),
+}
+"""Model -> ratios, by which the experts keep from half to a fifteenth of their bytes."""
+LESS = (0.2, 0.4, 0.6)
+"""Ratios at which version 1's default was measured."""
+ONE_SETTING: Mapping[str, Sequence[tuple[float, float]]] = {
+    "tiny-mixtral": (
+        (51.6, 66.97), (26.6, 67.44), (20.3, 68.55), (17.4, 68.32), (14.6, 68.99), (14.1, 73.71), (11.8, 71.18),
+        (11.3, 75.13), (9.7, 77.06), (8.5, 78.09), (7.2, 83.94), (6.4, 86.64),
+    ),
+    "small-mixtral": (
+        (50.0, 72.82), (26.6, 72.55), (20.3, 72.88), (14.1, 74.00), (17.4, 74.28), (8.5, 74.81), (7.2, 74.25),
+        (6.4, 75.46),
+    ),
+}  # fmt: skip
+"""Model -> (share of the experts' bytes left, perplexity) of one setting for all layers: bits, channels by one global
+ranking with the rest refitted, some with a 4-bit base. Measured in memory, independently of this code."""
+SETTINGS: Mapping[str, dict[str, Any]] = {
+    "16 bits": {"bits": 16, "delta": {"method": "dense"}},
+    "8 bits": {"bits": 8},
+    "4 bits": {"bits": 4},
+    "3 bits": {"bits": 3},
+    "2 bits": {"bits": 2},
+}
+"""The same without a base by this code: all layers with these bits, and as many channels as there is room for."""
+FIRST: Mapping[str, float] = {"16 bits": 0.1, "8 bits": 0.3, "4 bits": 0.5, "3 bits": 0.55, "2 bits": 0.6}
+"""From which ratio on a setting is measured: below it, it is no better than with more bits."""
+LAST: Mapping[str, float] = {"16 bits": 0.4, "8 bits": 0.55}
+TEXT = SHARED / "data" / "wikitext2-valid.txt"
+CALIBRATION = SHARED / "data" / "calib.txt"
+DEFAULT = "default"
+VERSION_1 = "bits 16"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compression and its perplexity; setting: DEFAULT, VERSION_1 or one of SETTINGS; None for the dense model."""
+
+    model: str
+    ratio: float = 0.0
+    setting: str | None = None
+
+    @property
+    def key(self) -> str:
+        return json.dumps([self.model, self.ratio, self.setting])
+
+    def measure(self) -> dict[str, Any]:
+        """left: share of the experts' bytes; nothing where the ratio cannot be reached."""
+        source = SHARED / "models" / self.model
+        if self.setting is None:
+            return {"left": 1.0, "perplexity": perplexity(source, TEXT), "stores": "", "removed": 0.0}
+        own: dict[str, Any] = {}
+        if self.setting == VERSION_1:
+            own = {"bits": 16}
+        elif self.setting != DEFAULT:
+            own = {**SETTINGS[self.setting], "base": {"kind": "none"}}
+        recipe = Recipe.model_validate({"ratio": self.ratio, "calibration": {"windows": 128, "seq_len": 256}, **own})
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+            out = Path(folder) / "model"
+            try:
+                compress(str(source), out, recipe, CALIBRATION, console=silent())
+            except UnreachableError:
+                return {}
+            config = read_config(out)
+            dense = config.num_experts * 3 * config.hidden_size * config.intermediate_size * len(config.layers)
+            stored = sum(spec.nbytes for spec in config.expert_tensors().values())
+            return {
+                "left": stored / (dense * DTYPE_BYTES[DTYPES[config.dtype]]),
+                "perplexity": perplexity(out, TEXT),
+                "stores": describe(config),
+                "removed": 1 - Reader(out).nbytes / config.source.bytes,
+            }
+
+
+Results = Mapping[str, dict[str, Any]]
+
+
+def jobs(models: Sequence[str]) -> list[Job]:
+    """What matters most first."""
+    found = [Job(model) for model in models]
+    found += [Job(model, ratio, DEFAULT) for model in models for ratio in SIZES[model]]
+    found += [Job(model, ratio, setting) for model in models for ratio in LESS for setting in (DEFAULT, VERSION_1)]
+    found += [
+        Job(model, ratio, setting)
+        for model in models
+        for setting in SETTINGS
+        for ratio in sorted({*SIZES[model], *LESS})
+        if FIRST[setting] <= ratio <= LAST.get(setting, 1.0)
+    ]
+    return found
+
+
+def best_setting(points: Sequence[tuple[float, float]], left: float) -> float | None:
+    """The lowest perplexity of one setting at a size, interpolated between the best points in the logarithm of bytes;
+    None where there is no smaller point. points: (share left, perplexity)."""
+    best: list[tuple[float, float]] = []
+    for share, value in sorted(points):
+        if not best or value < best[-1][1]:
+            best.append((share, value))
+    below = [point for point in best if point[0] <= left]
+    above = [point for point in best if point[0] > left]
+    if not below:
+        return None
+    if not above:
+        return below[-1][1]
+    (x0, y0), (x1, y1) = below[-1], above[0]
+    return y0 + (y1 - y0) * math.log(left / x0) / math.log(x1 / x0)
+
+
+def points_of(model: str, results: Results) -> list[tuple[float, float]]:
+    """Of one setting for all layers: measured elsewhere, and by this code."""
+    found = [(share / 100, value) for share, value in ONE_SETTING.get(model, ())]
+    for key, result in results.items():
+        name, _, setting = json.loads(key)
+        if name == model and setting in SETTINGS and result:
+            found.append((result["left"], result["perplexity"]))
+    return found
+
+
+def frontier_table(models: Sequence[str], results: Results) -> str:
+    """The default at every size; beside it the best of one setting there."""
+    lines = ["| model, `--ratio` | experts' bytes left | perplexity | loss | one setting for all layers, at that size |"
+             " the default beside it | stores |", "|---|---:|---:|---:|---:|---:|---|"]  # fmt: skip
+    for model in models:
+        dense, points = results[Job(model).key]["perplexity"], points_of(model, results)
+        for ratio in SIZES[model]:
+            found = results[Job(model, ratio, DEFAULT).key]
+            value, beside = found["perplexity"], best_setting(points, found["left"])
+            change = "" if beside is None else f"{100 * (value / beside - 1):+.1f} %"
+            loss, best = 100 * (value / dense - 1), "" if beside is None else f"{beside:.2f}"
+            lines.append(
+                f"| `{model}`, {ratio:g} | {100 * found['left']:.1f} % | {value:.2f} | {loss:+.1f} % "
+                f"| {best} | {change} | {found['stores']} |"
+            )
+    return "\n".join(lines)
+
+
+def settings_table(models: Sequence[str], results: Results) -> str:
+    """One setting for all layers, by this code: share of the experts' bytes and perplexity."""
+    lines = ["| setting | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
+    for setting in SETTINGS:
+        cells = []
+        for model in models:
+            rows = {
+                (round(100 * found["left"], 1), round(found["perplexity"], 2))
+                for key, found in results.items()
+                if json.loads(key)[::2] == [model, setting] and found
+            }
+            cells.append(", ".join(f"{left:g} %: {value:.2f}" for left, value in sorted(rows, reverse=True)))
+        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def version_1_table(models: Sequence[str], results: Results) -> str:
+    """Version 1's default, `--bits 16`, beside today's at the same ratio."""
+    lines = ["| model, `--ratio` | `--bits 16` | default | experts' bytes left, each |", "|---|---:|---:|---:|"]
+    for model in models:
+        for ratio in LESS:
+            before, now = (results[Job(model, ratio, setting).key] for setting in (VERSION_1, DEFAULT))
+            lines.append(
+                f"| `{model}`, {ratio:g} | {before['perplexity']:.2f} | {now['perplexity']:.2f} | "
+                f"{100 * before['left']:.1f} %, {100 * now['left']:.1f} % |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--processes", type=int, help="at a time; as many as there are cores by default")
+    parser.add_argument("--print", action="store_true", help="print the tables, and leave docs/quality.md as it is")
+    options = parser.parse_args()
+    if not SHARED.is_dir():
+        raise SystemExit("make frontier needs the models and texts of ../shared")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    results = measure_all(jobs(options.models), FOLDER / "results.json", code_hash(CODE), options.processes)
+    tables = {
+        "frontier": frontier_table(options.models, results),
+        "settings": settings_table(options.models, results),
+        "version-1": version_1_table(options.models, results),
+    }
+    if options.print or options.models != list(SIZES):
+        print("\n\n".join(tables.values()))
+        return
+    put_tables(PAGE, tables)
+    print(f"tables written to {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
