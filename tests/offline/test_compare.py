@@ -270,11 +270,10 @@ def test_reasons_are_one_line(error: Exception, said: str) -> None:
 
 def test_the_experts_bytes_are_those_of_their_tensors(few_words: Path, short: Path, tmp_path: Path) -> None:
     """Of every kind of row, counted once more from the files: headers are none of them, layers that a method leaves
-    dense are. `channels` stores unequal widths; what is rounded counts as codes and scales. The default's curve is told
-    with the table."""
+    dense are. `channels` stores unequal widths; what is rounded counts as codes and scales."""
     page = tmp_path / "table.html"
     arguments = (
-        "compare", TINY, "--ratio", "0.2", "0.9", "--method", "d2", "moe-svd", "--baseline", "channels", "frequency",
+        "compare", TINY, "--ratio", "0.2", "0.9", "--method", "moe-svd", "--baseline", "channels", "frequency",
         "rtn-4", "--text", short, "--calibration", few_words, *FEW, "--workdir", tmp_path / "work", "--html", page,
         "--keep",
     )  # fmt: skip
@@ -282,7 +281,7 @@ def test_the_experts_bytes_are_those_of_their_tensors(few_words: Path, short: Pa
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
     dense = 4 * 8 * 3 * 128 * 256 * 2
-    for name in ("d2", "moe-svd", "channels", "frequency"):
+    for name in ("moe-svd", "channels", "frequency"):
         found, folder = row(content, name, 0.2), tmp_path / "work" / f"{name}-0.2"
         tensors = {key: one for file in folder.glob("*.safetensors") for key, one in load_file(file).items()}
         stored = sum(one.nbytes for key, one in tensors.items() if ".experts." in key)
@@ -298,14 +297,26 @@ def test_the_experts_bytes_are_those_of_their_tensors(few_words: Path, short: Pa
     assert channels["stored_ratio"] < 0.201
     assert channels["perplexity"]["held-out.txt"] > source["perplexity"]["held-out.txt"]
     assert 0.7 < row(content, "channels", 0.9)["reachable"] < 0.72
-    judged, default = content["frontier"]["texts"]["held-out.txt"], row(content, "d2", 0.2)
-    assert judged["curve"] == [[default["expert_share"], default["perplexity"]["held-out.txt"]]]
-    assert [one["name"] for one in judged["rows"]] == ["rtn-4"]
+    assert content["frontier"] is None
     again = d2moe_here(*arguments)
     for shown in (again.stdout, html.unescape(page.read_text())):
         assert f"{100 * channels['expert_share']:.1f} %" in shown
         assert "26.6 %*" in shown
-        assert "The default's curve (d2) on held-out.txt: none of the other rows" in shown
+
+
+def test_the_defaults_curve_is_told_with_the_table(table: dict[str, Any], command: list[object]) -> None:
+    """Through the two rows of d2; the other row beside it lies between them, in size, and far above."""
+    judged = table["frontier"]["texts"]["held-out.txt"]
+    default = [row(table, "d2", ratio) for ratio in (0.6, 0.4)]
+    assert judged["curve"] == [[one["expert_share"], one["perplexity"]["held-out.txt"]] for one in default]
+    (beside,) = judged["rows"]
+    assert (beside["name"], beside["ratio"], judged["largest"]) == ("frequency", 0.4, None)
+    assert beside["below"] < -0.1
+    assert beside["share"] == row(table, "frequency", 0.4)["expert_share"] == 3 / 8
+    page = html.unescape(Path(str(command[-1])).with_name("first.html").read_text())
+    for shown in (page, d2moe_here(*command).stdout):
+        assert "The default's curve (d2) on held-out.txt: none of the other rows between 50 and 7 %" in shown
+    assert page.count("<svg") == 1
 
 
 class _Table(HTMLParser):

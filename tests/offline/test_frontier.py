@@ -9,8 +9,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browser import chromium
 
 from offline.compare.frontier import frontier, verdicts
+from offline.compare.html import page
 from offline.compare.picture import panels
 from offline.report import plots
 from offline.report.pictures import Traces
@@ -19,7 +22,9 @@ from offline.report.plots import COLOURS, DARK, svg_file
 
 def row(name: str, share: float | None, perplexity: float | None, kind: str = "baseline") -> dict[str, Any]:
     figures = {"expert_share": share, "perplexity": None if perplexity is None else {"a.txt": perplexity}}
-    return {"name": name, "kind": kind, "ratio": 0.4, **figures}
+    others = dict.fromkeys(("counted", "seconds", "reachable", "failed", "served"))
+    known = {"bytes": 1000, "parameters": 500, "stored_ratio": 0.4}
+    return {"name": name, "kind": kind, "ratio": 0.4, **known, **others, **figures}
 
 
 def judge(*rows: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -92,7 +97,11 @@ def test_rows_without_figures_are_left_out_and_without_the_default_there_is_no_c
 
 def compared(*rows: dict[str, Any]) -> dict[str, Any]:
     source = row("source", 1.0, 90.0, "source")
-    return {"source": {"name": "m"}, "rows": [source, *rows], "texts": [{"name": "a.txt"}]}
+    calibration = {"tokens_sha256": "ab" * 32, "windows": 1, "seq_len": 8, "seed": 0}
+    return {
+        "source": {"name": "m"}, "rows": [source, *rows], "texts": [{"name": "a.txt"}], "calibration": calibration,
+        "serving": None, "seq_len": 8, "machine": {"threads": 1, "device": "cpu"}, "tool": "0",
+    }  # fmt: skip
 
 
 def test_the_picture_has_all_rows_and_marks_what_lies_above_it() -> None:
@@ -142,3 +151,25 @@ def test_colours_are_those_of_the_page() -> None:
     found = dict(re.findall(r"--(\w+): light-dark\((#\w+, #\w+)\)", style))
     for name, light in COLOURS.items():
         assert found[name] == f"{light}, {DARK[name]}"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
+def test_the_page_fits_and_is_accessible(width: int, scheme: str, tmp_path: Path) -> None:
+    """With pictures for two texts: axe-core finds nothing (contrast among it), labels can be read on a phone, and the
+    picture has its words as the name by which it is known."""
+    content = compared(*DEFAULT, *(row(f"gptq-{bits}", 0.02 * bits**2, 110.0 - bits) for bits in (2, 3, 4)))
+    for one in content["rows"]:
+        one["perplexity"]["b.txt"] = 2 * one["perplexity"]["a.txt"]
+    content["texts"].append({"name": "b.txt"})
+    content["frontier"] = frontier(content["rows"], ["a.txt", "b.txt"])
+    (tmp_path / "page.html").write_text(page(content))
+    with chromium() as browser:
+        tab = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme).new_page()
+        tab.goto((tmp_path / "page.html").as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+        sizes = "[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height)"
+        assert min(size for size in tab.evaluate(sizes) if size) > 8
+        for panel, _ in panels(content):
+            assert tab.get_by_role("img", name=f"{panel.title} {panel.words}", exact=True).count() == 1
+        found = Axe().run(tab)
+        assert found.violations_count == 0, found.generate_report()
