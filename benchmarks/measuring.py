@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from d2moe_vllm.format.config import Scope
 from offline.io.progress import Steps
 from offline.io.shards import write_file
-from offline.run.evaluate import evaluate
+from offline.run.evaluate import Measure, evaluate
+from offline.source.text import as_text
 
 
 class Job(Protocol):
@@ -46,9 +48,11 @@ def silent() -> Console:
     return Console(file=io.StringIO())
 
 
-def perplexity(folder: Path, text: Path, seq_len: int = 256, **options: Any) -> float:
+def perplexity(folder: Path, text: Path, seq_len: int = 256, scope: Scope | None = None) -> float:
     """As `d2moe eval` says."""
-    return evaluate(str(folder), text, seq_len, options.get("scope"), lambda total: Steps(total, silent())).perplexity
+    return evaluate(
+        str(folder), Measure(as_text(text), seq_len), scope, lambda total: Steps(total, silent())
+    ).perplexity
 
 
 def put_tables(page: Path, tables: dict[str, str]) -> None:

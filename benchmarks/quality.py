@@ -22,6 +22,7 @@ from places import ROOT, SHARED, code_hash
 from d2moe_vllm.format.config import Scope
 from offline.plan.recipe import Recipe
 from offline.run.compress import compress
+from offline.source.text import as_text
 
 PAGE = ROOT / "docs" / "quality.md"
 FOLDER = ROOT / "build" / "quality"
@@ -112,7 +113,7 @@ class Job:
                 **recipe,
                 "calibration": CALIBRATION | recipe.get("calibration", {}),
             }
-            compress(str(source), out, Recipe.model_validate(content), FOLDER / "fit.txt", console=silent())
+            compress(str(source), out, Recipe.model_validate(content), as_text(FOLDER / "fit.txt"), console=silent())
             return [_evaluate(out, scope, self.unseen) for scope in self.scopes]
 
 

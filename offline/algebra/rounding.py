@@ -17,6 +17,8 @@ from d2moe_vllm.format.kinds import GROUP_SIZE
 
 BLOCK = 128
 """Columns after which what they lost reaches the rest by one matrix product; a multiple of every group size."""
+FEW = 32
+"""Columns after which it reaches the rest of their block in the same way; a power of two, as group sizes are."""
 CANDIDATES = 20
 """Scales that are tried for a group."""
 SMALLEST = 0.3
@@ -97,41 +99,57 @@ def round_matrices(
             f"{' '.join(map(str, bits))} bits in groups of {group_size}: only {list(LEVELS)} bits, in groups that "
             f"divide {BLOCK}"
         )
-    left = torch.cat([weight.float() for weight in weights])
-    rows, inputs = left.shape
+    # Column after column is read and written, so they lie one after another.
+    left = torch.cat([weight.float().mT for weight in weights], dim=1)
+    inputs, rows = left.shape
     parts = [len(weight) for weight in weights]
     levels = _Rows.of(bits, parts, left.device)
-    importance, feedback, damping = _feedback(gram, left)
+    importance, feedback, damping = _feedback(gram, inputs, left.device)
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
-    scales = torch.empty(rows, -(-inputs // group_size), dtype=dtype, device=left.device)
+    scales = torch.empty(-(-inputs // group_size), rows, dtype=dtype, device=left.device)
+    lost = torch.empty(min(BLOCK, inputs), rows, device=left.device)
+    spread = torch.empty(min(FEW, inputs), rows, device=left.device)
     for start in range(0, inputs, BLOCK):
         stop = min(start + BLOCK, inputs)
-        lost = torch.zeros(rows, stop - start, device=left.device)
-        for column in range(start, stop):
-            group = column // group_size
-            if column % group_size == 0:
-                end = min(column + group_size, inputs)
-                scales[:, group] = best_scales(left[:, column:end], importance[column:end], levels, dtype)
-                scale = scales[:, group, None].float()
-            code = _nearest(left[:, column, None], scale, levels)
-            codes[:, column] = code[:, 0].to(torch.uint8)
-            if feedback is None:
-                continue
-            error = (left[:, column, None] - (code - levels.zero) * scale) / feedback[column, column]
-            left[:, column:stop] -= error * feedback[column, column:stop]
-            lost[:, column - start] = error[:, 0]
-        if feedback is not None and stop < inputs:
-            # Matrix by matrix: a product's last bits may depend on how many rows it has.
-            for part, rest in zip(lost.split(parts), left[:, stop:].split(parts), strict=True):
-                rest.sub_(part @ feedback[start:stop, stop:])
+        for first in range(start, stop, FEW):
+            last = min(first + FEW, stop)
+            for column in range(first, last):
+                group = column // group_size
+                if column % group_size == 0:
+                    end = min(column + group_size, inputs)
+                    scales[group] = best_scales(left[column:end].mT.contiguous(), importance[column:end], levels, dtype)
+                    scale = scales[group].float()
+                    divisor = _divisor(scale)
+                code = _nearest(left[column], divisor, levels)
+                codes[column] = code
+                if feedback is None:
+                    continue
+                own = feedback[column]
+                error = torch.sub(left[column], code.sub_(levels.zero).mul_(scale), out=lost[column - start])
+                error.div_(own[column])
+                if rest := last - column - 1:
+                    # In two steps: of one fused step the last bits may depend on how many rows there are.
+                    left[column + 1 : last].sub_(torch.mul(own[column + 1 : last, None], error, out=spread[:rest]))
+            if feedback is not None:
+                _spread(lost[first - start : last - start], feedback[first:last, last:stop], left[last:stop], parts)
+        if feedback is not None:
+            _spread(lost[: stop - start], feedback[start:stop, stop:], left[stop:], parts)
     return [
-        Rounded(code, scale, number, group_size, damping)
-        for code, scale, number in zip(codes.split(parts), scales.split(parts), bits, strict=True)
+        Rounded(code.mT.contiguous(), scale.mT.contiguous(), number, group_size, damping)
+        for code, scale, number in zip(codes.split(parts, dim=1), scales.split(parts, dim=1), bits, strict=True)
     ]
 
 
+def _spread(lost: Tensor, feedback: Tensor, left: Tensor, parts: Sequence[int]) -> None:
+    """Takes from columns to come, [n, rows], what columns lost, [m, rows]; feedback: [m, n]."""
+    if len(left):
+        # Matrix by matrix, each as it would lie by itself: a product's last bits may depend on both.
+        for part, beyond in zip(lost.split(parts, dim=1), left.split(parts, dim=1), strict=True):
+            beyond.sub_(feedback.mT @ part.contiguous())
+
+
 class _Rows(NamedTuple):
-    """Levels row by row, float32 [rows, 1] each."""
+    """Levels row by row, float32 [rows] each."""
 
     zero: Tensor
     lowest: Tensor
@@ -142,15 +160,14 @@ class _Rows(NamedTuple):
         """rows: of the matrix with these bits."""
         repeats = torch.tensor(rows)
         columns = [torch.tensor([LEVELS[one][field] for one in bits]) for field in range(3)]
-        return cls(*(column.float().repeat_interleave(repeats)[:, None].to(device) for column in columns))
+        return cls(*(column.float().repeat_interleave(repeats).to(device) for column in columns))
 
 
-def _feedback(gram: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None, float]:
+def _feedback(gram: Tensor | None, inputs: int, device: torch.device) -> tuple[Tensor, Tensor | None, float]:
     """The inputs' mean squares, float32 [in]; the upper Cholesky factor of the inverse second moment, float32
     [in, in], None for none; and the damping that it took."""
-    inputs = weight.shape[1]
     if gram is None or float(mean := gram.diagonal().double().mean()) <= 0:
-        return torch.ones(inputs, device=weight.device), None, 0.0
+        return torch.ones(inputs, device=device), None, 0.0
     damping = DAMPING
     importance = (gram.diagonal().double() / mean).float()
     while True:
@@ -178,20 +195,25 @@ def best_scales(weight: Tensor, importance: Tensor, levels: _Rows, dtype: torch.
     weight: float32 [out, group]; importance: float32 [group]. Rounded to `dtype` before levels are chosen; 0 for a row
     that is all zero, or too small for `dtype`. Returns [out].
     """
+    levels = _Rows(*(one[:, None] for one in levels))
     whole = weight.abs().amax(dim=1, keepdim=True) / (levels.highest - levels.zero)
     best, least = torch.zeros_like(whole), torch.full_like(whole, torch.inf)
     for share in torch.linspace(1, SMALLEST, CANDIDATES).tolist():
         scales = (whole * share).to(dtype).float()
-        rounded = (_nearest(weight, scales, levels) - levels.zero) * scales
-        # A sum along each row, not a product with a vector, whose last bits may depend on how many rows there are.
-        error = (weight - rounded).square_().mul_(importance).sum(dim=1, keepdim=True)
+        rounded = _nearest(weight, _divisor(scales), levels).sub_(levels.zero).mul_(scales)
+        # A sum along each row, not a product with a vector, nor one across rows: their last bits may depend on how many
+        # rows there are.
+        error = rounded.sub_(weight).square_().mul_(importance).sum(dim=1, keepdim=True)
         better = error < least
         best, least = torch.where(better, scales, best), torch.where(better, error, least)
     return best[:, 0].to(dtype)
 
 
-def _nearest(weight: Tensor, scales: Tensor, levels: _Rows) -> Tensor:
-    """Codes as float32, of the shape of `weight` [out, n]; scales: float32 [out, 1]. Where a scale is 0 any code stands
-    for 0, and the middle one is taken."""
-    places = torch.where(scales > 0, weight / scales.clamp(min=torch.finfo(torch.float32).tiny), 0) + levels.zero
-    return places.round_().clamp_(levels.lowest, levels.highest)
+def _divisor(scales: Tensor) -> Tensor:
+    """What weights are divided by: where a scale is 0 any code stands for 0, and the middle one is taken."""
+    return torch.where(scales > 0, scales, torch.inf)
+
+
+def _nearest(weight: Tensor, divisor: Tensor, levels: _Rows) -> Tensor:
+    """Codes as float32, of the shape of `weight`; divisor and levels by row, so that they go with it."""
+    return torch.div(weight, divisor).add_(levels.zero).round_().clamp_(levels.lowest, levels.highest)
