@@ -64,7 +64,7 @@ SETTINGS: Mapping[str, tuple[int, Sequence[float]]] = {
     "3 bits": (3, (0.57, 0.611, 0.635, 0.664)),
     "2 bits": (2, (0.615, 0.631, 0.646, 0.67)),
 }
-"""Name -> bits and ratios at which they are measured on it by this code: all layers with these bits, without a base, and
+"""Name -> bits and ratios at which they are measured on it by this code: all layers with these bits, no base, and
 as many channels as there is room for."""
 TEXT = SHARED / "data" / "wikitext2-valid.txt"
 CALIBRATION = SHARED / "data" / "calib.txt"

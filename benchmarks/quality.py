@@ -35,7 +35,7 @@ CASES = [(model, ratio) for model in ABLATED for ratio in RATIOS]
 """Model and ratio of the main tables' columns."""
 CALIBRATION = {"windows": 128, "seq_len": 256}
 DEFAULT = "**default**"
-UNIFORM = {"allocation": "uniform", "base": {"kind": "semi-dynamic"}}
+UNIFORM: dict[str, Any] = {"allocation": "uniform", "base": {"kind": "semi-dynamic"}}
 MAIN: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "adaptive, a pruned base everywhere": {"base": {"kind": "semi-dynamic"}},
