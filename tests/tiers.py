@@ -79,10 +79,15 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "tests/ops/test_cpu_mixed.py::test_no_v_is_ever_whole",
     ),
     "the quality of a compression, whose figures docs/quality.md has": (
+        "tests/offline/test_priced.py::test_never_worse_than_low_rank_at_no_more_bytes*",
         "tests/offline/test_compress.py::test_the_default_beats_mean_base_and_plain_svd*",
         "tests/offline/test_methods.py::test_fitted_us_beat_each_experts_own",
     ),
     "the whole matrix; the fast tier has every recipe and every family once, by rotation": (
+        *(
+            f"tests/offline/test_sweeps.py::test_disk_and_progress_are_what_was_planned[[]{name}]"
+            for name in ("pruned", "no base", "mean", "shared", "follows, uniform", "moe-svd")
+        ),
         *(
             f"tests/offline/test_exact.py::test_full_rank_and_no_pruning_are_the_original[[]{family}-default]"
             for family in ("deepseek", "deepseek_v2", "kimi_k2", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe")
@@ -135,6 +140,7 @@ TOGETHER: Mapping[str, str] = {
     **dict.fromkeys(
         (
             "tests/plugin/test_families_served.py",
+            "tests/plugin/test_few_bits_served.py",
             "tests/plugin/test_methods_served.py",
             "tests/plugin/test_metrics.py",
             "tests/plugin/test_offline_llm.py",

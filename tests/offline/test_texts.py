@@ -230,7 +230,18 @@ def test_two_calibration_texts_are_both_read(tmp_path: Path, few_words: Path) ->
     parts = [write(tmp_path / name, part) for name, part in (("a.txt", words[:9000]), ("b.txt", words[9000:]))]
     options = [option for path in parts for option in ("--calibration", path)]
     done = d2moe_here(
-        "compress", TINY, tmp_path / "out", "--ratio", "0.1", "--windows", "8", "--seq-len", "64", *options
+        "compress",
+        TINY,
+        tmp_path / "out",
+        "--ratio",
+        "0.1",
+        "--bits",
+        "16",
+        "--windows",
+        "8",
+        "--seq-len",
+        "64",
+        *options,
     )
     assert done.returncode == 0, done.stderr
     stats = json.loads((tmp_path / "out" / "d2moe_stats.json").read_text())
