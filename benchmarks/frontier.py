@@ -24,7 +24,6 @@ from measuring import measure_all, perplexity, put_tables, silent
 from places import ROOT, SHARED, code_hash
 
 from d2moe_vllm.format.files import read_config
-from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES
 from offline.errors import UnreachableError
 from offline.io.shards import Reader
 from offline.plan.recipe import Recipe
@@ -103,10 +102,8 @@ class Job:
             except UnreachableError:
                 return {}
             config = read_config(out)
-            dense = config.num_experts * 3 * config.hidden_size * config.intermediate_size * len(config.layers)
-            stored = sum(spec.nbytes for spec in config.expert_tensors().values())
             return {
-                "left": stored / (dense * DTYPE_BYTES[DTYPES[config.dtype]]),
+                "left": config.expert_bytes / (config.layer_bytes * len(config.layers)),
                 "perplexity": perplexity(out, TEXT),
                 "stores": describe(config),
                 "removed": 1 - Reader(out).nbytes / config.source.bytes,

@@ -6,7 +6,7 @@ import contextlib
 import math
 from dataclasses import replace
 
-from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, ROLES
+from d2moe_vllm.format.kinds import ROLES
 from offline.errors import InputError
 from offline.methods.base import Choice
 from offline.methods.selection import least_sensitive, sensitivities
@@ -32,7 +32,7 @@ def first_selection(problem: Problem, model: DenseModel, choice: Choice) -> Prob
     Fewer than that, where full ranks leave some of the budget over, as with few distinct U's.
     """
     ratio, layers = problem.recipe.ratio, model.shape.layers
-    each = model.shape.num_experts * model.shape.expert_parameters * DTYPE_BYTES[DTYPES[model.dtype]]
+    each = problem.draft.layer_bytes
     least = ratio * model.reader.nbytes / (choice.layer_ratio(problem.recipe) * each)
 
     def solved(count: int) -> tuple[Problem, Budget] | None:
