@@ -39,8 +39,8 @@ frontier: setup ## Measure the default at many sizes anew, for docs/quality.md (
 picture: setup ## Draw the README's picture anew from the tables of docs/quality.md
 	@.venv/bin/python benchmarks/picture.py
 
-compare-tables: setup ## Measure the tables of docs/comparison.md anew (needs ../shared; an hour)
-	@.venv/bin/python benchmarks/compare_models.py
+compare-tables: setup ## Measure tables and pictures of docs/comparison.md anew (needs ../shared; two hours)
+	@.venv/bin/python benchmarks/compare_models.py $(ARGS)
 
 bench-layer: setup ## Time a layer on this CPU beside vLLM's dense one (ARGS="--shapes Mixtral-8x7B")
 	@.venv/bin/python benchmarks/bench_layer.py $(ARGS)

@@ -1,8 +1,9 @@
-"""`make compare-tables`: all methods and baselines on the three models, as tables in docs/comparison.md.
+"""`make compare-tables`: all methods and baselines on the three models, as tables and pictures in docs/comparison.md.
 
 Needs the models and texts of ../shared, which a clone does not have. One process with one thread, so that seconds and
 memory of one row can be compared with another's. Finished rows and what was written stay in build/compare, so an
-interrupted run continues; remove that folder after a change of what is computed.
+interrupted run continues; remove that folder after a change of what is computed. With --models, --ratios or --baselines
+only some of it is measured, and printed: docs/comparison.md stays as it is.
 """
 
 from __future__ import annotations
@@ -11,22 +12,30 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from measuring import put_tables
 from places import ROOT, SHARED
 from rich.console import Console
 
-from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.format.files import read_config
+from d2moe_vllm.format.kinds import ROLES, width
 from offline.checkpoint.inspect import inspect
 from offline.compare.baselines import BASELINES
 from offline.compare.comparison import compare
+from offline.compare.frontier import DEFAULT, verdicts
+from offline.compare.html import write_page
+from offline.compare.picture import panels
 from offline.compare.settings import Settings
 from offline.compare.table import cells, footnotes, has_figures, heads, remark
 from offline.io.shards import write_file
 from offline.methods import METHODS
+from offline.plan.words import describe
+from offline.report.plots import SCREENS, WIDE, svg_file
 from offline.source.text import as_text
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -34,12 +43,20 @@ import language_reference
 
 PAGE = ROOT / "docs" / "comparison.md"
 FOLDER = ROOT / "build" / "compare"
-MODELS = ("tiny-mixtral", "tiny-mixtral-scratch", "small-mixtral")
-RATIOS = (0.2, 0.4, 0.6)
+TINY = (0.2, 0.4, 0.5, 0.55, 0.6, 0.63, 0.655, 0.665)
+RATIOS: Mapping[str, Sequence[float]] = {
+    "tiny-mixtral": TINY,
+    "tiny-mixtral-scratch": TINY,
+    "small-mixtral": (0.2, 0.4, 0.6, 0.68, 0.73, 0.77, 0.795),
+}
+"""Model -> ratios, at which 50 to 7 % of the experts' bytes are left: experts are 71 % of the tiny models' bytes, and
+85 % of small-mixtral's. 8 bits, of which the default has no more, leave 52 %."""
 CHARACTERS = 400_000
 """Of the text that nothing was trained on: 0.5 % of its perplexity lie between this part and the whole."""
 CLOSER = 0.4
 """The ratio whose checkpoints are looked into."""
+WHERE = (0.2, 0.4, 0.6)
+"""Ratios at which it is told which channels are left."""
 
 
 def write_texts(folder: Path) -> list[Path]:
@@ -56,13 +73,13 @@ def write_texts(folder: Path) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def measure(model: str, texts: list[Path]) -> dict[str, Any]:
-    """What `d2moe compare --keep --json` gives; rows that are known are not computed again."""
+def measure(model: str, texts: list[Path], ratios: Sequence[float], baselines: Sequence[str]) -> dict[str, Any]:
+    """What `d2moe compare --keep --json` gives, with its page beside it; rows that are known are not computed again."""
     settings = Settings(
         source=str(SHARED / "models" / model),
         methods=list(METHODS),
-        baselines=BASELINES,
-        ratios=RATIOS,
+        baselines=baselines,
+        ratios=ratios,
         texts=texts,
         calibration=as_text(SHARED / "data" / "calib.txt"),
         workdir=FOLDER / model,
@@ -72,7 +89,24 @@ def measure(model: str, texts: list[Path]) -> dict[str, Any]:
     )
     found = compare(settings, Console(stderr=True))
     write_file(FOLDER / f"{model}.json", json.dumps(found, indent=1) + "\n")
+    write_page(FOLDER / f"{model}.html", found)
     return found
+
+
+def frontier_block(model: str, content: dict[str, Any], folder: Path) -> str:
+    """The picture of the first text, which it writes into `folder` for light and dark screens, and how the other rows
+    stand to the default's curve."""
+    panel, beneath = panels(content)[0]
+    for screen in SCREENS:
+        write_file(folder / f"frontier-{model}-{screen}.svg", svg_file(panel, screen))
+    tag = [
+        "<picture>",
+        f'  <source media="(prefers-color-scheme: dark)" srcset="frontier-{model}-dark.svg">',
+        f'  <img alt="Perplexity over the experts\' bytes that are left, as in the table below" '
+        f'src="frontier-{model}-light.svg" width="{WIDE}">',
+        "</picture>",
+    ]
+    return "\n".join([*tag, "", *beneath, *(f"\n{line}" for line in verdicts(content))])
 
 
 def rows_table(content: dict[str, Any]) -> str:
@@ -97,7 +131,7 @@ def rows_table(content: dict[str, Any]) -> str:
 
 def fits_table(contents: dict[str, dict[str, Any]]) -> str:
     """MoBE's fits: relative error of the start, the whitened decomposition of the same bytes, and at the end."""
-    layers = max(len(_fits(row)) for content in contents.values() for row in _mobe(content))
+    layers = max((len(_fits(row)) for content in contents.values() for row in _mobe(content)), default=0)
     lines = [
         f"| model, ratio, projection | {' | '.join(f'layer {number}' for number in range(layers))} |",
         "|---|" + "---:|" * layers,
@@ -127,16 +161,16 @@ def _fits(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def inside_table(contents: dict[str, dict[str, Any]]) -> str:
-    """What the methods keep at CLOSER: layers with a base, ranks, and the relative error of the experts' weights in the
-    metric of their inputs, mean over layers and experts."""
+    """What low-rank methods keep at CLOSER: layers with a base, ranks, and the relative error of the experts' weights
+    in the metric of their inputs, mean over layers and experts."""
     lines = [
         "| model | method | compressed layers | layers with a base (gate and up / down) | ranks gate, up, down | "
         "error gate | up | down |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for model, content in contents.items():
-        for row in content["rows"]:
-            if row["ratio"] != CLOSER or not row["path"] or row["name"] not in (*METHODS, "svd"):
+        for row in _kept_rows(content, "low-rank", "moe-svd", "mobe", "svd"):
+            if row["ratio"] != CLOSER:
                 continue
             found = inspect(Path(row["path"]))
             layers, reports = found["layers"], found["statistics"]["layers"]
@@ -147,6 +181,21 @@ def inside_table(contents: dict[str, dict[str, Any]]) -> str:
                 f"| {model} | `{row['name']}` | {len(layers)} | {' / '.join(map(str, bases))} | {ranks} | {errors} |"
             )
     return "\n".join(lines)
+
+
+def stores_table(contents: dict[str, dict[str, Any]]) -> str:
+    """What the default stores at every ratio."""
+    lines = ["| model, ratio | experts' bytes | stored |", "|---|---:|---|"]
+    for model, content in contents.items():
+        for row in _kept_rows(content, DEFAULT):
+            said = describe(read_config(Path(row["path"])))
+            lines.append(f"| {model} {100 * row['ratio']:g} % | {100 * row['expert_share']:.1f} % | {said} |")
+    return "\n".join(lines)
+
+
+def _kept_rows(content: dict[str, Any], *names: str) -> list[dict[str, Any]]:
+    """Those whose checkpoints can be looked into."""
+    return [row for row in content["rows"] if row["name"] in names and has_figures(row) and row["path"]]
 
 
 def _has_base(projection: dict[str, Any]) -> bool:
@@ -164,44 +213,53 @@ def _mean_error(reports: dict[str, Any], role: str) -> str:
 
 def channels_table(contents: dict[str, dict[str, Any]]) -> str:
     """Which share of its channels each layer keeps, with its poorest and its richest expert."""
-    layers = max(len(_kept(row)) for content in contents.values() for row in _channels(content))
+    found = {
+        f"{model} {100 * row['ratio']:g} %": _widths(Path(row["path"]))
+        for model, content in contents.items()
+        for row in _kept_rows(content, "channels")
+        if row["ratio"] in WHERE
+    }
+    layers = max(map(len, found.values()), default=0)
     lines = [
         f"| model, ratio | {' | '.join(f'layer {number}' for number in range(layers))} |",
         "|---|" + "---:|" * layers,
     ]
-    for model, content in contents.items():
-        size = json.loads((SHARED / "models" / model / "config.json").read_text(encoding="utf-8"))["intermediate_size"]
-        for row in _channels(content):
-            found = []
-            for kept in _kept(row):
-                mean, least, most = (100 * one / size for one in (sum(kept) / len(kept), min(kept), max(kept)))
-                found.append(f"{mean:.0f} % ({least:.0f}-{most:.0f})")
-            lines.append(f"| {model} {100 * row['ratio']:.0f} % | {' | '.join(found + [''] * (layers - len(found)))} |")
+    for name, widths in found.items():
+        cells = [f"{sum(kept) / len(kept):.0f} % ({min(kept):.0f}-{max(kept):.0f})" for kept in widths]
+        lines.append(f"| {name} | {' | '.join(cells + [''] * (layers - len(cells)))} |")
     return "\n".join(lines)
 
 
-def _channels(content: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in content["rows"] if row["name"] == "channels" and has_figures(row)]
-
-
-def _kept(row: dict[str, Any]) -> list[list[int]]:
-    return list(json.loads((Path(row["path"]) / "d2moe_baseline.json").read_text(encoding="utf-8"))["layers"].values())
+def _widths(folder: Path) -> list[list[float]]:
+    """Layer by layer, which share of its channels each expert keeps, in percent."""
+    config = read_config(folder)
+    every, experts = config.intermediate_size, range(config.num_experts)
+    return [[100 * width(layer, expert, every) / every for expert in experts] for layer in config.layers.values()]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(RATIOS), choices=list(RATIOS))
+    parser.add_argument("--ratios", nargs="+", type=float, help="instead of each model's own")
+    parser.add_argument("--baselines", nargs="+", default=list(BASELINES), choices=BASELINES)
+    options = parser.parse_args()
     if not SHARED.is_dir():
         raise SystemExit("make compare-tables needs the models and texts of ../shared")
+    whole = (options.models, options.ratios, options.baselines) == (list(RATIOS), None, list(BASELINES))
     texts = write_texts(FOLDER / "texts")
-    contents = {model: measure(model, texts) for model in MODELS}
+    contents = {
+        model: measure(model, texts, options.ratios or RATIOS[model], options.baselines) for model in options.models
+    }
+    folder = PAGE.parent if whole else FOLDER
     tables = {model: rows_table(content) for model, content in contents.items()}
-    tables |= {"fits": fits_table(contents), "inside": inside_table(contents), "channels": channels_table(contents)}
-    page = PAGE.read_text(encoding="utf-8")
-    for name, content in tables.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, after = page.split(start)[0], page.split(end)[1]
-        page = f"{before}{start}{content}\n{end}{after}"
-    write_file(PAGE, page)
-    print(f"tables written to {PAGE.relative_to(ROOT)}")
+    tables |= {f"frontier-{model}": frontier_block(model, content, folder) for model, content in contents.items()}
+    tables |= {"stores": stores_table(contents), "fits": fits_table(contents), "inside": inside_table(contents)}
+    tables |= {"channels": channels_table(contents)}
+    if whole:
+        put_tables(PAGE, tables)
+        print(f"tables written to {PAGE.relative_to(ROOT)}, pictures beside it")
+    else:
+        print("\n\n".join(tables.values()))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from measuring import measure_all, perplexity, put_tables, silent
 from places import ROOT, SHARED, code_hash
 
 from d2moe_vllm.format.files import read_config
-from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES
+from offline.compare.frontier import Point, perplexity_at
 from offline.errors import UnreachableError
 from offline.io.shards import Reader
 from offline.plan.recipe import Recipe
@@ -103,10 +102,8 @@ class Job:
             except UnreachableError:
                 return {}
             config = read_config(out)
-            dense = config.num_experts * 3 * config.hidden_size * config.intermediate_size * len(config.layers)
-            stored = sum(spec.nbytes for spec in config.expert_tensors().values())
             return {
-                "left": stored / (dense * DTYPE_BYTES[DTYPES[config.dtype]]),
+                "left": config.expert_bytes / (config.layer_bytes * len(config.layers)),
                 "perplexity": perplexity(out, TEXT),
                 "stores": describe(config),
                 "removed": 1 - Reader(out).nbytes / config.source.bytes,
@@ -126,30 +123,23 @@ def jobs(models: Sequence[str]) -> list[Job]:
     return found
 
 
-def best_setting(points: Sequence[tuple[float, float]], left: float) -> float | None:
-    """The lowest perplexity of one setting at a size, interpolated between the best points in the logarithm of bytes;
-    None where there is no smaller point. points: (share left, perplexity)."""
-    best: list[tuple[float, float]] = []
-    for share, value in sorted(points):
-        if not best or value < best[-1][1]:
-            best.append((share, value))
-    below = [point for point in best if point[0] <= left]
-    above = [point for point in best if point[0] > left]
-    if not below:
-        return None
-    if not above:
-        return below[-1][1]
-    (x0, y0), (x1, y1) = below[-1], above[0]
-    return y0 + (y1 - y0) * math.log(left / x0) / math.log(x1 / x0)
+def best_setting(found: Sequence[Point], share: float) -> float | None:
+    """The lowest perplexity of one setting at a size, between the best rows in the logarithm of bytes; the largest
+    row's above it, None below the smallest."""
+    best: list[Point] = []
+    for one in sorted(found, key=lambda one: (one.share, one.perplexity)):
+        if not best or one.perplexity < best[-1].perplexity:
+            best.append(one)
+    return best[-1].perplexity if best and share > best[-1].share else perplexity_at(best, share)
 
 
-def points_of(model: str, results: Results) -> list[tuple[float, float]]:
+def points_of(model: str, results: Results) -> list[Point]:
     """Of one setting for all layers: measured elsewhere, and by this code."""
-    found = [(share / 100, value) for share, value in ONE_SETTING.get(model, ())]
+    found = [Point("", 0.0, share / 100, value) for share, value in ONE_SETTING.get(model, ())]
     for key, result in results.items():
-        name, _, setting = json.loads(key)
+        name, ratio, setting = json.loads(key)
         if name == model and setting in SETTINGS and result:
-            found.append((result["left"], result["perplexity"]))
+            found.append(Point(setting, ratio, result["left"], result["perplexity"]))
     return found
 
 

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d2moe_vllm.format.kinds import (
+    DTYPE_BYTES,
+    DTYPES,
     FORMAT_VERSION,
     GROUP_SIZE,
     KINDS,
@@ -360,6 +362,21 @@ class CheckpointConfig(_Model):
     def expert_tensors(self) -> dict[str, TensorSpec]:
         """Every expert tensor of the checkpoint, by full name."""
         return {name: one.spec for layer in self.layers for name, one in self.stored(layer).items()}
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all expert tensors: codes, scales, sets of channels and all else that is stored; no files' headers."""
+        return sum(spec.nbytes for spec in self.expert_tensors().values())
+
+    @property
+    def layer_numbers(self) -> int:
+        """Weights of one layer's experts in the dense model."""
+        return self.num_experts * 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of one layer's experts in the dense model, in the checkpoint's dtype."""
+        return self.layer_numbers * DTYPE_BYTES[DTYPES[self.dtype]]
 
 
 class FileEntry(_Model):

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from d2moe_vllm import __version__
 from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, Delta, Function, Manifest, Scope, Source
 from d2moe_vllm.format.files import read_manifest
-from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, ROLES
+from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.format.recipefile import read_recipe
 from d2moe_vllm.observability.metrics import COLUMNS_USED, DELTA_BYTES, EXPERT_TOKENS, SECONDS, columns_in_use
 
@@ -115,8 +115,7 @@ def describe(
     config: CheckpointConfig, *, model: str, folder: Path | None, scope: Scope, backend: str, tp_size: int, ep_size: int
 ) -> Info:
     """All of Info but what changes: the counters are empty. folder: the checkpoint's, None if not on this machine."""
-    experts = config.expert_tensors().values()
-    dense = config.num_experts * 3 * config.hidden_size * config.intermediate_size * len(config.layers)
+    dense = config.layer_numbers * len(config.layers)
     parameters = config.expert_numbers
     manifest = _manifest(folder)
     stored = sum(file.bytes for file in manifest.files.values()) if manifest else None
@@ -133,9 +132,9 @@ def describe(
         stored_ratio=1 - stored / config.source.bytes if stored else None,
         experts=Experts(
             parameters=parameters,
-            bytes=sum(spec.nbytes for spec in experts),
+            bytes=config.expert_bytes,
             dense_parameters=dense,
-            dense_bytes=dense * DTYPE_BYTES[DTYPES[config.dtype]],
+            dense_bytes=config.layer_bytes * len(config.layers),
             ratio=1 - parameters / dense,
         ),
         num_experts=config.num_experts,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2moe_vllm.format.config import STATS_FILE, CheckpointConfig, CheckpointError
 from d2moe_vllm.format.files import check_checkpoint
-from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.algebra.analysis import SHARES, cka_matrix, energy_curve, gram_count, mean_curve, spectrum, unrelated_cka
 from offline.checkpoint.reconstruction import Reconstruction
 from offline.io.progress import Steps
@@ -32,16 +32,14 @@ def inspect(folder: Path) -> dict[str, Any]:
     """
     config = check_checkpoint(folder)
     reader = Reader(folder)
-    experts = config.expert_tensors()
     stored = config.expert_numbers
-    stored_bytes = sum(reader.specs[name].nbytes for name in experts)
     kinds: dict[str, dict[str, int]] = {}
     for layer in config.layers:
         for name, one in config.stored(layer).items():
             total = kinds.setdefault(one.name, {"tensors": 0, "bytes": 0})
             total["tensors"] += 1
             total["bytes"] += reader.specs[name].nbytes
-    dense = config.num_experts * 3 * config.hidden_size * config.intermediate_size * len(config.layers)
+    dense = config.layer_numbers * len(config.layers)
     return {
         "path": str(folder),
         "method": config.method,
@@ -57,15 +55,20 @@ def inspect(folder: Path) -> dict[str, Any]:
         "stored_ratio": 1 - reader.nbytes / config.source.bytes,
         "experts": {
             "parameters": stored,
-            "bytes": stored_bytes,
+            "bytes": config.expert_bytes,
             "dense_parameters": dense,
-            "dense_bytes": dense * DTYPE_BYTES[DTYPES[config.dtype]],
+            "dense_bytes": config.layer_bytes * len(config.layers),
             "ratio": 1 - stored / dense,
         },
         "kinds": kinds,
         "layers": {str(number): layer.model_dump(mode="json") for number, layer in config.layers.items()},
         "statistics": read_statistics(folder),
     }
+
+
+def routed_bytes(config: CheckpointConfig, layers: int) -> int:
+    """Of the routed experts of all `layers` that have some; those that the method left dense are as in the source."""
+    return config.expert_bytes + (layers - len(config.layers)) * config.layer_bytes
 
 
 def count_parameters(reader: Reader, config: CheckpointConfig) -> int:

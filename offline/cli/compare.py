@@ -60,7 +60,7 @@ def compare(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            help="Simpler ways to compare with: frequency, output-norm, low-rank, svd, merge, channels; rtn-8, "
+            help="Simpler ways to compare with: frequency, output-norm, merge, low-rank, svd, channels; rtn-8, "
             "rtn-4, rtn-3, rtn-2, gptq-8, gptq-4, gptq-3, gptq-2."
         ),
     ] = None,
@@ -105,7 +105,7 @@ def compare(
     if vllm_args is not None and not serve:
         raise InputError("--vllm-args says how to serve; add --serve, or leave it out")
     if html is not None:
-        need_libraries("compare --html", "jinja2")
+        need_libraries("compare --html", "matplotlib", "jinja2")
         from offline.compare.html import check_page
 
         check_page(html)

@@ -3,7 +3,7 @@ Baselines). Experts are counted over the calibration windows, then some are drop
 
 The result is an ordinary dense checkpoint: every layer has the same, smaller number of experts, the router lost the
 others' rows, config.json says the new number. `d2moe_baseline.json` says, per layer and new expert, which of the
-source's experts it was made from. For channels see channels.py, for fewer bits rounding.py.
+source's experts it was made from. For fewer bits see rounding.py; what the project's own pipeline can do is a recipe.
 """
 
 from __future__ import annotations
@@ -145,10 +145,9 @@ FEWER_EXPERTS: Mapping[str, Choose] = {
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "low-rank": {"bits": 16},
     "svd": {"allocation": "uniform", "base": {"kind": "none"}},
+    "channels": {"bits": 16, "base": {"kind": "none"}, "delta": {"method": "dense"}},
 }
 """Name -> settings of a recipe: what the project's own pipeline can do."""
-CHANNELS = "channels"
-"""Of channels.py: the experts keep their number and lose channels."""
 
 
 class Bits(NamedTuple):
@@ -164,7 +163,7 @@ ROUNDED: Mapping[str, Bits] = {
     for bits in (8, 4, 3, 2)
 }
 """Of rounding.py: experts keep all their weights in fewer bits; the size does not follow the ratio."""
-BASELINES = ("frequency", "output-norm", "low-rank", "svd", "merge", CHANNELS, *ROUNDED)
+BASELINES = (*FEWER_EXPERTS, *RECIPES, *ROUNDED)
 
 
 # Writing

@@ -22,11 +22,11 @@ from rich.console import Console
 import d2moe_vllm
 from d2moe_vllm.format.config import MANIFEST_FILE, CheckpointError
 from d2moe_vllm.format.files import read_config
-from offline.checkpoint.inspect import count_parameters
-from offline.compare.baselines import CHANNELS, FEWER_EXPERTS, RECIPES, ROUNDED, fewer_experts, write_fewer
-from offline.compare.channels import channels_to_prune, lowest, write_pruned
+from offline.checkpoint.inspect import count_parameters, routed_bytes
+from offline.compare.baselines import FEWER_EXPERTS, RECIPES, ROUNDED, fewer_experts, write_fewer
+from offline.compare.frontier import frontier
 from offline.compare.rewriting import RECORD_FILE
-from offline.compare.rounding import rounded_ratio, write_rounded
+from offline.compare.rounding import rounded_ratio, rounding_plan, write_rounded
 from offline.compare.settings import Settings
 from offline.compare.state import RowState, own_folder
 from offline.compare.throughput import WORKLOAD, ServingError, serve_speed, version
@@ -39,7 +39,6 @@ from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
 from offline.run import compress as jobs
 from offline.run.evaluate import Measure, evaluate
-from offline.run.scores import score_channels, sweep_plan
 from offline.run.usage import count_usage
 from offline.source.dense import DenseModel, open_dense
 from offline.source.text import as_text
@@ -51,6 +50,11 @@ SOURCE = "source"
 """Name of the first row: the model as it is."""
 ANY_RATIO = 0.5
 """A recipe has to have one."""
+FIGURES = (
+    "stored_ratio", "bytes", "parameters", "expert_bytes", "expert_share", "counted", "perplexity", "seconds",
+    "cpu_seconds", "peak_memory_bytes", "served", "path", "reachable", "failed",
+)  # fmt: skip
+"""Of a row; null where there is none."""
 EXPECTED = (InputError, CheckpointError, MemoryError, torch.OutOfMemoryError)
 """Failures of a row that say what is wrong by themselves; others come with a traceback."""
 
@@ -116,6 +120,7 @@ class Comparison:
             "tool": d2moe_vllm.__version__,
             "workdir": str(self.folder),
             "rows": rows,
+            "frontier": frontier(rows, list(self.texts)),
         }  # fmt: skip
 
     # What a row is made from
@@ -132,11 +137,8 @@ class Comparison:
         try:
             if name in FEWER_EXPERTS:
                 fewer_experts(self.model, ratio)
-            elif name == CHANNELS:
-                channels_to_prune(self.model, ratio)
-                self._sweep_plan(backwards=True)
             elif name in ROUNDED:
-                self._sweep_plan(backwards=False)
+                self._rounding_plan()
             else:
                 make_plan(self.model, recipe, memory=self.settings.memory)
         except UnreachableError as error:
@@ -145,9 +147,9 @@ class Comparison:
             return {**row, "failed": reason(error)}
         return None
 
-    def _sweep_plan(self, *, backwards: bool) -> Plan:
+    def _rounding_plan(self) -> Plan:
         calibration = self._resolved(SOURCE, ANY_RATIO).calibration
-        return sweep_plan(self.model, calibration, self.settings.memory, backwards=backwards)
+        return rounding_plan(self.model, calibration, self.settings.memory)
 
     @cached_property
     def _serving(self) -> dict[str, Any] | None:
@@ -162,23 +164,21 @@ class Comparison:
         recipe = self._resolved(name, ratio or ANY_RATIO)
         machine = {"device": self.device.type, "memory": self.settings.memory}
         found = fingerprint(self.model, recipe.to_json(), self.windows.sha256, machine)
-        return json.loads(json.dumps({"row": name, **found}))
+        # What is remembered has to have all figures that this version tells.
+        return json.loads(json.dumps({"row": name, "figures": FIGURES, **found}))
 
     # Rows
 
     def _row(self, name: str, ratio: float) -> dict[str, Any]:
         """A row without figures.
 
-        counted: of a checkpoint that holds zeros what is left without them; reachable: the highest ratio, where the one
-        asked for cannot be reached; resumed: seconds and memory are those of the last of several runs, and the whole
-        took more; failed: why figures are missing.
+        expert_bytes, expert_share: of the routed experts, without files' headers, and their share of the source's;
+        counted: what codes and scales take, of a checkpoint that holds rounded numbers in the source's dtype;
+        reachable: the highest ratio, where the one asked for cannot be reached; resumed: seconds and memory are those
+        of the last of several runs, and the whole took more; failed: why figures are missing.
         """
-        figures = (
-            "stored_ratio", "bytes", "parameters", "counted", "perplexity", "seconds", "cpu_seconds",
-            "peak_memory_bytes", "served", "path", "reachable", "failed",
-        )  # fmt: skip
         kind = SOURCE if name == SOURCE else self.settings.kind(name)
-        return {"name": name, "kind": kind, "ratio": ratio, **dict.fromkeys(figures), "resumed": False}
+        return {"name": name, "kind": kind, "ratio": ratio, **dict.fromkeys(FIGURES), "resumed": False}
 
     def _source_row(self) -> dict[str, Any]:
         state = self._state(SOURCE, 0.0)
@@ -224,14 +224,20 @@ class Comparison:
         return row | {"path": str(out) if out.exists() else None}
 
     def _stored(self, reader: Reader) -> dict[str, Any]:
-        """What lies on disk, and what is left of it where zeros are not counted."""
+        """What lies on disk, and what codes and scales would take where numbers are only rounded."""
         found: dict[str, Any] = {"bytes": reader.nbytes, "parameters": reader.parameters, "counted": None}
+        record, source = reader.folder / RECORD_FILE, self.model
         if (reader.folder / MANIFEST_FILE).exists():
-            found["parameters"] = count_parameters(reader, read_config(reader.folder))
-        record = reader.folder / RECORD_FILE
-        if record.exists() and (counted := json.loads(record.read_text(encoding="utf-8")).get("counted")):
-            found["counted"] = {**counted, "ratio": 1 - counted["bytes"] / self.model.reader.nbytes}
-        return found | {"stored_ratio": 1 - reader.nbytes / self.model.reader.nbytes}
+            config = read_config(reader.folder)
+            found["parameters"] = count_parameters(reader, config)
+            experts = routed_bytes(config, len(source.shape.layers))
+        elif record.exists() and (counted := json.loads(record.read_text(encoding="utf-8")).get("counted")):
+            experts = counted.pop("expert_bytes")
+            found["counted"] = {**counted, "ratio": 1 - counted["bytes"] / source.reader.nbytes}
+        else:
+            experts = (source if reader is source.reader else open_dense(str(reader.folder))).expert_bytes
+        found |= {"expert_bytes": experts, "expert_share": experts / source.expert_bytes}
+        return found | {"stored_ratio": 1 - reader.nbytes / source.reader.nbytes}
 
     def _begun(self, out: Path) -> Path:
         """The working folder of one compression; there before it starts where an earlier run was interrupted."""
@@ -239,13 +245,8 @@ class Comparison:
 
     def _write(self, name: str, ratio: float, out: Path) -> None:
         settings = self.settings
-        if name == CHANNELS:
-            plan = self._sweep_plan(backwards=True)
-            scores = score_channels(plan, self.windows, self._begun(out), self.device, self.console)
-            write_pruned(self.model, lowest(scores, channels_to_prune(self.model, ratio)), out)
-            return
         if name in ROUNDED:
-            plan = self._sweep_plan(backwards=False)
+            plan = self._rounding_plan()
             write_rounded(plan, name, self.windows, out, self._begun(out), self.device, self.console)
             return
         if name not in FEWER_EXPERTS:

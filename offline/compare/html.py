@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from offline.compare.frontier import verdicts
+from offline.compare.picture import panels
 from offline.compare.table import FIRST_TEXT, cells, footnotes, has_figures, heads, remark
 from offline.errors import InputError
 from offline.io.naming import readable
 from offline.io.shards import write_file
+from offline.report.plots import svg
 from offline.report.template import render
 
 GENERATOR = '<meta name="generator" content="d2moe compare">'
@@ -43,6 +48,8 @@ def page(content: dict[str, Any]) -> str:
         heads=heads(content),
         bodies=[_body([row for row in content["rows"] if row["ratio"] == ratio], content) for ratio in ratios],
         notes=footnotes(content),
+        pictures=[(panel, Markup(svg(panel)), beyond) for panel, beyond in panels(content)],
+        verdicts=verdicts(content),
     )
 
 

@@ -14,14 +14,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, GROUP_SIZE, ROLES, SCALE_DTYPE, Role, storage_tensors
+from d2moe_vllm.format.kinds import DTYPES, GROUP_SIZE, ROLES, SCALE_DTYPE, Role, storage_tensors
 from offline.algebra.rounding import Rounded, round_matrix
 from offline.compare.baselines import ROUNDED
 from offline.compare.rewriting import Rewrite, dense_shards
 from offline.io.progress import Steps
 from offline.io.shards import TORCH_DTYPES
 from offline.methods.layer import LayerJob
+from offline.methods.settings import Base
+from offline.methods.settings import Calibration as CalibrationSettings
+from offline.plan.make import make_plan
 from offline.plan.plan import Plan
+from offline.plan.recipe import Recipe
 from offline.plan.resources import layer_work
 from offline.run.calibration import Calibration, open_sweep
 from offline.run.sweep import Sweep
@@ -31,23 +35,36 @@ from offline.source.tokens import Windows
 from offline.work.workdir import WorkDir, fingerprint
 
 
-def rounded_bytes(model: DenseModel, name: str) -> int:
-    """Of the files, where experts are codes and scales."""
+def rounded_expert_bytes(model: DenseModel, name: str) -> int:
+    """Of all codes and scales."""
     shape, bits = model.shape, ROUNDED[name].bits
-    written = sum(shard.nbytes for shard in dense_shards(model, shape.num_experts))
-    experts = len(shape.layers) * shape.num_experts
-    dense = experts * shape.expert_parameters * DTYPE_BYTES[DTYPES[model.dtype]]
     stored = sum(
         spec.nbytes
         for role in ROLES
         for spec in storage_tensors(f"int{bits}", GROUP_SIZE, shape.projection(role)).values()
     )
-    return written - dense + experts * stored
+    return len(shape.layers) * shape.num_experts * stored
+
+
+def rounded_bytes(model: DenseModel, name: str) -> int:
+    """Of the files, where experts are codes and scales."""
+    written = sum(shard.nbytes for shard in dense_shards(model, model.shape.num_experts))
+    return written - model.expert_bytes + rounded_expert_bytes(model, name)
 
 
 def rounded_ratio(model: DenseModel, name: str) -> float:
     """Share of the source's bytes that is gone."""
     return round(1 - rounded_bytes(model, name) / model.reader.nbytes, 4)
+
+
+def rounding_plan(model: DenseModel, calibration: CalibrationSettings, memory: int | None) -> Plan:
+    """How the calibrating sweep runs: as that of a compression that needs no gradients, of which nothing else counts.
+    Raises InputError where memory does not suffice."""
+    # Any ratio that can be reached.
+    ratio = round(min(model.expert_bytes / model.reader.nbytes, 1) / 2, 3)
+    base = Base(kind="none", groups=1)
+    recipe = Recipe(ratio=ratio, bits=16, allocation="uniform", base=base, calibration=calibration)
+    return make_plan(model, recipe, memory=memory, allow_larger=True)
 
 
 class Rounding(Calibration):
@@ -85,6 +102,7 @@ def write_rounded(
         "baseline": name,
         "counted": {
             "bytes": rounded_bytes(model, name),
+            "expert_bytes": rounded_expert_bytes(model, name),
             "parameters": sum(spec.numel for shard in shards for spec in shard.tensors.values()),
         },
     }

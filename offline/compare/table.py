@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offline.compare.baselines import ROUNDED
+from offline.compare.frontier import verdicts
 from offline.io.units import duration, size
 
 ROUNDED_NOTE = (
@@ -17,11 +18,7 @@ ROUNDED_NOTE = (
 )
 WIDE = 1000
 """More columns than any table has."""
-COUNTED = (
-    "* counted without the channels that are zero: no configuration of these families can say a width per expert, so "
-    "on disk, and served, the model has the source's size."
-)
-FIRST_TEXT = 4
+FIRST_TEXT = 5
 """Cells before the first perplexity, the name not counted."""
 
 
@@ -29,7 +26,7 @@ def heads(content: dict[str, Any]) -> list[str]:
     """Of the columns. content: as `d2moe compare --json` prints it."""
     served = ["tokens/s", "ms/token"] if content["serving"] else []
     texts = [text["name"] for text in content["texts"]]
-    return ["", "asked", "removed", "bytes", "parameters", *texts, "time", "peak memory", *served]
+    return ["", "asked", "removed", "bytes", "experts' bytes", "parameters", *texts, "time", "peak memory", *served]
 
 
 def cells(row: dict[str, Any], content: dict[str, Any]) -> list[str]:
@@ -59,8 +56,7 @@ def has_figures(row: dict[str, Any]) -> bool:
 
 def footnotes(content: dict[str, Any]) -> list[str]:
     """What has to be known to read the table."""
-    counted = {row["name"] in ROUNDED for row in content["rows"] if row["counted"]}
-    found = [note for rounded, note in ((False, COUNTED), (True, ROUNDED_NOTE)) if rounded in counted]
+    found = [ROUNDED_NOTE] if any(row["counted"] for row in content["rows"]) else []
     if load := content["serving"]:
         found.append(
             f"tokens/s of output and ms per output token: median and (least-most) of {load['rounds']} rounds of "
@@ -72,13 +68,15 @@ def footnotes(content: dict[str, Any]) -> list[str]:
 
 
 def _stored(row: dict[str, Any]) -> list[str]:
-    """Removed, bytes and parameters."""
+    """Removed, bytes, what is left of the experts' bytes, and parameters."""
     if not has_figures(row):
-        return ["", "", ""]
+        return ["", "", "", ""]
+    experts = f"{100 * row['expert_share']:.1f} %"
     if counted := row["counted"]:
-        return [f"{100 * counted['ratio']:.2f} %*", f"{counted['bytes']:,}*", f"{counted['parameters']:,}*"]
+        removed = f"{100 * counted['ratio']:.2f} %"
+        return [f"{one}*" for one in (removed, f"{counted['bytes']:,}", experts, f"{counted['parameters']:,}")]
     removed = "" if row["kind"] == "source" else f"{100 * row['stored_ratio']:.2f} %"
-    return [removed, f"{row['bytes']:,}", f"{row['parameters']:,}"]
+    return [removed, f"{row['bytes']:,}", experts, f"{row['parameters']:,}"]
 
 
 def _perplexity(row: dict[str, Any], text: str) -> str:
@@ -129,5 +127,7 @@ def compare_table(console: Console, content: dict[str, Any]) -> None:
         style="dim",
         soft_wrap=True,
     )
+    for line in verdicts(content):
+        console.print(line, highlight=False, soft_wrap=True)
     for line in footnotes(content):
         console.print(line, style="dim", highlight=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source
-from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, ROLES
+from d2moe_vllm.format.kinds import ROLES
 from offline.errors import InputError
 from offline.io.shards import SHARD_BYTES
 from offline.methods import METHODS
@@ -98,8 +98,6 @@ def _problem(model: DenseModel, recipe: Recipe, shard_bytes: int) -> Problem:
 def summary(plan: Plan, seconds: float) -> dict[str, Any]:
     """What `plan --json` prints; seconds: `resources.estimate_seconds`, which takes a measurement."""
     source, shape, config = plan.config.source, plan.model.shape, plan.config
-    experts = shape.num_experts * shape.expert_parameters * len(config.layers)
-    kept = config.expert_numbers
     first = config.layers[min(config.layers)]
     return {
         "source": {"name": source.name, "parameters": source.parameters, "bytes": source.bytes},
@@ -107,9 +105,9 @@ def summary(plan: Plan, seconds: float) -> dict[str, Any]:
             "parameters": plan.budget.parameters,
             "bytes": plan.budget.nbytes,
             "stored_ratio": plan.budget.stored_ratio,
-            "expert_ratio": 1 - kept / experts,
-            "expert_bytes": sum(spec.nbytes for spec in config.expert_tensors().values()),
-            "dense_expert_bytes": experts * DTYPE_BYTES[DTYPES[plan.model.dtype]],
+            "expert_ratio": 1 - config.expert_numbers / (config.layer_numbers * len(config.layers)),
+            "expert_bytes": config.expert_bytes,
+            "dense_expert_bytes": config.layer_bytes * len(config.layers),
             "files": len(plan.budget.shards),
             "layers": len(config.layers),
             "dense_layers": len(shape.layers) - len(config.layers),

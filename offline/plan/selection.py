@@ -6,7 +6,6 @@ import contextlib
 import math
 from dataclasses import replace
 
-from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES
 from offline.errors import InputError
 from offline.methods.base import Choice
 from offline.methods.selection import least_sensitive, sensitivities
@@ -33,7 +32,7 @@ def first_selection(problem: Problem, model: DenseModel, choice: Choice) -> Prob
     cost next to nothing, so one more layer at full ranks is taken rather than lower ones, and some budget is left.
     """
     ratio, layers = problem.recipe.ratio, model.shape.layers
-    each = model.shape.num_experts * model.shape.expert_parameters * DTYPE_BYTES[DTYPES[model.dtype]]
+    each = problem.draft.layer_bytes
     least = ratio * model.reader.nbytes / (choice.layer_ratio(problem.recipe) * each)
 
     def solved(count: int) -> tuple[Problem, Budget] | None:

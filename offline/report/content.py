@@ -107,9 +107,8 @@ def _parts(folder: Path, config: CheckpointConfig) -> dict[str, dict[str, dict[s
     its files may no longer be there."""
     model = read_model_config(folder)
     layers = read_shape(find_family(model), model).layers
-    per_layer = config.num_experts * 3 * config.hidden_size * config.intermediate_size
     source, reader = config.source, Reader(folder)
-    experts = len(layers) * per_layer
+    experts = len(layers) * config.layer_numbers
     nbytes = round(source.bytes * experts / source.parameters)
     before = {
         "experts": {"parameters": experts, "bytes": nbytes},
@@ -129,10 +128,9 @@ def _parts(folder: Path, config: CheckpointConfig) -> dict[str, dict[str, dict[s
             part["parameters"] += one.numbers
             part["bytes"] += one.spec.nbytes
     # Layers that stay dense are stored as in the source, in the checkpoint's dtype.
-    width = {"float32": 4}.get(config.dtype, 2)
-    left = (len(layers) - len(config.layers)) * per_layer
-    after["kept"]["parameters"] += left
-    after["kept"]["bytes"] += left * width
+    left = len(layers) - len(config.layers)
+    after["kept"]["parameters"] += left * config.layer_numbers
+    after["kept"]["bytes"] += left * config.layer_bytes
     stored = {figure: sum(part[figure] for part in after.values()) for figure in ("parameters", "bytes")}
     after["rest"] = {
         "parameters": count_parameters(reader, config) - stored["parameters"],

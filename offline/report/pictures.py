@@ -36,6 +36,28 @@ class Lines:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """One line of `Traces`, at places of its own, (x, y) by rising x. main: what the others are compared with."""
+
+    label: str
+    points: Sequence[tuple[Number, Number]]
+    main: bool = False
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Lines over a logarithmic x axis. top: the highest y that is shown; what lies above it is marked at the border.
+    level: as of `Lines`; between: a range of x to point out."""
+
+    traces: Sequence[Trace]
+    x_label: str
+    y_label: str
+    top: Number
+    level: tuple[Number, str]
+    between: tuple[Number, Number]
+
+
+@dataclass(frozen=True)
 class Bars:
     """Horizontal bars of parts, one after the other. parts: (label, a value per bar)."""
 
@@ -68,7 +90,7 @@ class Scale:
     marks: Sequence[tuple[float, str]] = ()
 
 
-Picture = Lines | Bars | Heat | Scale
+Picture = Lines | Traces | Bars | Heat | Scale
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,34 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
-from offline.report.pictures import Bars, Heat, Lines, Panel, Picture, Scale, Series
+from offline.report.pictures import Bars, Heat, Lines, Panel, Picture, Scale, Series, Trace, Traces
 
-WIDTH, SMALL, TITLE = 340, 168, 32
+WIDTH, SMALL, WIDE, TITLE = 340, 168, 640, 32
 """Widths of a panel and height of its title, in points. About as wide as a phone is in pixels: drawn wider and scaled
-down, no label could be read there."""
+down, no label could be read there. WIDE: of a file that stands in a document."""
 COLOURS = {
     "ink": "#1f2430", "dim": "#5a6473", "line": "#d5dae2",
     "c1": "#00629e", "c2": "#b84a00", "c3": "#00785a", "c4": "#8a3d79",
 }  # fmt: skip
 """Name of a page's colour -> what stands for it while drawing, and is its value on white."""
+DARK = {
+    "ink": "#e8ebf1", "dim": "#a4afbf", "line": "#343c4a",
+    "c1": "#63b8f2", "c2": "#ff9a5c", "c3": "#4fd0a6", "c4": "#e39ad2",
+}  # fmt: skip
+"""The same on a dark page."""
+SCREENS = {"light": COLOURS, "dark": DARK}
 CYCLE = ("c1", "c2", "c3", "c4")
 MARKERS, DASHES, HATCHES = ("o", "s", "^", "D"), ("-", "--", "-.", ":"), ("", "///", "...", "xxx", "\\\\\\")
 """Lines and bars are told apart without their colours too."""
+MANY = ("s", "^", "D", "v", "P", "X", "p", "h", "<", ">", "*", "d")
+"""Marks of lines that are compared with a main one, which has a disc."""
+TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
+"""Of a logarithmic axis in percent."""
+ENTRY = 112
+"""Points that an entry of a legend takes."""
 HEAT = "cividis"
 WHOLE: dict[str, Any] = {"integer": True, "min_n_ticks": 1, "steps": [1, 2, 5, 10]}
 """Ticks at whole numbers only: there is no layer 1.5."""
@@ -65,6 +78,17 @@ def svg(panel: Panel, *, small: bool = False) -> str:
     return _tidy(buffer.getvalue(), panel)
 
 
+def svg_file(panel: Panel, screen: str, width: int = WIDE) -> str:
+    """The panel as a file of its own in the colours of a light or dark screen, the same bytes every time."""
+    with style({"svg.hashsalt": panel.name}):
+        buffer = io.StringIO()
+        canvas = _canvas(panel.picture, width, TITLE)
+        canvas.suptitle(panel.title, fontsize=12, x=0.01, ha="left")
+        canvas.savefig(buffer, format="svg", metadata={"Date": None})
+    text = re.sub(r"var\(--(\w+)\)", lambda found: SCREENS[screen][found[1]], _tidy(buffer.getvalue(), panel))
+    return text.replace("<svg ", f'<svg width="{width}" ', 1) + "\n"
+
+
 def png(panel: Panel, title: str, path: Path, *, small: bool = False) -> None:
     """The panel with a title on white, the same bytes every time."""
     with style({"savefig.facecolor": "white"}):
@@ -90,6 +114,8 @@ def _height(picture: Picture, width: int) -> float:
         return 62
     if isinstance(picture, Bars):
         return (94 if len(picture.parts) > 1 else 52) + 38 * len(picture.names)
+    if isinstance(picture, Traces):
+        return 200 + 0.3 * width + 16 * -(-len(picture.traces) // (width // ENTRY))
     if isinstance(picture, Heat):
         rows, columns = len(picture.values), len(picture.values[0])
         # Square cells where there are as many rows as columns, flat ones else.
@@ -108,10 +134,7 @@ def _lines(axes: Any, picture: Lines, width: int) -> None:
     elif picture.zero:
         axes.set_ylim(0, 1.06 * max(axes.get_ylim()[1], 1e-9))
     if picture.level:
-        value, words = picture.level
-        axes.axhline(value, color=COLOURS["dim"], linewidth=1, linestyle=(0, (2, 2)))
-        axes.annotate(words, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3), fontsize=9.5,
-                      textcoords="offset points", ha="right", va="bottom", color=COLOURS["dim"])  # fmt: skip
+        _level(axes, *picture.level)
     axes.set_xlabel(picture.x_label)
     axes.set_ylabel(picture.y_label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, **WHOLE))
@@ -126,6 +149,52 @@ def _line(axes: Any, picture: Lines, one: Series, number: int, colour: str) -> N
         axes.fill_between(picture.x, low, high, color=colour, alpha=0.16, linewidth=0)
     style = DASHES[number % len(DASHES)] if picture.joined else "none"
     axes.plot(picture.x, values, color=colour, linestyle=style, marker=MARKERS[number % len(MARKERS)], label=one.label)
+
+
+def _level(axes: Any, value: float, words: str, *, right: bool = True) -> None:
+    """right: where the words stand."""
+    axes.axhline(value, color=COLOURS["dim"], linewidth=1, linestyle=(0, (2, 2)))
+    axes.annotate(words, (int(right), value), xycoords=("axes fraction", "data"), xytext=(0, 3), fontsize=9.5,
+                  textcoords="offset points", ha="right" if right else "left", va="bottom",
+                  color=COLOURS["dim"])  # fmt: skip
+
+
+def _traces(axes: Any, picture: Traces, width: int) -> None:
+    places = [x for one in picture.traces for x, _ in one.points]
+    shown = [y for one in picture.traces for _, y in one.points if y <= picture.top]
+    low = min([*shown, picture.level[0]])
+    axes.set_xscale("log")
+    axes.set_xlim(0.92 * min([*places, picture.between[0]]), 108)
+    axes.set_ylim(low - 0.06 * (picture.top - low), picture.top)
+    axes.axvspan(*picture.between, color=COLOURS["line"], alpha=0.35, linewidth=0)
+    taken: list[tuple[float, int]] = []
+    for number, one in enumerate(picture.traces):
+        _trace(axes, picture, one, number, taken)
+    _level(axes, *picture.level, right=False)
+    axes.set_xlabel(picture.x_label)
+    axes.set_ylabel(picture.y_label)
+    axes.xaxis.set_minor_locator(NullLocator())
+    inside = [tick for tick in TICKS if axes.get_xlim()[0] <= tick]
+    axes.set_xticks(inside, [f"{tick:g}" for tick in inside])
+    axes.figure.legend(loc="outside lower left", ncols=width // ENTRY, handlelength=2.2)
+
+
+def _trace(axes: Any, picture: Traces, one: Trace, number: int, taken: list[tuple[float, int]]) -> None:
+    """taken: (place, how many marks) at the upper border."""
+    colour = COLOURS["c1" if one.main else ("c2", "c3", "c4", "dim")[number % 4]]
+    look: dict[str, Any] = {"color": colour, "marker": "o" if one.main else MANY[number % len(MANY)]}
+    # The main one last, so that nothing hides it.
+    look |= {"linewidth": 2.6, "markersize": 6, "zorder": 4} if one.main else {"linewidth": 1.1, "zorder": 3}
+    x, y = zip(*one.points, strict=True)
+    inside = [place for place, value in enumerate(y) if value <= picture.top]
+    axes.plot(x, y, linestyle="-" if one.main else DASHES[1 + number % 3], markevery=inside, label=one.label, **look)
+    for place in (place for place, value in zip(x, y, strict=True) if value > picture.top):
+        beside = sum(1 for other, _ in taken if abs(np.log(other / place)) < 0.06)
+        taken.append((place, beside))
+        # Marks at one place stand below one another.
+        down = ScaledTranslation(0, -8.5 * beside / 72, axes.figure.dpi_scale_trans)
+        axes.plot([place], [picture.top], linestyle="none", markerfacecolor="none", clip_on=False,
+                  transform=axes.transData + down, **look)  # fmt: skip
 
 
 def _floats(values: Any) -> Any:
@@ -196,7 +265,7 @@ def _scale(axes: Any, picture: Scale, width: int) -> None:
                           ha="right" if right else "left")  # fmt: skip
 
 
-DRAW: dict[type, Any] = {Lines: _lines, Bars: _bars, Heat: _heat, Scale: _scale}
+DRAW: dict[type, Any] = {Lines: _lines, Traces: _traces, Bars: _bars, Heat: _heat, Scale: _scale}
 
 
 def _tidy(text: str, panel: Panel) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import DTYPES, Dtype, Role, TensorSpec
+from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, Dtype, Role, TensorSpec
 from offline.errors import InputError
 from offline.io.shards import TORCH_DTYPES
 from offline.source.families import Family, MoEShape, find_family, read_shape
@@ -121,6 +121,12 @@ class DenseModel:
         """All that is not an expert weight, as it will be written: by the released checkpoints' names,
         which vLLM knows, and dequantised."""
         return {written: self.reader.specs[name] for written, name in self._others.items()}
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of the experts' weights, in `dtype`: those of an fp8 original as they are read."""
+        experts = len(self.shape.layers) * self.shape.num_experts
+        return experts * self.shape.expert_parameters * DTYPE_BYTES[DTYPES[self.dtype]]
 
     def kept_experts(self, layer: int) -> Mapping[str, TensorSpec]:
         """The expert weights of a layer that stays dense, as they will be written: in the released layout."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -15,7 +16,9 @@ from typing import Any
 
 import pytest
 from compression import TINY, d2moe_here, script
+from safetensors.torch import load_file
 
+from d2moe_vllm.format.files import check_checkpoint
 from offline.cli.compare import spread
 from offline.errors import InputError, reason
 from offline.source.text import as_text
@@ -45,8 +48,8 @@ def command(few_words: Path, short: Path, tmp_path_factory: pytest.TempPathFacto
 def table(command: list[object]) -> dict[str, Any]:
     done = d2moe_here(*command, "--json")
     assert done.returncode == 0, done.stderr
-    html = Path(str(command[-1]))
-    html.rename(html.with_name("first.html"))  # other tests run the command again
+    written = Path(str(command[-1]))
+    written.rename(written.with_name("first.html"))  # other tests run the command again
     return json.loads(done.stdout)
 
 
@@ -265,31 +268,55 @@ def test_reasons_are_one_line(error: Exception, said: str) -> None:
     assert "\n" not in reason(error)
 
 
-def test_zeros_are_not_counted_and_it_says_so(few_words: Path, short: Path, tmp_path: Path) -> None:
-    """`channels`: on disk the source's bytes, counted those that the ratio leaves; marked in both tables."""
+def test_the_experts_bytes_are_those_of_their_tensors(few_words: Path, short: Path, tmp_path: Path) -> None:
+    """Of every kind of row, counted once more from the files: headers are none of them, layers that a method leaves
+    dense are. `channels` stores unequal widths; what is rounded counts as codes and scales."""
     page = tmp_path / "table.html"
     arguments = (
-        "compare", TINY, "--ratio", "0.2", "0.9", "--baseline", "channels", "--text", short, "--calibration", few_words,
-        *FEW, "--workdir", tmp_path / "work", "--html", page,
+        "compare", TINY, "--ratio", "0.2", "0.9", "--method", "moe-svd", "--baseline", "channels", "frequency",
+        "rtn-4", "--text", short, "--calibration", few_words, *FEW, "--workdir", tmp_path / "work", "--html", page,
+        "--keep",
     )  # fmt: skip
     done = d2moe_here(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
-    found = row(content, "channels", 0.2)
-    assert found["bytes"] == content["source"]["bytes"]
-    assert found["parameters"] == content["source"]["parameters"]
-    assert found["stored_ratio"] == 0
-    assert found["counted"]["bytes"] <= 0.8 * found["bytes"] < found["counted"]["bytes"] + 3 * 128 * 2
-    assert found["counted"]["ratio"] == pytest.approx(0.2, abs=1e-4)
-    gone = found["bytes"] - found["counted"]["bytes"]
-    assert found["parameters"] - found["counted"]["parameters"] == gone / 2
-    assert found["perplexity"]["held-out.txt"] > content["rows"][0]["perplexity"]["held-out.txt"]
-    assert 0.7 < row(content, "channels", 0.9)["reachable"] < 0.75
-    text = d2moe_here(*arguments).stdout
-    for shown in (text, page.read_text()):
-        assert f"{found['counted']['bytes']:,}*" in shown
-        assert "* counted without the channels that are zero" in shown
-    assert content["rows"][0]["counted"] is None
+    dense = 4 * 8 * 3 * 128 * 256 * 2
+    for name in ("moe-svd", "channels", "frequency"):
+        found, folder = row(content, name, 0.2), tmp_path / "work" / f"{name}-0.2"
+        tensors = {key: one for file in folder.glob("*.safetensors") for key, one in load_file(file).items()}
+        stored = sum(one.nbytes for key, one in tensors.items() if ".experts." in key)
+        assert found["expert_bytes"] == stored == found["expert_share"] * dense
+        assert found["counted"] is None
+        assert found["stored_ratio"] >= 0.2
+    source, rounded = content["rows"][0], content["rows"][-1]
+    assert (source["expert_bytes"], source["expert_share"]) == (dense, 1)
+    assert rounded["expert_bytes"] == dense * (4 / 8 + 2 / 64) / 2
+    widths = check_checkpoint(tmp_path / "work" / "channels-0.2").layers
+    assert len({sum(counts) for layer in widths.values() if layer.channels for counts in layer.channels.experts}) > 8
+    channels = row(content, "channels", 0.2)
+    assert channels["stored_ratio"] < 0.201
+    assert channels["perplexity"]["held-out.txt"] > source["perplexity"]["held-out.txt"]
+    assert 0.7 < row(content, "channels", 0.9)["reachable"] < 0.72
+    assert content["frontier"] is None
+    again = d2moe_here(*arguments)
+    for shown in (again.stdout, html.unescape(page.read_text())):
+        assert f"{100 * channels['expert_share']:.1f} %" in shown
+        assert "26.6 %*" in shown
+
+
+def test_the_defaults_curve_is_told_with_the_table(table: dict[str, Any], command: list[object]) -> None:
+    """Through the two rows of d2; the other row beside it lies between them, in size, and far above."""
+    judged = table["frontier"]["texts"]["held-out.txt"]
+    default = [row(table, "d2", ratio) for ratio in (0.6, 0.4)]
+    assert judged["curve"] == [[one["expert_share"], one["perplexity"]["held-out.txt"]] for one in default]
+    (beside,) = judged["rows"]
+    assert (beside["name"], beside["ratio"], judged["largest"]) == ("frequency", 0.4, None)
+    assert beside["below"] < -0.1
+    assert beside["share"] == row(table, "frequency", 0.4)["expert_share"] == 3 / 8
+    page = html.unescape(Path(str(command[-1])).with_name("first.html").read_text())
+    for shown in (page, d2moe_here(*command).stdout):
+        assert "The default's curve (d2) on held-out.txt: none of the other rows between 50 and 7 %" in shown
+    assert page.count("<svg") == 1
 
 
 class _Table(HTMLParser):
@@ -340,7 +367,7 @@ def test_html_is_whole_and_says_the_same(table: dict[str, Any], command: list[ob
     parsed.feed(page)
     assert parsed.open == []
     assert all(link.startswith("data:") for link in parsed.links)
-    assert "://" not in page
+    assert "://" not in page.replace("http://www.w3.org/", "")
     assert "light dark" in page
     assert len(parsed.rows) == 1 + len(table["rows"])
     for cells, found in zip(parsed.rows[1:], table["rows"], strict=True):

@@ -158,7 +158,7 @@ def test_a_killed_run_of_two_ends_in_the_same_bytes(victims: str, texts: tuple[P
     """one: the process that is left ends too, with a line at most."""
     arguments = ["compress", TINY, tmp_path / "tiny", "--calibration", texts[0], *FEW]
     assert d2moe_twice("compress", TINY, tmp_path / "whole", *arguments[3:]).returncode == 0
-    point = tmp_path / "tiny.d2moe-work" / "layers" / "00002" / "00004.safetensors"
+    point = tmp_path / "tiny.d2moe-work" / "layers" / "00002" / "00004-w13.safetensors"
     with (tmp_path / "log").open("w") as log:
         command, environment = torchrun(script("d2moe"), *arguments), {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

@@ -79,7 +79,7 @@ def test_compare_prints_names_of_texts_as_they_are() -> None:
     figures = ("counted", "perplexity", "seconds", "served", "reachable", "bytes")
     row = {**dict.fromkeys(figures), "name": ODD, "kind": "method", "ratio": 0.4, "resumed": False, "failed": ODD}
     content = {
-        "rows": [row], "texts": [{"name": ODD}], "serving": None, "seq_len": 64,
+        "rows": [row], "texts": [{"name": ODD}], "serving": None, "frontier": None, "seq_len": 64,
         "calibration": {"windows": 1, "seq_len": 64, "tokens_sha256": "0" * 64},
     }  # fmt: skip
     lines = printed(compare_table, content).splitlines()

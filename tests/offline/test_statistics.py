@@ -31,7 +31,7 @@ class PerPosition(nn.Module):
         super().__init__()
         gate, up = gate_up.chunk(2, dim=1)
         self.weights = {"gate": gate, "up": up, "down": down}
-        self.rows: list[tuple[int, Tensor, Tensor, Tensor, dict[str, Tensor]]] = []
+        self.rows: list[tuple[int, Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]] = []
         self.mix: list[Tensor] = []
         self.inputs: list[Tensor] = []
 
@@ -43,9 +43,10 @@ class PerPosition(nn.Module):
                 expert = int(index[token, slot])
                 own = {role: w[expert].detach().clone().requires_grad_() for role, w in self.weights.items()}
                 middle = nn.functional.silu(own["gate"] @ x) * (own["up"] @ x)
+                middle.retain_grad()
                 g = gates[token, slot]
                 total, mix = total + g * (own["down"] @ middle), mix + (g * middle).detach()
-                self.rows.append((expert, x.detach(), middle.detach(), g.detach(), own))
+                self.rows.append((expert, x.detach(), middle.detach(), g.detach(), own, middle))
             outputs.append(total)
             self.mix.append(mix)
             self.inputs.append(x.detach())
@@ -226,3 +227,13 @@ def test_batching_of_windows_does_not_matter(model_folder: Path, tokens: Tensor,
         for expert in range(EXPERTS):
             total = [sum(r[4]["up"].grad.square() for r in o.rows if r[0] == expert) for o in (first, second)]
             assert torch.allclose(*total)
+
+
+def test_channels_are_scored_by_what_their_loss_costs(streamed: tuple, expected: list[PerPosition]) -> None:
+    """(dL/dh * h)² of every position, summed: with the gate, whether or not Grams carry it."""
+    for layer, observed in enumerate(expected):
+        for expert in range(EXPERTS):
+            scores = [(row[5].grad * row[2]).square() for row in observed.rows if row[0] == expert]
+            found = streamed[1][layer].gradients[expert].channels
+            assert found.dtype == torch.float64
+            assert close(found, sum(scores))

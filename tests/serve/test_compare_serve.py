@@ -62,7 +62,8 @@ def test_medians_and_spread_stand_in_the_tables() -> None:
     empty = dict.fromkeys(("counted", "cpu_seconds", "path", "reachable", "failed", "served"))
     row: dict[str, Any] = {
         **empty, "name": "source", "kind": "source", "ratio": 0.0, "stored_ratio": 0.0, "bytes": 1000,
-        "parameters": 500, "perplexity": {"a.txt": 7.0}, "seconds": None, "peak_memory_bytes": None, "resumed": False,
+        "parameters": 500, "expert_bytes": 800, "expert_share": 1.0, "perplexity": {"a.txt": 7.0}, "seconds": None,
+        "peak_memory_bytes": None, "resumed": False,
     }  # fmt: skip
     other = {**row, "name": "d2", "kind": "method", "ratio": 0.4, "seconds": 2.0, "peak_memory_bytes": 10**9}
     content = {
@@ -70,6 +71,7 @@ def test_medians_and_spread_stand_in_the_tables() -> None:
         "calibration": {"tokens_sha256": "ab" * 32, "windows": 1, "seq_len": 8, "seed": 0},
         "texts": [{"name": "a.txt", "sha256": "cd"}], "seq_len": 8, "machine": {"threads": 1, "device": "cpu"},
         "serving": {"vllm": "0.32.0", "arguments": [], **WORKLOAD}, "tool": "0", "workdir": "w",
+        "frontier": None,
         "rows": [{**row, "served": served}, {**other, "failed": "not served: the server exited with 1"}],
     }  # fmt: skip
     console = Console(width=300, file=io.StringIO())
