@@ -49,12 +49,12 @@ def factoring_work(plan: Plan, grams: float) -> LayerWork:
 
 def _rounded_work(plan: Plan, role: Role) -> float:
     """Operations of rounding one projection of a layer: V's, or what experts mix them from, U's fits to them, and U's;
-    or whole matrices."""
+    or whole matrices. At a third of the full ranks, whatever the budget settles: what is planned has to stay so."""
     rows, inputs = plan.model.shape.projection(role)
-    stored, experts = plan.config.layers[plan.problem.shape.layers[0]][role], plan.model.shape.num_experts
+    experts, rank = plan.model.shape.num_experts, min(rows, inputs) // 3
     if plan.problem.whole(role):
         return experts * rounding(rows, inputs)
-    rank = stored.rank
+    stored = plan.problem.projection(role, plan.problem.options[0], plan.problem.rank_multiple)
     fit = 2 * 2 * rank * inputs * (inputs + rank + rows) + 2 * rank**3
     rights = stored.bases or (1 if stored.shared_v else experts)
     return rights * rounding(rank, inputs) + experts * fit + (stored.distinct_u or experts) * rounding(rows, rank)
