@@ -32,6 +32,7 @@ from offline.methods.factors import Factors
 from offline.methods.layer import LayerJob
 from offline.methods.options import Option
 from offline.methods.settings import Section
+from offline.methods.storing import Matrix
 
 WINDOWS = ("--windows", "8", "--seq-len", "64")
 SMALL = ("--windows", "4", "--seq-len", "32")
@@ -298,11 +299,12 @@ class PlainFactors:
     def write(self, advance: Callable[[float], None]) -> None:
         """Nothing is shared."""
 
-    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    def factors(self, option: Option, role: Role, expert: int, delta: Tensor, gram: Tensor) -> dict[str, Matrix]:
         rank, split = self.job.cap(role), self.job.plan.recipe.own(Plain).split
         u, values, v = (part.to(delta.dtype) for part in torch.linalg.svd(delta.double(), full_matrices=False))
         u, v = u * values.pow(split), v * values.pow(1 - split)[:, None]
-        return {"u": u[:, :rank].to(self.job.plan.torch_dtype), "v": v[:rank].to(self.job.plan.torch_dtype)}
+        u, v = self.job.storing.factors(delta, gram, u[:, :rank], v[:rank])
+        return {"u": u, "v": v}
 
 
 class PlainSVD(Method):
