@@ -230,18 +230,23 @@ def _dense_layers(content: Content) -> list[int]:
     return list(selection["dense"]) if selection else []
 
 
+def _columns(projection: Mapping[str, Any], inputs: int) -> tuple[int, int]:
+    """Kept, and used at once; of a base with all columns all."""
+    return (inputs, inputs) if projection["full_base"] else (projection["kept_columns"], projection["used_columns"])
+
+
 def columns(content: Content) -> Figure | None:
     layers = content["checkpoint"]["layers"]
-    if not any(layer[role]["kept_columns"] for layer in layers.values() for role in ROLES):
+    if not any(layer[role]["rank"] and _columns(layer[role], 1)[0] for layer in layers.values() for role in ROLES):
         return None
     x = [int(number) for number in layers]
     inputs = content["inputs"]
     series, rows = [], []
     for label, role in (("gate and up", "gate"), ("down", "down")):
-        kept = [100 * layer[role]["kept_columns"] / inputs[role] for layer in layers.values()]
+        kept = [100 * _columns(layer[role], inputs[role])[0] / inputs[role] for layer in layers.values()]
         series.append(Series(label, kept))
         for number, layer in zip(x, layers.values(), strict=True):
-            count, used = layer[role]["kept_columns"], layer[role]["used_columns"]
+            count, used = _columns(layer[role], inputs[role])
             rows.append([f"{number} {label}", count, used, inputs[role], 100 * count / inputs[role]])
     return Figure(
         "columns",
