@@ -49,6 +49,7 @@ class ProjectionInfo(BaseModel):
     """As in quantization_config; columns_in_use follows the scope in force, columns are the original weight's."""
 
     rank: int
+    full_base: bool
     base_rank: int
     kept_columns: int
     columns_in_use: int

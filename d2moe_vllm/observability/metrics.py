@@ -68,6 +68,9 @@ def columns_in_use(config: CheckpointConfig, layer: int, role: Role, scope: Scop
     prune_down False: no selection on down (expert parallelism, METHODS 1.5).
     """
     projection = config.layers[layer][role]
+    if projection.full_base:
+        channels = config.layers[layer].channels
+        return sum(channels.base or ()) if channels and role == "down" else config.shape(role)[1]
     selects = scope != "off" and (role != "down" or prune_down)
     return projection.used_columns if selects else projection.kept_columns
 

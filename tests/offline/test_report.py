@@ -80,7 +80,8 @@ def test_figures_are_those_of_inspect_and_its_analyses(made: dict[str, Any], com
     ]
     down = found["layers"]["2"]["down"]
     (row,) = [row for row in table(made, "columns") if row[0] == "2 down"]
-    assert row[1:4] == [down["kept_columns"], down["used_columns"], 256]
+    kept, used = (256, 256) if down["full_base"] else (down["kept_columns"], down["used_columns"])
+    assert row[1:4] == [kept, used, 256]
     assert [row[1:] for row in table(made, "routing")] == [
         layer["tokens"] for layer in found["statistics"]["layers"].values()
     ]

@@ -120,7 +120,9 @@ def test_info_agrees_with_inspect_and_metrics(server: Server, client: OpenAI, co
     for number, layer in inspected["layers"].items():
         for role in ("gate", "up", "down"):
             shown = info["layers"][number][role]
-            assert shown["columns_in_use"] == shown["kept_columns"] == layer[role]["kept_columns"]
+            assert shown["full_base"] == layer[role]["full_base"]
+            assert shown["kept_columns"] == layer[role]["kept_columns"]
+            assert shown["columns_in_use"] == (shown["columns"] if shown["full_base"] else shown["kept_columns"])
             assert shown["rank"] == layer[role]["rank"]
     assert info["recipe"]["ratio"] == 0.4
     assert info["parallel"] == {"tensor_parallel_size": 1, "expert_parallel_size": 1}
