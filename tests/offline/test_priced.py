@@ -97,7 +97,7 @@ SLOW = pytest.mark.slow
     [
         pytest.param(8, 0.2, {"int8"}, marks=SLOW),
         pytest.param(4, 0.55, {"int4"}, marks=SLOW),
-        (3, 0.55, {"int3"}),
+        pytest.param(3, 0.55, {"int3"}, marks=SLOW),
         pytest.param(2, 0.62, {"int2"}, marks=SLOW),
         (16, 0.3, {None}),
     ],
