@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all kernels test-gpu quality picture compare-tables
+.PHONY: help setup lock demo test test-all kernels test-gpu quality frontier picture compare-tables
 .PHONY: bench bench-layer bench-against bench-mobe bench-server bench-peers bench-offline roofline lint audit format clean
 
 help: ## List the targets

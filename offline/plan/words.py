@@ -39,6 +39,8 @@ def _where(count: int, layers: int) -> str:
 
 def _layer(layer: Layer) -> str:
     gate, down = _projection(layer.gate), _projection(layer.down)
+    if gate != down and not (layer.gate.has_base or layer.down.has_base):
+        down = _own(layer.down)
     return gate if gate == down else f"{gate} in gate and up, {down} in down"
 
 

@@ -305,8 +305,10 @@ def test_the_readme_s_picture_has_the_numbers_of_the_docs() -> None:
 
     dense, found = picture.measured()
     assert len(found) == 3
-    assert all([ratio for ratio, _ in row] == [20, 40, 60] and min(value for _, value in row) > dense
-               for row in found.values())  # fmt: skip
+    for row in found.values():
+        assert len(row) >= 3
+        assert [left for left, _ in row] == sorted((left for left, _ in row), reverse=True)
+        assert min(value for _, value in row) > 0.99 * dense
     for screen in ("light", "dark"):
         drawn = (ROOT / "docs" / f"picture-{screen}.svg").read_text()
         assert picture.words() in unescape(drawn), "run `make picture`"
