@@ -124,13 +124,22 @@ def jobs(models: Sequence[str]) -> list[Job]:
 
 
 def best_setting(found: Sequence[Point], share: float) -> float | None:
-    """The lowest perplexity of one setting at a size, between the best rows in the logarithm of bytes; the largest
-    row's above it, None below the smallest."""
-    best: list[Point] = []
+    """What one setting gives at a size, at its best: on the lower hull of its rows, in the logarithms of perplexity and
+    bytes; the largest row's above them, None below the smallest. Between neighbouring rows alone a size that few
+    settings hit would look worse than it is."""
+    hull: list[Point] = []
     for one in sorted(found, key=lambda one: (one.share, one.perplexity)):
-        if not best or one.perplexity < best[-1].perplexity:
-            best.append(one)
-    return best[-1].perplexity if best and share > best[-1].share else perplexity_at(best, share)
+        while len(hull) > 1 and not _bends_up(hull[-2], hull[-1], one):
+            hull.pop()
+        if not hull or one.perplexity < hull[-1].perplexity:
+            hull.append(one)
+    return hull[-1].perplexity if hull and share > hull[-1].share else perplexity_at(hull, share)
+
+
+def _bends_up(first: Point, second: Point, third: Point) -> bool:
+    """Whether the line through the three is convex at the second."""
+    at = perplexity_at([first, third], second.share)
+    return at is None or second.perplexity < at
 
 
 def points_of(model: str, results: Results) -> list[Point]:
