@@ -17,7 +17,7 @@ from offline.methods.storing import DAMPING, damped
 from offline.methods.writing import write_experts
 from offline.plan.allocation import solve_adaptive
 from offline.plan.budget import Budget, Problem, Ranks, solve_paper, solve_stored
-from offline.plan.factoring import factoring_phases, factoring_work
+from offline.plan.factored_work import factoring_phases, factoring_work
 from offline.plan.plan import Layers, LayerWork, Plan
 from offline.plan.settling import error_curves, trimmed_experts
 from offline.work.workdir import WorkDir

@@ -14,8 +14,8 @@ from offline.methods.pricing import layer_costs, measure_priced, ways
 from offline.methods.storing import DAMPING, damped
 from offline.plan.budget import Budget, Problem, Ranks
 from offline.plan.plan import Layers, LayerWork, Plan
+from offline.plan.priced_work import rounding_phases, rounding_work
 from offline.plan.pricing import saves_nothing, solve_priced, typical_costs
-from offline.plan.rounded import rounding_phases, rounding_work
 from offline.work.workdir import WorkDir
 
 

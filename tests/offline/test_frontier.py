@@ -12,7 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import chromium
 
-from offline.compare.frontier import frontier, verdicts
+from offline.compare.frontier import Point, frontier, verdicts
 from offline.compare.html import page
 from offline.compare.picture import panels
 from offline.report import plots
@@ -173,3 +173,18 @@ def test_the_page_fits_and_is_accessible(width: int, scheme: str, tmp_path: Path
             assert tab.get_by_role("img", name=f"{panel.title} {panel.words}", exact=True).count() == 1
         found = Axe().run(tab)
         assert found.violations_count == 0, found.generate_report()
+
+
+def test_one_setting_is_judged_on_the_lower_hull_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `make frontier`: a size that only a poor setting hits does not make the default look better than it is."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the benchmark sets, and which is put back
+    from frontier import best_setting
+
+    def rows(*pairs: tuple[float, float]) -> list[Point]:
+        return [Point("", 0.0, share, value) for share, value in pairs]
+
+    found = rows((0.4, 70), (0.1, 80), (0.2, 79), (0.3, 90))
+    assert best_setting(found, 0.2) == pytest.approx((70 * 80) ** 0.5)
+    assert best_setting(found, 0.9) == 70
+    assert best_setting(found, 0.05) is None
+    assert best_setting([*found, *rows((0.2, 72))], 0.2) == 72

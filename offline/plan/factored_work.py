@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from d2moe_vllm.format.kinds import ROLES, Role
 from offline.io.units import FLOAT32, FLOAT64
 from offline.plan.plan import LayerWork, Plan
-from offline.plan.rounded import rounding
+from offline.plan.priced_work import rounding
 
 MERGING = {"fisher": 9, "frequency": 6, "ties": 19}
 """float32 matrices that a merge holds for the three projections; the others hold three."""
