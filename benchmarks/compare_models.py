@@ -24,6 +24,7 @@ from rich.console import Console
 
 from d2moe_vllm.format.files import read_config
 from d2moe_vllm.format.kinds import ROLES, width
+from d2moe_vllm.format.words import describe
 from offline.checkpoint.inspect import inspect
 from offline.compare.baselines import BASELINES
 from offline.compare.comparison import compare
@@ -34,7 +35,6 @@ from offline.compare.settings import Settings
 from offline.compare.table import cells, footnotes, has_figures, heads, remark
 from offline.io.shards import write_file
 from offline.methods import METHODS
-from offline.plan.words import describe
 from offline.report.plots import SCREENS, WIDE, svg_file
 from offline.source.text import as_text
 

@@ -23,11 +23,11 @@ from measuring import measure_all, perplexity, put_tables, silent
 from places import ROOT, SHARED, code_hash
 
 from d2moe_vllm.format.files import read_config
+from d2moe_vllm.format.words import describe
 from offline.compare.frontier import Point, perplexity_at
 from offline.errors import UnreachableError
 from offline.io.shards import Reader
 from offline.plan.recipe import Recipe
-from offline.plan.words import describe
 from offline.run.compress import compress
 from offline.source.text import as_text
 

@@ -16,10 +16,21 @@ from prometheus_client import Metric
 from pydantic import BaseModel
 
 from d2moe_vllm import __version__
-from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, Delta, Function, Manifest, Scope, Source
+from d2moe_vllm.format.config import (
+    CheckpointConfig,
+    CheckpointError,
+    Delta,
+    Function,
+    Manifest,
+    Scope,
+    Source,
+    Storage,
+)
 from d2moe_vllm.format.files import read_manifest
 from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.format.recipefile import read_recipe
+from d2moe_vllm.format.words import channels_of, describe_layer
+from d2moe_vllm.format.words import describe as in_words
 from d2moe_vllm.observability.metrics import COLUMNS_USED, DELTA_BYTES, EXPERT_TOKENS, SECONDS, columns_in_use
 
 
@@ -46,7 +57,8 @@ class Experts(BaseModel):
 
 
 class ProjectionInfo(BaseModel):
-    """As in quantization_config; columns_in_use follows the scope in force, columns are the original weight's."""
+    """As in quantization_config; columns_in_use follows the scope in force, columns are the original weight's. A
+    storage that is None is the checkpoint's dtype."""
 
     rank: int
     full_base: bool
@@ -59,9 +71,15 @@ class ProjectionInfo(BaseModel):
     distinct_u: int
     bases: int
     function: Function | None
+    base_storage: Storage | None
+    delta_storage: Storage | None
 
 
 class LayerInfo(BaseModel):
+    """stores, channels: in words, as `d2moe inspect` prints them."""
+
+    stores: str
+    channels: str
     gate: ProjectionInfo
     up: ProjectionInfo
     down: ProjectionInfo
@@ -88,13 +106,15 @@ class Counters(BaseModel):
 class Info(BaseModel):
     """parameters, bytes, stored_ratio: of the whole checkpoint; None where its manifest is not at hand.
 
-    dtype: of the checkpoint. recipe: what it was compressed by. backend: what computes the experts.
+    stores: what all layers store, in words. dtype: of the checkpoint. recipe: what it was compressed by. backend: what
+    computes the experts.
     """
 
     model: str
     method: str
     family: str
     source: Source
+    stores: str
     dtype: str
     scope: Scope
     backend: str
@@ -125,6 +145,7 @@ def describe(
         method=config.method,
         family=config.family,
         source=config.source,
+        stores=in_words(config),
         dtype=config.dtype,
         scope=scope,
         backend=backend,
@@ -181,7 +202,12 @@ def _layer(config: CheckpointConfig, number: int, scope: Scope, ep_size: int) ->
         )
         for role in ROLES
     }
-    return LayerInfo(**projections, trimmed=list(layer.trimmed))
+    return LayerInfo(
+        stores=describe_layer(layer),
+        channels=channels_of(layer, config.intermediate_size),
+        **projections,
+        trimmed=list(layer.trimmed),
+    )
 
 
 def _manifest(folder: Path | None) -> Manifest | None:

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.format.words import describe
 from offline.errors import InputError
 from offline.io.shards import write_file
 from offline.plan.budget import Budget
 from offline.plan.plan import Plan
-from offline.plan.words import describe
 from offline.source.folder import is_repository
 
 MEASURED = ("<!-- measured -->", "<!-- /measured -->")

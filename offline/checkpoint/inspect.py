@@ -13,11 +13,11 @@ from torch import Tensor
 from d2moe_vllm.format.config import STATS_FILE, CheckpointConfig, CheckpointError
 from d2moe_vllm.format.files import check_checkpoint
 from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.words import describe
 from offline.algebra.analysis import SHARES, cka_matrix, energy_curve, gram_count, mean_curve, spectrum, unrelated_cka
 from offline.checkpoint.reconstruction import Reconstruction
 from offline.io.progress import Steps
 from offline.io.shards import Reader
-from offline.plan.words import describe
 from offline.source.dense import DenseModel
 from offline.source.original import open_original
 

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from d2moe_vllm.format.config import Layer
 from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.words import channels_of, describe_layer
 from offline.io.console import hush, plain_console
-from offline.plan.words import channels_of, describe_layer
 
 
 def show(content: dict[str, Any], as_json: bool, table: Callable[[Console, dict[str, Any]], None]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source
 from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.format.words import describe
 from offline.errors import InputError
 from offline.io.shards import SHARD_BYTES
 from offline.methods import METHODS
@@ -17,7 +18,6 @@ from offline.plan.priced import PricedLayers
 from offline.plan.recipe import Recipe
 from offline.plan.resources import check_resources, peak_memory, phases
 from offline.plan.selection import first_selection
-from offline.plan.words import describe
 from offline.source.dense import DenseModel
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from d2moe_vllm.format.config import Layer
 from d2moe_vllm.format.kinds import ROLES, width
+from d2moe_vllm.format.words import describe_layer
 from offline.io.units import size
 from offline.methods import find_method
-from offline.plan.words import describe_layer
 from offline.report import analysed, sisters
 from offline.report.pictures import (
     Bars,

@@ -19,6 +19,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from few_bits import SETS, write_few
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,6 +30,7 @@ from vllm.forward_context import override_forward_context
 
 from d2moe_vllm import compat
 from d2moe_vllm.format.config import CheckpointConfig
+from d2moe_vllm.format.files import read_config
 from d2moe_vllm.observability import collector, files, recorder
 from d2moe_vllm.observability import endpoint as endpoint_module
 from d2moe_vllm.observability.endpoint import Endpoint
@@ -284,3 +286,22 @@ def test_info_follows_the_scope_and_does_without_files(config: CheckpointConfig)
         assert info.layers[number].gate.columns_in_use == layer.gate.used_columns < layer.gate.kept_columns
         assert info.layers[number].down.columns_in_use == layer.down.kept_columns  # expert parallelism
     assert info.counters.tokens == {}
+
+
+def test_info_says_bits_and_channels_in_words(tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    write_few(folder, SETS[0])
+    config = read_config(folder)
+    info = describe(config, model="m", folder=folder, scope="off", backend="reference", tp_size=1, ep_size=1)
+    based, plain = info.layers[0], info.layers[1]
+    assert (based.stores, based.channels) == ("4-bit base, 2-bit deltas", "0 to 60 of 256")
+    assert (plain.stores, plain.channels) == (
+        "no base, 3-bit experts in gate and up, 4-bit experts in down",
+        "0 to 256 of 256",
+    )
+    assert based.gate.base_storage is not None
+    assert (based.gate.base_storage.type, based.gate.base_storage.group_size) == ("int4", 64)
+    assert plain.down.delta_storage is not None
+    assert (plain.down.delta_storage.type, plain.down.base_storage) == ("int4", None)
+    assert based.stores in info.stores
+    assert info.experts.bytes < info.experts.dense_bytes

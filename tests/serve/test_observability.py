@@ -114,7 +114,7 @@ def test_metrics_follow_prometheus_conventions(server: Server) -> None:
 def test_info_agrees_with_inspect_and_metrics(server: Server, client: OpenAI, compressed: Path) -> None:
     info = json.loads(get(server, "/v1/d2moe/info", client.api_key))
     inspected = json.loads(d2moe_here("inspect", compressed, "--json").stdout)
-    for name in ("method", "family", "source", "scope", "parameters", "bytes", "stored_ratio"):
+    for name in ("method", "family", "source", "stores", "scope", "parameters", "bytes", "stored_ratio"):
         assert info[name] == inspected[name], name
     assert info["experts"] == inspected["experts"]
     for number, layer in inspected["layers"].items():
@@ -185,14 +185,17 @@ def test_the_page_shows_the_numbers_and_refreshes_them(
     url = f"http://127.0.0.1:{server.port}/v1/d2moe"
     tabs = [open_page(browser, url, problems, client.api_key, color_scheme=scheme) for scheme in ("light", "dark")]
     info = json.loads(get(server, "/v1/d2moe/info", client.api_key))
-    sizes = (info["source"]["bytes"], info["bytes"], info["experts"]["dense_parameters"], info["experts"]["parameters"])
+    sizes = (info["source"]["bytes"], info["bytes"], info["experts"]["dense_bytes"], info["experts"]["bytes"])
     ranks = [[n, *(str(layer[role]["rank"]) for role in ("gate", "up", "down"))] for n, layer in info["layers"].items()]
+    stored = [[number, layer["stores"], layer["channels"]] for number, layer in info["layers"].items()]
     total = {expert: sum(counts[layer, expert] for layer in range(LAYERS)) for expert in range(EXPERTS)}
     for tab in tabs:
         assert tab.locator("h1").text_content() == info["model"] == "tiny"
         cells = tab.locator("#t-sizes td").all_text_contents()
         assert [int(cells[i].replace(",", "")) for i in (1, 2, 4, 5)] == list(sizes)
         assert tab.locator("#t-ranks td").all_text_contents() == [cell for row in ranks for cell in row]
+        assert tab.locator("#t-stores td").all_text_contents() == [cell for row in stored for cell in row]
+        assert tab.locator("#ranked").is_visible()
         assert shown_tokens(tab) == total
         # One layer of them, by keyboard.
         tab.locator("#group").focus()
