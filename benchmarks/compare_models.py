@@ -43,11 +43,11 @@ import language_reference
 
 PAGE = ROOT / "docs" / "comparison.md"
 FOLDER = ROOT / "build" / "compare"
-TINY = (0.2, 0.4, 0.5, 0.55, 0.6, 0.63, 0.655, 0.665)
+TINY = (0.2, 0.4, 0.55, 0.6, 0.655, 0.665)
 RATIOS: Mapping[str, Sequence[float]] = {
     "tiny-mixtral": TINY,
     "tiny-mixtral-scratch": TINY,
-    "small-mixtral": (0.2, 0.4, 0.6, 0.68, 0.73, 0.77, 0.795),
+    "small-mixtral": (0.2, 0.4, 0.6, 0.73, 0.795),
 }
 """Model -> ratios, at which 50 to 7 % of the experts' bytes are left: experts are 71 % of the tiny models' bytes, and
 85 % of small-mixtral's. 8 bits, of which the default has no more, leave 52 %."""
