@@ -16,7 +16,14 @@ from offline.cli.options import (
     AllowLarger,
     Bits,
     CalibrationText,
+    ExpertParallel,
+    FitOption,
+    GpuMemoryUtilization,
     Json,
+    KVCacheDtypeOption,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
     Memory,
     Method,
     Ratio,
@@ -25,19 +32,24 @@ from offline.cli.options import (
     ScopeOption,
     Seed,
     SeqLen,
+    Size,
     Src,
+    TensorParallelSize,
     TokenizerOption,
     TrustRemoteCode,
     WindowsOption,
     parse_bits,
     parse_size,
+    ratio_for,
+    read_asked,
     read_recipe,
 )
-from offline.cli.tables import less_than_asked, show, sizes
+from offline.cli.tables import arithmetic, less_than_asked, show, sizes
 from offline.errors import InputError
 from offline.io.console import plain_console
 from offline.io.memory import peak_memory
-from offline.io.units import duration, size
+from offline.io.units import duration
+from offline.io.units import size as in_words
 from offline.work.distributed import is_first
 
 
@@ -45,6 +57,8 @@ def compress(
     source: Src,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist yet.")],
     ratio: Ratio = None,
+    size: Size = None,
+    fit: FitOption = None,
     calibration: CalibrationText = None,
     recipe: RecipeFile = None,
     method: Method = None,
@@ -62,6 +76,13 @@ def compress(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     allow_larger: AllowLarger = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start over what was begun on another machine.")] = False,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    tensor_parallel_size: TensorParallelSize = None,
+    expert_parallel: ExpertParallel = False,
+    kv_cache_dtype: KVCacheDtypeOption = None,
+    gpu_memory_utilization: GpuMemoryUtilization = None,
     as_json: Json = False,
 ) -> None:
     """Compress SRC into OUT, layer by layer; a run that was interrupted is continued."""
@@ -70,8 +91,20 @@ def compress(
     from offline.source.tokens import TokenizerChoice
 
     started = time.monotonic()
+    asked = read_asked(
+        ratio,
+        size,
+        fit,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        tensor_parallel_size=tensor_parallel_size,
+        expert_parallel=expert_parallel,
+        kv_cache_dtype=kv_cache_dtype,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
     overrides = {
-        "ratio": ratio,
+        "ratio": ratio_for(asked, ratio),
         "method": method,
         "bits": parse_bits(bits),
         "accounting": accounting,
@@ -82,7 +115,7 @@ def compress(
     if not calibration:
         raise InputError("no calibration text; add --calibration FILE (a UTF-8 text or JSONL of the model's domain)")
     options: dict[str, Any] = {"revision": revision, "workdir": workdir, "restart": restart, "device": device}
-    options["allow_larger"] = allow_larger
+    options |= {"allow_larger": allow_larger, "asked": asked}
     console = plain_console(stderr=True, quiet=not is_first())
     options["tokenizer"] = TokenizerChoice(tokenizer, trust_remote_code)
     result = run(source, out, chosen, Text(tuple(calibration)), **options, memory=parse_size(memory), console=console)
@@ -100,11 +133,14 @@ def compress_table(console: Console, result: dict[str, Any]) -> None:
     predicted = result["predicted"]
     table = Table("", "predicted", "really", box=None, pad_edge=False)
     table.add_row("time", duration(predicted["seconds"]), duration(result["seconds"]))
-    table.add_row("peak memory", size(predicted["peak_memory_bytes"]), size(result["peak_memory_bytes"]))
+    table.add_row("peak memory", in_words(predicted["peak_memory_bytes"]), in_words(result["peak_memory_bytes"]))
     table.add_row(
-        "working folder", f"{size(predicted['work_bytes'])} at most", f"{size(result['work_bytes'])} at the end"
+        "working folder", f"{in_words(predicted['work_bytes'])} at most", f"{in_words(result['work_bytes'])} at the end"
     )
     console.print(table)
     command = ["vllm", "serve", result["path"], "--trust-remote-code"]
     command += ["--tokenizer", result["tokenizer"]] if result["tokenizer"] else []
+    if "fit" in result:
+        arithmetic(console, result["fit"])
+        command += result["fit"]["serve"]
     console.print(f"serve it:  {shlex.join(command)}", highlight=False, soft_wrap=True, markup=False)

@@ -11,22 +11,34 @@ from offline.cli.options import (
     Accounting,
     AllowLarger,
     Bits,
+    ExpertParallel,
+    FitOption,
+    GpuMemoryUtilization,
     Json,
+    KVCacheDtypeOption,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
     Memory,
     Method,
     Ratio,
     RecipeFile,
     Revision,
     SeqLen,
+    Size,
     Src,
+    TensorParallelSize,
     WindowsOption,
     parse_bits,
     parse_size,
+    ratio_for,
+    read_asked,
     read_recipe,
 )
-from offline.cli.tables import less_than_asked, projections, show, sizes
+from offline.cli.tables import arithmetic, less_than_asked, neighbours, projections, show, sizes
 from offline.io.console import plain_console
-from offline.io.units import duration, size
+from offline.io.units import duration
+from offline.io.units import size as in_words
 
 TYPICAL = (
     "These are a typical model's layers, without a base; calibration decides bits, channels and bases layer by layer, "
@@ -37,6 +49,8 @@ TYPICAL = (
 def plan(
     source: Src,
     ratio: Ratio = None,
+    size: Size = None,
+    fit: FitOption = None,
     recipe: RecipeFile = None,
     method: Method = None,
     bits: Bits = None,
@@ -47,30 +61,52 @@ def plan(
     allow_larger: AllowLarger = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes on one machine, as torchrun would start.")] = 1,
     revision: Revision = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    tensor_parallel_size: TensorParallelSize = None,
+    expert_parallel: ExpertParallel = False,
+    kv_cache_dtype: KVCacheDtypeOption = None,
+    gpu_memory_utilization: GpuMemoryUtilization = None,
     as_json: Json = False,
 ) -> None:
     """Ranks, sizes, memory, disk and time, before any work."""
-    from offline.plan.make import make_plan
+    from offline.plan.asked import plan_asked
     from offline.plan.make import summary as summarize
     from offline.plan.resources import estimate_seconds
     from offline.source.dense import open_dense
 
+    asked = read_asked(
+        ratio,
+        size,
+        fit,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        tensor_parallel_size=tensor_parallel_size,
+        expert_parallel=expert_parallel,
+        kv_cache_dtype=kv_cache_dtype,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
     overrides = {
-        "ratio": ratio,
+        "ratio": ratio_for(asked, ratio),
         "method": method,
         "bits": parse_bits(bits),
         "accounting": accounting,
         "calibration": {"windows": windows, "seq_len": seq_len},
     }
     options: dict[str, Any] = {"processes": processes, "allow_larger": allow_larger, "memory": parse_size(memory)}
-    planned = make_plan(open_dense(source, revision), read_recipe(recipe, overrides), **options)
+    planned, fitted = plan_asked(open_dense(source, revision), read_recipe(recipe, overrides), asked, **options)
     console = plain_console(stderr=True)
     for remark in planned.model.remarks:
         console.print(remark, highlight=False, soft_wrap=True)
-    show(summarize(planned, estimate_seconds(planned)), as_json, plan_table)
+    found = summarize(planned, estimate_seconds(planned))
+    show(found | ({"fit": fitted.to_json()} if fitted else {}), as_json, plan_table)
 
 
 def plan_table(console: Console, summary: dict[str, Any]) -> None:
+    if "fit" in summary:
+        arithmetic(console, summary["fit"])
     sizes(console, summary["source"], summary["result"])
     console.print()
     console.print(f"stores: {summary['result']['stores']}", highlight=False, soft_wrap=True)
@@ -92,7 +128,9 @@ def plan_table(console: Console, summary: dict[str, Any]) -> None:
     console.print(f"experts alone: {100 * share:.2f} % of their bytes are left", highlight=False)
     disk = summary["disk_bytes"]
     console.print(
-        f"to do it: about {size(summary['peak_memory_bytes'])} of memory, {size(disk['work'])} of disk while "
-        f"running, {size(disk['result'])} for the result, roughly {duration(summary['estimated_seconds'])}",
+        f"to do it: about {in_words(summary['peak_memory_bytes'])} of memory, {in_words(disk['work'])} of disk while "
+        f"running, {in_words(disk['result'])} for the result, roughly {duration(summary['estimated_seconds'])}",
         highlight=False,
     )
+    if "fit" in summary:
+        neighbours(console, summary["fit"])

@@ -14,6 +14,7 @@ from d2moe_vllm.format.config import Layer
 from d2moe_vllm.format.kinds import ROLES, Role
 from d2moe_vllm.format.words import channels_of, describe_layer
 from offline.io.console import hush, plain_console
+from offline.io.units import size
 
 
 def show(content: dict[str, Any], as_json: bool, table: Callable[[Console, dict[str, Any]], None]) -> None:
@@ -35,6 +36,35 @@ def sizes(console: Console, source: dict[str, Any], result: dict[str, Any]) -> N
     ratio = 1 - result["bytes"] / source["bytes"]
     table.add_row("bytes on disk", f"{source['bytes']:,}", f"{result['bytes']:,}", f"{100 * ratio:.2f} %")
     console.print(table)
+
+
+def arithmetic(console: Console, fit: dict[str, Any]) -> None:
+    """What one device holds, line by line."""
+    table = Table("", "bytes", "", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for line in fit["lines"]:
+        table.add_row(line["what"], f"{line['bytes']:,}", line["how"])
+    console.print(table)
+    if fit["spare_bytes"] < 0:
+        console.print(
+            f"these weights are {size(-fit['spare_bytes'])} more than planned, which the KV cache will lack",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"--ratio {fit['ratio']:g} makes it fit", highlight=False)
+    console.print()
+
+
+def neighbours(console: Console, fit: dict[str, Any]) -> None:
+    """What other wishes would take."""
+    table = Table("instead", "ratio", "files", "", box=None, pad_edge=False)
+    for one in fit["around"]:
+        ratio, files = ("-", "-") if one["files"] is None else (f"{one['ratio']:.3f}", size(one["files"]))
+        table.add_row(one["what"], ratio, files, one["verdict"])
+    console.print()
+    console.print(table)
+    console.print("of these ratio and files are scaled from the plan above: about right", style="dim")
+    console.print(f"serve it with {' '.join(fit['serve'])}", highlight=False, soft_wrap=True)
 
 
 def less_than_asked(console: Console, summary: dict[str, Any]) -> None:

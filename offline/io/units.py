@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 FLOAT32, FLOAT64 = 4, 8
 """Bytes of a number."""
 
@@ -13,6 +15,13 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def size_above(count: int) -> str:
+    """As an option takes it, three digits of it, and never less than `count` bytes: "5.29GB"."""
+    unit, name = next((unit, name) for unit, name in ((10**9, "GB"), (10**6, "MB"), (1, "B")) if count >= unit)
+    places = max(2 - int(math.log10(count / unit)), 0) if unit > 1 else 0
+    return f"{math.ceil(count / unit * 10**places) / 10**places:.{places}f}{name}"
 
 
 def duration(seconds: float) -> str:

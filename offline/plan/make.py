@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source
 from d2moe_vllm.format.kinds import ROLES
@@ -10,7 +10,7 @@ from d2moe_vllm.format.words import describe
 from offline.errors import InputError
 from offline.io.shards import SHARD_BYTES
 from offline.methods import METHODS
-from offline.plan.budget import Problem
+from offline.plan.budget import Budget, Problem, Ranks
 from offline.plan.disk import work_bytes
 from offline.plan.factored import FactoredLayers
 from offline.plan.plan import Layers, Plan
@@ -29,13 +29,37 @@ def make_plan(
     processes: int = 1,
     allow_larger: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    first: First | None = None,
 ) -> Plan:
     """Decide ranks, columns and how much is in memory at once.
 
     memory: bytes that all processes of this machine may hold together, None for all it has; processes: on this
     machine; allow_larger: a result no smaller than the source is what the user wants (an fp8 original, under the
-    paper's accounting). Raises InputError where the ratio cannot be reached or the memory does not suffice.
+    paper's accounting); first: `first_budget` of the same, where it is there already. Raises InputError where the ratio
+    cannot be reached or the memory does not suffice.
     """
+    first = first or first_budget(model, recipe, shard_bytes)
+    budget, recipe = first.budget, first.problem.recipe
+    if budget.nbytes >= model.reader.nbytes and not allow_larger:
+        raise InputError(
+            f"ratio {recipe.ratio:g} would not make the model smaller: {budget.nbytes:,} bytes instead of "
+            f"{model.reader.nbytes:,} (an original in fp8 is written in bfloat16); choose a higher ratio, or add "
+            "--allow-larger"
+        )
+    return check_resources(Plan(model, recipe, first.problem, budget, first.caps, first.layers), memory, processes)
+
+
+class First(NamedTuple):
+    """What is known before calibration; problem: with the recipe as the model decides it."""
+
+    problem: Problem
+    layers: Layers
+    budget: Budget
+    caps: Ranks
+
+
+def first_budget(model: DenseModel, recipe: Recipe, shard_bytes: int = SHARD_BYTES) -> First:
+    """The files of a recipe for a model. Raises InputError, and UnreachableError where the ratio cannot be reached."""
     recipe = recipe.resolve(
         model.shape.hidden_size, model.max_positions, model.shape.num_experts, model.shape.intermediate_size
     )
@@ -54,13 +78,7 @@ def make_plan(
         problem = first_selection(problem, model, choice)
     layers: Layers = PricedLayers() if recipe.priced else FactoredLayers()
     budget, caps = layers.first(problem)
-    if budget.nbytes >= model.reader.nbytes and not allow_larger:
-        raise InputError(
-            f"ratio {recipe.ratio:g} would not make the model smaller: {budget.nbytes:,} bytes instead of "
-            f"{model.reader.nbytes:,} (an original in fp8 is written in bfloat16); choose a higher ratio, or add "
-            "--allow-larger"
-        )
-    return check_resources(Plan(model, recipe, problem, budget, caps, layers), memory, processes)
+    return First(problem, layers, budget, caps)
 
 
 def _check_counts(recipe: Recipe, experts: int) -> None:

@@ -141,8 +141,10 @@ def typical_costs(problem: Problem) -> dict[int, LayerCosts]:
     experts, channels = shape.num_experts, shape.intermediate_size
     places = (torch.arange(experts * channels, dtype=torch.float64) + 0.5) / (experts * channels)
     cost = torch.exp(SPREAD * torch.special.ndtri(places))
-    # Every expert has some of all costs.
-    cost = (cost / cost.sum()).view(channels, experts).T.contiguous()
+    # Every expert has some of all costs, in each of the slices that ranks share out.
+    groups = problem.recipe.base.groups
+    sliced = (cost / cost.sum()).view(channels // groups, groups, experts)
+    cost = sliced.transpose(0, 1).reshape(channels, experts).T.contiguous()
     even = torch.full((experts, channels), 1 / channels, dtype=torch.float64)
     own = [way for way in ways(problem.recipe) if not way.base]
     lost = {way: torch.full((experts,), LOST[way.delta] / (2 * experts), dtype=torch.float64) for way in own}

@@ -19,8 +19,9 @@ from offline.errors import InputError
 from offline.io.console import plain_console
 from offline.io.folders import check_new_folder
 from offline.io.progress import Steps
+from offline.plan.asked import Asked, plan_asked
 from offline.plan.disk import work_bytes
-from offline.plan.make import make_plan, summary
+from offline.plan.make import summary
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
 from offline.plan.resources import estimate_seconds, peak_memory, total_work
@@ -45,13 +46,15 @@ def compress(
     memory: int | None = None,
     device: str = "auto",
     allow_larger: bool = False,
+    asked: Asked | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Compress `source` into the new folder `out`; an interrupted run is continued. Under torchrun every process
     calls this, and they share the work out.
 
     calibration: text that the windows are drawn from, read by `tokenizer`;
-    memory: bytes that this machine's processes may hold together; device: "auto", "cpu" or "cuda".
+    memory: bytes that this machine's processes may hold together; device: "auto", "cpu" or "cuda"; asked: how small
+    instead of the recipe's ratio.
     Every check that needs no work comes first: a refusal (InputError, CheckpointError) leaves nothing behind.
     Returns what was written, for printing.
     """
@@ -64,9 +67,8 @@ def compress(
     group = join()
     if chosen.type == "cuda":  # what is predicted for a process has to fit on its GPU
         memory = min(memory or sys.maxsize, torch.cuda.mem_get_info(chosen)[0] * group.local_size)
-    plan = make_plan(
-        open_dense(source, revision), recipe, memory=memory, processes=group.local_size, allow_larger=allow_larger
-    )
+    options: dict[str, Any] = {"memory": memory, "processes": group.local_size, "allow_larger": allow_larger}
+    plan, fit = plan_asked(open_dense(source, revision), recipe, asked, **options)
     if folder == plan.model.folder or folder in plan.model.folder.parents:
         raise InputError(f"--workdir {folder} holds the source; choose another")
     settings, reads = plan.recipe.calibration, open_tokenizer(plan.model.folder, tokenizer)
@@ -124,6 +126,8 @@ def compress(
         "predicted": predicted,
         "work_bytes": disk,
     }
+    if fit is not None:
+        written["fit"] = fit.of(settled).to_json()
     return {**summary(settled, predicted["seconds"]), **written}
 
 

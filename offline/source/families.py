@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from d2moe_vllm.format.kinds import Role
 from offline.errors import InputError
@@ -59,6 +59,8 @@ UNTIED: Mapping[str, tuple[Any, ...]] = MappingProxyType({"tie_word_embeddings":
 """Where vLLM's head is always a tensor of its own."""
 NO_WINDOW: Mapping[str, tuple[Any, ...]] = MappingProxyType({"sliding_window": (None, 0)})
 """Where vLLM takes a window that transformers does not know."""
+Attention = Literal["heads", "latent"]
+"""What attention keeps of a token: keys and values of every KV head; one latent vector and a rotated key (MLA)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Family:
     renames: substrings of disk names -> transformers' module names.
     released: how experts lie in released checkpoints where that is not one tensor per expert.
     stock: transformers' model_type where it has none of this name.
+    attention: what vLLM's KV cache holds of a token; None where that is not known here. window_keys: config.json's keys
+        that are all set where layers look back on a window of tokens, its size first; (): they never do.
     """
 
     model_type: str
@@ -95,6 +99,8 @@ class Family:
     renames: Mapping[str, str] = field(default_factory=dict)
     released: Layout | None = None
     stock: str | None = None
+    attention: Attention | None = None
+    window_keys: tuple[str, ...] = ()
 
     def experts_prefix(self, layer: int) -> str:
         """`experts` of one layer."""
@@ -126,6 +132,7 @@ QWEN = Family(
     model_type="qwen2_moe",
     experts="model.layers.{layer}.mlp.experts",
     projections=PROJ,
+    attention="heads",
     dense_keys=("decoder_sparse_step", "mlp_only_layers"),
     # vLLM attends to all, and has biases of q, k and v, whatever config.json says.
     requires={
@@ -141,6 +148,7 @@ DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     experts="model.layers.{layer}.mlp.experts",
     projections=PROJ,
+    attention="latent",
     num_experts_keys=("n_routed_experts",),
     dense_keys=("first_k_dense_replace",),
     # vLLM takes a missing scoring_func for softmax; transformers always computes sigmoid and bias.
@@ -165,6 +173,8 @@ _ROWS = (
         model_type="mixtral",
         experts="model.layers.{layer}.block_sparse_moe.experts",
         projections=W,
+        attention="heads",
+        window_keys=("sliding_window",),
         intermediate_size_key="intermediate_size",
         requires={**SILU, "architectures": (["MixtralForCausalLM"], None)},
         checks=(rope(*ALIKE), one_window),
@@ -174,6 +184,8 @@ _ROWS = (
         model_type="phimoe",
         experts="model.layers.{layer}.block_sparse_moe.experts",
         projections=W,
+        attention="heads",
+        window_keys=("sliding_window",),
         intermediate_size_key="intermediate_size",
         # vLLM routes to two experts with this jitter and wants a bias of the head (which it then leaves out),
         # whatever config.json says; it does not know transformers' own spelling of the class.
@@ -194,6 +206,8 @@ _ROWS = (
         model_type="qwen3_moe",
         experts=QWEN.experts,
         projections=PROJ,
+        attention="heads",
+        window_keys=("sliding_window", "use_sliding_window"),
         dense_keys=QWEN.dense_keys,
         # Of biases vLLM has those of q, k and v, transformers that of o too; a shared expert only vLLM knows.
         requires={
@@ -209,6 +223,7 @@ _ROWS = (
         model_type="olmoe",
         experts="model.layers.{layer}.mlp.experts",
         projections=PROJ,
+        attention="heads",
         intermediate_size_key="intermediate_size",
         requires={
             **SILU,
@@ -225,6 +240,7 @@ _ROWS = (
         model_type="deepseek",
         experts="model.layers.{layer}.mlp.experts",
         projections=PROJ,
+        attention="heads",
         num_experts_keys=("n_routed_experts",),
         dense_keys=("first_k_dense_replace", "moe_layer_freq"),
         # What vLLM takes from the later versions of this family, transformers' code of this one does not know.
@@ -249,6 +265,7 @@ _ROWS = (
         model_type="deepseek_v2",
         experts="model.layers.{layer}.mlp.experts",
         projections=PROJ,
+        attention="latent",
         num_experts_keys=("n_routed_experts",),
         dense_keys=("first_k_dense_replace",),
         # transformers never renormalizes this family's gates.
@@ -274,6 +291,7 @@ _ROWS = (
         model_type="kimi_k2",
         experts=DEEPSEEK_V3.experts,
         projections=PROJ,
+        attention=DEEPSEEK_V3.attention,
         num_experts_keys=DEEPSEEK_V3.num_experts_keys,
         dense_keys=DEEPSEEK_V3.dense_keys,
         requires=DEEPSEEK_V3.requires,
@@ -287,6 +305,7 @@ _ROWS = (
         model_type="granitemoe",
         experts="model.layers.{layer}.block_sparse_moe.experts",
         projections=PROJ,
+        attention="heads",
         experts_module="block_sparse_moe.experts",
         intermediate_size_key="intermediate_size",
         # vLLM takes windows and sinks by layer from settings that transformers does not know here.
