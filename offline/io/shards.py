@@ -233,7 +233,9 @@ def _chunks(shard: Shard, produce: Callable[[str], Tensor]) -> Iterator[bytes | 
 
 def _bytes(tensor: Tensor) -> memoryview:
     """A view: torch has no numpy type for bfloat16, and a copy would double the memory."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    # What is contiguous may have any stride where there is one number only.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def write_file(path: Path, content: str) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from d2moe_vllm.format.config import CheckpointError
 from d2moe_vllm.format.kinds import TensorSpec
-from offline.io.shards import TORCH_DTYPES, Reader, natural_key, plan_shards, write_shards
+from offline.io.shards import TORCH_DTYPES, Reader, natural_key, plan_shards, write_shards, write_tensors
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -149,3 +149,12 @@ def test_index_that_lies_and_files_that_are_cut_are_refused(tmp_path: Path) -> N
     (tmp_path / file).unlink()
     with pytest.raises(CheckpointError, match="missing"):
         Reader(tmp_path)
+
+
+def test_a_single_number_is_written_whatever_its_stride(tmp_path: Path) -> None:
+    """A group's scale of an expert with one channel: contiguous to torch, and two numbers from its neighbour."""
+    one = torch.arange(8, dtype=torch.bfloat16).view(4, 2).T[1:, :1]
+    assert one.is_contiguous()
+    assert one.stride(-1) == 2
+    write_tensors(tmp_path / "one.safetensors", {"one": one})
+    assert load_file(tmp_path / "one.safetensors")["one"].tolist() == [[1.0]]

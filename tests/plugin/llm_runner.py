@@ -47,10 +47,30 @@ def main(path: str) -> None:
         )
     if job.get("storage"):
         results = llm.apply_model(live_storage)
+    if job.get("kv_cache"):
+        results = {"storage": results, **kv_cache(llm)}
     Path(job["output"]).write_text(json.dumps(results))
     # vLLM takes seconds to shut down in good order, and the caller ends the whole group anyway.
     sys.stdout.flush()
     os._exit(0)
+
+
+def kv_cache(llm: Any) -> dict[str, Any]:
+    """What the engine made of the memory it was given for its KV cache, and what it would need for a request of
+    max_model_len tokens; the engine is in this process."""
+    core = llm.llm_engine.engine_core.engine_core
+    made, config = core.scheduler.kv_cache_config, llm.llm_engine.vllm_config
+    specs = [group.kv_cache_spec for group in made.kv_cache_groups for _ in group.layer_names]
+    return {
+        "memory": config.cache_config.kv_cache_memory_bytes,
+        "kinds": sorted({type(spec).__name__ for spec in specs}),
+        "block_tokens": sorted({spec.block_size for spec in specs}),
+        "blocks": made.num_blocks,
+        "block_bytes": sum(spec.page_size_bytes for spec in specs),
+        "request_bytes": sum(spec.max_memory_usage_bytes(config) for spec in specs),
+        "batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "concurrent_batches": config.max_concurrent_batches,
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""What `d2moe plan --fit` counts against what vLLM's engine allocates: KV cache, and weights on every rank.
+
+On a CPU: blocks are as large as its backend wants them, all else is as on any device.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compression import d2moe_here
+from engine import TWO_RANKS, run_engine
+from families import write_family
+
+from d2moe_vllm.format.files import read_config, read_manifest
+from d2moe_vllm.format.kinds import TensorSpec
+from offline.plan.kv_cache import KVCache, kv_cache
+from offline.plan.resident import expert_bytes, other_bytes
+from offline.source.dense import read_model_config
+from offline.source.families import FAMILIES
+
+pytest.importorskip("vllm")
+
+CLOSE = 0.03
+MLA = "deepseek_v2"
+LENGTH = 256
+FAMILIES_AND_CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "heads, fewer for keys and values": ("qwen3_moe", {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "latent": (MLA, {}),
+    "a window in every layer": ("mixtral", {"sliding_window": 48}),
+}
+
+
+def serve(folder: Path, name: str, text: Path, **llm: Any) -> tuple[Path, dict[str, Any]]:
+    """A family's small checkpoint, compressed, and what the engine says of it."""
+    family, changes = FAMILIES_AND_CHANGES[name]
+    source = write_family(folder / "source", family, **changes)
+    given = ("--bits", "4", "--ratio", "0.12", "--windows", "4", "--seq-len", "32", "--calibration", text)
+    done = d2moe_here("compress", source, folder / "ours", *given)
+    assert done.returncode == 0, done.stderr
+    if family == MLA:
+        llm |= {"block_size": 16, "compilation_config": {"custom_ops": ["none"]}}
+    llm = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": LENGTH, **llm}
+    job = {"storage": True, "kv_cache": True, "max_tokens": 1}
+    ranks = llm.get("tensor_parallel_size", 1)
+    (folder / "run").mkdir()
+    code, log, output = run_engine(folder / "run", folder / "ours", TWO_RANKS if ranks == 2 else {}, **job, llm=llm)
+    assert code == 0, log[-5000:]
+    return folder / "ours", json.loads(output.read_text())
+
+
+def counted(checkpoint: Path, found: dict[str, Any], ranks: int) -> tuple[KVCache, int]:
+    """The KV cache and the bytes of weights on the rank that has most, by our arithmetic."""
+    config, manifest = read_config(checkpoint), read_manifest(checkpoint)
+    model, family = read_model_config(checkpoint), FAMILIES[config.family]
+    (tokens,) = found["block_tokens"]
+    cache = kv_cache(family, model, tensor_parallel_size=ranks, block_tokens=tokens)
+    others = {name: TensorSpec(dtype, shape) for name, (dtype, shape) in manifest.other_tensors.items()}
+    return cache, expert_bytes(config, ranks) + other_bytes(others, model, family, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", FAMILIES_AND_CHANGES)
+def test_the_engine_allocates_what_is_counted(
+    tmp_path: Path, texts: tuple[Path, Path], name: str, ranks: int
+) -> None:
+    if name == "latent" and torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM packs the latent's projections for AMX, as no GPU does")
+    checkpoint, found = serve(tmp_path, name, texts[0], tensor_parallel_size=ranks)
+    cache, weights = counted(checkpoint, found, ranks)
+    assert found["block_bytes"] == cache.block_bytes
+    assert found["blocks"] == cache.blocks(found["memory"])
+    request = cache.request_blocks(LENGTH, found["batched_tokens"] * found["concurrent_batches"] // 2)
+    assert found["request_bytes"] == request * cache.block_bytes
+    assert (cache.window is not None) == (found["kinds"] == ["SlidingWindowSpec"])
+    assert max(sum(rank.values()) for rank in found["storage"]) == pytest.approx(weights, rel=CLOSE)
