@@ -141,6 +141,7 @@ TOGETHER: Mapping[str, str] = {
         (
             "tests/plugin/test_families_served.py",
             "tests/plugin/test_few_bits_served.py",
+            "tests/plugin/test_fit_served.py",
             "tests/plugin/test_methods_served.py",
             "tests/plugin/test_metrics.py",
             "tests/plugin/test_offline_llm.py",

@@ -208,31 +208,34 @@ def solve_fit(model: DenseModel, recipe: Recipe, asked: Serving) -> tuple[Fit, F
 
 
 def _search(model: DenseModel, recipe: Recipe, wanted: Needs, smallest: Held) -> tuple[First, Held]:
-    """The largest budget whose weights fit, by a few that are solved for real, and its weights.
+    """The largest files that fit whatever calibration chooses within them, and what the plan's become on a device.
 
-    Bytes on a device grow with those of the files, nearly in proportion, so the first guess is close.
+    Of the files all that is no other tensor counts as experts, headers too, in the share that a rank has of the plan's:
+    on one device that is all of them. On several it depends a little on what is chosen, as ranks repeat some of it.
     """
     serving, room, source = wanted.serving, wanted.weights, model.reader.nbytes
     best: tuple[First, Held] | None = None
-    target = _beside(model) + max(room - smallest.others, 0) * serving.tensor_parallel_size
+    ranks = serving.tensor_parallel_size
+    target = _beside(model) + (room - smallest.others) * ranks
     fits, too_large = smallest.files, source + 1
+    highest = _told(1 - smallest.files / source)
     for _ in range(TRIES):
-        ratio = min(ratio_of(min(target, source), source), _told(1 - smallest.files / source))
+        ratio = min(ratio_of(min(target, source), source), highest)
         first = first_budget(model, recipe.model_copy(update={"ratio": ratio}))
         found, asked = held(model, first.problem, first.budget, serving), int((1 - ratio) * source)
-        left = room - found.weights
+        beside = sum(spec.nbytes for spec in first.problem.other_tensors.values())
+        share = found.experts / first.budget.config.expert_bytes
+        left = room - found.others - math.ceil((asked - beside) * share)
         if left < 0:
             too_large = min(too_large, asked)
         else:
-            fits = max(fits, asked)
-            if best is None or found.files >= best[1].files:
-                best = first, found
-            # More would save nothing; or there is hardly more.
-            if left <= CLOSE * room or found.files < (1 - CLOSE) * asked or asked >= source - source // STEP:
-                break
-        if best is not None and too_large - fits <= max(CLOSE * room, 2 * source / STEP):
+            best, fits = (first, found), asked
+        if left < 0 and ratio >= highest:
             break
-        target = int(asked + left * found.files / found.weights)
+        close = 0 <= left <= CLOSE * room or asked >= source - 2 * source // STEP
+        if close or too_large - fits <= max(CLOSE * room, 2 * source / STEP):
+            break
+        target = int(asked + left / share)
         if not fits < target < too_large:
             target = (fits + too_large) // 2
     if best is None:

@@ -231,7 +231,7 @@ def _explain(error: ValidationError) -> str:
     finding = findings[0]
     location = [str(part) for part in finding["loc"]]
     if finding["type"] == "missing" and location == ["ratio"]:
-        return "no ratio given; add --ratio 0.4 (or `ratio: 0.4` to the recipe)"
+        return "no ratio given; add --ratio 0.4 (or `ratio: 0.4` to the recipe), or --size or --fit"
     if finding["type"] != "extra_forbidden":
         return first_error(error)
     fields = {**Recipe.model_fields, **_own_sections().model_fields}

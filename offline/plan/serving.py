@@ -144,20 +144,39 @@ def _attention(family: Family, config: Mapping[str, Any], tokens: int, tp: int) 
 
 
 def _experts(serving: Resolved, shape: MoEShape, recipe: Recipe, tokens: int) -> int:
-    """One layer's, by d2moe_vllm/ops/reference.py with static shapes: every expert computes all rows, one after the
-    other; matrices in few bits are opened one expert at a time, a base as a whole."""
+    """One layer's, by d2moe_vllm/ops/reference.py with static shapes, where every expert computes all rows, one after
+    the other. tests/offline/test_fit.py holds it against what that allocates on a CPU.
+
+    The worst moment is one of three: gate's and up's codes are opened, what they make is multiplied, or one expert's
+    part is added to the sum. A base is counted wherever the recipe may have one.
+    """
     hidden = shape.hidden_size
     channels = shape.intermediate_size // (1 if serving.expert_parallel else serving.tensor_parallel_size)
-    # Gate's and up's product and, in float32, both and what they make; that rounded.
-    rows = tokens * channels * (2 * WIDTH + 3 * FLOAT32 + WIDTH)
-    # The sum over experts, and one expert's part in it before and after it is widened.
-    rows += tokens * hidden * (2 * FLOAT32 + WIDTH)
-    base = recipe.base.kind != "none"
-    if base:  # gate's and up's product with it, and the mix of all experts and one expert's part in it
-        rows += tokens * channels * (2 * WIDTH + 2 * FLOAT32)
-    if recipe.bits == 16:
-        return rows
-    return rows + hidden * channels * (2 * OPENED_BYTES + (3 * WIDTH if base else 0))
+    packed, base = recipe.bits != 16, recipe.base.kind != "none"
+    matrix = channels * hidden
+    opening = 2 * OPENED_BYTES * matrix if packed else 0
+    opened = WIDTH * matrix if packed else 0
+    shrunk = 0 if packed else 2 * WIDTH * min(channels, hidden)
+    # Which tokens come to an expert, and their gates.
+    routed = tokens * (1 + FLOAT32) * (1 + shape.experts_per_token)
+    # The last expert's activations and part, which are there until the next one's replace them, and the sum.
+    before = channels * FLOAT32 + hidden * (FLOAT32 + WIDTH)
+    # Products of gate and up, both in float32, their activation and what is made of them.
+    made = channels * (2 * WIDTH + 4 * FLOAT32)
+    # One expert's part, in float32, times its gate, and only where it is routed to.
+    added = hidden * 3 * FLOAT32
+    beside = 0
+    if base:
+        # Its product for all tokens, the mix of all experts and the last one's part in it; matrices as a whole.
+        beside = tokens * channels * (2 * WIDTH + 2 * FLOAT32) + 3 * opened
+        # Widened, and added to the deltas; an expert's channels are picked.
+        made += channels * (4 * FLOAT32 - WIDTH)
+    moments = (  # down's matrix of the last expert is there until the next one's replaces it
+        tokens * before + opening + opened,
+        tokens * (before + made + shrunk) + 3 * opened,
+        tokens * (before + added) + opened,
+    )
+    return routed + beside + max(moments)
 
 
 def graph_bytes(serving: Resolved, family: Family, config: Mapping[str, Any], shape: MoEShape, recipe: Recipe) -> int:
