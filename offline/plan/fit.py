@@ -284,15 +284,18 @@ def _too_small(model: DenseModel, recipe: Recipe, wanted: Needs, smallest: Held)
 
 
 def _fitting(model: DenseModel, recipe: Recipe, wanted: Needs, smallest: Held) -> Iterator[str]:
-    """What else fits into the device: fewer requests, or one that is shorter."""
+    """What else fits into the device: fewer requests, shorter steps, or one request that is shorter."""
     serving = wanted.serving
 
     def fits(**changes: int) -> bool:
-        return needs(model, recipe, serving.changed(**changes)).weights >= smallest.weights
+        return needs(model, recipe, serving.changed(model.config, **changes)).weights >= smallest.weights
 
     for requests in _halves(serving.max_num_seqs):
         if fits(max_num_seqs=requests):
             yield f"--max-num-seqs {requests}"
+    for tokens in _halves(serving.max_num_batched_tokens):
+        if tokens >= serving.max_num_seqs and fits(max_num_batched_tokens=tokens):
+            yield f"--max-num-batched-tokens {tokens}"
     for length in _halves(serving.max_model_len):
         if length >= wanted.cache.block_tokens and fits(max_num_seqs=1, max_model_len=length):
             yield f"--max-num-seqs 1 --max-model-len {length}"
@@ -323,7 +326,7 @@ def _around(model: DenseModel, recipe: Recipe, wanted: Needs, chosen: Held, leas
         if device * 10**9 != serving.device_bytes:
             wishes.append((f"--fit {device}GB", {"device_bytes": device * 10**9}))
     for what, changes in wishes:
-        yield _neighbour(model, recipe, serving.changed(**changes), what, chosen, least, wanted)
+        yield _neighbour(model, recipe, serving.changed(model.config, **changes), what, chosen, least, wanted)
 
 
 def _neighbour(

@@ -56,7 +56,7 @@ class Serving:
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
 
     def resolve(self, config: Mapping[str, Any]) -> Resolved:
-        """For one model. Raises InputError where it cannot do as many tokens."""
+        """For one model. Raises InputError where it cannot do as many tokens, or vLLM not so few."""
         positions, length = config.get("max_position_embeddings"), self.max_model_len
         if not isinstance(positions, int):
             positions = None
@@ -69,24 +69,31 @@ class Serving:
         tokens = self.max_num_batched_tokens
         if tokens is None:
             tokens = next(tokens for least, tokens in BATCHED_TOKENS if self.device_bytes >= least * GIB)
-            tokens = min(tokens, self.max_num_seqs * length)
-        return Resolved(**{**vars(self), "max_model_len": length, "max_num_batched_tokens": tokens})
+            tokens = max(min(tokens, self.max_num_seqs * length), self.max_num_seqs)
+        elif tokens < self.max_num_seqs:
+            raise InputError(
+                f"--max-num-batched-tokens {tokens} is less than one for each of --max-num-seqs {self.max_num_seqs}, "
+                f"which vLLM refuses; use {self.max_num_seqs} or more"
+            )
+        return Resolved(**{**vars(self), "max_model_len": length, "max_num_batched_tokens": tokens, "asked": self})
 
 
 @dataclass(frozen=True)
 class Resolved(Serving):
-    """With nothing left open."""
+    """With nothing left open. asked: what was, before that."""
 
     max_model_len: int = MAX_MODEL_LEN
     max_num_batched_tokens: int = BATCHED_TOKENS[-1][1]
+    asked: Serving | None = None
 
     @property
     def usable_bytes(self) -> int:
         """What vLLM takes of the device at most."""
         return math.floor(self.device_bytes * self.gpu_memory_utilization)
 
-    def changed(self, **changes: Any) -> Resolved:
-        return replace(self, **changes)
+    def changed(self, config: Mapping[str, Any], **changes: Any) -> Resolved:
+        """For another wish; what was left open is decided anew."""
+        return replace(self.asked or self, **changes).resolve(config)
 
     def flags(self) -> list[str]:
         """For `vllm serve`."""

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from d2moe_vllm import ops
 from d2moe_vllm.format.config import CheckpointConfig, Layer, Projection, Pruning, Source, Storage
 from d2moe_vllm.format.kinds import ROLES, TensorSpec
+from d2moe_vllm.format.recipefile import read_recipe
 from d2moe_vllm.ops import reference
 from d2moe_vllm.serving.parameters import Share
 from offline.cli.options import parse_size
@@ -32,6 +33,7 @@ from offline.plan.recipe import Recipe
 from offline.plan.resident import expert_bytes, other_bytes, parallel_problem
 from offline.plan.serving import Resolved, Serving, _experts
 from offline.source.families import FAMILIES, MoEShape
+from offline.work.workdir import WorkDir
 
 MIXTRAL = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096,
@@ -377,6 +379,7 @@ def test_a_device_that_holds_the_original_is_refused() -> None:
     [
         (("--tensor-parallel-size", "3"), "does not divide 4 attention heads; use 1, 2 or 4"),
         (("--max-model-len", "4096"), "exceeds the model's 1024 positions"),
+        (("--max-num-batched-tokens", "3"), "less than one for each of --max-num-seqs 4"),
         (("--gpu-memory-utilization", "1.5"), "is no share"),
     ],
 )
@@ -407,19 +410,29 @@ def test_every_family_can_be_fitted(tmp_path: Path, family: str) -> None:
     assert sum(fit["weight_bytes"][part] for part in ("others", "experts")) <= fit["weight_bytes"]["room"]
 
 
-def test_what_is_compressed_fits_and_says_so(tmp_path: Path, texts: tuple[Path, Path]) -> None:
-    """The ratio that plan tells is the one that the checkpoint's recipe has; so is it again when a run is repeated."""
-    arguments = (*FIT, *SMALL, "--calibration", texts[0], "--json")
-    done = d2moe_here("compress", TINY, tmp_path / "out", *arguments)
+def test_what_is_compressed_fits_and_says_so(
+    tmp_path: Path, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ratio that plan tells is the one that the checkpoint's recipe has: a run that was begun with it goes on, and
+    writes no part again."""
+    planned = plan(*FIT, *SMALL)
+    rest = (*SMALL, "--calibration", texts[0], "--json")
+    with monkeypatch.context() as broken:
+        broken.setattr("offline.run.compress.publish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            d2moe_here("compress", TINY, tmp_path / "out", "--ratio", planned["fit"]["ratio"], *rest)
+    with monkeypatch.context() as done_already:
+        done_already.setattr(WorkDir, "save_part", lambda *_: 1 / 0)
+        done = d2moe_here("compress", TINY, tmp_path / "out", *FIT, *rest)
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
-    planned = plan(*FIT, *SMALL)
     assert content["recipe"]["ratio"] == planned["recipe"]["ratio"] == planned["fit"]["ratio"]
-    assert f"ratio: {planned['fit']['ratio']}" in (tmp_path / "out" / "d2moe_recipe.yaml").read_text()
+    assert read_recipe(tmp_path / "out") == content["recipe"]
     assert content["fit"]["spare_bytes"] >= 0
     assert content["fit"]["weight_bytes"]["others"] == planned["fit"]["weight_bytes"]["others"]
 
 
+@pytest.mark.slow
 def test_files_that_are_compressed_are_at_most_as_large_as_asked(tmp_path: Path, texts: tuple[Path, Path]) -> None:
     done = d2moe_here("compress", TINY, tmp_path / "out", "--size", "4MB", *SMALL, "--calibration", texts[0])
     assert done.returncode == 0, done.stderr
