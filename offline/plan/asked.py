@@ -8,8 +8,9 @@ from typing import Any
 
 from offline.errors import InputError, UnreachableError
 from offline.io.units import size_above
-from offline.plan.fit import Fit, highest_ratio, ratio_of, solve_fit
+from offline.plan.fit import Fit, solve_fit
 from offline.plan.make import make_plan
+from offline.plan.needs import highest_ratio, ratio_of
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
 from offline.plan.serving import Serving

@@ -1,106 +1,30 @@
 """What one device has to hold, the compressed weights that fit beside it, and the ratio that makes them so small.
 
-Sizes are decimal where people read them. A plan's budget is solved for real at every step, so what is found fits to the
-byte of what is counted; the neighbours of a result are scaled from it and are about right.
+A plan's budget is solved for real at every step, so what is found fits to the byte of what is counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from offline.errors import InputError, UnreachableError
+from offline.errors import InputError
 from offline.io.units import size, size_above
-from offline.plan.budget import Budget, Problem
-from offline.plan.kv_cache import KVCache
 from offline.plan.make import First, first_budget
+from offline.plan.needs import STEP, Held, Needs, beside, held, highest_ratio, needs, ratio_of, told, uncompressed
+from offline.plan.neighbours import Neighbour, neighbours
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
-from offline.plan.resident import check_parallel, expert_bytes, other_bytes, parallel_problem
-from offline.plan.serving import Resolved, Serving, activation_bytes, graph_bytes
+from offline.plan.resident import other_bytes
+from offline.plan.serving import Resolved, Serving
 from offline.source.dense import DenseModel
 
-STEP = 1_000_000
-"""Ratios are found to so many parts of the whole, rounded up: a ratio that is read off a card gives the same files."""
 CLOSE = 0.001
 """Share of the room that may be left over."""
 TRIES = 10
-DEVICES = (16, 24, 40, 48, 80)
-"""GB of usual devices, for the neighbours of a result."""
 UNMEASURED = "by formula, never measured on a GPU"
-
-
-def ratio_of(target: int, source: int) -> float:
-    """The smallest ratio, of those that are told, whose files are at most `target` of `source` bytes."""
-    parts = math.ceil((source - target) * STEP / source)
-    return min(max(parts, 1), STEP - 1) / STEP
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Bytes of one device besides weights."""
-
-    serving: Resolved
-    cache: KVCache
-    kv_cache: int
-    activations: int
-    graphs: int
-
-    @property
-    def weights(self) -> int:
-        """What is left for weights; negative where the rest alone is too much."""
-        return self.serving.usable_bytes - self.kv_cache - self.activations - self.graphs
-
-
-def needs(model: DenseModel, recipe: Recipe, serving: Resolved) -> Needs:
-    """Raises InputError where the cache is not known, or the ranks do not divide the model."""
-    config, family = model.config, model.family
-    cache = serving.cache(family, config)
-    ranks, whole = serving.tensor_parallel_size, serving.expert_parallel
-    check_parallel(config, family, recipe.base.groups, ranks, expert_parallel=whole)
-    step = serving.max_num_batched_tokens
-    return Needs(
-        serving,
-        cache,
-        serving.kv_cache_bytes(cache),
-        activation_bytes(serving, family, config, model.shape, recipe, step),
-        graph_bytes(serving, family, config, model.shape, recipe),
-    )
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes of weights. files: on disk; others, experts: on the rank that holds most, what is not compressed and what
-    is."""
-
-    files: int
-    others: int
-    experts: int
-
-    @property
-    def weights(self) -> int:
-        return self.others + self.experts
-
-
-def held(model: DenseModel, problem: Problem, budget: Budget, serving: Resolved) -> Held:
-    """What a budget's files become on one device."""
-    ranks, whole = serving.tensor_parallel_size, serving.expert_parallel
-    others = other_bytes(problem.other_tensors, model.config, model.family, ranks)
-    return Held(budget.nbytes, others, expert_bytes(budget.config, ranks, expert_parallel=whole))
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """Another wish and what it would take. what: the change; device_bytes: of one device; ratio, files: about; None
-    where `verdict` says why not."""
-
-    what: str
-    device_bytes: int
-    ratio: float | None
-    files: int | None
-    verdict: str
 
 
 @dataclass(frozen=True)
@@ -193,17 +117,17 @@ def solve_fit(model: DenseModel, recipe: Recipe, asked: Serving) -> tuple[Fit, F
     serving, room = wanted.serving, wanted.weights
     ranks = serving.tensor_parallel_size
     others = other_bytes(model.other_tensors, model.config, model.family, ranks)
-    if room >= others + -(-model.expert_bytes // ranks):
+    if room >= (whole := uncompressed(model, ranks)):
         raise InputError(
             f"--fit {size(serving.device_bytes)} is enough for {model.name} as it is: its weights are "
-            f"{size(others + model.expert_bytes // ranks)} of the {size(room)} that are left for them; serve it "
-            "uncompressed, or choose a smaller --fit or more requests"
+            f"{size(whole)} of the {size(room)} that are left for them; serve it uncompressed, or choose a smaller --fit "
+            "or more requests"
         )
     smallest = _smallest(model, recipe, others, ranks)
     if smallest.weights > room:
         raise InputError(_too_small(model, recipe, wanted, smallest))
     first, chosen = _search(model, recipe, wanted, smallest)
-    around = tuple(_around(model, recipe, wanted, chosen, smallest.files))
+    around = tuple(neighbours(model, recipe, wanted, chosen.files, first.budget.config, smallest.files))
     return Fit(wanted, chosen, first.problem.recipe.ratio, around), first
 
 
@@ -216,51 +140,41 @@ def _search(model: DenseModel, recipe: Recipe, wanted: Needs, smallest: Held) ->
     serving, room, source = wanted.serving, wanted.weights, model.reader.nbytes
     best: tuple[First, Held] | None = None
     ranks = serving.tensor_parallel_size
-    target = _beside(model) + (room - smallest.others) * ranks
+    target = beside(model) + (room - smallest.others) * ranks
     fits, too_large = smallest.files, source + 1
-    highest = _told(1 - smallest.files / source)
+    highest = told(1 - smallest.files / source)
     for _ in range(TRIES):
         ratio = min(ratio_of(min(target, source), source), highest)
         first = first_budget(model, recipe.model_copy(update={"ratio": ratio}))
         found, asked = held(model, first.problem, first.budget, serving), int((1 - ratio) * source)
-        beside = sum(spec.nbytes for spec in first.problem.other_tensors.values())
+        other = sum(spec.nbytes for spec in first.problem.other_tensors.values())
         share = found.experts / first.budget.config.expert_bytes
-        left = room - found.others - math.ceil((asked - beside) * share)
+        experts = math.ceil((asked - other) * share)
+        left = room - found.others - experts
         if left < 0:
             too_large = min(too_large, asked)
         else:
             best, fits = (first, found), asked
         if left < 0 and ratio >= highest:
+            smallest = Held(asked, found.others, experts)
             break
         close = 0 <= left <= CLOSE * room or asked >= source - 2 * source // STEP
-        if close or too_large - fits <= max(CLOSE * room, 2 * source / STEP):
-            break
         target = int(asked + left / share)
-        if not fits < target < too_large:
+        if close or too_large - fits <= max(CLOSE * room, 2 * source / STEP):
+            if best is not None:
+                break
+            target = smallest.files
+        elif not fits < target < too_large:
             target = (fits + too_large) // 2
     if best is None:
         raise InputError(_too_small(model, recipe, wanted, smallest))
     return best
 
 
-def _told(ratio: float) -> float:
-    """The highest ratio, of those that are told, that is no higher."""
-    return math.floor(ratio * STEP) / STEP
-
-
-def highest_ratio(model: DenseModel, recipe: Recipe) -> float:
-    """That a method can reach, of those that are told."""
-    try:
-        first_budget(model, recipe.model_copy(update={"ratio": (STEP - 1) / STEP}))
-    except UnreachableError as error:
-        return _told(error.most)
-    return (STEP - 1) / STEP
-
-
 def _smallest(model: DenseModel, recipe: Recipe, others: int, ranks: int) -> Held:
     """The files of the highest ratio; of what they become on a device, headers included, a little more than is so."""
     files = math.ceil((1 - highest_ratio(model, recipe)) * model.reader.nbytes)
-    return Held(files, others, max(files - _beside(model), 0) // ranks)
+    return Held(files, others, max(files - beside(model), 0) // ranks)
 
 
 def _too_small(model: DenseModel, recipe: Recipe, wanted: Needs, smallest: Held) -> str:
@@ -305,60 +219,3 @@ def _halves(number: int) -> Iterator[int]:
     while number > 1:
         number //= 2
         yield number
-
-
-def _around(model: DenseModel, recipe: Recipe, wanted: Needs, chosen: Held, least: int) -> Iterator[Neighbour]:
-    """Half and twice of what was asked, one more way to share it out, and usual devices."""
-    serving, positions = wanted.serving, model.max_positions
-    wishes: list[tuple[str, Mapping[str, Any]]] = []
-    for what, field in (("--max-model-len", "max_model_len"), ("--max-num-seqs", "max_num_seqs")):
-        value = getattr(serving, field)
-        for other in (value // 2, value * 2):
-            if other and not (field == "max_model_len" and positions and other > positions):
-                wishes.append((f"{what} {other}", {field: other}))
-    if serving.kv_cache_dtype == "auto":
-        wishes.append(("--kv-cache-dtype fp8", {"kv_cache_dtype": "fp8"}))
-    ranks = 2 * serving.tensor_parallel_size
-    whole = serving.expert_parallel
-    if not parallel_problem(model.config, model.family, recipe.base.groups, ranks, expert_parallel=whole):
-        wishes.append((f"--tensor-parallel-size {ranks}", {"tensor_parallel_size": ranks}))
-    for device in DEVICES:
-        if device * 10**9 != serving.device_bytes:
-            wishes.append((f"--fit {device}GB", {"device_bytes": device * 10**9}))
-    for what, changes in wishes:
-        yield _neighbour(model, recipe, serving.changed(model.config, **changes), what, chosen, least, wanted)
-
-
-def _neighbour(
-    model: DenseModel, recipe: Recipe, serving: Resolved, what: str, chosen: Held, least: int, wanted: Needs
-) -> Neighbour:
-    ranks, source = serving.tensor_parallel_size, model.reader.nbytes
-    room = needs(model, recipe, serving).weights
-    others = other_bytes(model.other_tensors, model.config, model.family, ranks)
-    if room >= others + -(-model.expert_bytes // ranks):
-        return Neighbour(what, serving.device_bytes, None, None, "fits uncompressed")
-    # Experts' bytes on a rank for each byte of files, scaled by how many ranks there are.
-    scale = wanted.serving.tensor_parallel_size / ranks
-    per_file = chosen.experts * scale / max(chosen.files - _beside(model), 1)
-    files = _beside(model) + int((room - others) / per_file)
-    if files < least or room < others:
-        return Neighbour(what, serving.device_bytes, None, None, "does not fit")
-    most = _most(model, recipe)
-    verdict = "more bytes would save nothing" if most < files else ""
-    files = min(files, most)
-    return Neighbour(what, serving.device_bytes, round(1 - files / source, 3), files, verdict)
-
-
-def _most(model: DenseModel, recipe: Recipe) -> int:
-    """Bytes of files from which on more save nothing: experts whole in the most bits of the recipe, and scales."""
-    bits = 8 if recipe.bits == "auto" else recipe.bits
-    if bits == 16:
-        return model.reader.nbytes
-    numbers = len(model.shape.layers) * model.shape.num_experts * model.shape.expert_parameters
-    return min(
-        _beside(model) + numbers * (bits * recipe.group_size + 16) // (8 * recipe.group_size), model.reader.nbytes
-    )
-
-
-def _beside(model: DenseModel) -> int:
-    return sum(spec.nbytes for spec in model.other_tensors.values())

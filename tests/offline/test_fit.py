@@ -27,8 +27,8 @@ from d2moe_vllm.ops import reference
 from d2moe_vllm.serving.parameters import Share
 from offline.cli.options import parse_size
 from offline.errors import InputError
-from offline.plan.fit import ratio_of
 from offline.plan.kv_cache import kv_cache
+from offline.plan.needs import ratio_of
 from offline.plan.recipe import Recipe
 from offline.plan.resident import expert_bytes, other_bytes, parallel_problem
 from offline.plan.serving import Resolved, Serving, _experts
