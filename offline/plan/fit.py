@@ -119,8 +119,9 @@ def solve_fit(model: DenseModel, recipe: Recipe, asked: Serving) -> tuple[Fit, F
     others = other_bytes(model.other_tensors, model.config, model.family, ranks)
     if room >= (whole := uncompressed(model, ranks)):
         raise InputError(
-            f"--fit {size(serving.device_bytes)} is enough for {model.name} as it is: its weights are {size(whole)} of the "
-            f"{size(room)} that are left for them; serve it uncompressed, or choose a smaller --fit or more requests"
+            f"--fit {size(serving.device_bytes)} is enough for {model.name} as it is: its weights are "
+            f"{size(whole)} of the {size(room)} that are left for them; serve it uncompressed, or choose a smaller "
+            "--fit or more requests"
         )
     smallest = _smallest(model, recipe, others, ranks)
     if smallest.weights > room:
