@@ -2,8 +2,8 @@
 
 Needs the models and texts of ../shared, which a clone does not have. One process with one thread, so that seconds and
 memory of one row can be compared with another's. Finished rows and what was written stay in build/compare, so an
-interrupted run continues; remove that folder after a change of what is computed. With --models, --ratios or --baselines
-only some of it is measured, and printed: docs/comparison.md stays as it is.
+interrupted run continues; remove that folder after a change of what is computed. With --models only their sections are
+written anew; with --ratios or --baselines what is measured is printed, and docs/comparison.md stays as it is.
 """
 
 from __future__ import annotations
@@ -110,12 +110,17 @@ def frontier_block(model: str, content: dict[str, Any], folder: Path) -> str:
 
 
 def rows_table(content: dict[str, Any]) -> str:
-    """The table of `compare`, the processor's seconds for the clock's; the lowest perplexity of each ratio in bold."""
+    """The table of `compare`, the processor's seconds for the clock's, the lowest perplexity of each ratio in bold.
+    What cannot be reached is beneath it."""
     titles = heads(content)
     shown = ["CPU time" if title == "time" else title for title in titles]
     lines = [f"| {' | '.join(shown)} |", "|---|" + "---:|" * (len(titles) - 1)]
     texts = [text["name"] for text in content["texts"]]
+    beyond: dict[str, str] = {}
     for row in content["rows"]:
+        if not has_figures(row) and row["reachable"] is not None:
+            beyond.setdefault(row["name"], f"`{row['name']}` {remark(row).split(': ')[1]}")
+            continue
         found = dict(zip(titles, cells(row, content), strict=True))
         found["time"] = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:.0f} s"
         beside = [one for one in content["rows"] if one["ratio"] == row["ratio"] and one["perplexity"]]
@@ -126,27 +131,27 @@ def rows_table(content: dict[str, Any]) -> str:
             found["removed"] = remark(row)
         found[""] = f"`{row['name']}`"
         lines.append(f"| {' | '.join(found.values())} |")
-    return "\n".join([*lines, "", *(f"\\{line}" for line in footnotes(content))])
+    notes = [f"\\{line}" for line in footnotes(content)]
+    notes += [f"Not reachable by all: {'; '.join(beyond.values())}."] if beyond else []
+    return "\n".join([*lines, "", "\n\n".join(notes)])
 
 
-def fits_table(contents: dict[str, dict[str, Any]]) -> str:
+def fits_table(content: dict[str, Any]) -> str:
     """MoBE's fits: relative error of the start, the whitened decomposition of the same bytes, and at the end."""
-    layers = max((len(_fits(row)) for content in contents.values() for row in _mobe(content)), default=0)
+    layers = max((len(_fits(row)) for row in _mobe(content)), default=0)
     lines = [
-        f"| model, ratio, projection | {' | '.join(f'layer {number}' for number in range(layers))} |",
+        f"| ratio, projection | {' | '.join(f'layer {number}' for number in range(layers))} |",
         "|---|" + "---:|" * layers,
     ]
     worse: list[str] = []
-    for model, content in contents.items():
-        for row in _mobe(content):
-            fits = _fits(row)
-            for role in ("gate", "up"):
-                where = f"{model} {100 * row['ratio']:.0f} % {role}"
-                pairs = [(fit[role]["start_error"], fit[role]["error"]) for fit in fits.values()]
-                beside = zip(fits, pairs, strict=True)
-                worse += [f"{where}, layer {number}" for number, (start, end) in beside if end >= start]
-                found = [f"{start:.4f} → {end:.4f}" for start, end in pairs] + [""] * (layers - len(pairs))
-                lines.append(f"| {where} | {' | '.join(found)} |")
+    for row in _mobe(content):
+        fits = _fits(row)
+        for role in ("gate", "up"):
+            where = f"{100 * row['ratio']:.0f} % {role}"
+            pairs = [(fit[role]["start_error"], fit[role]["error"]) for fit in fits.values()]
+            beside = zip(fits, pairs, strict=True)
+            worse += [f"{where}, layer {number}" for number, (start, end) in beside if end >= start]
+            lines.append(f"| {where} | {' | '.join(f'{start:.4f} → {end:.4f}' for start, end in pairs)} |")
     verdict = f"Not below its start: {'; '.join(worse)}." if worse else "Every fit ends below its start."
     return "\n".join([*lines, "", verdict])
 
@@ -160,36 +165,32 @@ def _fits(row: dict[str, Any]) -> dict[str, Any]:
     return {number: layer["fit"] for number, layer in layers.items()}
 
 
-def inside_table(contents: dict[str, dict[str, Any]]) -> str:
+def inside_table(content: dict[str, Any]) -> str:
     """What low-rank methods keep at CLOSER: layers with a base, ranks, and the relative error of the experts' weights
     in the metric of their inputs, mean over layers and experts."""
     lines = [
-        "| model | method | compressed layers | layers with a base (gate and up / down) | ranks gate, up, down | "
+        "| method | compressed layers | layers with a base (gate and up / down) | ranks gate, up, down | "
         "error gate | up | down |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for model, content in contents.items():
-        for row in _kept_rows(content, "low-rank", "moe-svd", "mobe", "svd"):
-            if row["ratio"] != CLOSER:
-                continue
-            found = inspect(Path(row["path"]))
-            layers, reports = found["layers"], found["statistics"]["layers"]
-            bases = (sum(_has_base(layer[role]) for layer in layers.values()) for role in ("gate", "down"))
-            ranks = ", ".join(_span([layer[role]["rank"] for layer in layers.values()]) for role in ROLES)
-            errors = " | ".join(_mean_error(reports, role) for role in ROLES)
-            lines.append(
-                f"| {model} | `{row['name']}` | {len(layers)} | {' / '.join(map(str, bases))} | {ranks} | {errors} |"
-            )
+    for row in _kept_rows(content, "low-rank", "moe-svd", "mobe", "svd"):
+        if row["ratio"] != CLOSER:
+            continue
+        found = inspect(Path(row["path"]))
+        layers, reports = found["layers"], found["statistics"]["layers"]
+        bases = (sum(_has_base(layer[role]) for layer in layers.values()) for role in ("gate", "down"))
+        ranks = ", ".join(_span([layer[role]["rank"] for layer in layers.values()]) for role in ROLES)
+        errors = " | ".join(_mean_error(reports, role) for role in ROLES)
+        lines.append(f"| `{row['name']}` | {len(layers)} | {' / '.join(map(str, bases))} | {ranks} | {errors} |")
     return "\n".join(lines)
 
 
-def stores_table(contents: dict[str, dict[str, Any]]) -> str:
+def stores_table(content: dict[str, Any]) -> str:
     """What the default stores at every ratio."""
-    lines = ["| model, ratio | experts' bytes | stored |", "|---|---:|---|"]
-    for model, content in contents.items():
-        for row in _kept_rows(content, DEFAULT):
-            said = describe(read_config(Path(row["path"])))
-            lines.append(f"| {model} {100 * row['ratio']:g} % | {100 * row['expert_share']:.1f} % | {said} |")
+    lines = ["| ratio | experts' bytes | stored |", "|---|---:|---|"]
+    for row in _kept_rows(content, DEFAULT):
+        said = describe(read_config(Path(row["path"])))
+        lines.append(f"| {100 * row['ratio']:g} % | {100 * row['expert_share']:.1f} % | {said} |")
     return "\n".join(lines)
 
 
@@ -211,22 +212,21 @@ def _mean_error(reports: dict[str, Any], role: str) -> str:
     return f"{sum(errors) / len(errors):.3f}"
 
 
-def channels_table(contents: dict[str, dict[str, Any]]) -> str:
+def channels_table(content: dict[str, Any]) -> str:
     """Which share of its channels each layer keeps, with its poorest and its richest expert."""
     found = {
-        f"{model} {100 * row['ratio']:g} %": _widths(Path(row["path"]))
-        for model, content in contents.items()
+        f"{100 * row['ratio']:g} %": _widths(Path(row["path"]))
         for row in _kept_rows(content, "channels")
         if row["ratio"] in WHERE
     }
     layers = max(map(len, found.values()), default=0)
     lines = [
-        f"| model, ratio | {' | '.join(f'layer {number}' for number in range(layers))} |",
+        f"| ratio | {' | '.join(f'layer {number}' for number in range(layers))} |",
         "|---|" + "---:|" * layers,
     ]
     for name, widths in found.items():
         cells = [f"{sum(kept) / len(kept):.0f} % ({min(kept):.0f}-{max(kept):.0f})" for kept in widths]
-        lines.append(f"| {name} | {' | '.join(cells + [''] * (layers - len(cells)))} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -237,6 +237,18 @@ def _widths(folder: Path) -> list[list[float]]:
     return [[100 * width(layer, expert, every) / every for expert in experts] for layer in config.layers.values()]
 
 
+def tables_of(model: str, content: dict[str, Any], folder: Path) -> dict[str, str]:
+    """A model's section of the page by the names of its places; pictures go into `folder`."""
+    return {
+        f"frontier-{model}": frontier_block(model, content, folder),
+        model: rows_table(content),
+        f"stores-{model}": stores_table(content),
+        f"inside-{model}": inside_table(content),
+        f"channels-{model}": channels_table(content),
+        f"fits-{model}": fits_table(content),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(RATIOS), choices=list(RATIOS))
@@ -245,21 +257,16 @@ def main() -> None:
     options = parser.parse_args()
     if not SHARED.is_dir():
         raise SystemExit("make compare-tables needs the models and texts of ../shared")
-    whole = (options.models, options.ratios, options.baselines) == (list(RATIOS), None, list(BASELINES))
     texts = write_texts(FOLDER / "texts")
-    contents = {
-        model: measure(model, texts, options.ratios or RATIOS[model], options.baselines) for model in options.models
-    }
-    folder = PAGE.parent if whole else FOLDER
-    tables = {model: rows_table(content) for model, content in contents.items()}
-    tables |= {f"frontier-{model}": frontier_block(model, content, folder) for model, content in contents.items()}
-    tables |= {"stores": stores_table(contents), "fits": fits_table(contents), "inside": inside_table(contents)}
-    tables |= {"channels": channels_table(contents)}
-    if whole:
-        put_tables(PAGE, tables)
-        print(f"tables written to {PAGE.relative_to(ROOT)}, pictures beside it")
-    else:
-        print("\n\n".join(tables.values()))
+    partly = options.ratios is not None or options.baselines != list(BASELINES)
+    for model in options.models:
+        content = measure(model, texts, options.ratios or RATIOS[model], options.baselines)
+        tables = tables_of(model, content, FOLDER if partly else PAGE.parent)
+        if partly:
+            print("\n\n".join(tables.values()))
+        else:
+            put_tables(PAGE, tables)
+            print(f"{model}: tables written to {PAGE.relative_to(ROOT)}, pictures beside it")
 
 
 if __name__ == "__main__":
