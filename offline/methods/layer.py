@@ -16,7 +16,7 @@ from offline.methods.options import Option
 from offline.methods.settings import Settings
 from offline.methods.storing import Storing
 from offline.source.dense import DenseModel
-from offline.source.sites import Site
+from offline.source.sites import SELECTIONS, Site
 from offline.work.statistics import Activation, Routing, Weights, mean_gram
 from offline.work.workdir import WorkDir
 
@@ -24,7 +24,8 @@ from offline.work.workdir import WorkDir
 class Plan(Protocol):
     """What methods know of the plan. caps: by layer the rank of a projection once the budget is settled, before that
     the largest that it may get, up to which errors are measured; torch_dtype: of the experts as they are stored;
-    hold_layer: there is memory for a layer; processes: on this machine."""
+    hold_layer: there is memory for a layer; processes: on this machine; keeps: whether an expert's Gram at a site waits
+    on disk for its next use."""
 
     @property
     def model(self) -> DenseModel: ...
@@ -38,6 +39,7 @@ class Plan(Protocol):
     def hold_layer(self) -> bool: ...
     @property
     def processes(self) -> int: ...
+    def keeps(self, site: Site) -> bool: ...
 
 
 Advance = Callable[[float], None]
@@ -74,6 +76,11 @@ def expert_part(expert: int) -> str:
 def measured_part(expert: int) -> str:
     """A layer's part that holds what an expert's errors would be, of which the budget is settled."""
     return f"measured-{expert:05d}"
+
+
+def _gram_part(expert: int, site: Site) -> str:
+    """A layer's part that holds a Gram from one use to the next."""
+    return f"gram-{site}-{expert:05d}"
 
 
 @dataclass(frozen=True)
@@ -120,11 +127,28 @@ class LayerJob:
 
     def gram(self, expert: int, weights: Weights, site: Site) -> Tensor:
         """G of what one expert reads at a site, float32 [n, n]. Raises InputError where it overflows."""
+        if self.work.has_part(self.number, part := _gram_part(expert, site)):
+            return self.work.load_part(self.number, part)["gram"].to(self.routing.device)
         weighted = self.plan.recipe.delta.gate_weighted
         gram = mean_gram(weights, self.routing, expert, site, self.activation, gate_weighted=weighted)
-        if not torch.isfinite(gram).all():
+        return self.finite(gram)
+
+    def keep_gram(self, expert: int, site: Site, gram: Tensor) -> None:
+        """For its next use at this layer, where it is less to read than what it was made of."""
+        if self.plan.keeps(site):
+            self.work.save_part(self.number, _gram_part(expert, site), {"gram": gram.cpu()})
+
+    def drop_grams(self) -> None:
+        """Of this process's experts, which are done."""
+        for expert in self.own:
+            for site in SELECTIONS:
+                self.work.discard_part(self.number, _gram_part(expert, site))
+
+    def finite(self, moment: Tensor) -> Tensor:
+        """The moment of activations. Raises InputError for one that overflowed."""
+        if not torch.isfinite(moment).all():
             raise InputError(f"layer {self.number}: activations overflow float32 on the calibration text; use another")
-        return gram
+        return moment
 
     def base(self, option: Option, role: Role) -> Tensor | None:
         """The whole base [out, in] as it will be stored, float32; None where the option has none."""
@@ -169,7 +193,10 @@ class LayerJob:
 
     def shrunk_gram(self, expert: int, weights: Weights, site: Site) -> Tensor:
         """As `gram`, shrunk by how few tokens the expert saw."""
-        gram = self.gram(expert, weights, site)
+        return self.shrunk(expert, self.gram(expert, weights, site))
+
+    def shrunk(self, expert: int, gram: Tensor) -> Tensor:
+        """In its place."""
         return shrink_gram(gram, int(self.tokens[expert]), self.plan.recipe.delta.shrinkage)
 
     def is_measured(self, expert: int) -> bool:

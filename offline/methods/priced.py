@@ -20,13 +20,13 @@ from d2moe_vllm.format.config import Layer
 from d2moe_vllm.format.kinds import HALVES, Role, Stored
 from d2moe_vllm.ops.packing import to_bits
 from offline.algebra.channels import refit_outputs
-from offline.algebra.factorization import shrink_gram, whitened_energy
+from offline.algebra.factorization import whitened_energy
 from offline.algebra.merging import MERGES, Merge, MergeOptions
 from offline.algebra.price import Settled
-from offline.errors import InputError
 from offline.methods.layer import Advance, LayerJob, expert_part
 from offline.methods.settings import Base
 from offline.methods.storing import Matrix, Storing
+from offline.source.sites import Site
 from offline.work.statistics import Outputs, Weights, gradients, outputs
 
 
@@ -38,6 +38,11 @@ def base_part(half: str) -> str:
 def half_part(expert: int, half: str) -> str:
     """A layer's part that holds what is an expert's own of a half."""
     return f"{expert_part(expert)}-{half}"
+
+
+def _outputs_part(expert: int) -> str:
+    """A layer's part that holds what an expert's channels have become, from the base's merge to the deltas."""
+    return f"outputs-{expert:05d}"
 
 
 def new_merge(job: LayerJob, role: Role, partial: Literal["", "rows", "columns"] = "") -> Merge:
@@ -89,6 +94,9 @@ class _Writer:
                     self.advance(1 / steps)
             self._write_deltas(half, 1 / steps)
             self.job.work.group.barrier()
+        self.job.drop_grams()
+        for expert in self.job.own:
+            self.job.work.discard_part(self.job.number, _outputs_part(expert))
 
     def kept(self, expert: int) -> Tensor:
         return self.settled.kept[expert].to(self.job.routing.device)
@@ -109,13 +117,7 @@ class _Writer:
         total = int(job.tokens.sum())
         for expert in job.own:
             weights, tokens, kept = job.weights(expert), int(job.tokens[expert]), self.kept(expert)
-            found, gram = self._to_merge(half, expert, weights)
-            needs, fisher = MERGES[job.plan.recipe.base.merge].needs_fisher, None
-            if needs:
-                weighted = job.plan.recipe.delta.gate_weighted
-                fisher = gradients(
-                    weights, job.routing, expert, job.activation, fisher=roles, gate_weighted=weighted
-                ).fisher
+            found, gram, fisher = self._to_merge(half, expert, weights)
             for role in roles:
                 own = None if fisher is None else fisher[role]
                 merges[role].add(found[role], tokens, total, own, kept=kept)
@@ -128,18 +130,34 @@ class _Writer:
             job.save(base_part(half), self._rounded_base(half, merges, pooled))
         job.work.group.barrier()
 
-    def _to_merge(self, half: str, expert: int, weights: Weights) -> tuple[Mapping[Role, Tensor], Tensor]:
-        """An expert's projections of a half in their whole size, and the second moment of what they read."""
+    def _to_merge(
+        self, half: str, expert: int, weights: Weights
+    ) -> tuple[Mapping[Role, Tensor], Tensor, Mapping[Role, Tensor] | None]:
+        """An expert's projections of a half in their whole size, the second moment of what they read, and their Fisher
+        information where the merge wants it. Keeps for the deltas what was computed of the expert's rows."""
+        job, recipe, fisher = self.job, self.job.plan.recipe, None
+        sites: Sequence[Site] = ["input"] if half == "w13" else []
+        grams: Mapping[Site, Tensor] = {}
+        if MERGES[recipe.base.merge].needs_fisher:
+            told = gradients(
+                weights, job.routing, expert, job.activation, fisher=HALVES[half],
+                gate_weighted=recipe.delta.gate_weighted, sites=sites,
+            )  # fmt: skip
+            fisher, grams = told.fisher, told.grams
         if half == "w13":
-            return weights, self.job.shrunk_gram(expert, weights, "input")
+            gram = job.finite(grams["input"]) if grams else job.gram(expert, weights, "input")
+            job.keep_gram(expert, "input", gram)
+            return weights, job.shrunk(expert, gram), fisher
         kept = self.kept(expert)
-        down, seen = self._refitted(expert, weights)
+        seen = self._outputs(expert, weights)
+        self._keep_outputs(expert, seen)
+        down = self._refitted(expert, weights, seen)
         places = kept.nonzero()[:, 0]
         whole = torch.zeros(weights["down"].shape, device=down.device).index_copy_(1, places, down)
         moment = self._shrunk(expert, seen.moment)
         gram = torch.zeros(len(kept), len(kept), device=down.device)
         gram[places[:, None], places] = moment
-        return {"down": whole}, gram
+        return {"down": whole}, gram, fisher
 
     def _rounded_base(self, half: str, merges: Mapping[Role, Merge], pooled: Tensor) -> dict[str, Tensor]:
         union, bits = self.union, self.settled.ways[half].base
@@ -192,7 +210,8 @@ class _Writer:
 
     def _down(self, expert: int) -> dict[str, Tensor]:
         weights, kept = self.job.weights(expert), self.kept(expert)
-        down, seen = self._refitted(expert, weights)
+        seen = self._outputs(expert, weights)
+        down = self._refitted(expert, weights, seen)
         base = self._base("w2", "down")
         before = torch.zeros_like(down) if base is None else base[:, kept[self.union]]
         delta = down - before
@@ -207,9 +226,18 @@ class _Writer:
         bits = self.settled.ways[half].delta
         return self._storing(bits).store(deltas, gram) if bits else [None for _ in deltas]
 
-    def _refitted(self, expert: int, weights: Weights) -> tuple[Tensor, Outputs]:
+    def _refitted(self, expert: int, weights: Weights, seen: Outputs) -> Tensor:
         """down, float32 [hidden, kept], as it best gives what the expert gave from what its channels have become."""
+        tokens, strength = int(self.job.tokens[expert]), self.job.plan.recipe.delta.shrinkage
+        return refit_outputs(weights["down"], self.kept(expert), seen.moment, seen.cross, tokens, strength)
+
+    def _outputs(self, expert: int, weights: Weights) -> Outputs:
+        """What the expert gave, and what its channels have become: as its base's merge kept it, or made anew."""
         job, kept, way = self.job, self.kept(expert), self.settled.ways["w13"]
+        if job.work.has_part(job.number, _outputs_part(expert)):
+            found = job.work.load_part(job.number, _outputs_part(expert))
+            moment, cross = (found[name].to(job.routing.device) for name in ("moment", "cross"))
+            return Outputs(moment, cross, float(found["energy"]))
         stored: dict[Role, Tensor] = {}
         for role in HALVES["w13"]:
             base, hidden = self._base("w13", role), job.plan.model.shape.hidden_size
@@ -219,18 +247,21 @@ class _Writer:
                 own = delta if own is None else own + delta
             assert own is not None, "a half has a base or deltas"
             stored[role] = own
-        weighted, strength = job.plan.recipe.delta.gate_weighted, job.plan.recipe.delta.shrinkage
+        weighted = job.plan.recipe.delta.gate_weighted
         seen = outputs(weights, stored, job.routing, expert, job.activation, gate_weighted=weighted)
-        if not bool(torch.isfinite(seen.moment).all() & torch.isfinite(seen.cross).all()):
-            raise InputError(f"layer {job.number}: activations overflow float32 on the calibration text; use another")
-        tokens = int(job.tokens[expert])
-        down = refit_outputs(weights["down"], kept, seen.moment, seen.cross, tokens, strength)
-        return down, seen
+        job.finite(seen.moment)
+        job.finite(seen.cross)
+        return seen
+
+    def _keep_outputs(self, expert: int, seen: Outputs) -> None:
+        """For the expert's deltas, as Grams are kept."""
+        if self.job.plan.keeps("middle"):
+            energy = torch.tensor([seen.energy], dtype=torch.float64)
+            tensors = {"moment": seen.moment.cpu(), "cross": seen.cross.cpu(), "energy": energy}
+            self.job.work.save_part(self.job.number, _outputs_part(expert), tensors)
 
     def _shrunk(self, expert: int, moment: Tensor) -> Tensor:
-        if not len(moment):
-            return moment
-        return shrink_gram(moment.clone(), int(self.job.tokens[expert]), self.job.plan.recipe.delta.shrinkage)
+        return self.job.shrunk(expert, moment.clone()) if len(moment) else moment
 
     # Numbers
 

@@ -23,7 +23,7 @@ from offline.io.shards import TORCH_DTYPES
 from offline.methods.layer import Advance, LayerJob, measured_part
 from offline.methods.priced import new_merge
 from offline.methods.settings import Settings
-from offline.source.sites import SITES, Site
+from offline.source.sites import SELECTIONS, SITES, Site
 from offline.work.statistics import Gradients, gradients
 from offline.work.workdir import WorkDir
 
@@ -55,6 +55,7 @@ def measure_priced(job: LayerJob, advance: Advance) -> None:
         if not job.is_measured(expert):
             job.save(measured_part(expert), _measured(job, expert, every, seen[expert], bases))
         advance(1 / 2 / len(job.own))
+    job.drop_grams()
     job.work.group.barrier()
 
 
@@ -74,12 +75,16 @@ def _look(job: LayerJob, bits: list[int], advance: Advance) -> tuple[Mapping[int
     for expert in job.own:
         weights, tokens = job.weights(expert), int(job.tokens[expert])
         weighted = recipe.delta.gate_weighted
-        found = gradients(weights, job.routing, expert, job.activation, fisher=fisher, gate_weighted=weighted)
+        found = gradients(
+            weights, job.routing, expert, job.activation, fisher=fisher, gate_weighted=weighted, sites=list(SELECTIONS)
+        )
         for role, merge in merges.items():
             merge.add(weights[role], tokens, total, None if found.fisher is None else found.fisher[role])
-        for site, moment in pooled.items():
-            moment.add_(job.shrunk_gram(expert, weights, site), alpha=tokens / total)
-        seen[expert] = Gradients(None, found.rows, found.channels)
+        for site, gram in found.grams.items():
+            job.keep_gram(expert, site, job.finite(gram))
+            if pooled:
+                pooled[site].add_(job.shrunk(expert, gram), alpha=tokens / total)
+        seen[expert] = Gradients(None, found.rows, found.channels, {})
         advance(1 / len(job.own))
     if not all(found.finite for found in seen.values()):
         raise InputError(f"layer {job.number}: gradients overflow on the calibration text; use another text")

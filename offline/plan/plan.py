@@ -20,6 +20,7 @@ from offline.methods.layer import LayerJob, Progress
 from offline.plan.budget import Budget, Problem, Ranks
 from offline.plan.recipe import Recipe
 from offline.source.dense import DenseModel
+from offline.source.sites import SELECTIONS, Site
 from offline.work.workdir import WorkDir
 
 BATCH_TOKENS = 4096
@@ -112,6 +113,13 @@ class Plan:
     @property
     def processes(self) -> int:
         return self.resources.processes
+
+    def keeps(self, site: Site) -> bool:
+        """Whether an expert's Gram at a site, once made, waits in the working folder for its next use: where it is less
+        to write and to read than the rows that it would be made of again."""
+        shape = self.model.shape
+        size = shape.projection(SELECTIONS[site][0])[1]
+        return 2 * size * shape.num_experts <= self.tokens * shape.experts_per_token
 
     @property
     def rows_bytes(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from d2moe_vllm.format.kinds import ROLES, Role
+from offline.algebra.moments import Moment
 from offline.source.families import MoEShape
 from offline.source.sites import SELECTIONS, Site
 from offline.work.activations import Rows
@@ -154,12 +155,13 @@ class Gradients:
     how windows are batched (METHODS 1.1); None where not asked for. rows[role]: float64 [out], what a unit of squared
     error at each of its outputs costs, sum over tokens of Δ², Δ before the gate where Grams carry the gate.
     channels: float64 [intermediate], sum over tokens of (dL/dh * h)² of what down reads: twice the second-order
-    estimate of what a channel's loss costs (METHODS 4.2).
+    estimate of what a channel's loss costs (METHODS 4.2). grams[site]: as by `mean_gram`, where asked for.
     """
 
     fisher: dict[Role, Tensor] | None
     rows: dict[Role, Tensor]
     channels: Tensor
+    grams: dict[Site, Tensor]
 
     @property
     def finite(self) -> bool:
@@ -180,9 +182,10 @@ def gradients(
     *,
     fisher: bool | Collection[Role],
     gate_weighted: bool,
+    sites: Collection[Site] = (),
 ) -> Gradients:
-    """One expert's squared gradients over all of its rows; fisher: of all projections, none, or some. Raises ValueError
-    where no upstream was recorded."""
+    """One expert's squared gradients over all of its rows; fisher: of all projections, none, or some; sites: whose
+    Grams are taken on the way, as what gate and up give is there. Raises ValueError where no upstream was recorded."""
     if routing.upstream is None:
         raise ValueError("gradients need a recording with upstream gradients")
     total: dict[Role, Tensor] = {}
@@ -191,6 +194,7 @@ def gradients(
         total = {role: torch.zeros(weights[role].shape, device=routing.device) for role in wanted}
     sums = {role: torch.zeros(len(weights[role]), dtype=torch.float64, device=routing.device) for role in ROLES}
     channels = torch.zeros(weights["down"].shape[1], dtype=torch.float64, device=routing.device)
+    moments = {site: Moment(_size(weights, site), routing.device) for site in sites}
     for token, x, gates in routing.batches(expert):
         upstream = routing.upstream.read(token).to(routing.device)
         gate, up = linear(x, weights["gate"].float()), linear(x, weights["up"].float())
@@ -209,7 +213,12 @@ def gradients(
             sums[role] += (squares if gate_weighted else gated).sum(dim=0, dtype=torch.float64)
             if role in total:
                 total[role].addmm_(gated.T, inputs[role].square())
-    return Gradients(total or None, sums, channels)
+        for site, moment in moments.items():
+            rows = inputs[SELECTIONS[site][0]]
+            moment.add(rows * gates if gate_weighted else rows)
+    count = int((routing.choice == expert).sum())
+    grams = {site: moment.mean(count) for site, moment in moments.items()}
+    return Gradients(total or None, sums, channels, grams)
 
 
 @torch.no_grad()
@@ -218,16 +227,17 @@ def mean_gram(
 ) -> Tensor:
     """G = X Xᵀ / tokens of what one expert reads at a site, float32 [n, n]; tokens weighted by their squared gate
     if so asked. Zero where no token was routed to it."""
-    size = weights["gate" if site == "input" else "down"].shape[1]
-    total = torch.zeros(size, size, device=routing.device)
-    count = 0
+    total, count = Moment(_size(weights, site), routing.device), 0
     for token, x, gates in routing.batches(expert):
         rows = x if site == "input" else _middle(weights, x, activation)
-        if gate_weighted:
-            rows = rows * gates
-        total.addmm_(rows.T, rows)
+        total.add(rows * gates if gate_weighted else rows)
         count += len(token)
-    return total.div_(max(count, 1))
+    return total.mean(count)
+
+
+def _size(weights: Weights, site: Site) -> int:
+    """Inputs of the projections that read there."""
+    return weights[SELECTIONS[site][0]].shape[1]
 
 
 @dataclass(frozen=True)
@@ -262,18 +272,18 @@ def outputs(
     """One expert's outputs and what its channels have become; stored: gate and up [kept, hidden] as they will be
     stored, float32; tokens weighted by their squared gate if so asked."""
     kept, hidden = len(stored["gate"]), len(weights["down"])
-    moment = torch.zeros(kept, kept, device=routing.device)
+    moment = Moment(kept, routing.device)
     cross = torch.zeros(hidden, kept, device=routing.device)
     energy, count = 0.0, 0
     for _, x, gates in routing.batches(expert):
         factor = gates if gate_weighted else torch.ones_like(gates)
         gave = linear(_middle(weights, x, activation), weights["down"].float()).mul_(factor)
         became = (activation(linear(x, stored["gate"])) * linear(x, stored["up"])).mul_(factor)
-        moment.addmm_(became.T, became)
+        moment.add(became)
         cross.addmm_(gave.T, became)
         energy += float(gave.square().sum(dtype=torch.float64))
         count += len(x)
-    return Outputs(moment.div_(max(count, 1)), cross.div_(max(count, 1)), energy / max(count, 1))
+    return Outputs(moment.mean(count), cross.div_(max(count, 1)), energy / max(count, 1))
 
 
 def _middle(weights: Weights, x: Tensor, activation: Activation) -> Tensor:

@@ -17,6 +17,11 @@ from safetensors.torch import load_file, save_file
 from d2moe_vllm.format.files import check_checkpoint
 from d2moe_vllm.format.kinds import ROLES, STORAGES, width
 from offline.io.shards import Reader
+from offline.plan.make import make_plan
+from offline.plan.plan import Plan
+from offline.plan.recipe import Recipe
+from offline.source.dense import open_dense
+from offline.work.workdir import WorkDir
 
 FEW = ("--windows", "16", "--seq-len", "128")
 
@@ -168,9 +173,34 @@ def test_experts_that_see_nothing_and_weights_that_are_zero(texts: tuple[Path, P
     assert found < 1.3 * dense
 
 
+def test_what_waits_on_disk_changes_no_byte(
+    small: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments that an expert is asked for twice are kept where that is cheaper; made twice they are the same."""
+    kept = []
+    save = WorkDir.save_part
+    monkeypatch.setattr(WorkDir, "save_part", lambda self, *args: kept.append(args[1]) or save(self, *args))
+    monkeypatch.setattr(Plan, "keeps", lambda plan, site: False)
+    command("compress", TINY, tmp_path / "tiny", "--ratio", "0.61", *FEW, "--calibration", texts[0])
+    assert not [part for part in kept if part.startswith(("gram-", "outputs-"))]
+    assert digests(tmp_path / "tiny") == digests(small)
+
+
+def test_what_waits_on_disk_is_less_than_what_it_is_made_of(texts: tuple[Path, Path]) -> None:
+    """2,048 tokens of which every expert sees a quarter: 512 rows, twice as many as down has inputs."""
+    plans = {
+        windows: make_plan(open_dense(str(TINY)), Recipe(ratio=0.6, calibration={"windows": windows, "seq_len": 128}))
+        for windows in (16, 15, 8, 7)
+    }
+    assert [plan.keeps("middle") for plan in plans.values()] == [True, False, False, False]
+    assert [plan.keeps("input") for plan in plans.values()] == [True, True, True, False]
+
+
 KILL_POINTS = [
     pytest.param("tiny.d2moe-work/layers/00002/measured-00004.safetensors", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/layers/00000/measured-done.safetensors", marks=pytest.mark.slow),
+    pytest.param("tiny.d2moe-work/layers/00002/gram-middle-00004.safetensors", marks=pytest.mark.slow),
+    pytest.param("tiny.d2moe-work/layers/00002/outputs-00004.safetensors", marks=pytest.mark.slow),
     pytest.param("tiny.d2moe-work/layers/00003/base-w13.safetensors", marks=pytest.mark.slow),
     "tiny.d2moe-work/layers/00002/00004-w13.safetensors",
     pytest.param("tiny.d2moe-work/layers/00002/base-w2.safetensors", marks=pytest.mark.slow),

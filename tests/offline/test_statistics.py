@@ -129,7 +129,8 @@ def streamed(
             grads, grams, moments = [], {"input": [], "middle": []}, []
             for expert in range(EXPERTS):
                 weights = job.weights(expert)
-                grads.append(gradients(weights, job.routing, expert, job.activation, fisher=True, **weighted))
+                every = {"fisher": True, "sites": ["input", "middle"], **weighted}
+                grads.append(gradients(weights, job.routing, expert, job.activation, **every))
                 for site, found in grams.items():
                     found.append(mean_gram(weights, job.routing, expert, site, job.activation, **weighted))
                 stored = {role: weights[role][KEPT] for role in ("gate", "up")}
@@ -163,6 +164,9 @@ def test_grams_are_of_routed_rows_only(streamed: tuple, expected: list[PerPositi
                 rows = [row[position] * (row[3] if weighted else 1) for row in observed.rows if row[0] == expert]
                 gram = sum(torch.outer(row, row) for row in rows) / len(rows)
                 assert close(statistics[layer].gram[site][expert], gram)
+                assert torch.equal(
+                    statistics[layer].gradients[expert].grams[site], statistics[layer].gram[site][expert]
+                )
 
 
 def test_output_moments_are_of_what_channels_become_and_experts_give(
