@@ -94,7 +94,7 @@ class _Writer:
                     self.advance(1 / steps)
             self._write_deltas(half, 1 / steps)
             self.job.work.group.barrier()
-        self.job.drop_grams()
+            self.job.drop_grams()
         for expert in self.job.own:
             self.job.work.discard_part(self.job.number, _outputs_part(expert))
 

@@ -36,7 +36,7 @@ def _measuring(plan: Plan) -> Iterator[int]:
     """What lies there during the first sweep."""
     yield 0
     if plan.measures:
-        yield from _backwards(plan, 0, keep=plan.needs_fisher)
+        yield from _backwards(plan, 0, keep=plan.needs_fisher, waiting=plan.layers.waiting_bytes(plan)[0])
     elif not plan.settled:
         states = len(States(plan.model.num_layers).start) + 1 if plan.needs_fisher else 2
         yield states * _state(plan) + _record(plan, backwards=False)
@@ -45,20 +45,21 @@ def _measuring(plan: Plan) -> Iterator[int]:
 def _writing(plan: Plan) -> Iterator[int]:
     """What lies there while bases are merged, where that is a sweep of its own, and while tensors are written."""
     final, chosen = _final(plan), plan.problem.shape.layers
-    each = final // len(chosen)
+    each, waiting = final // len(chosen), plan.layers.waiting_bytes(plan)[1]
     if plan.needs_fisher and not plan.follows:
-        yield from _backwards(plan, each, keep=False)
+        yield from _backwards(plan, each, keep=False, waiting=waiting)
         return
     merged = FLOAT32 * plan.model.shape.expert_parameters if plan.merges_apart else 0
     if merged:
-        yield from _backwards(plan, merged, keep=False)
+        yield from _backwards(plan, merged, keep=False, waiting=0)
     for number in range(len(chosen)):
-        arrays = 2 * _state(plan) + _record(plan, backwards=False)
+        arrays = 2 * _state(plan) + _record(plan, backwards=False) + waiting
         yield arrays + (number + 1) * each + (len(chosen) - number) * merged
 
 
-def _backwards(plan: Plan, part: int, *, keep: bool) -> Iterator[int]:
-    """A sweep backwards that leaves `part` bytes of every MoE layer; keep: states and the head's gradient stay."""
+def _backwards(plan: Plan, part: int, *, keep: bool, waiting: int) -> Iterator[int]:
+    """A sweep backwards that leaves `part` bytes of every MoE layer; keep: states and the head's gradient stay;
+    waiting: bytes of one layer that wait for their second use."""
     layers, chosen = plan.model.num_layers, plan.problem.shape.layers
     states, state, written = States(layers), _state(plan), 0
     yield (len(states.start) + 1) * state
@@ -68,7 +69,7 @@ def _backwards(plan: Plan, part: int, *, keep: bool) -> Iterator[int]:
         arrays = (len(states.there(layer)) + kept + gradients) * state
         if layer in chosen:
             written += part
-            arrays += _record(plan, backwards=True)
+            arrays += _record(plan, backwards=True) + waiting
         yield arrays + written
 
 

@@ -73,8 +73,14 @@ class Plan:
     def needs_fisher(self) -> bool:
         """Whether bases are merged in a sweep backwards: their merge wants Fisher information, and there are any or may
         be."""
-        chosen = any(option != "none" for option in self.budget.choices.values())
-        return self.method.needs_fisher(self.recipe) and (chosen or not self.settled)
+        return self.method.needs_fisher(self.recipe) and self.has_bases
+
+    @property
+    def has_bases(self) -> bool:
+        """Whether any layer has a base, or may get one."""
+        if self.settled:
+            return any(option != "none" for option in self.budget.choices.values())
+        return self.recipe.base.kind != "none"
 
     @property
     def needs_gradient(self) -> bool:
@@ -211,6 +217,10 @@ class Layers(ABC):
     @abstractmethod
     def measured_bytes(self, plan: Plan) -> int:
         """Of what measuring leaves of one expert, besides a part's header."""
+
+    def waiting_bytes(self, plan: Plan) -> tuple[int, int]:
+        """Of moments that wait in the folder for their second use, while a layer is measured and while written."""
+        return 0, 0
 
     # In words
 

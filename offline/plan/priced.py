@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from d2moe_vllm.format.kinds import ROLES, Role, Stored, width
-from offline.io.units import FLOAT64
+from offline.io.units import FLOAT32, FLOAT64
 from offline.methods.layer import LayerJob, Progress
 from offline.methods.priced import half_of, half_part, place_of, write_priced
 from offline.methods.pricing import layer_costs, measure_priced, ways
@@ -72,6 +72,15 @@ class PricedLayers(Layers):
 
     def measured_bytes(self, plan: Plan) -> int:
         return FLOAT64 * (3 * plan.model.shape.intermediate_size + 2 * len(ways(plan.recipe)))
+
+    def waiting_bytes(self, plan: Plan) -> tuple[int, int]:
+        shape = plan.model.shape
+        hidden, middle = shape.hidden_size, shape.intermediate_size
+        inputs, middles = hidden**2 * plan.keeps("input"), middle**2 * plan.keeps("middle")
+        # Where bases are written Grams of gate and up's inputs, then what down reads and has to give.
+        write = max(inputs, middles + hidden * middle * plan.keeps("middle")) if plan.has_bases else 0
+        each = FLOAT32 * shape.num_experts
+        return each * (inputs + middles), each * write
 
     def made(self, plan: Plan) -> str:
         return (

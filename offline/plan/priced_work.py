@@ -29,11 +29,12 @@ def rounding_phases(plan: Plan) -> Mapping[str, int]:
     kinds = len(bits)
     expert = 3 * matrix * plan.torch_dtype.itemsize
     moment, factors = FLOAT32 * large**2, (FLOAT64 + FLOAT32) * large**2
+    moments = FLOAT32 * (hidden**2 + middle**2)
     # Sums of a merge: three float32 matrices of each projection by Fisher information, else one.
     sums = 3 if plan.needs_fisher else 1
-    pooled = FLOAT32 * (hidden**2 + middle**2) if bits else 0
+    pooled = moments if bits else 0
     gradients = 2 * FLOAT32 * matrix
-    look = expert + gradients + pooled + moment
+    look = expert + gradients + pooled + moments
     if bits:
         look += FLOAT32 * matrix * 3 * sums + (3 * FLOAT32 * matrix if plan.needs_fisher else 0)
     held = 3 * matrix * kinds  # codes
