@@ -72,8 +72,8 @@ def plan(
 ) -> None:
     """Ranks, sizes, memory, disk and time, before any work."""
     from offline.plan.asked import plan_asked
+    from offline.plan.duration import estimate_seconds
     from offline.plan.make import summary as summarize
-    from offline.plan.resources import estimate_seconds
     from offline.source.dense import open_dense
 
     asked = read_asked(

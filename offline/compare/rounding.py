@@ -23,10 +23,10 @@ from offline.io.shards import TORCH_DTYPES
 from offline.methods.layer import LayerJob
 from offline.methods.settings import Base
 from offline.methods.settings import Calibration as CalibrationSettings
+from offline.plan.duration import layer_seconds
 from offline.plan.make import make_plan
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
-from offline.plan.resources import layer_work
 from offline.run.calibration import Calibration, open_sweep
 from offline.run.sweep import Sweep
 from offline.source.dense import DenseModel
@@ -78,7 +78,7 @@ class Rounding(Calibration):
 
     def work_on(self, job: LayerJob) -> None:
         self.sweep.label(job.number, f"round to {self.bits} bits")
-        work = layer_work(self.plan).write
+        work = layer_seconds(self.plan, self.sweep.model.device.type).write
         for expert in range(job.experts):
             weights = job.weights(expert)
             grams = {site: job.shrunk_gram(expert, weights, site) for site in dict.fromkeys(SITES.values())}
@@ -117,7 +117,7 @@ def write_rounded(
     mark = fingerprint(model, plan.recipe.to_json(), windows.sha256, {"device": device.type}) | {"what": name}
     work = WorkDir(folder, mark, restart=True)
     try:
-        costs = layer_work(plan)
+        costs = layer_seconds(plan, device.type)
         total = model.num_layers * costs.forward + len(model.shape.layers) * costs.write
         with Steps(total, console) as steps:
             sweep = open_sweep(plan, windows.tokens, work, steps, device)

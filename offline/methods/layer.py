@@ -50,7 +50,7 @@ class Progress(Protocol):
     """What a run says of the work on one layer."""
 
     def begin(self, step: str, *costs: str) -> Advance:
-        """A step that people see by its name; costs: what of a layer's planned work it is, by the names of `Work`."""
+        """A step that people see by its name; costs: what of a layer's planned time it is, by LayerSeconds' names."""
 
     def skip(self, cost: str) -> None:
         """Work that an earlier run did already."""

@@ -94,8 +94,8 @@ class FactoredLayers(Layers):
     def phases(self, plan: Plan) -> Mapping[str, int]:
         return factoring_phases(plan)
 
-    def work(self, plan: Plan, grams: float, forward: float) -> LayerWork:
-        return factoring_work(plan, grams)
+    def work(self, plan: Plan) -> LayerWork:
+        return factoring_work(plan)
 
     def measured_bytes(self, plan: Plan) -> int:
         multiple, first = plan.problem.rank_multiple, plan.problem.shape.layers[0]

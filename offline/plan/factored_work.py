@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from d2moe_vllm.format.kinds import ROLES, Role
 from offline.io.units import FLOAT32, FLOAT64
 from offline.plan.plan import LayerWork, Plan
-from offline.plan.priced_work import rounding
+from offline.plan.priced_work import gradients, moments, projecting, rounding
+from offline.plan.rates import Work
 
 MERGING = {"fisher": 9, "frequency": 6, "ties": 19}
 """float32 matrices that a merge holds for the three projections; the others hold three."""
@@ -26,36 +27,43 @@ def factoring_phases(plan: Plan) -> Mapping[str, int]:
     return found | {name: size + plan.rows_bytes for name, size in plan.method.phases(plan).items()}
 
 
-def factoring_work(plan: Plan, grams: float) -> LayerWork:
-    """Operations of a layer's measuring and of its writing, as float32 ones; grams: of its second moments."""
+def factoring_work(plan: Plan) -> LayerWork:
+    """Of merging a layer, measuring it and writing it."""
     shape = plan.model.shape
     hidden, middle = shape.hidden_size, shape.intermediate_size
-    small = min(hidden, middle)
-    # Per projection an eigenproblem of about 15 n^3 (3 n^3 without vectors) and the products around it, in float64.
-    products = 4 * hidden * middle * (hidden + middle)
-    each = 2 * shape.num_experts * 3
+    merging = Work(touched=10.0 * shape.num_experts * 3 * hidden * middle)
+    merge = gradients(plan, 3) if plan.needs_gradient else merging
+    grams = moments(plan, "input") + moments(plan, "middle") + 2 * projecting(plan)
+    # Per projection an eigenproblem (a fifth of it without vectors) and the products around it, in float64.
+    small, products = min(hidden, middle), 2 * 4 * hidden * middle * (hidden + middle)
+    each = 3 * shape.num_experts
+    final = each * Work(products=products, eigen=15 * small**3)
     values = plan.recipe.delta.method == "whitened" and not plan.method.joint(plan.recipe)
-    curve = (3 * small**3 + products / 4) if values else (15 * small**3 + products)
-    measure = grams + each * curve * len(plan.problem.options) if plan.measures else 0.0
-    write = grams + each * (15 * small**3 + products) + plan.method.operations(plan)
+    curve = each * Work(products=products / 4, eigen=3 * small**3) if values else final
+    measure = grams + len(plan.problem.options) * curve if plan.measures else Work()
+    write = grams + final + Work(plan.method.operations(plan))
     if plan.recipe.bits == 16:
-        return LayerWork(measure, write)
+        return LayerWork(merge, measure, write)
     if based := sum(option != "none" for option in plan.problem.options):
-        rounded = grams + sum(rounding(*shape.projection(role)) for role in ROLES)
-        measure += rounded * based if plan.measures else 0.0
-        write += rounded
-    return LayerWork(measure, write + sum(_rounded_work(plan, role) for role in ROLES))
+        base = grams
+        for role in ROLES:
+            base += rounding(*shape.projection(role))
+        measure += based * base if plan.measures else Work()
+        write += base
+    for role in ROLES:
+        write += _rounded_work(plan, role)
+    return LayerWork(merge, measure, write)
 
 
-def _rounded_work(plan: Plan, role: Role) -> float:
-    """Operations of rounding one projection of a layer: V's, or what experts mix them from, U's fits to them, and U's;
-    or whole matrices. At a third of the full ranks, whatever the budget settles: what is planned has to stay so."""
+def _rounded_work(plan: Plan, role: Role) -> Work:
+    """Of rounding one projection of a layer: V's, or what experts mix them from, U's fits to them, and U's; or whole
+    matrices. At a third of the full ranks, whatever the budget settles: what is planned has to stay so."""
     rows, inputs = plan.model.shape.projection(role)
     experts, rank = plan.model.shape.num_experts, min(rows, inputs) // 3
     if plan.problem.whole(role):
         return experts * rounding(rows, inputs)
     stored = plan.problem.projection(role, plan.problem.options[0], plan.problem.rank_multiple)
-    fit = 2 * 2 * rank * inputs * (inputs + rank + rows) + 2 * rank**3
+    fit = Work(products=2 * 2 * rank * inputs * (inputs + rank + rows), factors=rank**3)
     rights = stored.bases or (1 if stored.shared_v else experts)
     return rights * rounding(rank, inputs) + experts * fit + (stored.distinct_u or experts) * rounding(rows, rank)
 

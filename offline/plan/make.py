@@ -114,7 +114,7 @@ def _problem(model: DenseModel, recipe: Recipe, shard_bytes: int) -> Problem:
 
 
 def summary(plan: Plan, seconds: float) -> dict[str, Any]:
-    """What `plan --json` prints; seconds: `resources.estimate_seconds`, which takes a measurement."""
+    """What `plan --json` prints; seconds: `duration.estimate_seconds`, which takes a measurement."""
     source, shape, config = plan.config.source, plan.model.shape, plan.config
     first = config.layers[min(config.layers)]
     return {

@@ -18,6 +18,7 @@ from offline.methods import METHODS
 from offline.methods.base import Method
 from offline.methods.layer import LayerJob, Progress
 from offline.plan.budget import Budget, Problem, Ranks
+from offline.plan.rates import Work
 from offline.plan.recipe import Recipe
 from offline.source.dense import DenseModel
 from offline.source.sites import SELECTIONS, Site
@@ -149,10 +150,11 @@ class Plan:
 
 
 class LayerWork(NamedTuple):
-    """Floating-point operations at one layer, as float32 ones, besides merging: of measuring and of writing it."""
+    """At one layer, besides running it: merging its experts where that is a step of its own, measuring, writing."""
 
-    measure: float
-    write: float
+    merge: Work
+    measure: Work
+    write: Work
 
 
 class Layers(ABC):
@@ -211,8 +213,8 @@ class Layers(ABC):
         """Bytes at the worst moment of each phase of work on a layer."""
 
     @abstractmethod
-    def work(self, plan: Plan, grams: float, forward: float) -> LayerWork:
-        """grams, forward: operations of all second moments of a layer's experts once, and of running it."""
+    def work(self, plan: Plan) -> LayerWork:
+        """What is done with one layer's experts, whatever will be settled: what is planned has to stay so."""
 
     @abstractmethod
     def measured_bytes(self, plan: Plan) -> int:

@@ -14,8 +14,9 @@ from offline.methods.pricing import layer_costs, measure_priced, ways
 from offline.methods.storing import DAMPING, damped
 from offline.plan.budget import Budget, Problem, Ranks
 from offline.plan.plan import Layers, LayerWork, Plan
-from offline.plan.priced_work import rounding_phases, rounding_work
+from offline.plan.priced_work import measuring_work, rounding_phases, writing_work
 from offline.plan.pricing import saves_nothing, solve_priced, typical_costs
+from offline.plan.rates import Work
 from offline.work.workdir import WorkDir
 
 
@@ -66,9 +67,8 @@ class PricedLayers(Layers):
     def phases(self, plan: Plan) -> Mapping[str, int]:
         return rounding_phases(plan)
 
-    def work(self, plan: Plan, grams: float, forward: float) -> LayerWork:
-        measure, write = rounding_work(plan)
-        return LayerWork(grams + measure, 2 * grams + forward + write)
+    def work(self, plan: Plan) -> LayerWork:
+        return LayerWork(Work(), measuring_work(plan), writing_work(plan))
 
     def measured_bytes(self, plan: Plan) -> int:
         return FLOAT64 * (3 * plan.model.shape.intermediate_size + 2 * len(ways(plan.recipe)))

@@ -1,7 +1,7 @@
 """What measuring and writing whole deltas take (METHODS 4): memory and operations, predicted from shapes.
 
 What is large is float64: rounding with feedback, and refitting, factor a second moment of `down`'s inputs, two matrices
-of which are held at a time.
+of which are held at a time. What takes long is products over all rows of an expert.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from offline.algebra.losses import SAMPLE
+from offline.algebra.moments import BLOCK
 from offline.io.units import FLOAT32, FLOAT64
 from offline.methods.pricing import ways
 from offline.plan.plan import Plan
-
-STEP = 6e6
-"""Float32 operations that go by while a column is rounded, besides those of its numbers: a dozen calls of torch."""
-TRIED = 200
-"""Operations for every number that is rounded: twenty scales are tried for it."""
+from offline.plan.rates import Work
+from offline.source.sites import SELECTIONS, Site
 
 
 def rounding_phases(plan: Plan) -> Mapping[str, int]:
@@ -53,30 +51,102 @@ def rounding_phases(plan: Plan) -> Mapping[str, int]:
     return {name: size + plan.rows_bytes for name, size in found.items()}
 
 
-def rounding(rows: int, inputs: int) -> float:
-    """Operations of rounding one matrix with feedback: its moment's factorizations in float64, a step for each column,
-    what columns lose spread over those to come, and scales."""
-    return 2 * 4 / 3 * inputs**3 + STEP * inputs + rows * inputs * (inputs / 2 + TRIED)
+def rounding(rows: int, inputs: int) -> Work:
+    """Of rounding one matrix with feedback: its moment's factorizations in float64, a step for each column, and what
+    columns lose spread over those to come."""
+    return factoring(inputs) + Work(columns=inputs) + rounded(rows, inputs)
 
 
-def rounding_work(plan: Plan) -> tuple[float, float]:
-    """Operations of a layer's measuring and of its writing, as float32 ones, besides Grams and gradients."""
-    shape, recipe = plan.model.shape, plan.recipe
+def factoring(inputs: int) -> Work:
+    """Of one moment, for feedback: a factorization, its inverse, and that one's."""
+    return Work(factors=4 / 3 * inputs**3, touched=4 * inputs**2)
+
+
+def rounded(rows: int, inputs: int) -> Work:
+    """Of so many rows, besides the loop over columns, which all matrices that go together share."""
+    return Work(products=rows * inputs**2, numbers=rows * inputs)
+
+
+def refitting(plan: Plan) -> Work:
+    """Of down to what its channels have become, for every expert: a factorization and a solution in float64."""
+    hidden, middle = plan.model.shape.hidden_size, plan.model.shape.intermediate_size
+    each = Work(products=4 * hidden * middle**2, factors=middle**3 / 3 + 2 * hidden * middle**2)
+    return plan.model.shape.num_experts * each
+
+
+def measuring_work(plan: Plan) -> Work:
+    """Of a layer: gradients and moments in one pass over the experts' rows; then what sampled rows lose by every way of
+    storing them, and before that the bases that there are to choose from."""
+    shape, every = plan.model.shape, ways(plan.recipe)
     hidden, middle, experts = shape.hidden_size, shape.intermediate_size, shape.num_experts
-    bases = len({way.base for way in ways(recipe)} - {0})
-    # Three factorizations in float64, of gate and up's inputs and of down's.
-    factors = 2 * 4 / 3 * (hidden**3 + middle**3)
-    columns = STEP * (hidden + middle)
+    found = gradients(plan, 3 if plan.needs_fisher else 0) + moments(plan, "input") + moments(plan, "middle")
+    found += _again(plan, "input") + _again(plan, "middle")
+    sample = min(SAMPLE, hidden, middle) * len([way for way in every if way.delta not in (0, 16)])
+    each = factoring(hidden) + factoring(middle) + Work(columns=hidden + middle)
+    found += experts * (each + rounded(2 * sample, hidden) + rounded(sample, middle))
+    bases = {way.base for way in every} - {0}
+    return found + (each if bases else Work()) + len(bases) * _whole(plan)
 
-    def numbers(rows: int, matrices: int) -> float:
-        """Rounding so many rows of gate and up, or of down."""
-        return matrices * rows * ((2 * hidden**2 + middle**2) / 2 + TRIED * (2 * hidden + middle))
 
-    whole = hidden * middle * (hidden + middle / 2) + TRIED * 3 * hidden * middle
-    measure = experts * (factors + columns + numbers(min(SAMPLE, hidden, middle), len(ways(recipe))))
-    measure += bases * (whole + columns) + factors
-    refit = 2 * (middle**3 / 3 + 2 * hidden * middle**2)
-    write = experts * (factors + columns + whole + refit)
-    if bases:
-        write += experts * refit + 2 * (whole + columns) + factors
-    return measure, write
+def writing_work(plan: Plan) -> Work:
+    """Of a layer whose experts keep all of their channels; with a base where there may be one."""
+    shape = plan.model.shape
+    hidden, middle, experts = shape.hidden_size, shape.intermediate_size, shape.num_experts
+    each = factoring(hidden) + factoring(middle) + Work(columns=hidden + middle)
+    # What every error is a share of, and the error: products with the moments, by half.
+    errors = Work(products=4 * middle * hidden**2)
+    found = moments(plan, "input") + outputs(plan) + refitting(plan) + experts * (each + _whole(plan) + errors)
+    if plan.has_bases:
+        found += _again(plan, "input") + refitting(plan) + each + _whole(plan)
+        found += Work() if plan.keeps("middle") else outputs(plan)
+    if plan.needs_fisher:
+        found += gradients(plan, 2) + gradients(plan, 1)
+    return found
+
+
+def _whole(plan: Plan) -> Work:
+    """Of one expert's three matrices while they are rounded."""
+    hidden, middle = plan.model.shape.hidden_size, plan.model.shape.intermediate_size
+    return rounded(2 * middle, hidden) + rounded(hidden, middle)
+
+
+# Over the rows of a layer's experts
+
+
+def projecting(plan: Plan) -> Work:
+    """One projection of all rows that are routed to a layer's experts."""
+    shape = plan.model.shape
+    rows = plan.tokens * shape.experts_per_token
+    return Work(2 * rows * shape.hidden_size * shape.intermediate_size)
+
+
+def gradients(plan: Plan, fisher: int) -> Work:
+    """Of a layer's experts, gate, up and the way back through down; fisher: of so many projections."""
+    shape = plan.model.shape
+    rows = plan.tokens * shape.experts_per_token
+    touched = Work(touched=rows * (16 * shape.intermediate_size + 8 * shape.hidden_size))
+    return (3 + fisher) * projecting(plan) + touched
+
+
+def moments(plan: Plan, site: Site) -> Work:
+    """Of what a layer's experts read at a site, once."""
+    shape = plan.model.shape
+    rows, size = plan.tokens * shape.experts_per_token, shape.projection(SELECTIONS[site][0])[1]
+    blocks = -(-size // BLOCK)
+    return Work(rows * size**2 * (blocks + 1) / blocks, touched=2 * rows * size)
+
+
+def _again(plan: Plan, site: Site) -> Work:
+    """A moment for its second use: read, or made again with gate and up."""
+    shape = plan.model.shape
+    if plan.keeps(site):
+        return Work(bytes=2 * FLOAT32 * shape.num_experts * shape.projection(SELECTIONS[site][0])[1] ** 2)
+    return moments(plan, site) + (2 * projecting(plan) if site == "middle" else Work())
+
+
+def outputs(plan: Plan) -> Work:
+    """What a layer's experts gave, and what their channels have become: gate, up and down as they were, gate and up as
+    they are, and two moments."""
+    shape = plan.model.shape
+    rows = plan.tokens * shape.experts_per_token
+    return 6 * projecting(plan) + moments(plan, "middle") + Work(touched=rows * 12 * shape.intermediate_size)

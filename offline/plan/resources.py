@@ -1,5 +1,5 @@
-"""Memory and time of a compression, predicted from shapes; and how much to take at once so that memory holds. Its
-working folder: disk.py.
+"""Memory of a compression, predicted from shapes; and how much to take at once so that memory holds. Its working
+folder: disk.py; its time: duration.py.
 
 What memory can hold is decided by two sizes: how many tokens run through a layer together, and how many rows of
 one expert are taken together. Everything else (one layer's weights in their stored dtype, one expert's
@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from d2moe_vllm.format.kinds import ROLES, TensorSpec
 from offline.errors import InputError
 from offline.io.units import FLOAT32
 from offline.plan.plan import Plan, Resources
-from offline.plan.states import States
 
 ROWS = (4096, 2048, 1024, 512, 256)
 """Of one expert at once, by how much memory there is."""
@@ -135,96 +130,3 @@ def _running(plan: Plan) -> dict[str, int]:
 def peak_memory(plan: Plan) -> int:
     """Bytes resident on one process at the worst moment."""
     return max(phases(plan).values())
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations per layer, as float32 ones: running it over the calibration windows once, or forwards
-    and back; merging; measuring; factoring."""
-
-    forward: float
-    backward: float
-    merge: float
-    measure: float
-    write: float
-
-
-def layer_work(plan: Plan) -> Work:
-    """What one MoE layer costs; a layer without experts costs at most `forward` or `backward`."""
-    shape = plan.model.shape
-    hidden, middle = shape.hidden_size, shape.intermediate_size
-    matrix = hidden * middle
-    rows = plan.tokens * shape.experts_per_token
-    _, inside, _ = _outside_and_inside(plan)
-    attention = 2 * plan.tokens * (inside + 2 * plan.windows[1] * hidden)
-    forward = 2 * rows * 3 * matrix + attention
-    # Gate, up and the way back through down; Fisher's squared products where the merge wants them.
-    merge = 2 * rows * matrix * 6 if plan.needs_gradient else 20.0 * shape.num_experts * 3 * matrix
-    grams = 2 * rows * (hidden**2 + middle**2 + 2 * matrix)
-    own = plan.layers.work(plan, grams, forward)
-    return Work(forward, 3 * forward, merge, own.measure, own.write)
-
-
-@dataclass(frozen=True)
-class Sweeps:
-    """Of a whole run, as `Work`: what its sweeps cost, with all that is done at layers."""
-
-    measure: float = 0.0
-    merge: float = 0.0
-    write: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.measure + self.merge + self.write
-
-
-def backward_work(plan: Plan, *, first: bool) -> float:
-    """Of a sweep backwards over all layers; first: the one that makes the hidden states which it keeps."""
-    costs, layers = layer_work(plan), plan.model.num_layers
-    forwards = States(layers).recomputed(first=first) + (layers if first else 0)
-    return layers * costs.backward + forwards * costs.forward
-
-
-def sweep_work(plan: Plan) -> Sweeps:
-    """At most: a settled budget may need less of it."""
-    costs, layers = layer_work(plan), plan.model.num_layers
-    moe, chosen, forward = len(plan.model.shape.layers), len(plan.problem.shape.layers), layers * costs.forward
-    measure = merge = write = 0.0
-    if plan.measures:
-        measure = backward_work(plan, first=True) + moe * (costs.merge + costs.measure)
-    elif not plan.settled:
-        measure = forward
-    if plan.needs_fisher:
-        # Where only routed tokens were measured, hidden states are there and no gradient is.
-        backwards = backward_work(plan, first=not plan.measures) - (forward if measure and not plan.measures else 0)
-        merge = backwards + chosen * costs.merge
-    if plan.merges_apart or not plan.needs_fisher:
-        # Following, every layer but the last runs once more as it has become.
-        write = forward + ((chosen - 1) * costs.forward if plan.follows else 0)
-        if plan.recipe.base.kind != "none" and not plan.needs_fisher:
-            write += chosen * costs.merge
-    else:
-        merge, write = 0.0, merge
-    return Sweeps(measure, merge, write + chosen * costs.write)
-
-
-def total_work(plan: Plan) -> float:
-    return sweep_work(plan).total
-
-
-@cache
-def _matrix_rate() -> float:
-    """Operations per second of this machine's matrix product; measured once, as a comparison plans row by row."""
-    a = torch.randn(1024, 1024)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(4):
-        a @ a
-    return 4 * 2 * 1024**3 / (time.perf_counter() - start)
-
-
-def estimate_seconds(plan: Plan) -> float:
-    """A rough wall-clock prediction from a short measurement of this machine's matrix product."""
-    # Small matrices and memory traffic keep real layers well below the peak.
-    efficiency = 0.5
-    return total_work(plan) / (_matrix_rate() * efficiency) / plan.resources.processes + 5

@@ -26,8 +26,8 @@ from offline.methods.joint import MAKING_PART
 from offline.methods.layer import Advance, LayerJob
 from offline.methods.options import Option
 from offline.methods.selection import look_at
+from offline.plan.duration import LayerSeconds, layer_seconds, sweep_seconds
 from offline.plan.plan import Plan
-from offline.plan.resources import Work, layer_work, sweep_work
 from offline.plan.settling import MEASURED_PART, settle
 from offline.run.sweep import Sweep, Visitor
 from offline.source.layerwise import LayerwiseModel, read_hf_config
@@ -40,7 +40,7 @@ from offline.work.workdir import WorkDir
 def compress_layers(plan: Plan, tokens: Tensor, work: WorkDir, steps: Steps, device: torch.device) -> Plan:
     """Run or resume; returns the settled plan, whose tensors lie in `work`. tokens: int64 [windows, seq]. Raises
     InputError for what cannot be computed with."""
-    sweep, costs = open_sweep(plan, tokens, work, steps, device), sweep_work(plan)
+    sweep, costs = open_sweep(plan, tokens, work, steps, device), sweep_seconds(plan, device.type)
     if not plan.settled:
         measuring = Judging(plan, work, sweep) if plan.selects else Measuring(plan, work, sweep)
         sweep.run(measuring, keep=plan.needs_fisher, work=costs.measure)
@@ -60,7 +60,7 @@ def compress_layers(plan: Plan, tokens: Tensor, work: WorkDir, steps: Steps, dev
 
 def open_sweep(plan: Plan, tokens: Tensor, work: WorkDir, steps: Steps, device: torch.device) -> Sweep:
     """A sweep of the plan's dense model over calibration windows, int64 [windows, seq], that can be resumed."""
-    source, costs = plan.model, layer_work(plan)
+    source, costs = plan.model, layer_seconds(plan, device.type)
     model = LayerwiseModel(source.reader, source.family, read_hf_config(source.folder), device)
 
     def experts(layer: int) -> DenseExperts | None:
@@ -77,9 +77,9 @@ def dense_experts(plan: Plan, model: LayerwiseModel, layer: int, recorder: Recor
 
 
 class LayerProgress:
-    """What is being done at a layer, and how much of the planned work it is."""
+    """What is being done at a layer, and how much of the planned time it is."""
 
-    def __init__(self, sweep: Sweep, costs: Work, layer: int) -> None:
+    def __init__(self, sweep: Sweep, costs: LayerSeconds, layer: int) -> None:
         self._sweep, self._costs, self._layer = sweep, costs, layer
 
     def begin(self, step: str, *costs: str) -> Advance:
@@ -108,7 +108,7 @@ class Calibration(Visitor):
         """What is done with a layer; a killed run does it once more, with the parts it left."""
 
     def progress(self, job: LayerJob) -> LayerProgress:
-        return LayerProgress(self.sweep, layer_work(self.plan), job.number)
+        return LayerProgress(self.sweep, layer_seconds(self.plan, self.sweep.model.device.type), job.number)
 
     def done(self, layer: int) -> bool:
         return self.work.has_part(layer, f"{self.name}-done")

@@ -21,10 +21,15 @@ from offline.io.folders import check_new_folder
 from offline.io.progress import Steps
 from offline.plan.asked import Asked, plan_asked
 from offline.plan.disk import work_bytes
+<<<<<<< HEAD
 from offline.plan.make import summary
+=======
+from offline.plan.duration import estimate_seconds, total_seconds
+from offline.plan.make import make_plan, summary
+>>>>>>> 45aef8d (Plan: time by kinds of work and how fast this machine does each)
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
-from offline.plan.resources import estimate_seconds, peak_memory, total_work
+from offline.plan.resources import peak_memory
 from offline.run.calibration import compress_layers
 from offline.source.dense import open_dense
 from offline.source.text import Text
@@ -85,7 +90,7 @@ def compress(
             f"{' and '.join(work.invalidated)} changed since the interrupted run: starting over", soft_wrap=True
         )
     predicted = {
-        "seconds": round(estimate_seconds(plan), 1),
+        "seconds": round(estimate_seconds(plan, chosen.type), 1),
         "peak_memory_bytes": peak_memory(plan),
         "work_bytes": work_bytes(plan),
     }
@@ -97,7 +102,7 @@ def compress(
         soft_wrap=True,
     )
     try:
-        with Steps(total_work(plan), console) as steps:
+        with Steps(total_seconds(plan, chosen.type), console) as steps:
             settled = compress_layers(plan, windows.tokens, work, steps, chosen)
             if group.first:
                 refuse_changed_source(plan.model, mark)

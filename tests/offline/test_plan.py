@@ -15,9 +15,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from d2moe_vllm.format.kinds import TensorSpec
 from offline.io.shards import plan_shards
+from offline.plan.duration import layer_seconds, sweep_seconds
 from offline.plan.make import make_plan
 from offline.plan.recipe import Recipe
-from offline.plan.resources import layer_work, sweep_work
 from offline.source.dense import open_dense
 
 MIXTRAL_8X7B = {
@@ -178,7 +178,7 @@ def test_no_recipe_needs_more_disk_than_mixtral(mixtral: Path, tmp_path: Path, r
 def test_sweeps_take_little_more_than_twice_a_calibrating_pass(mixtral: Path, tmp_path: Path, recipe: str) -> None:
     """What runs over all windows: forwards and, where gradients are needed, back; measuring included."""
     made = make_plan(open_dense(str(mixtral)), Recipe.model_validate({"ratio": 0.4, **(yaml.safe_load(recipe) or {})}))
-    costs, work, layers = layer_work(made), sweep_work(made), made.model.num_layers
+    costs, work, layers = layer_seconds(made), sweep_seconds(made), made.model.num_layers
     own = layers * ((costs.merge + costs.measure if made.measures else 0) + costs.write)
     own += layers * costs.merge if made.needs_fisher else 0
     # Of MoE-SVD's layers not all are chosen.

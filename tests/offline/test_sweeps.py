@@ -17,10 +17,10 @@ from rich.console import Console
 
 from offline.io.progress import Steps
 from offline.plan.disk import work_bytes
+from offline.plan.duration import total_seconds
 from offline.plan.make import make_plan
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
-from offline.plan.resources import total_work
 from offline.plan.states import States
 from offline.run.calibration import compress_layers
 from offline.source.dense import open_dense
@@ -98,16 +98,16 @@ class Watched(WorkDir):
 @pytest.mark.parametrize("name", RECIPES)
 def test_disk_and_progress_are_what_was_planned(name: str, deep: Path, tmp_path: Path) -> None:
     plan = planned(deep, RECIPES[name])
-    work, steps = Watched(tmp_path / "work", {}), Counted(total_work(plan))
+    work, steps = Watched(tmp_path / "work", {}), Counted(total_seconds(plan))
     settled = compress_layers(plan, TOKENS, work, steps, torch.device("cpu"))
     work.close()
     assert settled.settled
     assert 0.8 * work_bytes(plan) < work.peak <= work_bytes(plan), (work.peak, work_bytes(plan))
-    assert steps.advanced == pytest.approx(total_work(plan), rel=1e-6)
+    assert steps.advanced == pytest.approx(total_seconds(plan), rel=1e-6)
     # These experts share nothing: where it need not be, no base is made.
     spared = plan.needs_fisher and not settled.needs_fisher
     assert spared == (name == "default")
-    assert steps.skipped <= (0.35 if spared else 1e-6) * total_work(plan), steps.skipped / total_work(plan)
+    assert steps.skipped <= (0.35 if spared else 1e-6) * total_seconds(plan), steps.skipped / total_seconds(plan)
     left = {path.name for path in (tmp_path / "work").glob("*.rows")}
     assert not left, left
 

@@ -1,0 +1,98 @@
+"""Time of a compression, predicted from shapes and from how fast this machine does what it consists of (rates.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offline.io.units import FLOAT32
+from offline.plan.plan import Plan
+from offline.plan.rates import Work, measured
+from offline.plan.resources import outside_and_inside
+from offline.plan.states import States
+
+
+@dataclass(frozen=True)
+class LayerSeconds:
+    """Of one MoE layer on one process: running it over the calibration windows once, or forwards and back; merging;
+    measuring; writing. A layer without experts costs at most `forward` or `backward`."""
+
+    forward: float
+    backward: float
+    merge: float
+    measure: float
+    write: float
+
+
+def layer_seconds(plan: Plan, device: str = "cpu") -> LayerSeconds:
+    forward, states = running(plan), Work(bytes=FLOAT32 * plan.tokens * plan.model.shape.hidden_size)
+    own, rates = plan.layers.work(plan), measured(device)
+    # Backwards a layer runs once more, and every product has one for its input's gradient; what is recorded is written.
+    costs = (forward + states, 2 * forward + 3 * states, own.merge, own.measure, own.write)
+    return LayerSeconds(*(one.seconds(rates) for one in costs))
+
+
+def running(plan: Plan) -> Work:
+    """A layer forwards over all windows."""
+    shape = plan.model.shape
+    rows = plan.tokens * shape.experts_per_token
+    _, inside, _ = outside_and_inside(plan.model.other_tensors, plan.model.num_layers)
+    attention = 2 * plan.tokens * (inside + 2 * plan.windows[1] * shape.hidden_size)
+    products = 2 * rows * 3 * shape.hidden_size * shape.intermediate_size + attention
+    return Work(products, touched=rows * (8 * shape.intermediate_size + 4 * shape.hidden_size))
+
+
+@dataclass(frozen=True)
+class SweepSeconds:
+    """Of a whole run, what its sweeps take, with all that is done at layers."""
+
+    measure: float = 0.0
+    merge: float = 0.0
+    write: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.measure + self.merge + self.write
+
+
+def backward_seconds(plan: Plan, costs: LayerSeconds, *, first: bool) -> float:
+    """Of a sweep backwards over all layers; first: the one that makes the hidden states which it keeps."""
+    layers = plan.model.num_layers
+    forwards = States(layers).recomputed(first=first) + (layers if first else 0)
+    return layers * costs.backward + forwards * costs.forward
+
+
+def sweep_seconds(plan: Plan, device: str = "cpu") -> SweepSeconds:
+    """At most: a settled budget may need less of it."""
+    costs, layers = layer_seconds(plan, device), plan.model.num_layers
+    moe, chosen, forward = len(plan.model.shape.layers), len(plan.problem.shape.layers), layers * costs.forward
+    measure = merge = write = 0.0
+    if plan.measures:
+        measure = backward_seconds(plan, costs, first=True) + moe * (costs.merge + costs.measure)
+    elif not plan.settled:
+        measure = forward
+    if plan.needs_fisher:
+        # Where only routed tokens were measured, hidden states are there and no gradient is.
+        known = forward if measure and not plan.measures else 0
+        merge = backward_seconds(plan, costs, first=not plan.measures) - known + chosen * costs.merge
+    if plan.merges_apart or not plan.needs_fisher:
+        # Following, every layer but the last runs once more as it has become.
+        write = forward + ((chosen - 1) * costs.forward if plan.follows else 0)
+        if plan.recipe.base.kind != "none" and not plan.needs_fisher:
+            write += chosen * costs.merge
+    else:
+        merge, write = 0.0, merge
+    return SweepSeconds(measure, merge, write + chosen * costs.write)
+
+
+def total_seconds(plan: Plan, device: str = "cpu") -> float:
+    """What the work of one process comes to, which several share."""
+    return sweep_seconds(plan, device).total
+
+
+STARTING = 5.0
+"""Seconds in which a run opens the model and draws its windows, and in the end writes the checkpoint."""
+
+
+def estimate_seconds(plan: Plan, device: str = "cpu") -> float:
+    """Wall-clock time of a run on this machine."""
+    return total_seconds(plan, device) / plan.resources.processes + STARTING

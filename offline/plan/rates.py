@@ -1,0 +1,110 @@
+"""What a compression consists of, by kind, and how fast this machine does each: measured in a second, not assumed.
+
+A processor that multiplies fast may factor slowly, and what small models spend is neither: it is the loop over columns.
+So a plan counts work of each kind, and its seconds are those of the machine it is made on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache, partial
+
+import torch
+
+from offline.algebra.rounding import cholesky_, round_matrix
+
+_GRAIN = 512
+"""Inputs of the matrices that are rounded to see how fast that is."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """products: operations of float32 matrix products, of float64 ones twice as many; factors: float64 operations of
+    Cholesky factorizations, inverses and solutions; eigen: of eigenproblems and singular values; columns: that are
+    rounded one after another, with all rows of the matrices that go together; numbers: that are rounded; touched:
+    float32 numbers that are read or written by what is no product; bytes: that are written to a file and hashed."""
+
+    products: float = 0.0
+    factors: float = 0.0
+    eigen: float = 0.0
+    columns: float = 0.0
+    numbers: float = 0.0
+    touched: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(Work)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(getattr(self, one.name) * times for one in fields(Work)))
+
+    __rmul__ = __mul__
+
+    def seconds(self, rates: Rates) -> float:
+        """All of it, one kind after the other."""
+        return sum(getattr(self, one.name) / getattr(rates, one.name) for one in fields(Work))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How much of each kind of `Work` is done in a second."""
+
+    products: float
+    factors: float
+    eigen: float
+    columns: float
+    numbers: float
+    touched: float
+    bytes: float
+
+
+@cache
+def measured(device: str = "cpu") -> Rates:
+    """Of this machine, by this process's threads; once, as a comparison plans row by row."""
+    on = torch.device(device)
+    rows, weight = torch.randn(512, 2048, device=on), torch.randn(2048, 2048, device=on)
+    products = 2 * rows.numel() * len(weight) / _quickest(lambda: rows @ weight.T, on)
+    size = 1024
+    moment = torch.eye(size, dtype=torch.float64, device=on)
+
+    def factor() -> None:
+        again = moment.clone()
+        cholesky_(again)
+        torch.cholesky_inverse(again, out=again)
+        cholesky_(again, upper=True)
+
+    factors = 4 / 3 * size**3 / _quickest(factor, on, 1)
+    some = torch.randn(_GRAIN, _GRAIN, dtype=torch.float64, device=on)
+    eigen = 15 * _GRAIN**3 / _quickest(lambda: torch.linalg.eigh(some @ some.T), on, 1)
+    gram = torch.eye(_GRAIN, device=on)
+    few, many = (_quickest(partial(round_matrix, matrix, gram, 3), on, 1) for matrix in _few_and_many(on))
+    more = _ROWS[1] - _ROWS[0]
+    number = max(many - few - 2 * more * _GRAIN**2 / 2 / products, 1e-9) / (more * _GRAIN)
+    touched = 3 * rows.numel() / _quickest(lambda: rows.mul_(1.0).add_(rows), on) * 4 / 3
+    content = bytes(1 << 24)
+    hashed = len(content) / _quickest(lambda: hashlib.sha256(content), on)
+    return Rates(products, factors, eigen, _GRAIN / few, 1 / number, touched, hashed)
+
+
+_ROWS = (64, 2048)
+"""Of the matrices that are rounded: with the first nearly all that takes time is the loop."""
+
+
+def _few_and_many(device: torch.device) -> list[torch.Tensor]:
+    return [torch.randn(rows, _GRAIN, device=device) for rows in _ROWS]
+
+
+def _quickest(run: Callable[[], object], device: torch.device, times: int = 3) -> float:
+    """Seconds of the quickest of some runs: what else the machine does makes it no slower."""
+    run()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - start)
+    return min(found)
