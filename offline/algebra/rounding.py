@@ -19,6 +19,8 @@ BLOCK = 128
 """Columns after which what they lost reaches the rest by one matrix product; a multiple of every group size."""
 FEW = 32
 """Columns after which it reaches the rest of their block in the same way; a power of two, as group sizes are."""
+LEAF = 128
+"""Rows of a triangular matrix that is inverted without halving it."""
 CANDIDATES = 20
 """Scales that are tried for a group."""
 SMALLEST = 0.3
@@ -104,7 +106,7 @@ def round_matrices(
     inputs, rows = left.shape
     parts = [len(weight) for weight in weights]
     levels = _Rows.of(bits, parts, left.device)
-    importance, feedback, damping = _feedback(gram, inputs, left.device)
+    importance, feedback, damping = feedback_of(gram, inputs, left.device)
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     scales = torch.empty(-(-inputs // group_size), rows, dtype=dtype, device=left.device)
     lost = torch.empty(min(BLOCK, inputs), rows, device=left.device)
@@ -163,30 +165,49 @@ class _Rows(NamedTuple):
         return cls(*(column.float().repeat_interleave(repeats).to(device) for column in columns))
 
 
-def _feedback(gram: Tensor | None, inputs: int, device: torch.device) -> tuple[Tensor, Tensor | None, float]:
-    """The inputs' mean squares, float32 [in]; the upper Cholesky factor of the inverse second moment, float32
-    [in, in], None for none; and the damping that it took."""
+def feedback_of(gram: Tensor | None, inputs: int, device: torch.device) -> tuple[Tensor, Tensor | None, float]:
+    """The inputs' mean squares, float32 [in]; the upper Cholesky factor C of the inverse second moment, CᵀC = G⁻¹,
+    float32 [in, in], None for none; and the damping that it took.
+
+    With the inputs in reverse order, G = L Lᵀ: L⁻¹, reversed again, is C. So G is never inverted.
+    """
     if gram is None or float(mean := gram.diagonal().double().mean()) <= 0:
         return torch.ones(inputs, device=device), None, 0.0
     damping = DAMPING
     importance = (gram.diagonal().double() / mean).float()
     while True:
         # One float64 matrix, in place, in the order of its columns, which LAPACK wants: at real sizes it is gigabytes.
-        moment = gram.double().div_(mean).mT
+        moment = gram.flip(0, 1).double().div_(mean).mT
         moment.diagonal().add_(damping)
         if cholesky_(moment):
-            torch.cholesky_inverse(moment, out=moment)
-            if cholesky_(moment, upper=True):
-                return importance + damping, moment.float(), damping
+            _invert_(moment)
+            found = moment.float()
+            del moment
+            return importance + damping, found.flip(0, 1).contiguous(), damping
         damping *= 10
 
 
-def cholesky_(matrix: Tensor, *, upper: bool = False) -> bool:
-    """Puts the factor of a symmetric matrix, float64 [n, n] in the order of its columns, in its own place; False where
-    it is not positive definite, with which it is lost."""
+def cholesky_(matrix: Tensor) -> bool:
+    """Puts the lower factor of a symmetric matrix, float64 [n, n] in the order of its columns, in its own place; False
+    where it is not positive definite, with which it is lost."""
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
+    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
     return not bool(info)
+
+
+def _invert_(lower: Tensor) -> None:
+    """Puts the inverse of a lower triangular matrix, float64 [n, n], in its own place: by halves, so that nearly all of
+    it is products."""
+    size = len(lower)
+    if size <= LEAF:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = -(-size // 2 // LEAF) * LEAF
+    first, below, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    _invert_(first)
+    _invert_(second)
+    torch.mm(second @ below, first, out=below).neg_()
 
 
 def best_scales(weight: Tensor, importance: Tensor, levels: _Rows, dtype: torch.dtype) -> Tensor:

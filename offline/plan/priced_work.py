@@ -58,8 +58,8 @@ def rounding(rows: int, inputs: int) -> Work:
 
 
 def factoring(inputs: int) -> Work:
-    """Of one moment, for feedback: a factorization, its inverse, and that one's."""
-    return Work(factors=4 / 3 * inputs**3, touched=4 * inputs**2)
+    """Of one moment, for feedback: a factorization, and the factor's inverse."""
+    return Work(factors=inputs**3, touched=4 * inputs**2)
 
 
 def rounded(rows: int, inputs: int) -> Work:

@@ -14,7 +14,7 @@ from functools import cache, partial
 
 import torch
 
-from offline.algebra.rounding import cholesky_, round_matrix
+from offline.algebra.rounding import feedback_of, round_matrix
 
 _GRAIN = 512
 """Inputs of the matrices that are rounded to see how fast that is."""
@@ -68,21 +68,13 @@ def measured(device: str = "cpu") -> Rates:
     rows, weight = torch.randn(512, 2048, device=on), torch.randn(2048, 2048, device=on)
     products = 2 * rows.numel() * len(weight) / _quickest(lambda: rows @ weight.T, on)
     size = 1024
-    moment = torch.eye(size, dtype=torch.float64, device=on)
-
-    def factor() -> None:
-        again = moment.clone()
-        cholesky_(again)
-        torch.cholesky_inverse(again, out=again)
-        cholesky_(again, upper=True)
-
-    factors = 4 / 3 * size**3 / _quickest(factor, on, 1)
+    factors = size**3 / _quickest(partial(feedback_of, torch.eye(size, device=on), size, on), on, 1)
     some = torch.randn(_GRAIN, _GRAIN, dtype=torch.float64, device=on)
     eigen = 15 * _GRAIN**3 / _quickest(lambda: torch.linalg.eigh(some @ some.T), on, 1)
     gram = torch.eye(_GRAIN, device=on)
     few, many = (_quickest(partial(round_matrix, matrix, gram, 3), on, 1) for matrix in _few_and_many(on))
     more = _ROWS[1] - _ROWS[0]
-    number = max(many - few - 2 * more * _GRAIN**2 / 2 / products, 1e-9) / (more * _GRAIN)
+    number = max(many - few - more * _GRAIN**2 / products, 1e-9) / (more * _GRAIN)
     touched = 3 * rows.numel() / _quickest(lambda: rows.mul_(1.0).add_(rows), on) * 4 / 3
     content = bytes(1 << 24)
     hashed = len(content) / _quickest(lambda: hashlib.sha256(content), on)
