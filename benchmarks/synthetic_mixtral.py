@@ -38,16 +38,18 @@ SPARSITY = {"off": 0.1, "token": 0.6, "batch": 0.6}
 
 @dataclass(frozen=True)
 class Size:
-    """Of a Mixtral-like model; the default is 2.95 GB in bfloat16, 96 % of it in the experts."""
+    """Of a Mixtral-like model; the default is 2.95 GB in bfloat16, 96 % of it in the experts. chosen: experts that a
+    token is routed to."""
 
     hidden: int = 2048
     intermediate: int = 7168
     experts: int = 8
     layers: int = 4
+    chosen: int = 2
 
     @property
     def name(self) -> str:
-        return f"h{self.hidden}-i{self.intermediate}-e{self.experts}-l{self.layers}"
+        return f"h{self.hidden}-i{self.intermediate}-e{self.experts}x{self.chosen}-l{self.layers}"
 
     @property
     def heads(self) -> int:
@@ -65,6 +67,7 @@ class Size:
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_local_experts": self.experts,
+            "num_experts_per_tok": self.chosen,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
