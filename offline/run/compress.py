@@ -21,12 +21,8 @@ from offline.io.folders import check_new_folder
 from offline.io.progress import Steps
 from offline.plan.asked import Asked, plan_asked
 from offline.plan.disk import work_bytes
-<<<<<<< HEAD
-from offline.plan.make import summary
-=======
 from offline.plan.duration import estimate_seconds, total_seconds
-from offline.plan.make import make_plan, summary
->>>>>>> 45aef8d (Plan: time by kinds of work and how fast this machine does each)
+from offline.plan.make import summary
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
 from offline.plan.resources import peak_memory
