@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all kernels test-gpu quality frontier picture compare-tables
+.PHONY: help setup lock demo test test-all kernels test-gpu quality frontier calibration-tokens picture compare-tables
 .PHONY: bench bench-layer bench-against bench-mobe bench-server bench-peers bench-offline bench-plan roofline lint audit format clean
 
 help: ## List the targets
@@ -35,6 +35,9 @@ quality: setup ## Measure the tables of docs/quality.md anew (needs ../shared; 3
 
 frontier: setup ## Measure the default at many sizes anew, for docs/quality.md (needs ../shared; an hour)
 	@.venv/bin/python benchmarks/frontier.py $(ARGS)
+
+calibration-tokens: setup ## Measure what the default loses over the calibration's tokens (needs ../shared; 40 minutes)
+	@.venv/bin/python benchmarks/calibration_tokens.py $(ARGS)
 
 picture: setup ## Draw the README's picture anew from the tables of docs/quality.md
 	@.venv/bin/python benchmarks/picture.py

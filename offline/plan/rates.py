@@ -81,7 +81,7 @@ def measured(device: str = "cpu") -> Rates:
     return Rates(products, factors, eigen, _GRAIN / few, 1 / number, touched, hashed)
 
 
-_ROWS = (64, 2048)
+_ROWS = (64, 1024)
 """Of the matrices that are rounded: with the first nearly all that takes time is the loop."""
 
 
@@ -89,7 +89,7 @@ def _few_and_many(device: torch.device) -> list[torch.Tensor]:
     return [torch.randn(rows, _GRAIN, device=device) for rows in _ROWS]
 
 
-def _quickest(run: Callable[[], object], device: torch.device, times: int = 3) -> float:
+def _quickest(run: Callable[[], object], device: torch.device, times: int = 2) -> float:
     """Seconds of the quickest of some runs: what else the machine does makes it no slower."""
     run()
     found = []
