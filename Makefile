@@ -42,7 +42,7 @@ calibration-tokens: setup ## Measure what the default loses over the calibration
 picture: setup ## Draw the README's picture anew from the tables of docs/quality.md
 	@.venv/bin/python benchmarks/picture.py
 
-compare-tables: setup ## Measure tables and pictures of docs/comparison.md anew (needs ../shared; two hours)
+compare-tables: setup ## Measure tables and pictures of docs/comparison.md anew (needs ../shared; four hours)
 	@.venv/bin/python benchmarks/compare_models.py $(ARGS)
 
 bench-layer: setup ## Time a layer on this CPU beside vLLM's dense one (ARGS="--shapes Mixtral-8x7B")

@@ -56,16 +56,8 @@ class Run:
         with tempfile.TemporaryDirectory(dir=models) as name:
             out = Path(name) / "out"
             given = ["--ratio", str(self.ratio), "--windows", str(self.windows), "--seq-len", str(self.seq_len)]
-            text = ROOT / "README.md"
-            command = [
-                "compress",
-                str(source),
-                str(out),
-                *given,
-                *self.options,
-                "--calibration",
-                str(_long(text, name)),
-            ]
+            text = _long(ROOT / "README.md", name)
+            command = ["compress", str(source), str(out), *given, *self.options, "--calibration", str(text)]
             start = time.monotonic()
             found, fullest = watched([*command, "--json"], out.with_name("out.d2moe-work"))
             really = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2moe_vllm.format.kinds import HALVES, SCALE_DTYPE, Role
 from offline.algebra.losses import column_shares, rounding_losses, row_shares
-from offline.algebra.merging import MERGES
+from offline.algebra.merging import MERGES, Merge
 from offline.algebra.price import LayerCosts, Way
 from offline.algebra.rounding import Rounded, round_matrices
 from offline.errors import InputError
@@ -65,26 +65,13 @@ Bases = Mapping[tuple[int, Role], Rounded]
 
 def _look(job: LayerJob, bits: list[int], advance: Advance) -> tuple[Mapping[int, Gradients], Bases]:
     """What gradients tell of this process's experts, and the bases that there are to choose from."""
-    recipe, group, device = job.plan.recipe, job.work.group, job.routing.device
-    fisher = bool(bits) and MERGES[recipe.base.merge].needs_fisher
+    group, device = job.work.group, job.routing.device
     merges = {role: new_merge(job, role) for role in SITES} if bits else {}
     sizes = {site: job.plan.model.shape.projection(role)[1] for role, site in SITES.items()}
     pooled = {site: torch.zeros(size, size, device=device) for site, size in sizes.items()} if bits else {}
     seen: dict[int, Gradients] = {}
-    total = max(int(job.tokens.sum()), 1)
     for expert in job.own:
-        weights, tokens = job.weights(expert), int(job.tokens[expert])
-        weighted = recipe.delta.gate_weighted
-        found = gradients(
-            weights, job.routing, expert, job.activation, fisher=fisher, gate_weighted=weighted, sites=list(SELECTIONS)
-        )
-        for role, merge in merges.items():
-            merge.add(weights[role], tokens, total, None if found.fisher is None else found.fisher[role])
-        for site, gram in found.grams.items():
-            job.keep_gram(expert, site, job.finite(gram))
-            if pooled:
-                pooled[site].add_(job.shrunk(expert, gram), alpha=tokens / total)
-        seen[expert] = Gradients(None, found.rows, found.channels, {})
+        seen[expert] = _look_at(job, expert, merges, pooled)
         advance(1 / len(job.own))
     if not all(found.finite for found in seen.values()):
         raise InputError(f"layer {job.number}: gradients overflow on the calibration text; use another text")
@@ -94,6 +81,24 @@ def _look(job: LayerJob, bits: list[int], advance: Advance) -> tuple[Mapping[int
     # Of a merge that has ended only the result is kept.
     merged = {role: merges.pop(role).result() for role in list(merges)}
     return seen, _bases(job, bits, merged, pooled)
+
+
+def _look_at(job: LayerJob, expert: int, merges: Mapping[Role, Merge], pooled: Mapping[Site, Tensor]) -> Gradients:
+    """Of one expert, in one pass over its rows: adds it to the merges and the pooled moments, and keeps its own for
+    later. What is handed back is small: all else goes before the next expert comes, at real sizes it is gigabytes."""
+    recipe, weights, tokens = job.plan.recipe, job.weights(expert), int(job.tokens[expert])
+    total = max(int(job.tokens.sum()), 1)
+    found = gradients(
+        weights, job.routing, expert, job.activation, fisher=bool(merges) and MERGES[recipe.base.merge].needs_fisher,
+        gate_weighted=recipe.delta.gate_weighted, sites=list(SELECTIONS),
+    )  # fmt: skip
+    for role, merge in merges.items():
+        merge.add(weights[role], tokens, total, None if found.fisher is None else found.fisher[role])
+    for site, gram in found.grams.items():
+        job.keep_gram(expert, site, job.finite(gram))
+        if pooled:
+            pooled[site].add_(job.shrunk(expert, gram), alpha=tokens / total)
+    return Gradients(None, found.rows, found.channels, {})
 
 
 def _bases(job: LayerJob, bits: list[int], merged: Mapping[Role, Tensor], pooled: Mapping[Site, Tensor]) -> Bases:

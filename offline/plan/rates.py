@@ -65,14 +65,16 @@ class Rates:
 def measured(device: str = "cpu") -> Rates:
     """Of this machine, by this process's threads; once, as a comparison plans row by row."""
     on = torch.device(device)
-    rows, weight = torch.randn(512, 2048, device=on), torch.randn(2048, 2048, device=on)
+    # Numbers of its own: what a caller draws afterwards is not to depend on whether this was measured before.
+    draw = partial(torch.randn, generator=torch.Generator(on).manual_seed(0), device=on)
+    rows, weight = draw(512, 2048), draw(2048, 2048)
     products = 2 * rows.numel() * len(weight) / _quickest(lambda: rows @ weight.T, on)
     size = 1024
     factors = size**3 / _quickest(partial(feedback_of, torch.eye(size, device=on), size, on), on, 1)
-    some = torch.randn(_GRAIN, _GRAIN, dtype=torch.float64, device=on)
+    some = draw(_GRAIN, _GRAIN, dtype=torch.float64)
     eigen = 15 * _GRAIN**3 / _quickest(lambda: torch.linalg.eigh(some @ some.T), on, 1)
     gram = torch.eye(_GRAIN, device=on)
-    few, many = (_quickest(partial(round_matrix, matrix, gram, 3), on, 1) for matrix in _few_and_many(on))
+    few, many = (_quickest(partial(round_matrix, draw(count, _GRAIN), gram, 3), on, 1) for count in _ROWS)
     more = _ROWS[1] - _ROWS[0]
     number = max(many - few - more * _GRAIN**2 / products, 1e-9) / (more * _GRAIN)
     touched = 3 * rows.numel() / _quickest(lambda: rows.mul_(1.0).add_(rows), on) * 4 / 3
@@ -83,10 +85,6 @@ def measured(device: str = "cpu") -> Rates:
 
 _ROWS = (64, 1024)
 """Of the matrices that are rounded: with the first nearly all that takes time is the loop."""
-
-
-def _few_and_many(device: torch.device) -> list[torch.Tensor]:
-    return [torch.randn(rows, _GRAIN, device=device) for rows in _ROWS]
 
 
 def _quickest(run: Callable[[], object], device: torch.device, times: int = 2) -> float:

@@ -17,6 +17,7 @@ from d2moe_vllm.format.kinds import TensorSpec
 from offline.io.shards import plan_shards
 from offline.plan.duration import layer_seconds, sweep_seconds
 from offline.plan.make import make_plan
+from offline.plan.rates import measured
 from offline.plan.recipe import Recipe
 from offline.source.dense import open_dense
 
@@ -199,6 +200,15 @@ def test_two_layers_of_memory_are_enough_for_mixtral(mixtral: Path, tmp_path: Pa
     assert content["peak_memory_bytes"] <= TWO_LAYERS
     assert max(content["memory_phases"].values()) == content["peak_memory_bytes"]
     assert plan(mixtral, *arguments[:4])["rows_at_once"] > content["rows_at_once"]  # more memory is made use of
+
+
+def test_measuring_the_machine_leaves_the_callers_numbers_alone() -> None:
+    """Whether or not it was measured before, what is drawn afterwards is the same."""
+    measured.cache_clear()
+    before = torch.get_rng_state()
+    rates = measured()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(rate > 0 for rate in vars(rates).values())
 
 
 def test_memory_is_shared_by_the_processes_of_a_machine(mixtral: Path) -> None:
