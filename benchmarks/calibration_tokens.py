@@ -1,4 +1,5 @@
-"""`make calibration-tokens`: what the default loses over the number of tokens it is calibrated on, in docs/quality.md.
+"""`make calibration-tokens`: what the default loses over the number of tokens it is calibrated on, and with products in
+bfloat16, in docs/quality.md.
 
 Needs the models and texts of ../shared. What counts is how many rows an expert sees for each of its widest matrix's
 inputs, by which models of other sizes can be judged. Results: build/calibration, kept as those of `make frontier` are.
@@ -22,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from measuring import measure_all, perplexity, put_tables, silent
 from places import ROOT, SHARED, code_hash
 
+from offline.algebra.products import Products
 from offline.plan.recipe import Recipe
 from offline.run.compress import compress
 from offline.source.dense import open_dense
@@ -33,9 +35,14 @@ TEXT, CALIBRATION = (SHARED / "data" / name for name in ("wikitext2-valid.txt", 
 MODELS = ("tiny-mixtral", "tiny-mixtral-scratch")
 RATIOS = (0.525, 0.611)
 """A quarter and a seventh of the experts' bytes: with nearly all channels, and without many."""
+PRODUCTS: Sequence[Products] = ("float32", "bfloat16")
 WINDOWS: Mapping[int, int] = {2: 3, 4: 3, 8: 3, 16: 2, 32: 2, 64: 1, 128: 1, 256: 1}
 """Windows of LENGTH tokens -> draws of them, whose mean is told: few windows may be any."""
 LENGTH = 256
+USUAL = 128
+"""Windows, as by default."""
+TRIED = (0.4, 0.525, 0.57, 0.611, 0.655)
+"""Ratios at which products are compared: from 43 to 8 % of the experts' bytes."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +53,17 @@ class Job:
     ratio: float = 0.0
     windows: int = 0
     seed: int = 0
+    products: Products = "float32"
 
     @property
     def key(self) -> str:
-        return json.dumps([self.model, self.ratio, self.windows, self.seed])
+        return json.dumps([self.model, self.ratio, self.windows, self.seed, self.products])
 
     def measure(self) -> float:
         source = SHARED / "models" / self.model
         if not self.windows:
             return perplexity(source, TEXT)
-        calibration = {"windows": self.windows, "seq_len": LENGTH, "seed": self.seed}
+        calibration = {"windows": self.windows, "seq_len": LENGTH, "seed": self.seed, "products": self.products}
         recipe = Recipe.model_validate({"ratio": self.ratio, "calibration": calibration})
         with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
             compress(str(source), Path(folder) / "model", recipe, as_text(CALIBRATION), console=silent())
@@ -71,7 +79,8 @@ def jobs(models: Sequence[str]) -> list[Job]:
         for ratio in RATIOS
         for seed in range(draws)
     ]
-    return found
+    compared = [Job(model, ratio, USUAL, 0, how) for ratio in TRIED for model in models for how in PRODUCTS]
+    return list(dict.fromkeys([*compared, *found]))
 
 
 def rows_for_each_input(model: str, windows: int) -> float:
@@ -100,21 +109,41 @@ def table(models: Sequence[str], results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def products_table(models: Sequence[str], results: Mapping[str, Any]) -> str:
+    lines = [
+        "| model | " + " | ".join(f"{ratio:g}" for ratio in TRIED) + " |",
+        "|---|" + "---:|" * len(TRIED),
+    ]
+    for model in models:
+        cells = []
+        for ratio in TRIED:
+            usual, tried = (results[Job(model, ratio, USUAL, 0, how).key] for how in PRODUCTS)
+            cells.append(f"{usual:.2f} → {tried:.2f} ({100 * (tried / usual - 1):+.2f} %)")
+        lines.append(f"| `{model}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--products", action="store_true", help="only what products in bfloat16 cost")
     parser.add_argument("--processes", type=int, help="at a time; as many as there are cores by default")
     options = parser.parse_args()
     if not SHARED.is_dir():
         raise SystemExit("make calibration-tokens needs the models and texts of ../shared")
     FOLDER.mkdir(parents=True, exist_ok=True)
     code = code_hash(["d2moe_vllm", "offline"])
-    results = measure_all(jobs(options.models), FOLDER / "results.json", code, options.processes)
-    found = table(options.models, results)
+    wanted = [
+        job for job in jobs(options.models) if not options.products or (job.ratio in TRIED and job.windows == USUAL)
+    ]
+    results = measure_all(wanted, FOLDER / "results.json", code, options.processes)
+    found = {"calibration-products": products_table(options.models, results)}
+    if not options.products:
+        found["calibration-tokens"] = table(options.models, results)
     if options.models != list(MODELS):
-        print(found)
+        print("\n\n".join(found.values()))
         return
-    put_tables(PAGE, {"calibration-tokens": found})
+    put_tables(PAGE, found)
     print(f"table written to {PAGE.relative_to(ROOT)}")
 
 

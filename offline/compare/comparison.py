@@ -140,7 +140,7 @@ class Comparison:
             elif name in ROUNDED:
                 self._rounding_plan()
             else:
-                make_plan(self.model, recipe, memory=self.settings.memory)
+                make_plan(self.model, recipe, memory=self.settings.memory, device=self.device.type)
         except UnreachableError as error:
             return {**row, "reachable": error.most}
         except InputError as error:
@@ -149,7 +149,7 @@ class Comparison:
 
     def _rounding_plan(self) -> Plan:
         calibration = self._resolved(SOURCE, ANY_RATIO).calibration
-        return rounding_plan(self.model, calibration, self.settings.memory)
+        return rounding_plan(self.model, calibration, self.settings.memory, self.device.type)
 
     @cached_property
     def _serving(self) -> dict[str, Any] | None:

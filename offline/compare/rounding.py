@@ -57,14 +57,14 @@ def rounded_ratio(model: DenseModel, name: str) -> float:
     return round(1 - rounded_bytes(model, name) / model.reader.nbytes, 4)
 
 
-def rounding_plan(model: DenseModel, calibration: CalibrationSettings, memory: int | None) -> Plan:
-    """How the calibrating sweep runs: as that of a compression that needs no gradients, of which nothing else counts.
-    Raises InputError where memory does not suffice."""
+def rounding_plan(model: DenseModel, calibration: CalibrationSettings, memory: int | None, device: str) -> Plan:
+    """How the calibrating sweep runs on a device of this type: as that of a compression that needs no gradients, of
+    which nothing else counts. Raises InputError where memory does not suffice."""
     # Any ratio that can be reached.
     ratio = round(min(model.expert_bytes / model.reader.nbytes, 1) / 2, 3)
     base = Base(kind="none", groups=1)
     recipe = Recipe(ratio=ratio, bits=16, allocation="uniform", base=base, calibration=calibration)
-    return make_plan(model, recipe, memory=memory, allow_larger=True)
+    return make_plan(model, recipe, memory=memory, device=device, allow_larger=True)
 
 
 class Rounding(Calibration):
@@ -114,7 +114,8 @@ def write_rounded(
 
         Rewrite(model, model.shape.num_experts, nearest).write(out, record)
         return
-    mark = fingerprint(model, plan.recipe.to_json(), windows.sha256, {"device": device.type}) | {"what": name}
+    machine = {"device": device.type, "products": plan.resources.products}
+    mark = fingerprint(model, plan.recipe.to_json(), windows.sha256, machine) | {"what": name}
     work = WorkDir(folder, mark, restart=True)
     try:
         costs = layer_seconds(plan, device.type)

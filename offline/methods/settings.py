@@ -28,13 +28,16 @@ class Calibration(Section):
     """Which part of the calibration text is used, and what a layer sees of it.
 
     seq_len "auto": 2048, or the model's limit if that is less. inputs: a layer's activations come from the `dense`
-    layers before it, or from these layers as they are after compression.
+    layers before it, or from these layers as they are after compression. products: what float32 matrices are rounded to
+    before they are multiplied with rows; "auto" is bfloat16 where the device has it, for models whose sizes make that
+    count.
     """
 
     windows: int = Field(default=128, ge=1)
     seq_len: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     seed: int = Field(default=0, ge=0, lt=2**63)
     inputs: Literal["dense", "compressed"] = "dense"
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 class Base(Section):

@@ -25,7 +25,7 @@ class LayerSeconds:
 
 def layer_seconds(plan: Plan, device: str = "cpu") -> LayerSeconds:
     forward, states = running(plan), Work(bytes=FLOAT32 * plan.tokens * plan.model.shape.hidden_size)
-    own, rates = plan.layers.work(plan), measured(device)
+    own, rates = plan.layers.work(plan), measured(device, plan.resources.products)
     # Backwards a layer runs once more, and every product has one for its input's gradient; what is recorded is written.
     costs = (forward + states, 2 * forward + 3 * states, own.merge, own.measure, own.write)
     return LayerSeconds(*(one.seconds(rates) for one in costs))

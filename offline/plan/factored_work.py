@@ -41,7 +41,7 @@ def factoring_work(plan: Plan) -> LayerWork:
     values = plan.recipe.delta.method == "whitened" and not plan.method.joint(plan.recipe)
     curve = each * Work(products=products / 4, eigen=3 * small**3) if values else final
     measure = grams + len(plan.problem.options) * curve if plan.measures else Work()
-    write = grams + final + Work(plan.method.operations(plan))
+    write = grams + final + Work(products=plan.method.operations(plan))
     if plan.recipe.bits == 16:
         return LayerWork(merge, measure, write)
     if based := sum(option != "none" for option in plan.problem.options):

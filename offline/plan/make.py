@@ -28,6 +28,7 @@ def make_plan(
     memory: int | None = None,
     processes: int = 1,
     allow_larger: bool = False,
+    device: str = "cpu",
     shard_bytes: int = SHARD_BYTES,
     first: First | None = None,
 ) -> Plan:
@@ -35,8 +36,8 @@ def make_plan(
 
     memory: bytes that all processes of this machine may hold together, None for all it has; processes: on this
     machine; allow_larger: a result no smaller than the source is what the user wants (an fp8 original, under the
-    paper's accounting); first: `first_budget` of the same, where it is there already. Raises InputError where the ratio
-    cannot be reached or the memory does not suffice.
+    paper's accounting); device: torch's type of it; first: `first_budget` of the same, where it is there already.
+    Raises InputError where the ratio cannot be reached, the memory does not suffice, or the device lacks the products.
     """
     first = first or first_budget(model, recipe, shard_bytes)
     budget, recipe = first.budget, first.problem.recipe
@@ -46,7 +47,8 @@ def make_plan(
             f"{model.reader.nbytes:,} (an original in fp8 is written in bfloat16); choose a higher ratio, or add "
             "--allow-larger"
         )
-    return check_resources(Plan(model, recipe, first.problem, budget, first.caps, first.layers), memory, processes)
+    plan = Plan(model, recipe, first.problem, budget, first.caps, first.layers)
+    return check_resources(plan, memory, processes, device)
 
 
 class First(NamedTuple):
@@ -142,6 +144,7 @@ def summary(plan: Plan, seconds: float) -> dict[str, Any]:
         "memory_phases": phases(plan),
         "tokens_at_once": plan.resources.batch_tokens,
         "rows_at_once": plan.resources.rows,
+        "products": plan.resources.products,
         "disk_bytes": {"work": work_bytes(plan), "result": plan.budget.nbytes},
         "estimated_seconds": seconds,
         "recipe": plan.recipe.to_json(),

@@ -12,6 +12,7 @@ import torch
 from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.format.kinds import DTYPES, Role, Stored
 from offline.algebra.price import Settled
+from offline.algebra.products import Products
 from offline.io.shards import TORCH_DTYPES
 from offline.io.units import FLOAT32
 from offline.methods import METHODS
@@ -31,12 +32,14 @@ BATCH_TOKENS = 4096
 @dataclass(frozen=True)
 class Resources:
     """batch_tokens: that run through a layer at once (at least one window); rows: of one expert at once; hold_layer:
-    a layer's experts are all in memory while it runs, else each is read when it is needed."""
+    a layer's experts are all in memory while it runs, else each is read when it is needed; products: how they are
+    multiplied."""
 
     batch_tokens: int = BATCH_TOKENS
     rows: int = BATCH_TOKENS
     hold_layer: bool = True
     processes: int = 1
+    products: Products = "float32"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from functools import cache, partial
 
 import torch
 
+from offline.algebra.products import Products, multiplying
 from offline.algebra.rounding import feedback_of, round_matrix
 
 _GRAIN = 512
@@ -22,11 +23,13 @@ _GRAIN = 512
 
 @dataclass(frozen=True)
 class Work:
-    """products: operations of float32 matrix products, of float64 ones twice as many; factors: float64 operations of
-    Cholesky factorizations, inverses and solutions; eigen: of eigenproblems and singular values; columns: that are
-    rounded one after another, with all rows of the matrices that go together; numbers: that are rounded; touched:
-    float32 numbers that are read or written by what is no product; bytes: that are written to a file and hashed."""
+    """rows: operations of products with calibration rows, which may be bfloat16 ones; products: of all others, in
+    float32, of float64 ones twice as many; factors: float64 operations of Cholesky factorizations, inverses and
+    solutions; eigen: of eigenproblems and singular values; columns: that are rounded one after another, with all rows
+    of the matrices that go together; numbers: that are rounded; touched: float32 numbers that are read or written by
+    what is no product; bytes: that are written to a file and hashed."""
 
+    rows: float = 0.0
     products: float = 0.0
     factors: float = 0.0
     eigen: float = 0.0
@@ -52,6 +55,7 @@ class Work:
 class Rates:
     """How much of each kind of `Work` is done in a second."""
 
+    rows: float
     products: float
     factors: float
     eigen: float
@@ -62,13 +66,16 @@ class Rates:
 
 
 @cache
-def measured(device: str = "cpu") -> Rates:
-    """Of this machine, by this process's threads; once, as a comparison plans row by row."""
+def measured(device: str = "cpu", products: Products = "float32") -> Rates:
+    """Of this machine, by this process's threads; once, as a comparison plans row by row. products: with rows."""
     on = torch.device(device)
     # Numbers of its own: what a caller draws afterwards is not to depend on whether this was measured before.
     draw = partial(torch.randn, generator=torch.Generator(on).manual_seed(0), device=on)
     rows, weight = draw(512, 2048), draw(2048, 2048)
-    products = 2 * rows.numel() * len(weight) / _quickest(lambda: rows @ weight.T, on)
+    operations = 2 * rows.numel() * len(weight)
+    usual = operations / _quickest(lambda: rows @ weight.T, on)
+    with multiplying(products):
+        of_rows = operations / _quickest(lambda: rows @ weight.T, on)
     size = 1024
     factors = size**3 / _quickest(partial(feedback_of, torch.eye(size, device=on), size, on), on, 1)
     some = draw(_GRAIN, _GRAIN, dtype=torch.float64)
@@ -76,11 +83,11 @@ def measured(device: str = "cpu") -> Rates:
     gram = torch.eye(_GRAIN, device=on)
     few, many = (_quickest(partial(round_matrix, draw(count, _GRAIN), gram, 3), on, 1) for count in _ROWS)
     more = _ROWS[1] - _ROWS[0]
-    number = max(many - few - more * _GRAIN**2 / products, 1e-9) / (more * _GRAIN)
+    number = max(many - few - more * _GRAIN**2 / usual, 1e-9) / (more * _GRAIN)
     touched = 3 * rows.numel() / _quickest(lambda: rows.mul_(1.0).add_(rows), on) * 4 / 3
     content = bytes(1 << 24)
     hashed = len(content) / _quickest(lambda: hashlib.sha256(content), on)
-    return Rates(products, factors, eigen, _GRAIN / few, 1 / number, touched, hashed)
+    return Rates(of_rows, usual, factors, eigen, _GRAIN / few, 1 / number, touched, hashed)
 
 
 _ROWS = (64, 1024)

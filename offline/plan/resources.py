@@ -15,9 +15,11 @@ from dataclasses import replace
 from typing import Any
 
 from d2moe_vllm.format.kinds import ROLES, TensorSpec
+from offline.algebra.products import Products, has_bfloat16
 from offline.errors import InputError
 from offline.io.units import FLOAT32
 from offline.plan.plan import Plan, Resources
+from offline.plan.recipe import REAL_MODEL_WIDTH
 
 ROWS = (4096, 2048, 1024, 512, 256)
 """Of one expert at once, by how much memory there is."""
@@ -31,11 +33,14 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_resources(plan: Plan, memory: int | None, processes: int) -> Plan:
-    """The plan with as much at once as fits into `memory` bytes for all processes of this machine together.
+def check_resources(plan: Plan, memory: int | None, processes: int, device: str = "cpu") -> Plan:
+    """The plan with as much at once as fits into `memory` bytes for all processes of this machine together, and with
+    products as the device has them.
 
-    None means what the machine has. Raises InputError where even the smallest steps need more.
+    None means what the machine has. Raises InputError where even the smallest steps
+    need more, or where the device has no such products.
     """
+    products = _products(plan, device)
     available = machine_memory()
     limit = (memory or available) // processes
     step = max(plan.windows[1], 1)
@@ -43,12 +48,27 @@ def check_resources(plan: Plan, memory: int | None, processes: int) -> Plan:
     most = -(-plan.windows[0] // processes) * step
     sizes = (min(size, most) for size in ROWS)
     batches = sorted({max(step, size // step * step) for size in sizes}, reverse=True)
-    smallest = replace(plan, resources=Resources(batches[-1], ROWS[-1], False, processes))
+    smallest = replace(plan, resources=Resources(batches[-1], ROWS[-1], False, processes, products))
     if (needed := peak_memory(smallest)) > limit:
         raise InputError(_too_small(smallest, memory, available, needed))
     choices = itertools.product((True, False), batches, ROWS)
-    fitting = (replace(plan, resources=Resources(batch, rows, hold, processes)) for hold, batch, rows in choices)
+    sizes_at_once = (Resources(batch, rows, hold, processes, products) for hold, batch, rows in choices)
+    fitting = (replace(plan, resources=resources) for resources in sizes_at_once)
     return next(chosen for chosen in fitting if peak_memory(chosen) <= limit)
+
+
+def _products(plan: Plan, device: str) -> Products:
+    """Raises InputError for bfloat16 where the device has none."""
+    asked = plan.recipe.calibration.products
+    if asked == "auto":
+        worth = plan.model.shape.hidden_size >= REAL_MODEL_WIDTH
+        return "bfloat16" if worth and has_bfloat16(device) else "float32"
+    if asked == "bfloat16" and not has_bfloat16(device):
+        raise InputError(
+            "calibration.products bfloat16: this processor has no bfloat16 products (AMX, AVX-512 BF16 or SVE BF16); "
+            "leave it out of the recipe"
+        )
+    return asked
 
 
 def _too_small(plan: Plan, memory: int | None, available: int, needed: int) -> str:

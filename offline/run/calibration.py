@@ -66,7 +66,8 @@ def open_sweep(plan: Plan, tokens: Tensor, work: WorkDir, steps: Steps, device: 
     def experts(layer: int) -> DenseExperts | None:
         return dense_experts(plan, model, layer) if layer in source.shape.layers else None
 
-    return Sweep(model, experts, tokens, work, steps, costs.forward, costs.backward, plan.resources.batch_tokens)
+    batch, products = plan.resources.batch_tokens, plan.resources.products
+    return Sweep(model, experts, tokens, work, steps, costs.forward, costs.backward, batch, products)
 
 
 def dense_experts(plan: Plan, model: LayerwiseModel, layer: int, recorder: Recorder | None = None) -> DenseExperts:
@@ -168,8 +169,8 @@ class Calibration(Visitor):
     def _job(self, layer: int) -> LayerJob:
         arrays, every, model = self._arrays(self.work.rows), slice(0, self.plan.tokens), self.sweep.model
         choice, gates = arrays["choice"].read(every), arrays["gates"].read(every)
-        rows = self.plan.resources.rows
-        routing = Routing(arrays["inputs"], choice, gates, arrays.get("upstream"), rows, model.device)
+        rows, products = self.plan.resources.rows, self.plan.resources.products
+        routing = Routing(arrays["inputs"], choice, gates, arrays.get("upstream"), rows, model.device, products)
         facts = self.work.load_part(layer, FACTS_PART)
         energy: dict[Site, Tensor] = {"input": facts["energy.input"], "middle": facts["energy.middle"]}
         trimmed = self.trimmed(layer, facts)

@@ -68,7 +68,8 @@ def compress(
     group = join()
     if chosen.type == "cuda":  # what is predicted for a process has to fit on its GPU
         memory = min(memory or sys.maxsize, torch.cuda.mem_get_info(chosen)[0] * group.local_size)
-    options: dict[str, Any] = {"memory": memory, "processes": group.local_size, "allow_larger": allow_larger}
+    options: dict[str, Any] = {"memory": memory, "processes": group.local_size, "device": chosen.type}
+    options["allow_larger"] = allow_larger
     plan, fit = plan_asked(open_dense(source, revision), recipe, asked, **options)
     if folder == plan.model.folder or folder in plan.model.folder.parents:
         raise InputError(f"--workdir {folder} holds the source; choose another")

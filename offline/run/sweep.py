@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from offline.algebra.products import Products, multiplying
 from offline.io.progress import Steps
 from offline.plan.plan import BATCH_TOKENS
 from offline.plan.states import States
@@ -136,7 +137,8 @@ class Sweep:
     """A model that runs over windows, layer by layer; several processes share the windows out.
 
     experts: a layer's experts, None for one that has none; tokens: the windows; forward_work, backward_work:
-    what running one layer over all windows counts in `steps`.
+    what running one layer over all windows counts in `steps`; products: how layers, and the head where its gradient is
+    wanted, are multiplied.
     """
 
     model: LayerwiseModel
@@ -147,6 +149,7 @@ class Sweep:
     forward_work: float
     backward_work: float = 0.0
     batch_tokens: int = BATCH_TOKENS
+    products: Products = "float32"
     batches: list[slice] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -287,12 +290,14 @@ class Sweep:
 
     @torch.no_grad()
     def _forward(self, layer: int, module: nn.Module, states: str, batch: slice) -> Tensor:
-        return self.model.run_layer(layer, module, self._read(states, layer, batch))
+        with multiplying(self.products):
+            return self.model.run_layer(layer, module, self._read(states, layer, batch))
 
     def _backward(self, layer: int, module: nn.Module, batch: slice) -> Tensor:
         inputs = self._read("hidden", layer, batch).requires_grad_()
-        output = self.model.run_layer(layer, module, inputs)
-        return torch.autograd.grad(output, inputs, self._read("gradient", layer + 1, batch))[0]
+        with multiplying(self.products):
+            output = self.model.run_layer(layer, module, inputs)
+            return torch.autograd.grad(output, inputs, self._read("gradient", layer + 1, batch))[0]
 
     def _embed(self, name: str) -> None:
         self.steps.label("embeddings")
@@ -306,8 +311,9 @@ class Sweep:
         self.steps.label("head gradient")
         last = self.model.num_layers
         array = self._create(_name("gradient", last))
-        for window, hidden, loss in self._losses():
-            self._write(array, window, torch.autograd.grad(-loss, hidden)[0])
+        with multiplying(self.products):
+            for window, hidden, loss in self._losses():
+                self._write(array, window, torch.autograd.grad(-loss, hidden)[0])
         self.arrays.publish(_name("gradient", last), array)
         self.arrays.discard(_name("hidden", last))
 

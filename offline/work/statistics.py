@@ -2,7 +2,8 @@
 
 Two steps. While the layer runs over all windows, what reaches its experts is written down (`Recorder`). Then
 each expert is taken alone over the rows that were routed to it, so that memory holds one expert's statistics
-whatever their number. Everything is accumulated in float32; no weight gradient is ever formed.
+whatever their number. Everything is accumulated in float32, whatever products are computed in; no weight gradient is
+ever formed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.functional import linear
 
 from d2moe_vllm.format.kinds import ROLES, Role
 from offline.algebra.moments import Moment
+from offline.algebra.products import Products, multiplying
 from offline.source.families import MoEShape
 from offline.source.sites import SELECTIONS, Site
 from offline.work.activations import Rows
@@ -128,7 +130,8 @@ class DenseExperts(nn.Module):
 class Routing:
     """The rows that reach each expert of one layer, from a finished recording.
 
-    choice: int32 [tokens, k]; gates: float32 [tokens, k]; chunk: rows that are taken at once.
+    choice: int32 [tokens, k]; gates: float32 [tokens, k]; chunk: rows that are taken at once; products: how
+    matrices are multiplied with them.
     """
 
     inputs: Rows
@@ -137,6 +140,7 @@ class Routing:
     upstream: Rows | None
     chunk: int
     device: torch.device
+    products: Products = "float32"
 
     def batches(self, expert: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(token numbers int64 [n], inputs [n, hidden], gates [n, 1]) of an expert, `chunk` rows at a time."""
@@ -195,27 +199,28 @@ def gradients(
     sums = {role: torch.zeros(len(weights[role]), dtype=torch.float64, device=routing.device) for role in ROLES}
     channels = torch.zeros(weights["down"].shape[1], dtype=torch.float64, device=routing.device)
     moments = {site: Moment(_size(weights, site), routing.device) for site in sites}
-    for token, x, gates in routing.batches(expert):
-        upstream = routing.upstream.read(token).to(routing.device)
-        gate, up = linear(x, weights["gate"].float()), linear(x, weights["up"].float())
-        back = upstream @ weights["down"].float()
-        with torch.enable_grad():
-            gate.requires_grad_()
-            activated = activation(gate)
-            (gate_back,) = torch.autograd.grad(activated, gate, back * up)
-        activated = activated.detach()
-        inputs: dict[Role, Tensor] = {"gate": x, "up": x, "down": activated * up}
-        outputs: dict[Role, Tensor] = {"gate": gate_back, "up": back * activated, "down": upstream}
-        channels += (gates * back * inputs["down"]).square_().sum(dim=0, dtype=torch.float64)
-        for role in ROLES:
-            squares = outputs[role].square_()
-            gated = squares * gates.square()
-            sums[role] += (squares if gate_weighted else gated).sum(dim=0, dtype=torch.float64)
-            if role in total:
-                total[role].addmm_(gated.T, inputs[role].square())
-        for site, moment in moments.items():
-            rows = inputs[SELECTIONS[site][0]]
-            moment.add(rows * gates if gate_weighted else rows)
+    with multiplying(routing.products):
+        for token, x, gates in routing.batches(expert):
+            upstream = routing.upstream.read(token).to(routing.device)
+            gate, up = linear(x, weights["gate"].float()), linear(x, weights["up"].float())
+            back = upstream @ weights["down"].float()
+            with torch.enable_grad():
+                gate.requires_grad_()
+                activated = activation(gate)
+                (gate_back,) = torch.autograd.grad(activated, gate, back * up)
+            activated = activated.detach()
+            inputs: dict[Role, Tensor] = {"gate": x, "up": x, "down": activated * up}
+            outputs: dict[Role, Tensor] = {"gate": gate_back, "up": back * activated, "down": upstream}
+            channels += (gates * back * inputs["down"]).square_().sum(dim=0, dtype=torch.float64)
+            for role in ROLES:
+                squares = outputs[role].square_()
+                gated = squares * gates.square()
+                sums[role] += (squares if gate_weighted else gated).sum(dim=0, dtype=torch.float64)
+                if role in total:
+                    total[role].addmm_(gated.T, inputs[role].square())
+            for site, moment in moments.items():
+                rows = inputs[SELECTIONS[site][0]]
+                moment.add(rows * gates if gate_weighted else rows)
     count = int((routing.choice == expert).sum())
     grams = {site: moment.mean(count) for site, moment in moments.items()}
     return Gradients(total or None, sums, channels, grams)
@@ -228,10 +233,11 @@ def mean_gram(
     """G = X Xᵀ / tokens of what one expert reads at a site, float32 [n, n]; tokens weighted by their squared gate
     if so asked. Zero where no token was routed to it."""
     total, count = Moment(_size(weights, site), routing.device), 0
-    for token, x, gates in routing.batches(expert):
-        rows = x if site == "input" else _middle(weights, x, activation)
-        total.add(rows * gates if gate_weighted else rows)
-        count += len(token)
+    with multiplying(routing.products):
+        for token, x, gates in routing.batches(expert):
+            rows = x if site == "input" else _middle(weights, x, activation)
+            total.add(rows * gates if gate_weighted else rows)
+            count += len(token)
     return total.mean(count)
 
 
@@ -275,14 +281,15 @@ def outputs(
     moment = Moment(kept, routing.device)
     cross = torch.zeros(hidden, kept, device=routing.device)
     energy, count = 0.0, 0
-    for _, x, gates in routing.batches(expert):
-        factor = gates if gate_weighted else torch.ones_like(gates)
-        gave = linear(_middle(weights, x, activation), weights["down"].float()).mul_(factor)
-        became = (activation(linear(x, stored["gate"])) * linear(x, stored["up"])).mul_(factor)
-        moment.add(became)
-        cross.addmm_(gave.T, became)
-        energy += float(gave.square().sum(dtype=torch.float64))
-        count += len(x)
+    with multiplying(routing.products):
+        for _, x, gates in routing.batches(expert):
+            factor = gates if gate_weighted else torch.ones_like(gates)
+            gave = linear(_middle(weights, x, activation), weights["down"].float()).mul_(factor)
+            became = (activation(linear(x, stored["gate"])) * linear(x, stored["up"])).mul_(factor)
+            moment.add(became)
+            cross.addmm_(gave.T, became)
+            energy += float(gave.square().sum(dtype=torch.float64))
+            count += len(x)
     return Outputs(moment.mean(count), cross.div_(max(count, 1)), energy / max(count, 1))
 
 
@@ -302,14 +309,15 @@ def outlier_shares(
     counts: dict[Site, int] = dict.fromkeys(SELECTIONS, 0)
     sums: dict[Site, float] = dict.fromkeys(SELECTIONS, 0.0)
     beyond: dict[Site, int] = dict.fromkeys(SELECTIONS, 0)
-    for number in range(2):
-        for _, x, _ in routing.batches(expert):
-            rows: dict[Site, Tensor] = {"input": x, "middle": _middle(weights, x, activation)}
-            for site, values in rows.items():
-                magnitudes = values.abs()
-                if number == 0:
-                    counts[site] += magnitudes.numel()
-                    sums[site] += float(magnitudes.sum(dtype=torch.float64))
-                else:
-                    beyond[site] += int((magnitudes > threshold * sums[site] / counts[site]).sum())
+    with multiplying(routing.products):
+        for number in range(2):
+            for _, x, _ in routing.batches(expert):
+                rows: dict[Site, Tensor] = {"input": x, "middle": _middle(weights, x, activation)}
+                for site, values in rows.items():
+                    magnitudes = values.abs()
+                    if number == 0:
+                        counts[site] += magnitudes.numel()
+                        sums[site] += float(magnitudes.sum(dtype=torch.float64))
+                    else:
+                        beyond[site] += int((magnitudes > threshold * sums[site] / counts[site]).sum())
     return {site: beyond[site] / max(counts[site], 1) for site in counts}

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import d2moe_vllm
+from offline.algebra.products import has_bfloat16
 from offline.errors import InputError
 from offline.io.locks import hold
 from offline.io.shards import checksum, write_file, write_tensors
@@ -50,7 +51,7 @@ def fingerprint(
             "torch": torch.__version__,
             "transformers": importlib.metadata.version("transformers"),
             "threads": torch.get_num_threads(),
-            "cpu": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+            "cpu": [platform.machine(), torch.backends.cpu.get_cpu_capability(), has_bfloat16()],
             **machine,
         },
     }

@@ -15,6 +15,7 @@ from families import write_family
 from hostile import Disk, digests, refused
 from rich.console import Console
 
+from offline.algebra.products import has_bfloat16
 from offline.io.progress import Steps
 from offline.plan.disk import work_bytes
 from offline.plan.duration import total_seconds
@@ -26,6 +27,7 @@ from offline.run.calibration import compress_layers
 from offline.source.dense import open_dense
 from offline.work.workdir import WorkDir
 
+ABLE = pytest.mark.skipif(not has_bfloat16(), reason="this processor has no bfloat16 products")
 LAYERS, WINDOWS, LENGTH = 9, 32, 64
 TOKENS = torch.randint(0, 256, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
 RECIPES: dict[str, dict[str, Any]] = {
@@ -43,6 +45,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "few bits": {"bits": 4, "base": {"kind": "semi-dynamic"}, "delta": {"method": "whitened"}, "ratio": 0.2},
     "few bits, mobe": {"method": "mobe", "bits": 3, "mobe": {"max_steps": 3, "bases": 2}, "ratio": 0.2},
 }
+if has_bfloat16():
+    RECIPES["bfloat16"] = {"calibration": {"products": "bfloat16"}}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,7 @@ def test_disk_and_progress_are_what_was_planned(name: str, deep: Path, tmp_path:
     assert steps.advanced == pytest.approx(total_seconds(plan), rel=1e-6)
     # These experts share nothing: where it need not be, no base is made.
     spared = plan.needs_fisher and not settled.needs_fisher
-    assert spared == (name == "default")
+    assert spared == (name in ("default", "bfloat16"))
     assert steps.skipped <= (0.35 if spared else 1e-6) * total_seconds(plan), steps.skipped / total_seconds(plan)
     left = {path.name for path in (tmp_path / "work").glob("*.rows")}
     assert not left, left
@@ -149,7 +153,8 @@ def test_states_are_few_and_each_layer_finds_its_own(layers: int) -> None:
 
 @pytest.mark.parametrize("name", ["default", pytest.param("follows", marks=pytest.mark.slow),
                                   pytest.param("trimmed", marks=pytest.mark.slow),
-                                  pytest.param("shared", marks=pytest.mark.slow)])  # fmt: skip
+                                  pytest.param("shared", marks=pytest.mark.slow),
+                                  pytest.param("bfloat16", marks=[pytest.mark.slow, ABLE])])  # fmt: skip
 def test_broken_off_in_every_sweep_it_ends_in_the_same_bytes(
     name: str, deep: Path, few_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
