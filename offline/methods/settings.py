@@ -28,9 +28,9 @@ class Calibration(Section):
     """Which part of the calibration text is used, and what a layer sees of it.
 
     seq_len "auto": 2048, or the model's limit if that is less. inputs: a layer's activations come from the `dense`
-    layers before it, or from these layers as they are after compression. products: what float32 matrices are rounded to
-    before they are multiplied with rows; "auto" is bfloat16 where the device has it, for models whose sizes make that
-    count.
+    layers before it, or from these layers as they are after compression. products: what float32 numbers are rounded to
+    before they are multiplied with rows, and while they wait on disk; "auto" is float32 for small models, for others
+    bfloat16 on disk, and in products where the device has it.
     """
 
     windows: int = Field(default=128, ge=1)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from d2moe_vllm.format.kinds import ROLES
 from offline.io.units import FLOAT32, FLOAT64
 from offline.plan.plan import Plan
-from offline.plan.states import States
 
 PART_BYTES = 4096
 """Of a part's header, with names and checksums of its tensors."""
@@ -24,7 +23,7 @@ def work_bytes(plan: Plan) -> int:
 
 def _state(plan: Plan) -> int:
     """Hidden states of all windows, or gradients, at one layer."""
-    return FLOAT32 * plan.tokens * plan.model.shape.hidden_size
+    return plan.activations_dtype.itemsize * plan.tokens * plan.model.shape.hidden_size
 
 
 def _record(plan: Plan, *, backwards: bool) -> int:
@@ -38,7 +37,7 @@ def _measuring(plan: Plan) -> Iterator[int]:
     if plan.measures:
         yield from _backwards(plan, 0, keep=plan.needs_fisher, waiting=plan.layers.waiting_bytes(plan)[0])
     elif not plan.settled:
-        states = len(States(plan.model.num_layers).start) + 1 if plan.needs_fisher else 2
+        states = len(plan.states.start) + 1 if plan.needs_fisher else 2
         yield states * _state(plan) + _record(plan, backwards=False)
 
 
@@ -61,7 +60,7 @@ def _backwards(plan: Plan, part: int, *, keep: bool, waiting: int) -> Iterator[i
     """A sweep backwards that leaves `part` bytes of every MoE layer; keep: states and the head's gradient stay;
     waiting: bytes of one layer that wait for their second use."""
     layers, chosen = plan.model.num_layers, plan.problem.shape.layers
-    states, state, written = States(layers), _state(plan), 0
+    states, state, written = plan.states, _state(plan), 0
     yield (len(states.start) + 1) * state
     for layer in range(layers - 1, chosen[0] - 1, -1):
         kept = sum(states.is_kept(above) for above in range(layer + 1, layers)) if keep else 0

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offline.io.units import FLOAT32
 from offline.plan.plan import Plan
 from offline.plan.rates import Work, measured
 from offline.plan.resources import outside_and_inside
-from offline.plan.states import States
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,8 @@ class LayerSeconds:
 
 
 def layer_seconds(plan: Plan, device: str = "cpu") -> LayerSeconds:
-    forward, states = running(plan), Work(bytes=FLOAT32 * plan.tokens * plan.model.shape.hidden_size)
+    size = plan.activations_dtype.itemsize
+    forward, states = running(plan), Work(bytes=size * plan.tokens * plan.model.shape.hidden_size)
     own, rates = plan.layers.work(plan), measured(device, plan.resources.products)
     # Backwards a layer runs once more, and every product has one for its input's gradient; what is recorded is written.
     costs = (forward + states, 2 * forward + 3 * states, own.merge, own.measure, own.write)
@@ -57,7 +56,7 @@ class SweepSeconds:
 def backward_seconds(plan: Plan, costs: LayerSeconds, *, first: bool) -> float:
     """Of a sweep backwards over all layers; first: the one that makes the hidden states which it keeps."""
     layers = plan.model.num_layers
-    forwards = States(layers).recomputed(first=first) + (layers if first else 0)
+    forwards = plan.states.recomputed(first=first) + (layers if first else 0)
     return layers * costs.backward + forwards * costs.forward
 
 

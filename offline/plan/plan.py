@@ -21,6 +21,7 @@ from offline.methods.layer import LayerJob, Progress
 from offline.plan.budget import Budget, Problem, Ranks
 from offline.plan.rates import Work
 from offline.plan.recipe import Recipe
+from offline.plan.states import States
 from offline.source.dense import DenseModel
 from offline.source.sites import SELECTIONS, Site
 from offline.work.workdir import WorkDir
@@ -33,13 +34,14 @@ BATCH_TOKENS = 4096
 class Resources:
     """batch_tokens: that run through a layer at once (at least one window); rows: of one expert at once; hold_layer:
     a layer's experts are all in memory while it runs, else each is read when it is needed; products: how they are
-    multiplied."""
+    multiplied; every: of the layers' inputs a sweep backwards keeps one of so many, by 0 as few as make sense."""
 
     batch_tokens: int = BATCH_TOKENS
     rows: int = BATCH_TOKENS
     hold_layer: bool = True
     processes: int = 1
     products: Products = "float32"
+    every: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,16 @@ class Plan:
         """Of some of one expert's rows on their way through it."""
         shape = self.model.shape
         return FLOAT32 * self.resources.rows * (10 * shape.intermediate_size + 4 * shape.hidden_size)
+
+    @property
+    def states(self) -> States:
+        """Which layers' inputs a sweep backwards keeps."""
+        return States(self.model.num_layers, self.resources.every)
+
+    @property
+    def activations_dtype(self) -> torch.dtype:
+        """Of hidden states, of gradients and of what reaches experts, in the working folder."""
+        return torch.float32 if self.recipe.calibration.products == "float32" else torch.bfloat16
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -24,7 +24,8 @@ from offline.methods import METHODS
 from offline.methods.settings import Section, Settings
 
 REAL_MODEL_WIDTH = 1024
-"""From this hidden size on, `auto` multiples are 16, which the GPU kernels want."""
+"""From this hidden size on, `auto` multiples are 16, which the GPU kernels want, and calibration computes in bfloat16
+where that is faster."""
 NARROW = 512
 """Up to so many intermediate channels, experts may keep any number of them; from there on, multiples of 32."""
 
@@ -98,7 +99,8 @@ class Recipe(Settings):
         return self
 
     def resolve(self, hidden_size: int, max_positions: int | None, experts: int, intermediate_size: int) -> Recipe:
-        """This recipe with every `auto` decided for one model, but for bits, which are decided layer by layer."""
+        """This recipe with every `auto` decided for one model, but for bits, which are decided layer by layer, and for
+        products of wide models, which the device decides."""
         multiple = 16 if hidden_size >= REAL_MODEL_WIDTH else 1
         channels = 1 if intermediate_size <= NARROW else 32
         seq_len = self.calibration.seq_len
@@ -106,9 +108,12 @@ class Recipe(Settings):
             seq_len = min(2048, max_positions or 2048)
         elif max_positions and seq_len > max_positions:
             raise InputError(f"calibration.seq_len {seq_len} exceeds the model's {max_positions} positions")
+        calibration: dict[str, Any] = {"seq_len": seq_len}
+        if self.calibration.products == "auto" and hidden_size < REAL_MODEL_WIDTH:
+            calibration["products"] = "float32"
         resolved = self.model_copy(
             update={
-                "calibration": self.calibration.model_copy(update={"seq_len": seq_len}),
+                "calibration": self.calibration.model_copy(update=calibration),
                 "base": self.base.model_copy(update={"column_multiple": _decide(self.base.column_multiple, multiple)}),
                 "delta": self.delta.model_copy(
                     update={

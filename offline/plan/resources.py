@@ -18,8 +18,8 @@ from d2moe_vllm.format.kinds import ROLES, TensorSpec
 from offline.algebra.products import Products, has_bfloat16
 from offline.errors import InputError
 from offline.io.units import FLOAT32
+from offline.plan.disk import work_bytes
 from offline.plan.plan import Plan, Resources
-from offline.plan.recipe import REAL_MODEL_WIDTH
 
 ROWS = (4096, 2048, 1024, 512, 256)
 """Of one expert at once, by how much memory there is."""
@@ -34,8 +34,9 @@ def machine_memory() -> int:
 
 
 def check_resources(plan: Plan, memory: int | None, processes: int, device: str = "cpu") -> Plan:
-    """The plan with as much at once as fits into `memory` bytes for all processes of this machine together, and with
-    products as the device has them.
+    """The plan with as much at once as fits into `memory` bytes for all processes of this machine together, with
+    products as the device has them, and with as many hidden states kept as leave the working folder no larger than the
+    source.
 
     None means what the machine has. Raises InputError where even the smallest steps
     need more, or where the device has no such products.
@@ -54,15 +55,22 @@ def check_resources(plan: Plan, memory: int | None, processes: int, device: str 
     choices = itertools.product((True, False), batches, ROWS)
     sizes_at_once = (Resources(batch, rows, hold, processes, products) for hold, batch, rows in choices)
     fitting = (replace(plan, resources=resources) for resources in sizes_at_once)
-    return next(chosen for chosen in fitting if peak_memory(chosen) <= limit)
+    return _keeping(next(chosen for chosen in fitting if peak_memory(chosen) <= limit))
+
+
+def _keeping(plan: Plan) -> Plan:
+    """What is kept need not be computed anew; beyond the square root's number it takes room."""
+    if not plan.needs_gradient:
+        return plan
+    choices = (replace(plan, resources=replace(plan.resources, every=every)) for every in range(1, plan.states.every))
+    return next((chosen for chosen in choices if work_bytes(chosen) <= plan.model.reader.nbytes), plan)
 
 
 def _products(plan: Plan, device: str) -> Products:
     """Raises InputError for bfloat16 where the device has none."""
     asked = plan.recipe.calibration.products
     if asked == "auto":
-        worth = plan.model.shape.hidden_size >= REAL_MODEL_WIDTH
-        return "bfloat16" if worth and has_bfloat16(device) else "float32"
+        return "bfloat16" if has_bfloat16(device) else "float32"
     if asked == "bfloat16" and not has_bfloat16(device):
         raise InputError(
             "calibration.products bfloat16: this processor has no bfloat16 products (AMX, AVX-512 BF16 or SVE BF16); "

@@ -2,7 +2,8 @@
 
 Every layer's input would be a file of the whole calibration text for each layer. With one of every few kept and those
 between computed anew, stretch by stretch, about twice the square root of their number is there at a time (Chen et al.,
-Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174), for one more run over each layer.
+Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174), for one more run over each layer. Where the disk has
+room for more of them, more are kept.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class States:
-    """Of a model with so many layers."""
+    """Of a model with so many layers; every: one of so many is kept, about the square root of their number by 0."""
 
     layers: int
+    every: int = 0
 
-    @property
-    def every(self) -> int:
-        return max(round(math.sqrt(self.layers)), 1)
+    def __post_init__(self) -> None:
+        if not self.every:
+            object.__setattr__(self, "every", max(round(math.sqrt(self.layers)), 1))
 
     def is_kept(self, layer: int) -> bool:
         """Whether a layer's input stays until a sweep backwards has passed it; `layers`: the last one's output."""

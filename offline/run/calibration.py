@@ -66,8 +66,20 @@ def open_sweep(plan: Plan, tokens: Tensor, work: WorkDir, steps: Steps, device: 
     def experts(layer: int) -> DenseExperts | None:
         return dense_experts(plan, model, layer) if layer in source.shape.layers else None
 
-    batch, products = plan.resources.batch_tokens, plan.resources.products
-    return Sweep(model, experts, tokens, work, steps, costs.forward, costs.backward, batch, products)
+    at_once, dtype = plan.resources, plan.activations_dtype
+    return Sweep(
+        model,
+        experts,
+        tokens,
+        work,
+        steps,
+        costs.forward,
+        costs.backward,
+        at_once.batch_tokens,
+        at_once.products,
+        dtype,
+        at_once.every,
+    )
 
 
 def dense_experts(plan: Plan, model: LayerwiseModel, layer: int, recorder: Recorder | None = None) -> DenseExperts:
@@ -151,8 +163,9 @@ class Calibration(Visitor):
         widths = {"inputs": hidden, "choice": chosen, "gates": chosen}
         if self.backwards:
             widths["upstream"] = hidden
-        types = {"choice": torch.int32}
-        return {name: take(name, self.plan.tokens, widths[name], types.get(name, torch.float32)) for name in widths}
+        types = {"choice": torch.int32, "gates": torch.float32}
+        usual = self.plan.activations_dtype
+        return {name: take(name, self.plan.tokens, widths[name], types.get(name, usual)) for name in widths}
 
     def _publish(self, layer: int, recorder: Recorder) -> None:
         for name, array in recorder.arrays.items():

@@ -104,11 +104,11 @@ class Scratch:
     def has(self, name: str) -> bool:
         return name == self._name
 
-    def rows(self, name: str, rows: int, width: int) -> Rows:
-        return Rows(self._path, rows, width)
+    def rows(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Rows:
+        return Rows(self._path, rows, width, dtype)
 
-    def create(self, name: str, rows: int, width: int) -> Rows:
-        array = self.rows(name, rows, width)
+    def create(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Rows:
+        array = self.rows(name, rows, width, dtype)
         if not self._name:
             array.allocate()
         return array
@@ -138,7 +138,8 @@ class Sweep:
 
     experts: a layer's experts, None for one that has none; tokens: the windows; forward_work, backward_work:
     what running one layer over all windows counts in `steps`; products: how layers, and the head where its gradient is
-    wanted, are multiplied.
+    wanted, are multiplied; dtype: in which states and gradients lie in files; every: which states a
+    sweep backwards keeps (see `States`).
     """
 
     model: LayerwiseModel
@@ -150,6 +151,8 @@ class Sweep:
     backward_work: float = 0.0
     batch_tokens: int = BATCH_TOKENS
     products: Products = "float32"
+    dtype: torch.dtype = torch.float32
+    every: int = 0
     batches: list[slice] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,7 +163,7 @@ class Sweep:
     @property
     def states(self) -> States:
         """Which hidden states a sweep backwards keeps."""
-        return States(self.model.num_layers)
+        return States(self.model.num_layers, self.every)
 
     def run(
         self,
@@ -337,11 +340,11 @@ class Sweep:
         return slice(batch.start * length, batch.stop * length)
 
     def _create(self, name: str) -> Rows:
-        return self.arrays.create(name, self._count, self.model.hidden_size)
+        return self.arrays.create(name, self._count, self.model.hidden_size, self.dtype)
 
     def _read(self, what: str, layer: int, batch: slice) -> Tensor:
         """[windows, seq, hidden], on the model's device."""
-        array = self.arrays.rows(_name(what, layer), self._count, self.model.hidden_size)
+        array = self.arrays.rows(_name(what, layer), self._count, self.model.hidden_size, self.dtype)
         rows = array.read(self._rows(batch))
         return rows.view(batch.stop - batch.start, self.tokens.shape[1], -1).to(self.model.device)
 

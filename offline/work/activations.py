@@ -16,7 +16,8 @@ from torch import Tensor
 
 from offline.io.shards import sync_file
 
-_NUMPY = {torch.float32: np.float32, torch.int32: np.int32}
+_NUMPY = {torch.float32: np.float32, torch.int32: np.int32, torch.bfloat16: np.int16}
+"""What lies in the file; numpy knows no bfloat16, and is given its bits."""
 _DIGEST = 32
 """Bytes behind the rows: SHA-256 of all of them, once the file is published."""
 _CHUNK = 1 << 22
@@ -24,7 +25,8 @@ _CHUNK = 1 << 22
 
 
 class Rows:
-    """A file of `rows` rows of `width` float32 or int32 numbers."""
+    """A file of `rows` rows of `width` float32, bfloat16 or int32 numbers. bfloat16 ones are rounded when they are
+    written, and read as float32."""
 
     def __init__(self, path: Path, rows: int, width: int, dtype: torch.dtype = torch.float32) -> None:
         self.path, self.shape, self.dtype = path, (rows, width), dtype
@@ -32,7 +34,7 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """Of the rows alone."""
-        return self.shape[0] * self.shape[1] * 4
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def allocate(self) -> None:
         """Creates the file with its blocks reserved: a full disk is an error here, not a SIGBUS in the work."""
@@ -45,19 +47,26 @@ class Rows:
     def read(self, rows: slice | Tensor) -> Tensor:
         """A copy of some rows: a slice of them, or by ascending int64 numbers [n]. Raises FileNotFoundError."""
         if isinstance(rows, slice):
-            return torch.from_numpy(np.array(self._map(rows, "r")))
+            return self._numbers(np.array(self._map(rows, "r")))
         if not len(rows):
-            return torch.empty(0, self.shape[1], dtype=self.dtype)
+            return self._numbers(np.empty((0, self.shape[1]), _NUMPY[self.dtype]))
         start, stop = int(rows[0]), int(rows[-1]) + 1
-        return torch.from_numpy(self._map(slice(start, stop), "r")[(rows - start).numpy()])
+        return self._numbers(self._map(slice(start, stop), "r")[(rows - start).numpy()])
+
+    def _numbers(self, found: np.ndarray) -> Tensor:
+        values = torch.from_numpy(found)
+        return values.view(torch.bfloat16).float() if self.dtype == torch.bfloat16 else values
 
     def write(self, rows: slice, values: Tensor) -> None:
         """values: [n, width], on any device."""
-        self._map(rows, "r+")[...] = values.detach().cpu().numpy()
+        found = values.detach().cpu()
+        if self.dtype == torch.bfloat16:
+            found = found.bfloat16().view(torch.int16)
+        self._map(rows, "r+")[...] = found.numpy()
 
     def _map(self, rows: slice, mode: str) -> np.memmap:
         width = self.shape[1]
-        offset, shape = rows.start * width * 4, (rows.stop - rows.start, width)
+        offset, shape = rows.start * width * self.dtype.itemsize, (rows.stop - rows.start, width)
         return np.memmap(self.path, _NUMPY[self.dtype], mode, offset=offset, shape=shape)  # type: ignore[call-overload]
 
     def publish(self, path: Path) -> None:

@@ -3,6 +3,7 @@ says that it is, with a model of enough layers that hidden states are computed a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,31 @@ def test_disk_and_progress_are_what_was_planned(name: str, deep: Path, tmp_path:
     assert not left, left
 
 
+def test_with_more_states_kept_it_is_the_same_with_less_work(deep: Path, tmp_path: Path) -> None:
+    found, advanced = {}, {}
+    for every in (1, 2, 3):
+        plan = planned(deep, {"ratio": 0.3})
+        plan = replace(plan, resources=replace(plan.resources, every=every))
+        work, steps = Watched(tmp_path / f"{every}", {}), Counted(total_seconds(plan))
+        compress_layers(plan, TOKENS, work, steps, torch.device("cpu"))
+        work.close()
+        assert 0.8 * work_bytes(plan) < work.peak <= work_bytes(plan), (every, work.peak, work_bytes(plan))
+        parts = sorted((tmp_path / f"{every}").rglob("*.safetensors"))
+        found[every] = {str(path.relative_to(tmp_path / f"{every}")): path.read_bytes() for path in parts}
+        advanced[every] = steps.advanced
+    assert found[1] == found[2] == found[3]
+    assert advanced[1] < advanced[2] < advanced[3]
+
+
+def test_there_is_room_as_far_as_the_source_takes(deep: Path) -> None:
+    few = planned(deep, {"calibration": {"windows": 2}})
+    assert few.states.every == 1
+    assert work_bytes(few) <= few.model.reader.nbytes
+    many = planned(deep, {})
+    assert many.states == States(LAYERS)
+    assert work_bytes(many) > many.model.reader.nbytes
+
+
 def test_what_lies_there_in_the_end_is_what_is_stored(deep: Path, tmp_path: Path) -> None:
     """Besides a few kilobytes for each projection: no other kind of base, no higher rank."""
     plan = planned(deep, {"bits": 16})
@@ -139,11 +165,15 @@ def test_what_lies_there_in_the_end_is_what_is_stored(deep: Path, tmp_path: Path
     assert found == sum(stored.values())
 
 
+@pytest.mark.parametrize("every", [0, 1, 2])
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 9, 27, 32, 61])
-def test_states_are_few_and_each_layer_finds_its_own(layers: int) -> None:
-    states = States(layers)
-    assert max(len(states.there(layer)) for layer in range(layers)) <= 2 * layers**0.5 + 1
-    assert len(states.start) <= 2 * layers**0.5 + 2
+def test_states_are_few_and_each_layer_finds_its_own(layers: int, every: int) -> None:
+    states = States(layers, every)
+    if not every:
+        assert max(len(states.there(layer)) for layer in range(layers)) <= 2 * layers**0.5 + 1
+        assert len(states.start) <= 2 * layers**0.5 + 2
+    if every == 1:
+        assert states.recomputed(first=False) == 0
     for layer in range(layers):
         assert layer in states.there(layer)
     assert states.recomputed(first=True) <= states.recomputed(first=False) < layers
