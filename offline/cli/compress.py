@@ -48,7 +48,7 @@ from offline.cli.tables import arithmetic, less_than_asked, show, sizes
 from offline.errors import InputError
 from offline.io.console import plain_console
 from offline.io.memory import peak_memory
-from offline.io.units import duration
+from offline.io.units import duration, durations
 from offline.io.units import size as in_words
 from offline.work.distributed import is_first
 
@@ -132,7 +132,7 @@ def compress_table(console: Console, result: dict[str, Any]) -> None:
     less_than_asked(console, result)
     predicted = result["predicted"]
     table = Table("", "predicted", "really", box=None, pad_edge=False)
-    table.add_row("time", duration(predicted["seconds"]), duration(result["seconds"]))
+    table.add_row("time", durations(predicted["least_seconds"], predicted["seconds"]), duration(result["seconds"]))
     table.add_row("peak memory", in_words(predicted["peak_memory_bytes"]), in_words(result["peak_memory_bytes"]))
     table.add_row(
         "working folder", f"{in_words(predicted['work_bytes'])} at most", f"{in_words(result['work_bytes'])} at the end"

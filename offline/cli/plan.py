@@ -37,7 +37,7 @@ from offline.cli.options import (
 )
 from offline.cli.tables import arithmetic, less_than_asked, neighbours, projections, show, sizes
 from offline.io.console import plain_console
-from offline.io.units import duration
+from offline.io.units import durations
 from offline.io.units import size as in_words
 
 TYPICAL = (
@@ -126,11 +126,13 @@ def plan_table(console: Console, summary: dict[str, Any]) -> None:
     result = summary["result"]
     share = result["expert_bytes"] / result["dense_expert_bytes"]
     console.print(f"experts alone: {100 * share:.2f} % of their bytes are left", highlight=False)
-    disk = summary["disk_bytes"]
+    disk, least, most = summary["disk_bytes"], summary["least_seconds"], summary["estimated_seconds"]
     console.print(
         f"to do it: about {in_words(summary['peak_memory_bytes'])} of memory, {in_words(disk['work'])} of disk while "
-        f"running, {in_words(disk['result'])} for the result, roughly {duration(summary['estimated_seconds'])}",
+        f"running, {in_words(disk['result'])} for the result, roughly {durations(least, most)}",
         highlight=False,
     )
+    if least < most:
+        console.print("the shorter time where experts share nothing, and no layer gets a base", style="dim")
     if "fit" in summary:
         neighbours(console, summary["fit"])

@@ -24,6 +24,12 @@ def size_above(count: int) -> str:
     return f"{math.ceil(count / unit * 10**places) / 10**places:.{places}f}{name}"
 
 
+def durations(least: float, most: float) -> str:
+    """One, or from the one to the other."""
+    words = [duration(seconds) for seconds in (least, most)]
+    return words[1] if words[0] == words[1] else " to ".join(words)
+
+
 def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"

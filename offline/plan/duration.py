@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from offline.plan.budget import Choices
 from offline.plan.plan import Plan
 from offline.plan.rates import Work, measured
 from offline.plan.resources import outside_and_inside
@@ -12,10 +14,12 @@ from offline.plan.resources import outside_and_inside
 @dataclass(frozen=True)
 class LayerSeconds:
     """Of one MoE layer on one process: running it over the calibration windows once, or forwards and back; merging;
-    measuring; writing. A layer without experts costs at most `forward` or `backward`."""
+    measuring; writing. A layer without experts costs at most `forward` or `backward`. head: the gradient above the last
+    layer, of all windows."""
 
     forward: float
     backward: float
+    head: float
     merge: float
     measure: float
     write: float
@@ -26,7 +30,7 @@ def layer_seconds(plan: Plan, device: str = "cpu") -> LayerSeconds:
     forward, states = running(plan), Work(bytes=size * plan.tokens * plan.model.shape.hidden_size)
     own, rates = plan.layers.work(plan), measured(device, plan.resources.products)
     # Backwards a layer runs once more, and every product has one for its input's gradient; what is recorded is written.
-    costs = (forward + states, 2 * forward + 3 * states, own.merge, own.measure, own.write)
+    costs = (forward + states, 2 * forward + 3 * states, head(plan) + states, own.merge, own.measure, own.write)
     return LayerSeconds(*(one.seconds(rates) for one in costs))
 
 
@@ -37,7 +41,22 @@ def running(plan: Plan) -> Work:
     _, inside, _ = outside_and_inside(plan.model.other_tensors, plan.model.num_layers)
     attention = 2 * plan.tokens * (inside + 2 * plan.windows[1] * shape.hidden_size)
     products = 2 * rows * 3 * shape.hidden_size * shape.intermediate_size + attention
-    return Work(products, touched=rows * (8 * shape.intermediate_size + 4 * shape.hidden_size))
+    batches = -(-plan.tokens // plan.resources.batch_tokens)
+    return Work(products, touched=rows * (8 * shape.intermediate_size + 4 * shape.hidden_size)) + batches * widening(
+        plan
+    )
+
+
+def widening(plan: Plan) -> Work:
+    """A layer's experts from 16 bits to float32, once; every batch of rows does it again."""
+    shape = plan.model.shape
+    return Work(touched=1.5 * shape.num_experts * 3 * shape.hidden_size * shape.intermediate_size)
+
+
+def head(plan: Plan) -> Work:
+    """Logits of all windows, and the gradient of their loss."""
+    hidden, vocabulary = plan.model.shape.hidden_size, int(plan.model.config["vocab_size"])
+    return Work(2 * 2 * plan.tokens * hidden * vocabulary, touched=8 * plan.tokens * vocabulary)
 
 
 @dataclass(frozen=True)
@@ -54,10 +73,11 @@ class SweepSeconds:
 
 
 def backward_seconds(plan: Plan, costs: LayerSeconds, *, first: bool) -> float:
-    """Of a sweep backwards over all layers; first: the one that makes the hidden states which it keeps."""
+    """Of a sweep backwards over all layers; first: the one that makes what others start from, hidden states and the
+    head's gradient."""
     layers = plan.model.num_layers
     forwards = plan.states.recomputed(first=first) + (layers if first else 0)
-    return layers * costs.backward + forwards * costs.forward
+    return layers * costs.backward + forwards * costs.forward + (costs.head if first else 0.0)
 
 
 def sweep_seconds(plan: Plan, device: str = "cpu") -> SweepSeconds:
@@ -89,9 +109,27 @@ def total_seconds(plan: Plan, device: str = "cpu") -> float:
 
 
 STARTING = 5.0
-"""Seconds in which a run opens the model and draws its windows, and in the end writes the checkpoint."""
+"""Seconds in which a run opens the model and draws its windows."""
 
 
-def estimate_seconds(plan: Plan, device: str = "cpu") -> float:
-    """Wall-clock time of a run on this machine."""
-    return total_seconds(plan, device) / plan.resources.processes + STARTING
+class Estimate(NamedTuple):
+    """Seconds of a run on this machine by the clock; least: where no layer gets a base, most: where each gets one."""
+
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        low, high = (f"{seconds:.0f}" for seconds in self)
+        return f"{high} s" if low == high else f"{low} to {high} s"
+
+
+def estimate_seconds(plan: Plan, device: str = "cpu") -> Estimate:
+    most = sweep_seconds(plan, device)
+    least = most.total
+    if plan.has_bases and not plan.settled and not plan.follows:
+        choices: Choices = dict.fromkeys(plan.budget.choices, "none")
+        without = replace(plan, final=True, budget=replace(plan.budget, choices=choices))
+        least = most.measure + sweep_seconds(without, device).write
+    # The checkpoint is written from the working folder, which is checked.
+    around = STARTING + 2 * plan.budget.nbytes / measured(device, plan.resources.products).bytes
+    return Estimate(*(seconds / plan.resources.processes + around for seconds in (least, most.total)))

@@ -12,6 +12,7 @@ from offline.io.shards import SHARD_BYTES
 from offline.methods import METHODS
 from offline.plan.budget import Budget, Problem, Ranks
 from offline.plan.disk import work_bytes
+from offline.plan.duration import Estimate
 from offline.plan.factored import FactoredLayers
 from offline.plan.plan import Layers, Plan
 from offline.plan.priced import PricedLayers
@@ -115,7 +116,7 @@ def _problem(model: DenseModel, recipe: Recipe, shard_bytes: int) -> Problem:
     return Problem(draft, shape, model.other_tensors, recipe, trimmed, shard_bytes)
 
 
-def summary(plan: Plan, seconds: float) -> dict[str, Any]:
+def summary(plan: Plan, seconds: Estimate) -> dict[str, Any]:
     """What `plan --json` prints; seconds: `duration.estimate_seconds`, which takes a measurement."""
     source, shape, config = plan.config.source, plan.model.shape, plan.config
     first = config.layers[min(config.layers)]
@@ -146,6 +147,7 @@ def summary(plan: Plan, seconds: float) -> dict[str, Any]:
         "rows_at_once": plan.resources.rows,
         "products": plan.resources.products,
         "disk_bytes": {"work": work_bytes(plan), "result": plan.budget.nbytes},
-        "estimated_seconds": seconds,
+        "estimated_seconds": round(seconds.most, 1),
+        "least_seconds": round(seconds.least, 1),
         "recipe": plan.recipe.to_json(),
     }

@@ -76,7 +76,7 @@ def measured(device: str = "cpu", products: Products = "float32") -> Rates:
     usual = operations / _quickest(lambda: rows @ weight.T, on)
     with multiplying(products):
         of_rows = operations / _quickest(lambda: rows @ weight.T, on)
-    size = 1024
+    size = 2048  # large enough for the speed of large ones, up to a third
     factors = size**3 / _quickest(partial(feedback_of, torch.eye(size, device=on), size, on), on, 1)
     some = draw(_GRAIN, _GRAIN, dtype=torch.float64)
     eigen = 15 * _GRAIN**3 / _quickest(lambda: torch.linalg.eigh(some @ some.T), on, 1)

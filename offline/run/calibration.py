@@ -79,6 +79,7 @@ def open_sweep(plan: Plan, tokens: Tensor, work: WorkDir, steps: Steps, device: 
         at_once.products,
         dtype,
         at_once.every,
+        costs.head,
     )
 
 

@@ -86,13 +86,15 @@ def compress(
         console.print(
             f"{' and '.join(work.invalidated)} changed since the interrupted run: starting over", soft_wrap=True
         )
+    estimate = estimate_seconds(plan, chosen.type)
     predicted = {
-        "seconds": round(estimate_seconds(plan, chosen.type), 1),
+        "seconds": round(estimate.most, 1),
+        "least_seconds": round(estimate.least, 1),
         "peak_memory_bytes": peak_memory(plan),
         "work_bytes": work_bytes(plan),
     }
     console.print(
-        f"compressing {plan.model.name}: about {predicted['seconds']:.0f} s, "
+        f"compressing {plan.model.name}: about {estimate}, "
         f"{predicted['peak_memory_bytes'] / 1e9:.1f} GB of memory at the peak"
         f"{' for each process' if group.size > 1 else ''}",
         highlight=False,
@@ -130,7 +132,7 @@ def compress(
     }
     if fit is not None:
         written["fit"] = fit.of(settled).to_json()
-    return {**summary(settled, predicted["seconds"]), **written}
+    return {**summary(settled, estimate), **written}
 
 
 FEW_TOKENS = 64

@@ -139,7 +139,7 @@ class Sweep:
     experts: a layer's experts, None for one that has none; tokens: the windows; forward_work, backward_work:
     what running one layer over all windows counts in `steps`; products: how layers, and the head where its gradient is
     wanted, are multiplied; dtype: in which states and gradients lie in files; every: which states a
-    sweep backwards keeps (see `States`).
+    sweep backwards keeps (see `States`); head_work: what the head's gradient counts.
     """
 
     model: LayerwiseModel
@@ -153,6 +153,7 @@ class Sweep:
     products: Products = "float32"
     dtype: torch.dtype = torch.float32
     every: int = 0
+    head_work: float = 0.0
     batches: list[slice] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -317,6 +318,7 @@ class Sweep:
         with multiplying(self.products):
             for window, hidden, loss in self._losses():
                 self._write(array, window, torch.autograd.grad(-loss, hidden)[0])
+                self._advance(window, self.head_work)
         self.arrays.publish(_name("gradient", last), array)
         self.arrays.discard(_name("hidden", last))
 

@@ -65,7 +65,7 @@ def test_a_path_that_is_no_utf8_is_printed_as_its_bytes(tmp_path: Path) -> None:
 def test_paths_are_printed_as_they_are() -> None:
     """A line to be copied into a shell must not lack a part of its path."""
     one = {"parameters": 10, "bytes": 10}
-    predicted = {"seconds": 1, "peak_memory_bytes": 1, "work_bytes": 1}
+    predicted = {"seconds": 1, "least_seconds": 1, "peak_memory_bytes": 1, "work_bytes": 1}
     result = {**one, "stores": "", "saves_nothing": False}
     made = {"source": one, "result": result, "predicted": predicted, **predicted, "recipe": {"ratio": 0.4}}
     made |= {"path": f"/x/{ODD}", "tokenizer": None}
