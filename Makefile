@@ -4,7 +4,7 @@ export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup lock demo test test-all kernels test-gpu quality frontier calibration-tokens picture compare-tables
-.PHONY: bench bench-layer bench-against bench-mobe bench-server bench-peers bench-offline bench-plan roofline lint audit format clean
+.PHONY: bench bench-layer bench-against bench-mobe bench-server bench-peers bench-offline bench-plan plan-hours roofline lint audit format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-offline: setup ## Time merge, prune and factor at Mixtral's shapes beside 
 
 bench-plan: setup ## Compress layers of real models' shapes; time, memory and disk beside the plan (ARGS="--windows 1")
 	@.venv/bin/python benchmarks/bench_plan.py $(ARGS)
+
+plan-hours: setup ## Hours that real models would take on other machines, by arithmetic, for docs/performance.md
+	@.venv/bin/python benchmarks/plan_hours.py
 
 roofline: setup ## Predict a layer's time on GPUs from bytes and operations: no measurement
 	@.venv/bin/python benchmarks/roofline.py

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -129,17 +129,14 @@ class Shard:
         content: dict[str, object] = {"__metadata__": dict(self.metadata)}
         offset = 0
         for name, spec in self.tensors.items():
-            content[name] = {
-                "dtype": spec.dtype,
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.nbytes],
-            }
-            offset += spec.nbytes
+            end = offset + spec.nbytes
+            content[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+            offset = end
         text = json.dumps(content, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return len(self.header) + sum(spec.nbytes for spec in self.tensors.values())
 

@@ -61,7 +61,7 @@ class Budget:
     def ranks(self) -> Ranks:
         return {(number, role): layer[role].rank for number, layer in self.config.layers.items() for role in ROLES}
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all weight files, exactly as they will lie on disk."""
         return sum(shard.nbytes for shard in self.shards)

@@ -16,9 +16,11 @@ PART_BYTES = 4096
 """Of a part's header, with names and checksums of its tensors."""
 
 
-def work_bytes(plan: Plan) -> int:
-    """Bytes on disk while running, besides the result: hidden states, gradients, and final tensors."""
-    return _measured(plan) + max(*_measuring(plan), *_writing(plan))
+def work_bytes(plan: Plan, final: int | None = None) -> int:
+    """Bytes on disk while running, besides the result: hidden states, gradients, and final tensors. final:
+    `final_bytes`, where it is known already."""
+    final = final_bytes(plan) if final is None else final
+    return _measured(plan) + max(*_measuring(plan), *_writing(plan, final))
 
 
 def _state(plan: Plan) -> int:
@@ -41,9 +43,9 @@ def _measuring(plan: Plan) -> Iterator[int]:
         yield states * _state(plan) + _record(plan, backwards=False)
 
 
-def _writing(plan: Plan) -> Iterator[int]:
+def _writing(plan: Plan, final: int) -> Iterator[int]:
     """What lies there while bases are merged, where that is a sweep of its own, and while tensors are written."""
-    final, chosen = _final(plan), plan.problem.shape.layers
+    chosen = plan.problem.shape.layers
     each, waiting = final // len(chosen), plan.layers.waiting_bytes(plan)[1]
     if plan.needs_fisher and not plan.follows:
         yield from _backwards(plan, each, keep=False, waiting=waiting)
@@ -72,7 +74,7 @@ def _backwards(plan: Plan, part: int, *, keep: bool, waiting: int) -> Iterator[i
         yield arrays + written
 
 
-def _final(plan: Plan) -> int:
+def final_bytes(plan: Plan) -> int:
     """The final tensors, in their parts, and what is there of one layer only while it is written."""
     config, shape = plan.config, plan.model.shape
     every = ((layer, one) for layer in config.layers for one in config.stored(layer).values())

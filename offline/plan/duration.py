@@ -1,4 +1,6 @@
-"""Time of a compression, predicted from shapes and from how fast this machine does what it consists of (rates.py)."""
+"""Time of a compression, predicted from shapes and from how fast a machine does what it consists of (rates.py): this
+one, as it is measured, where no other rates are given.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import NamedTuple
 
 from offline.plan.budget import Choices
 from offline.plan.plan import Plan
-from offline.plan.rates import Work, measured
+from offline.plan.rates import Rates, Work, measured
 from offline.plan.resources import outside_and_inside
 
 
@@ -25,10 +27,10 @@ class LayerSeconds:
     write: float
 
 
-def layer_seconds(plan: Plan, device: str = "cpu") -> LayerSeconds:
+def layer_seconds(plan: Plan, device: str = "cpu", rates: Rates | None = None) -> LayerSeconds:
     size = plan.activations_dtype.itemsize
     forward, states = running(plan), Work(bytes=size * plan.tokens * plan.model.shape.hidden_size)
-    own, rates = plan.layers.work(plan), measured(device, plan.resources.products)
+    own, rates = plan.layers.work(plan), rates or measured(device, plan.resources.products)
     # Backwards a layer runs once more, and every product has one for its input's gradient; what is recorded is written.
     costs = (forward + states, 2 * forward + 3 * states, head(plan) + states, own.merge, own.measure, own.write)
     return LayerSeconds(*(one.seconds(rates) for one in costs))
@@ -42,9 +44,8 @@ def running(plan: Plan) -> Work:
     attention = 2 * plan.tokens * (inside + 2 * plan.windows[1] * shape.hidden_size)
     products = 2 * rows * 3 * shape.hidden_size * shape.intermediate_size + attention
     batches = -(-plan.tokens // plan.resources.batch_tokens)
-    return Work(products, touched=rows * (8 * shape.intermediate_size + 4 * shape.hidden_size)) + batches * widening(
-        plan
-    )
+    own = Work(products, touched=rows * (8 * shape.intermediate_size + 4 * shape.hidden_size))
+    return own + batches * widening(plan)
 
 
 def widening(plan: Plan) -> Work:
@@ -80,9 +81,9 @@ def backward_seconds(plan: Plan, costs: LayerSeconds, *, first: bool) -> float:
     return layers * costs.backward + forwards * costs.forward + (costs.head if first else 0.0)
 
 
-def sweep_seconds(plan: Plan, device: str = "cpu") -> SweepSeconds:
+def sweep_seconds(plan: Plan, device: str = "cpu", rates: Rates | None = None) -> SweepSeconds:
     """At most: a settled budget may need less of it."""
-    costs, layers = layer_seconds(plan, device), plan.model.num_layers
+    costs, layers = layer_seconds(plan, device, rates), plan.model.num_layers
     moe, chosen, forward = len(plan.model.shape.layers), len(plan.problem.shape.layers), layers * costs.forward
     measure = merge = write = 0.0
     if plan.measures:
@@ -123,13 +124,14 @@ class Estimate(NamedTuple):
         return f"{high} s" if low == high else f"{low} to {high} s"
 
 
-def estimate_seconds(plan: Plan, device: str = "cpu") -> Estimate:
-    most = sweep_seconds(plan, device)
+def estimate_seconds(plan: Plan, device: str = "cpu", rates: Rates | None = None) -> Estimate:
+    rates = rates or measured(device, plan.resources.products)
+    most = sweep_seconds(plan, device, rates)
     least = most.total
     if plan.has_bases and not plan.settled and not plan.follows:
         choices: Choices = dict.fromkeys(plan.budget.choices, "none")
         without = replace(plan, final=True, budget=replace(plan.budget, choices=choices))
-        least = most.measure + sweep_seconds(without, device).write
+        least = most.measure + sweep_seconds(without, device, rates).write
     # The checkpoint is written from the working folder, which is checked.
-    around = STARTING + 2 * plan.budget.nbytes / measured(device, plan.resources.products).bytes
+    around = STARTING + 2 * plan.budget.nbytes / rates.bytes
     return Estimate(*(seconds / plan.resources.processes + around for seconds in (least, most.total)))

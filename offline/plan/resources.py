@@ -18,7 +18,7 @@ from d2moe_vllm.format.kinds import ROLES, TensorSpec
 from offline.algebra.products import Products, has_bfloat16
 from offline.errors import InputError
 from offline.io.units import FLOAT32
-from offline.plan.disk import work_bytes
+from offline.plan.disk import final_bytes, work_bytes
 from offline.plan.plan import Plan, Resources
 
 ROWS = (4096, 2048, 1024, 512, 256)
@@ -63,7 +63,8 @@ def _keeping(plan: Plan) -> Plan:
     if not plan.needs_gradient:
         return plan
     choices = (replace(plan, resources=replace(plan.resources, every=every)) for every in range(1, plan.states.every))
-    return next((chosen for chosen in choices if work_bytes(chosen) <= plan.model.reader.nbytes), plan)
+    final, most = final_bytes(plan), plan.model.reader.nbytes
+    return next((chosen for chosen in choices if work_bytes(chosen, final) <= most), plan)
 
 
 def _products(plan: Plan, device: str) -> Products:

@@ -211,7 +211,11 @@ def allocated(config: CheckpointConfig, tokens: int) -> int:
     halves = ops.halves([parameters.get(name) for name in ops.PARAMETERS])
     x = torch.zeros(tokens, config.hidden_size, dtype=torch.bfloat16)
     gates, ids = torch.rand(tokens, 2), torch.randint(0, config.num_experts, (tokens, 2), dtype=torch.int32)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    # oneDNN copies matrices to the order that AMX wants, which is no GPU's way.
+    with (
+        torch.backends.mkldnn.flags(enabled=False),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found,
+    ):
         reference.fused_experts(x, gates, ids, *halves, None, spec)
     held = most = 0
     for event in found.profiler.kineto_results.events():
