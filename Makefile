@@ -4,7 +4,7 @@ export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup lock demo test test-all kernels test-gpu quality frontier calibration-tokens picture compare-tables
-.PHONY: bench bench-layer bench-against bench-mobe bench-server bench-peers bench-offline bench-plan plan-hours roofline lint audit format clean
+.PHONY: bench bench-layer bench-against bench-mobe bench-server bench-peers bench-offline bench-stages bench-plan plan-hours roofline lint audit format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ bench: ## The benchmarks of serving, one after another: layer, server, peers (an
 
 bench-offline: setup ## Time merge, prune and factor at Mixtral's shapes beside the paper's recipe (ARGS="--experts 2")
 	@.venv/bin/python benchmarks/bench_offline.py $(ARGS)
+
+bench-stages: setup ## Time an expert's stages at Mixtral's shapes beside how they were done before (ARGS="--rows 4096")
+	@.venv/bin/python benchmarks/bench_stages.py $(ARGS)
 
 bench-plan: setup ## Compress layers of real models' shapes; time, memory and disk beside the plan (ARGS="--windows 1")
 	@.venv/bin/python benchmarks/bench_plan.py $(ARGS)

@@ -1,4 +1,4 @@
-"""`make bench-offline` at tiny shapes: that it runs, and that what it reports is of the size it should be."""
+"""`make bench-offline` and `make bench-stages` at tiny shapes: that they run, and compare what is the same."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_stages
 import pytest
 from compression import ROOT
+
+from offline.work.statistics import Gradients
 
 SHAPE = ["--hidden", "128", "--intermediate", "256", "--experts", "2", "--device", "cpu"]
 
@@ -31,3 +34,18 @@ def test_the_bench_compares_both_sides(tmp_path: Path, dtype: str) -> None:
     assert set(result["speedup"]) == {"wall", "cpu"}
     assert 0.05 < result["peak_gib"]["host"] < 4
     assert "written to" in done.stdout
+
+
+def test_stages_are_as_they_were(tmp_path: Path) -> None:
+    """Each stage gives what it gave before, up to rounding to bfloat16 where there is any."""
+    seen = []
+    for stage in bench_stages.stages(48, 96, 300, tmp_path):
+        before, now = stage.before(), stage.now()
+        pairs = [(before, now)]
+        if isinstance(before, Gradients) and isinstance(now, Gradients):
+            pairs = [(one.grams[site], two.grams[site]) for one, two in [(before, now)] for site in before.grams]
+            pairs += [(before.fisher[role], now.fisher[role]) for role in before.fisher or {}]
+        for one, two in pairs:
+            assert float((one - two).norm() / one.norm()) < 0.02, stage.name
+        seen.append(stage.name)
+    assert len(seen) == 5
