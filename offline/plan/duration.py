@@ -56,7 +56,8 @@ def widening(plan: Plan) -> Work:
 
 def head(plan: Plan) -> Work:
     """Logits of all windows, and the gradient of their loss."""
-    hidden, vocabulary = plan.model.shape.hidden_size, int(plan.model.config["vocab_size"])
+    tensors = plan.model.other_tensors.items()
+    vocabulary, hidden = next(spec.shape for name, spec in tensors if name.endswith("embed_tokens.weight"))
     return Work(2 * 2 * plan.tokens * hidden * vocabulary, touched=8 * plan.tokens * vocabulary)
 
 
