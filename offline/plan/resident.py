@@ -20,7 +20,7 @@ from d2moe_vllm.format.kinds import TensorSpec
 from d2moe_vllm.serving.parameters import Share
 from offline.errors import InputError
 from offline.plan.kv_cache import head_sizes, number
-from offline.source.families import Family
+from offline.source.family import Family
 
 WIDTH = 2
 """Bytes of a number: vLLM makes a float32 model a 16-bit one, unless --dtype says otherwise."""

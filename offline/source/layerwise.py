@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from d2moe_vllm.families import stock_config_class, stock_model_class
 from offline.errors import InputError
 from offline.io.shards import Reader
-from offline.source.families import Family, find_family
+from offline.source.families import find_family
+from offline.source.family import Family
 from offline.source.missing import remedy
 
 LAYER_PREFIX = "model.layers."
