@@ -62,6 +62,7 @@ class Family:
     stock: transformers' model_type where it has none of this name.
     attention: what vLLM's KV cache holds of a token; None where that is not known here. window_keys: config.json's keys
         that are all set where layers look back on a window of tokens, its size first; (): they never do.
+    recipe: the family whose shipped recipe is this one's too; None where it has one of its own.
     """
 
     model_type: str
@@ -81,6 +82,7 @@ class Family:
     stock: str | None = None
     attention: Attention | None = None
     window_keys: tuple[str, ...] = ()
+    recipe: str | None = None
 
     def experts_prefix(self, layer: int) -> str:
         """`experts` of one layer."""

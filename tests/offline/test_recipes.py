@@ -9,14 +9,21 @@ import pytest
 import tomllib
 import yaml
 from compression import ROOT, TINY, d2moe_here
+from small_families import SMALL
 
 from offline.plan.recipe import Recipe, load_recipe
 from offline.plan.recipes import SHIPPED, find_recipe
 from offline.source.families import FAMILIES
 
 
-def test_each_is_called_after_a_family() -> None:
-    assert set(SHIPPED) <= set(FAMILIES)
+def test_every_family_has_one() -> None:
+    assert set(SHIPPED) == set(FAMILIES)
+
+
+def test_each_file_is_called_after_a_family_that_has_it() -> None:
+    files = {path.stem for path in (ROOT / "offline" / "plan" / "recipes").glob("*.yaml")}
+    assert {path.stem for path in SHIPPED.values()} == files
+    assert all(SHIPPED[name].stem == name for name in files)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -33,25 +40,11 @@ def test_it_loads_and_says_only_what_differs_from_the_default(name: str) -> None
             assert lines[number - 1].lstrip().startswith("#"), f"{line} is not explained"
 
 
-SIZES = {
-    "mixtral": [(4096, 14336), (6144, 16384)],
-    "phimoe": [(4096, 6400)],
-    "qwen2_moe": [(3584, 2560), (2048, 1408)],
-    "qwen3_moe": [(2048, 768), (4096, 1536)],
-    "deepseek": [(2048, 1408)],
-    "deepseek_v2": [(5120, 1536), (2048, 1408)],
-    "deepseek_v3": [(7168, 2048)],
-    "kimi_k2": [(7168, 2048)],
-    "olmoe": [(2048, 1024)],
-    "granitemoe": [(1024, 512), (1536, 512)],
-}
-"""Hidden and intermediate size of the released models."""
-
-
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("family", SMALL)
 def test_rounding_prunes_about_what_was_asked_for_on_the_real_sizes(family: str) -> None:
     recipe = load_recipe(SHIPPED[family], {"ratio": 0.4})
-    for sizes in SIZES[family]:
+    assert SMALL[family].released
+    for sizes in SMALL[family].released:
         assert recipe.resolve(sizes[0], 2048, 8, sizes[1]).base.column_multiple == 16
         for columns in sizes:
             assert columns % recipe.base.groups == 0

@@ -12,6 +12,9 @@ import yaml
 from compression import d2moe_here
 from engine import TWO_RANKS, Results, assert_same, generate
 from families import CONFIGS, write_family
+from small_families import SMALL
+
+from offline.source.families import FAMILIES
 
 pytest.importorskip("vllm")
 
@@ -26,9 +29,8 @@ PROMPTS = (
     "The following sections describe the standard types that are built into the interpreter.",
 )
 MAX_TOKENS = 64
-MLA = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 IN_FAST_TIER = ("qwen2_moe",)
-EXPERT_PARALLEL = ("qwen3_moe", "deepseek_v3")
+EXPERT_PARALLEL = tuple(name for name, small in SMALL.items() if small.expert_parallel)
 RECIPE = {"ratio": 0.08, "allocation": "uniform"}
 """A pruned base and deltas in every MoE layer; the ratio is of the whole model, most of which is vocabulary."""
 
@@ -38,7 +40,7 @@ Served = Callable[..., Results]
 def settings(family: str) -> dict[str, Any]:
     """What vLLM's CPU backend needs: its MLA knows one block size, and its rotary kernel misreads MLA's strides."""
     common = {"dtype": "float32", "enforce_eager": True}
-    if family not in MLA:
+    if FAMILIES[family].attention != "latent":
         return common
     if torch.cpu._is_amx_tile_supported():
         pytest.skip("vLLM's MLA on CPUs with AMX takes no float32, whatever the model")
