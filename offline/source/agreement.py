@@ -78,6 +78,15 @@ def head_size(config: Config) -> str | None:
     return None if size == hidden // heads else f"head_dim {size!r} ({hidden} in {heads} heads are {hidden // heads})"
 
 
+def said(*keys: str) -> Check:
+    """Settings that vLLM looks up and for which transformers' configuration has no default: they have to be there."""
+
+    def check(config: Config) -> str | None:
+        return next((f"{key} is not said" for key in keys if config.get(key) is None), None)
+
+    return check
+
+
 def one_window(config: Config) -> str | None:
     """A sliding window over every layer, or none: vLLM drops one that is not everywhere, and takes 0 for none."""
     window, kinds = config.get("sliding_window"), config.get("layer_types")
