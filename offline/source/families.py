@@ -89,39 +89,54 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
     num_experts = number(next((key for key in keys if key in config), keys[0]))
     if num_experts < 2:
         raise InputError("config.json: a single expert has nothing to share; this is no model for d2moe")
-    if number("num_experts_per_tok") > num_experts:
-        raise InputError("config.json: num_experts_per_tok exceeds the number of experts")
+    if number(family.experts_per_token_key) > num_experts:
+        raise InputError(f"config.json: {family.experts_per_token_key} exceeds the number of experts")
     groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
     if not isinstance(groups, int) or not isinstance(chosen, int) or num_experts % groups or chosen > groups:
         raise InputError(f"config.json: n_group {groups!r} and topk_group {chosen!r} do not fit {num_experts} experts")
     return MoEShape(
         num_experts=num_experts,
-        experts_per_token=number("num_experts_per_tok"),
+        experts_per_token=number(family.experts_per_token_key),
         hidden_size=number("hidden_size"),
         intermediate_size=number(family.intermediate_size_key),
         layers=moe_layers(family, config, number("num_hidden_layers")),
     )
 
 
-def moe_layers(family: Family, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    """The decoder layers that have experts, by those of family.dense_keys that config.json sets:
+FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+"""As many dense layers come first."""
+STEP = ("decoder_sparse_step", "moe_layer_interval")
+"""Every so many-th layer has experts, counted from 1."""
+LEAST: Mapping[str, int] = MappingProxyType({**dict.fromkeys(FIRST, 0), "moe_layer_end_index": -1})
+"""Of a setting's value; 1 of all others."""
+MLP_KINDS = {"dense": False, "sparse": True}
 
-    first_k_dense_replace (as many dense layers first), moe_layer_freq (only multiples of it),
-    decoder_sparse_step (every so many-th, counted from 1), mlp_only_layers (dense ones). Raises InputError.
+
+def moe_layers(family: Family, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """The decoder layers that have experts, by those of family.dense_keys that config.json sets: FIRST, STEP,
+
+    moe_layer_end_index (the last that may have, -1 for the model's last), moe_layer_freq (only multiples of it),
+    mlp_only_layers (dense ones), mlp_layer_types (each layer's kind). Raises InputError.
     """
     settings = {key: config[key] for key in family.dense_keys if config.get(key) is not None}
-    listed = settings.pop("mlp_only_layers", [])
+    listed, kinds = settings.pop("mlp_only_layers", []), settings.pop("mlp_layer_types", ["sparse"] * num_layers)
     if not isinstance(listed, list) or not all(isinstance(n, int) for n in listed):
         raise InputError(f"config.json: mlp_only_layers is {listed!r}, expected a list of layer numbers")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in MLP_KINDS for kind in kinds):
+        raise InputError(f"config.json: mlp_layer_types is {kinds!r}, expected dense or sparse of {num_layers} layers")
     for key, value in settings.items():
-        if not isinstance(value, int) or value < (0 if key == "first_k_dense_replace" else 1):
+        if not isinstance(value, int) or value < LEAST.get(key, 1):
             raise InputError(f"config.json: {key} is {value!r}, expected a positive number")
-    first = settings.get("first_k_dense_replace", 0)
-    frequency, step = settings.get("moe_layer_freq", 1), settings.get("decoder_sparse_step", 1)
+
+    def setting(keys: tuple[str, ...], default: int) -> int:
+        return next((settings[key] for key in keys if key in settings), default)
+
+    first, step, frequency = setting(FIRST, 0), setting(STEP, 1), setting(("moe_layer_freq",), 1)
+    last = setting(("moe_layer_end_index",), -1)
     layers = tuple(
         layer
-        for layer in range(num_layers)
-        if layer >= first and layer % frequency == 0 and (layer + 1) % step == 0 and layer not in listed
+        for layer in range(first, num_layers if last == -1 else min(last + 1, num_layers))
+        if layer % frequency == 0 and (layer + 1) % step == 0 and layer not in listed and MLP_KINDS[kinds[layer]]
     )
     if not layers:
         raise InputError(f"config.json: none of the {num_layers} layers has experts; there is nothing to compress")

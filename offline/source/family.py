@@ -43,6 +43,12 @@ Attention = Literal["heads", "latent"]
 """What attention keeps of a token: keys and values of every KV head; one latent vector and a rotated key (MLA)."""
 
 
+def predicts_further(name: str) -> bool:
+    """Whether a tensor is of a module, beside the decoder layers, that predicts further tokens (mtp.fc.weight,
+    model.mtp_block.0.mlp.gate.weight)."""
+    return any(part.startswith("mtp") for part in name.split(".")[:2])
+
+
 @dataclass(frozen=True)
 class Family:
     """One model family as transformers' config.json and safetensors files lay it out.
@@ -52,6 +58,7 @@ class Family:
     experts_module: path of the experts inside transformers' decoder layer; its forward takes
         (hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k]).
     num_experts_keys: config.json's names of the number of experts; the first that is there counts.
+    experts_per_token_key: its name of how many a token is sent to.
     dense_keys: config.json's keys that say which decoder layers have no experts (see `moe_layers`).
     requires: config.json's key -> the values with which transformers and vLLM compute the same model
         (None: the key may be missing); anything else would be served wrongly.
@@ -70,6 +77,7 @@ class Family:
     projections: Mapping[Role, str]
     experts_module: str = "mlp.experts"
     num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+    experts_per_token_key: str = "num_experts_per_tok"
     intermediate_size_key: str = "moe_intermediate_size"
     dense_keys: tuple[str, ...] = ()
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: SILU)
