@@ -154,6 +154,20 @@ SMALL = {
         refused=({"rope_interleave": None}, {"tie_word_embeddings": True}, {"scoring_func": "softmax"}),
         released=((7168, 2048),),
     ),
+    "glm4_moe": Small(
+        {
+            "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
+            "n_shared_experts": 1, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0, "attention_bias": True, "use_qk_norm": True,
+        },
+        refused=(
+            {"head_dim": None},
+            {"tie_word_embeddings": True},
+            {"rotary_pct": 0.25},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        ),
+        released=((4096, 1408), (5120, 1536)),
+    ),
     "granitemoe": Small(
         {
             "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,

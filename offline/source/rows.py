@@ -17,6 +17,7 @@ from offline.source.agreement import (
     no_window,
     one_window,
     rope,
+    said,
 )
 from offline.source.family import SILU, Family, Layout
 
@@ -200,6 +201,17 @@ ROWS = (
         checks=DEEPSEEK_V3.checks,
         remark=DEEPSEEK_V3.remark,
         stock="deepseek_v3",
+    ),
+    Family(
+        model_type="glm4_moe",
+        experts="model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        attention="heads",
+        num_experts_keys=("n_routed_experts",),
+        dense_keys=("first_k_dense_replace",),
+        requires={**SILU, **UNTIED, "architectures": (["Glm4MoeForCausalLM"], None)},
+        checks=(rope("default", partial=True), said("head_dim")),
+        recipe="deepseek_v3",
     ),
     Family(
         model_type="granitemoe",
