@@ -87,6 +87,26 @@ def said(*keys: str) -> Check:
     return check
 
 
+def alike(first: str, second: str) -> Check:
+    """Two names of one number: each program reads one of them."""
+
+    def check(config: Config) -> str | None:
+        values = config.get(first), config.get(second)
+        return None if values[0] == values[1] else f"{first} {values[0]!r} and {second} {values[1]!r}"
+
+    return check
+
+
+def dense_first(config: Config) -> str | None:
+    """The layers without experts come first: vLLM takes their number, transformers each layer's kind."""
+    first, kinds = config.get("first_k_dense_replace"), config.get("mlp_layer_types")
+    if not isinstance(first, int):
+        return f"first_k_dense_replace {first!r}"
+    if kinds is not None and kinds != ["dense"] * first + ["sparse"] * (len(kinds) - first):
+        return f"mlp_layer_types that are not first_k_dense_replace {first} dense ones and then sparse ones"
+    return None
+
+
 def one_window(config: Config) -> str | None:
     """A sliding window over every layer, or none: vLLM drops one that is not everywhere, and takes 0 for none."""
     window, kinds = config.get("sliding_window"), config.get("layer_types")

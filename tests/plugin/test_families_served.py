@@ -13,7 +13,9 @@ from compression import d2moe_here
 from engine import TWO_RANKS, Results, assert_same, generate
 from families import CONFIGS, write_family
 from small_families import SMALL
+from transformers import AutoModelForCausalLM
 
+import d2moe_vllm.hf  # noqa: F401 - DeepSeek v1 and Kimi-K2
 from offline.source.families import FAMILIES
 
 pytest.importorskip("vllm")
@@ -31,6 +33,8 @@ PROMPTS = (
 MAX_TOKENS = 64
 IN_FAST_TIER = ("qwen2_moe",)
 EXPERT_PARALLEL = tuple(name for name, small in SMALL.items() if small.expert_parallel)
+CLOSE = 1e-3
+"""Of log-probabilities in two programs."""
 RECIPE = {"ratio": 0.08, "allocation": "uniform"}
 """A pruned base and deltas in every MoE layer; the ratio is of the whole model, most of which is vocabulary."""
 
@@ -105,6 +109,20 @@ def test_served_as_the_dense_reconstruction(
 ) -> None:
     folder = checkpoints(family)
     assert_same(run(folder / "tp1", folder / "ours", {}, family), dense(family))
+
+
+@pytest.mark.parametrize("family", cases(tuple(CONFIGS), ()))
+def test_stock_vllm_serves_what_transformers_computes(
+    family: str, checkpoints: Callable[[str], Path], dense: Callable[[str], Results]
+) -> None:
+    """What is calibrated by one is served by the other: log-probabilities of prompt and completion."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints(family) / "dense", dtype=torch.float32).eval()
+    for result in dense(family):
+        tokens = torch.tensor([result["prompt_ids"] + result["ids"]])
+        with torch.no_grad():
+            found = model(tokens).logits[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
+        expected = torch.tensor(result["prompt_logprobs"] + result["logprobs"])
+        torch.testing.assert_close(found, expected, rtol=0, atol=CLOSE)
 
 
 @pytest.mark.parametrize("family", cases(tuple(CONFIGS), IN_FAST_TIER))
