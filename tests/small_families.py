@@ -168,6 +168,22 @@ SMALL = {
         ),
         released=((4096, 1408), (5120, 1536)),
     ),
+    "minimax_m2": Small(
+        {
+            "head_dim": 32, "rotary_dim": 16, "intermediate_size": 48, "num_local_experts": 8,
+            "num_experts_per_tok": 3, "num_hidden_layers": 2,
+        },
+        written={"scoring_func": "sigmoid", "use_routing_bias": True},
+        refused=(
+            {"scoring_func": "softmax"},
+            {"use_routing_bias": False},
+            {"rotary_dim": None},
+            {"head_dim": None},
+            {"attention_bias": True},
+            {"tie_word_embeddings": True},
+        ),
+        released=((3072, 1536),),
+    ),
     "granitemoe": Small(
         {
             "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,

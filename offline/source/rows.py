@@ -214,6 +214,25 @@ ROWS = (
         recipe="deepseek_v3",
     ),
     Family(
+        model_type="minimax_m2",
+        experts="model.layers.{layer}.block_sparse_moe.experts",
+        projections=W,
+        attention="heads",
+        intermediate_size_key="intermediate_size",
+        # transformers always computes sigmoid, with a bias that only chooses experts.
+        requires={
+            **SILU,
+            **NO_BIAS,
+            **UNTIED,
+            "architectures": (["MiniMaxM2ForCausalLM"], None),
+            "scoring_func": ("sigmoid",),
+            "use_routing_bias": (True,),
+        },
+        checks=(rope("default", partial=True), said("rotary_dim", "head_dim")),
+        renames={".block_sparse_moe.": ".mlp."},
+        recipe="deepseek_v3",
+    ),
+    Family(
         model_type="granitemoe",
         experts="model.layers.{layer}.block_sparse_moe.experts",
         projections=PROJ,
