@@ -184,6 +184,15 @@ SMALL = {
         ),
         released=((3072, 1536),),
     ),
+    "ernie4_5_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "moe_num_experts": 8, "moe_k": 3,
+            "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 2,
+            "moe_layer_interval": 1,
+        },
+        refused=({"use_bias": True}, {"use_moe": False}, {"moe_norm_min": 0.5}, {"partial_rotary_factor": 0.5}),
+        released=((2560, 1536), (8192, 3584)),
+    ),
     "granitemoe": Small(
         {
             "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,

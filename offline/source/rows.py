@@ -233,6 +233,25 @@ ROWS = (
         recipe="deepseek_v3",
     ),
     Family(
+        model_type="ernie4_5_moe",
+        experts="model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        attention="heads",
+        num_experts_keys=("moe_num_experts",),
+        experts_per_token_key="moe_k",
+        dense_keys=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
+        # Of biases vLLM leaves out that of o; it has no least sum of gates.
+        requires={
+            **SILU,
+            "architectures": (["Ernie4_5_MoeForCausalLM"], None),
+            "use_bias": (False, None),
+            "use_moe": (True, None),
+            "moe_norm_min": (1e-12, None),
+        },
+        renames={".mlp.moe_statics.": ".mlp.gate.moe_statics."},
+        recipe="deepseek_v3",
+    ),
+    Family(
         model_type="granitemoe",
         experts="model.layers.{layer}.block_sparse_moe.experts",
         projections=PROJ,
