@@ -193,6 +193,24 @@ SMALL = {
         refused=({"use_bias": True}, {"use_moe": False}, {"moe_norm_min": 0.5}, {"partial_rotary_factor": 0.5}),
         released=((2560, 1536), (8192, 3584)),
     ),
+    "glm4_moe_lite": Small(
+        {
+            **MLA, "q_lora_rank": 48, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
+            "n_shared_experts": 1, "num_experts_per_tok": 3, "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "norm_topk_prob": True, "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0,
+        },
+        written={"first_k_dense_replace": 1},
+        refused=(
+            {"first_k_dense_replace": 2},
+            {"first_k_dense_replace": None},
+            {"mlp_layer_types": ["dense", "sparse", "dense"]},
+            {"attention_bias": True},
+            {"rope_interleave": False},
+            {"index_topk": 64},
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
+        ),
+        released=((2048, 1536),),
+    ),
     "granitemoe": Small(
         {
             "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,

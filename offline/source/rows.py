@@ -9,6 +9,7 @@ from typing import Any
 from d2moe_vllm.format.kinds import Role
 from offline.source.agreement import (
     ALIKE,
+    dense_first,
     gate_of_one,
     groups,
     head_size,
@@ -249,6 +250,27 @@ ROWS = (
             "moe_norm_min": (1e-12, None),
         },
         renames={".mlp.moe_statics.": ".mlp.gate.moe_statics."},
+        recipe="deepseek_v3",
+    ),
+    Family(
+        model_type="glm4_moe_lite",
+        experts="model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        attention="latent",
+        num_experts_keys=("n_routed_experts",),
+        dense_keys=("first_k_dense_replace", "mlp_layer_types"),
+        requires={
+            **SILU,
+            **NO_BIAS,
+            **UNTIED,
+            "architectures": (["Glm4MoeLiteForCausalLM"], None),
+            "moe_layer_freq": (1, None),
+            "rope_interleave": (True, None),
+        },
+        not_null=("moe_layer_freq", "rope_interleave"),
+        absent=("index_topk",),
+        checks=(rope("default", "yarn"), latent_attention, dense_first),
+        remark=latent_norms,
         recipe="deepseek_v3",
     ),
     Family(
