@@ -211,6 +211,23 @@ SMALL = {
         ),
         released=((2048, 1536),),
     ),
+    "hy_v3": Small(
+        {
+            "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8,
+            "num_experts_per_tok": 3, "num_shared_experts": 1, "router_scaling_factor": 1.5,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        written={"first_k_dense_replace": 1, "expert_hidden_dim": 48, "route_norm": True, "qk_norm": True},
+        refused=(
+            {"route_norm": False},
+            {"qk_norm": False},
+            {"expert_hidden_dim": 64},
+            {"first_k_dense_replace": 0},
+            {"attention_bias": True},
+            {"head_dim": None},
+        ),
+        released=((4096, 1536),),
+    ),
     "granitemoe": Small(
         {
             "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,

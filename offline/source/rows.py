@@ -9,6 +9,7 @@ from typing import Any
 from d2moe_vllm.format.kinds import Role
 from offline.source.agreement import (
     ALIKE,
+    alike,
     dense_first,
     gate_of_one,
     groups,
@@ -271,6 +272,29 @@ ROWS = (
         absent=("index_topk",),
         checks=(rope("default", "yarn"), latent_attention, dense_first),
         remark=latent_norms,
+        recipe="deepseek_v3",
+    ),
+    Family(
+        model_type="hy_v3",
+        experts="model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        attention="heads",
+        dense_keys=("first_k_dense_replace", "mlp_layer_types"),
+        # transformers always normalizes gates, queries and keys.
+        requires={
+            **SILU,
+            **NO_BIAS,
+            "architectures": (["HYV3ForCausalLM"], None),
+            "mlp_bias": (False, None),
+            "route_norm": (True,),
+            "qk_norm": (True,),
+        },
+        checks=(rope(*ALIKE), said("head_dim"), dense_first, alike("expert_hidden_dim", "moe_intermediate_size")),
+        renames={
+            ".mlp.router.gate.": ".mlp.gate.",
+            ".mlp.expert_bias": ".mlp.e_score_correction_bias",
+            ".mlp.shared_mlp.": ".mlp.shared_experts.",
+        },
         recipe="deepseek_v3",
     ),
     Family(
