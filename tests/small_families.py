@@ -30,13 +30,15 @@ class Small(NamedTuple):
     """A family's small model. config: what its configuration adds to COMMON; written: what released config.json files
     say beside, which transformers does not write but vLLM reads; refused: changes of config.json that make another
     model of it in vLLM than in transformers. expert_parallel: served on two such ranks too, for what only it
-    has. released: hidden and intermediate size of the released models' experts."""
+    has. released: hidden and intermediate size of the released models' experts. refused_on_cpus: what our plugin says
+    of vLLM's CPU backend, which does not serve the family, or not as transformers computes it."""
 
     config: dict[str, Any]
     written: Mapping[str, Any] = MappingProxyType({})
     refused: tuple[dict[str, Any], ...] = ()
     expert_parallel: bool = False
     released: tuple[tuple[int, int], ...] = ()
+    refused_on_cpus: str | None = None
 
 
 SMALL = {
@@ -183,6 +185,7 @@ SMALL = {
             {"tie_word_embeddings": True},
         ),
         released=((3072, 1536),),
+        refused_on_cpus="does not route by sigmoid scores without groups of experts",
     ),
     "ernie4_5_moe": Small(
         {
@@ -192,6 +195,7 @@ SMALL = {
         },
         refused=({"use_bias": True}, {"use_moe": False}, {"moe_norm_min": 0.5}, {"partial_rotary_factor": 0.5}),
         released=((2560, 1536), (8192, 3584)),
+        refused_on_cpus="leaves out the bias by which experts are chosen",
     ),
     "glm4_moe_lite": Small(
         {

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 from compression import d2moe_here
-from engine import TWO_RANKS, Results, assert_same, generate
-from families import CONFIGS, write_family
+from engine import TWO_RANKS, Results, assert_same, generate, run_engine
+from families import write_exact, write_family
 from small_families import SMALL
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +32,7 @@ PROMPTS = (
 )
 MAX_TOKENS = 64
 IN_FAST_TIER = ("qwen2_moe",)
+SERVED = tuple(name for name, small in SMALL.items() if not small.refused_on_cpus)
 EXPERT_PARALLEL = tuple(name for name, small in SMALL.items() if small.expert_parallel)
 CLOSE = 1e-3
 """Of log-probabilities in two programs."""
@@ -103,7 +104,7 @@ def cases(names: tuple[str, ...], fast: tuple[str, ...]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("family", cases(tuple(CONFIGS), IN_FAST_TIER))
+@pytest.mark.parametrize("family", cases(SERVED, IN_FAST_TIER))
 def test_served_as_the_dense_reconstruction(
     family: str, checkpoints: Callable[[str], Path], dense: Callable[[str], Results]
 ) -> None:
@@ -111,7 +112,7 @@ def test_served_as_the_dense_reconstruction(
     assert_same(run(folder / "tp1", folder / "ours", {}, family), dense(family))
 
 
-@pytest.mark.parametrize("family", cases(tuple(CONFIGS), ()))
+@pytest.mark.parametrize("family", cases(SERVED, ()))
 def test_stock_vllm_serves_what_transformers_computes(
     family: str, checkpoints: Callable[[str], Path], dense: Callable[[str], Results]
 ) -> None:
@@ -125,7 +126,7 @@ def test_stock_vllm_serves_what_transformers_computes(
         torch.testing.assert_close(found, expected, rtol=0, atol=CLOSE)
 
 
-@pytest.mark.parametrize("family", cases(tuple(CONFIGS), IN_FAST_TIER))
+@pytest.mark.parametrize("family", cases(SERVED, IN_FAST_TIER))
 def test_on_two_tensor_parallel_ranks(
     family: str, checkpoints: Callable[[str], Path], dense: Callable[[str], Results]
 ) -> None:
@@ -140,3 +141,12 @@ def test_on_two_expert_parallel_ranks(
     folder = checkpoints(family)
     parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     assert_same(run(folder / "ep2", folder / "ours", TWO_RANKS, family, **parallel), dense(family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in SMALL if name not in SERVED])
+def test_refused_where_vllms_cpu_backend_would_serve_another_model(family: str, tmp_path: Path) -> None:
+    folder = write_exact(tmp_path / "ours", write_family(tmp_path / "source", family))
+    code, log, _ = run_engine(tmp_path, folder, {}, llm={"enforce_eager": True})
+    assert code != 0
+    assert f"vLLM's CPU backend {SMALL[family].refused_on_cpus}, whatever the model" in log
