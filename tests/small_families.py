@@ -232,6 +232,23 @@ SMALL = {
         ),
         released=((4096, 1536),),
     ),
+    "qwen3_next": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
+            "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 32, "mlp_only_layers": [0],
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        },
+        refused=(
+            {"attention_bias": True},
+            {"attn_output_gate": False},
+            {"output_gate_type": "sigmoid"},
+            {"layer_scale": True},
+            {"tie_word_embeddings": True},
+            {"head_dim": None},
+        ),
+        released=((2048, 512),),
+    ),
     "granitemoe": Small(
         {
             "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,
