@@ -249,6 +249,21 @@ SMALL = {
         ),
         released=((2048, 512),),
     ),
+    "lfm2_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+            "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True,
+            "routed_scaling_factor": 1.5,
+        },
+        refused=(
+            {"tie_word_embeddings": False},
+            {"tie_embedding": False},
+            {"layer_types": None},
+            {"head_dim": 64},
+            {"partial_rotary_factor": 0.5},
+        ),
+        released=((2048, 1792),),
+    ),
     "granitemoe": Small(
         {
             "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,

@@ -318,6 +318,23 @@ ROWS = (
         recipe="granitemoe",
     ),
     Family(
+        model_type="lfm2_moe",
+        experts="model.layers.{layer}.feed_forward.experts",
+        projections=W,
+        experts_module="feed_forward.experts",
+        dense_keys=("num_dense_layers",),
+        # vLLM's head is always the embeddings.
+        requires={
+            **SILU,
+            "architectures": (["Lfm2MoeForCausalLM"], None),
+            "tie_word_embeddings": (True, None),
+            "tie_embedding": (True, None),
+        },
+        not_null=("tie_word_embeddings", "tie_embedding"),
+        checks=(rope(*ALIKE), head_size, said("layer_types")),
+        recipe="deepseek_v3",
+    ),
+    Family(
         model_type="granitemoe",
         experts="model.layers.{layer}.block_sparse_moe.experts",
         projections=PROJ,
