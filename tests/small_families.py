@@ -31,7 +31,8 @@ class Small(NamedTuple):
     say beside, which transformers does not write but vLLM reads; refused: changes of config.json that make another
     model of it in vLLM than in transformers. expert_parallel: served on two such ranks too, for what only it
     has. released: hidden and intermediate size of the released models' experts. refused_on_cpus: what our plugin says
-    of vLLM's CPU backend, which does not serve the family, or not as transformers computes it."""
+    of vLLM's CPU backend, which does not serve the family, or not as transformers computes it.
+    custom_ops: whether vLLM's own kernels for CPUs serve it eagerly, or misread its strides."""
 
     config: dict[str, Any]
     written: Mapping[str, Any] = MappingProxyType({})
@@ -39,6 +40,7 @@ class Small(NamedTuple):
     expert_parallel: bool = False
     released: tuple[tuple[int, int], ...] = ()
     refused_on_cpus: str | None = None
+    custom_ops: bool = True
 
 
 SMALL = {
@@ -263,6 +265,7 @@ SMALL = {
             {"partial_rotary_factor": 0.5},
         ),
         released=((2048, 1792),),
+        custom_ops=False,  # its norm of queries and keys
     ),
     "granitemoe": Small(
         {

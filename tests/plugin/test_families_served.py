@@ -43,8 +43,10 @@ Served = Callable[..., Results]
 
 
 def settings(family: str) -> dict[str, Any]:
-    """What vLLM's CPU backend needs: its MLA knows one block size, and its rotary kernel misreads MLA's strides."""
-    common = {"dtype": "float32", "enforce_eager": True}
+    """What vLLM's CPU backend needs: its MLA knows one block size, and its kernels misread the strides of some."""
+    common: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
+    if not SMALL[family].custom_ops:
+        common["compilation_config"] = {"custom_ops": ["none"]}
     if FAMILIES[family].attention != "latent":
         return common
     if torch.cpu._is_amx_tile_supported():
