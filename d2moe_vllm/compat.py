@@ -45,6 +45,7 @@ __all__ = [
     "on_cpu",
     "padding_mask",
     "prefix_caching",
+    "routing_that_cpus_lack",
     "served",
     "set_weight_attrs",
     "shares_out_experts",
@@ -109,6 +110,18 @@ def fails_on_cpu() -> str | None:
     if parallel.data_parallel_size > 1:
         return "--data-parallel-size"
     return "--pipeline-parallel-size" if parallel.pipeline_parallel_size > 1 else None
+
+
+def routing_that_cpus_lack(layer: Any) -> str | None:
+    """What vLLM's CPU backend cannot do of a layer's choice of experts, or leaves out without a word (0.32,
+    fused_moe/router/cpu_router.py): it knows groups, models' own functions, plain softmax, and sqrtsoftplus."""
+    if not on_cpu() or layer.use_grouped_topk or layer.custom_routing_function is not None:
+        return None
+    if layer.scoring_func == "sqrtsoftplus":
+        return None
+    if layer.scoring_func != "softmax":
+        return f"does not route by {layer.scoring_func} scores without groups of experts"
+    return "leaves out the bias by which experts are chosen" if layer.e_score_correction_bias is not None else None
 
 
 def transformers_code() -> bool:

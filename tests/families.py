@@ -1,21 +1,20 @@
 """Small random checkpoints of every family, made with the stock classes: what the tests compress and serve.
 
-Sizes that vLLM's CPU backend wants: heads of 32 or more, and for MLA a latent of 512 + 64. No two dimensions of
-a matrix are equal, so that a mixed-up orientation shows. Served with enforce_eager, MLA models need
-`compilation_config={"custom_ops": ["none"]}` too: vLLM 0.32's own rotary kernel for CPUs misreads their strides.
+Served with enforce_eager, MLA models need `compilation_config={"custom_ops": ["none"]}` too: vLLM 0.32's own rotary
+kernel for CPUs misreads their strides.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from small_families import COMMON, SMALL
 from torch import Tensor
 
 import d2moe_vllm.hf  # noqa: F401 - registers
@@ -33,80 +32,6 @@ from offline.source.dense import open_dense
 from offline.source.families import FAMILIES
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
-VOCABULARY = 4096
-
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
-    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
-}  # fmt: skip
-MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
-DEEPSEEK_V3 = {
-    **MLA, "q_lora_rank": 48, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
-    "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
-    "norm_topk_prob": True, "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0,
-}  # fmt: skip
-DEEPSEEK_V3_WRITTEN = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-
-
-class Small(NamedTuple):
-    """A family's small model. config: what its configuration adds to COMMON; written: what released config.json files
-    say beside, which transformers does not write but vLLM reads."""
-
-    config: dict[str, Any]
-    written: Mapping[str, Any] = MappingProxyType({})
-
-
-SMALL = {
-    "mixtral": Small(
-        {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
-    ),
-    "phimoe": Small(
-        {
-            "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.01,
-            "lm_head_bias": True, "attention_bias": True, "num_hidden_layers": 2,
-        },
-        written={"architectures": ["PhiMoEForCausalLM"]},
-    ),
-    "qwen2_moe": Small(
-        {
-            "intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
-            "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": False, "mlp_only_layers": [0],
-            "decoder_sparse_step": 1,
-        },
-    ),
-    "qwen3_moe": Small(
-        {
-            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
-            "head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": [0], "decoder_sparse_step": 1,
-        },
-    ),
-    "olmoe": Small({"intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2}),
-    "deepseek": Small(
-        {
-            "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "n_shared_experts": 2,
-            "num_experts_per_tok": 2, "first_k_dense_replace": 1, "norm_topk_prob": False,
-        },
-        written={"scoring_func": "softmax"},
-    ),
-    "deepseek_v2": Small(
-        {
-            **MLA, "q_lora_rank": None, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
-            "n_shared_experts": 2, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
-            "topk_method": "group_limited_greedy", "norm_topk_prob": False, "routed_scaling_factor": 2.0,
-        },
-        written={"scoring_func": "softmax", "moe_layer_freq": 1},
-    ),
-    "deepseek_v3": Small(DEEPSEEK_V3, written=DEEPSEEK_V3_WRITTEN),
-    "kimi_k2": Small({**DEEPSEEK_V3, "n_group": 1}, written={**DEEPSEEK_V3_WRITTEN, "model_type": "kimi_k2"}),
-    "granitemoe": Small(
-        {
-            "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,
-            "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0, "num_hidden_layers": 2,
-        },
-    ),
-}  # fmt: skip
-"""By model_type: all that the tests have to be told of a family."""
 CONFIGS = {name: small.config for name, small in SMALL.items()}
 STACKABLE = sorted(set(CONFIGS) - {"deepseek"})
 """Families of which transformers can also write its own modules' stacked experts."""

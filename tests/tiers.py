@@ -89,10 +89,6 @@ SLOW: Mapping[str, tuple[str, ...]] = {
             for name in ("pruned", "no base", "mean", "shared", "follows, uniform", "moe-svd")
         ),
         *(
-            f"tests/offline/test_exact.py::test_full_rank_and_no_pruning_are_the_original[[]{family}-default]"
-            for family in ("deepseek", "deepseek_v2", "kimi_k2", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe")
-        ),
-        *(
             f"tests/offline/test_exact.py::test_the_order_of_windows_*[[]{name}]"
             for name in ("ties", "shared", "follows")
         ),

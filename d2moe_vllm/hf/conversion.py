@@ -40,7 +40,7 @@ def convert(model: Any, settings: Mapping[str, Any]) -> None:
     """
     config, layers = model.config, model.base_model.layers
     for number, layer in settings["layers"].items():
-        _replace_experts(layers[int(number)], number, layer, settings, ACT2FN[config.hidden_act])
+        _replace_experts(layers[int(number)], number, layer, settings, ACT2FN[getattr(config, "hidden_act", "silu")])
     # Layers that predict further tokens ride along in a checkpoint; transformers has no modules for them.
     for number in range(len(layers), len(layers) + (getattr(config, "num_nextn_predict_layers", 0) or 0)):
         model._keys_to_ignore_on_load_unexpected.add(rf"model\.layers\.{number}\.")

@@ -21,6 +21,7 @@ from d2moe_vllm.compat import (
     lora_on_experts,
     on_cpu,
     padding_mask,
+    routing_that_cpus_lack,
     set_weight_attrs,
     tokens_from_other_ranks,
 )
@@ -62,6 +63,8 @@ class D2MoEMethod(FusedMoEMethodBase):
                 "d2moe applies router weights to the experts' input only where one expert is chosen per token, "
                 f"not {self.moe.experts_per_token}"
             )
+        if lack := routing_that_cpus_lack(layer):
+            raise ValueError(f"vLLM's CPU backend {lack}, whatever the model; serve it on another device")
         names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
         stored = tuple(self.config.projections[role] for role in ROLES)
         if names != stored:

@@ -21,8 +21,16 @@ from offline.source.stored import ExpertTensor, expert_tensors
 
 RECORD_FILE = "d2moe_baseline.json"
 """Says what was done to the source's experts."""
-ROUTERS = ("gate.weight", "gate.e_score_correction_bias", "router.layer.weight")
-"""Tensors beside a layer's experts that have a row (or a number) per expert."""
+ROUTERS = (
+    "gate.weight",
+    "gate.e_score_correction_bias",
+    "moe_statics.e_score_correction_bias",
+    "e_score_correction_bias",
+    "expert_bias",
+    "router.layer.weight",
+    "router.gate.weight",
+)
+"""Tensors beside a layer's experts that have a row (or a number) per expert, or are one row of numbers [1, experts]."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ class Rewrite:
     def _tensor(self, name: str) -> Tensor:
         """By the name and in the layout of released checkpoints."""
         if self.router and name in self._routers:
-            return self.router(self._routers[name], self.model.other_tensor(name))
+            tensor, layer = self.model.other_tensor(name), self._routers[name]
+            return self.router(layer, tensor.T).T.contiguous() if _is_row(tensor) else self.router(layer, tensor)
         if name not in self._parts:
             return self.model.other_tensor(name)
         return self._parts[name].assemble(self.weight, TORCH_DTYPES[DTYPES[self.model.dtype]])
@@ -81,10 +90,15 @@ def dense_shards(model: DenseModel, experts: int) -> list[Shard]:
     """The files of the model with so many experts a layer. Raises InputError where routers are of another size."""
     specs = dict(model.other_tensors)
     for name in _routers(model) if experts != model.shape.num_experts else ():
-        specs[name] = TensorSpec(specs[name].dtype, (experts, *specs[name].shape[1:]))
+        shape = (1, experts) if _is_row(specs[name]) else (experts, *specs[name].shape[1:])
+        specs[name] = TensorSpec(specs[name].dtype, shape)
     for name, tensor in _expert_tensors(model, experts):
         specs[name] = TensorSpec(DTYPES[model.dtype], tensor.shape)
     return plan_shards(specs)
+
+
+def _is_row(tensor: Tensor | TensorSpec) -> bool:
+    return len(tensor.shape) == 2 and tensor.shape[0] == 1
 
 
 def _routers(model: DenseModel) -> dict[str, int]:
@@ -93,7 +107,8 @@ def _routers(model: DenseModel) -> dict[str, int]:
     for layer in model.shape.layers:
         parent = model.family.experts_prefix(layer).removesuffix(".experts")
         names = [f"{parent}.{name}" for name in ROUTERS if f"{parent}.{name}" in model.other_tensors]
-        if not names or any(model.other_tensors[name].shape[0] != model.shape.num_experts for name in names):
+        specs = [model.other_tensors[name] for name in names]
+        if not names or any(spec.shape[-1 if _is_row(spec) else 0] != model.shape.num_experts for spec in specs):
             raise InputError(f"layer {layer}: no router with a row per expert under {parent}; leave the baseline out")
         found |= dict.fromkeys(names, layer)
     return found

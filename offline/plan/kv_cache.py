@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from offline.errors import InputError
-from offline.source.families import Family
+from offline.source.family import Family
 
 KVCacheDtype = Literal["auto", "fp8"]
 KV_BYTES: Mapping[KVCacheDtype, int] = {"auto": 2, "fp8": 1}

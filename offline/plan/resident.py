@@ -20,7 +20,7 @@ from d2moe_vllm.format.kinds import TensorSpec
 from d2moe_vllm.serving.parameters import Share
 from offline.errors import InputError
 from offline.plan.kv_cache import head_sizes, number
-from offline.source.families import Family
+from offline.source.family import Family, predicts_further
 
 WIDTH = 2
 """Bytes of a number: vLLM makes a float32 model a 16-bit one, unless --dtype says otherwise."""
@@ -42,13 +42,13 @@ def other_bytes(
 ) -> int:
     """Bytes on one rank of all that is no compressed expert, experts of layers that stay dense included.
 
-    tensors: by the released checkpoints' names. Layers that predict further tokens are not loaded.
+    tensors: by the released checkpoints' names. What predicts further tokens is not loaded.
     """
     layers, tp = number(config, "num_hidden_layers"), tensor_parallel_size
     found = _rotary_table(config, family)
     for name, spec in tensors.items():
         parts = name.split(".")
-        if parts[:2] == ["model", "layers"] and int(parts[2]) >= layers:
+        if predicts_further(name) or (parts[:2] == ["model", "layers"] and int(parts[2]) >= layers):
             continue
         bias = parts[-1] == "bias"
         module = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]

@@ -20,6 +20,7 @@ from offline.errors import InputError
 from offline.io.units import FLOAT32
 from offline.plan.disk import final_bytes, work_bytes
 from offline.plan.plan import Plan, Resources
+from offline.source.family import predicts_further
 
 ROWS = (4096, 2048, 1024, 512, 256)
 """Of one expert at once, by how much memory there is."""
@@ -95,10 +96,12 @@ def _too_small(plan: Plan, memory: int | None, available: int, needed: int) -> s
 
 def outside_and_inside(tensors: Mapping[str, TensorSpec], num_layers: int) -> tuple[int, int, int]:
     """Of all tensors but routed experts': parameters outside of the decoder layers; the most that one layer has; the
-    widest of its tensors' outputs. Layers that predict further tokens are stored after the decoder's, and never run."""
+    widest of its tensors' outputs. What predicts further tokens never runs."""
     outside, widest = 0, 0
     inside: dict[int, int] = {}
     for name, spec in tensors.items():
+        if predicts_further(name):
+            continue
         if not name.startswith("model.layers."):
             outside += spec.numel
         elif (layer := int(name.split(".")[2])) < num_layers:

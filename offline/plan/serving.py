@@ -16,7 +16,8 @@ from offline.io.units import FLOAT32
 from offline.plan.kv_cache import KVCache, KVCacheDtype, head_sizes, kv_cache, number
 from offline.plan.recipe import Recipe
 from offline.plan.resident import WIDTH
-from offline.source.families import Family, MoEShape
+from offline.source.families import MoEShape
+from offline.source.family import Family
 
 GPU_MEMORY_UTILIZATION = 0.92
 """vLLM's default (CacheConfig). What is left is for what vLLM does not count: the driver's context, NCCL's buffers."""

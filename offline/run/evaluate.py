@@ -21,7 +21,8 @@ from offline.io.progress import Steps
 from offline.plan.evaluation import Evaluated, disk_bytes, fit
 from offline.run.sweep import Scratch, StoredWindows, Sweep, Visitor, Windows
 from offline.source.dense import open_dense, read_model_config
-from offline.source.families import FAMILIES, Family, read_shape
+from offline.source.families import FAMILIES, read_shape
+from offline.source.family import Family
 from offline.source.folder import locate
 from offline.source.layerwise import LayerwiseModel, read_hf_config
 from offline.source.stored import SourceReader, StoredExperts, find_experts

@@ -11,6 +11,7 @@ from d2moe_vllm.format.config import CheckpointConfig, Scope
 from d2moe_vllm.format.files import read_config
 from d2moe_vllm.format.kinds import ROLES
 from offline.errors import InputError
+from offline.source.families import find_family
 
 DEFAULT_RATIO = 0.4
 
@@ -65,7 +66,7 @@ def what(
 
 def _experts_per_token(checkpoint: Path) -> int:
     found = json.loads((checkpoint / "config.json").read_text())
-    found = found.get("text_config", found)
-    if not isinstance(top_k := found.get("num_experts_per_tok"), int) or top_k < 1:
-        raise InputError(f"{checkpoint}: config.json has no num_experts_per_tok; restore the original one")
+    key = find_family(found).experts_per_token_key
+    if not isinstance(top_k := found.get(key), int) or top_k < 1:
+        raise InputError(f"{checkpoint}: config.json has no {key}; restore the original one")
     return top_k

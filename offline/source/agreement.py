@@ -21,8 +21,8 @@ OWN_SIZES = ("rope_dim", "mrope_section", "alpha", "max_trained_positions")
 """What vLLM alone looks at."""
 
 
-def rope(*kinds: str) -> Check:
-    """Rotary embeddings of one of these kinds, of the whole head."""
+def rope(*kinds: str, partial: bool = False) -> Check:
+    """Rotary embeddings of one of these kinds, of the whole head; partial: or of its beginning."""
 
     def check(config: Config) -> str | None:
         settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -30,10 +30,11 @@ def rope(*kinds: str) -> Check:
             return f"rope_scaling {settings!r} is no object"
         if nested := next((key for key, value in settings.items() if isinstance(value, dict)), None):
             return f"rotary embeddings of several kinds ({nested})"
-        for place in (config, settings):
-            for key in PARTIAL:
-                if place.get(key) not in (None, 1, 1.0):
-                    return f"{key} {place[key]!r}"
+        parts = [(key, at[key]) for at in (settings, config) for key in PARTIAL if at.get(key) is not None]
+        if not partial and (cut := next((part for part in parts if part[1] != 1), None)):
+            return f"{cut[0]} {cut[1]!r}"
+        if partial and (len(set(parts)) > 1 or any(key != PARTIAL[0] for key, _ in parts)):
+            return f"rotary embeddings whose part of the head is said otherwise than by one {PARTIAL[0]}"
         if own := next((key for key in OWN_SIZES if settings.get(key) is not None), None):
             return f"{own} of the rotary embeddings"
         named = {settings[key] for key in ("rope_type", "type") if settings.get(key) is not None}
@@ -75,6 +76,35 @@ def head_size(config: Config) -> str | None:
     if size is None or not isinstance(heads, int) or not isinstance(hidden, int) or not heads:
         return None
     return None if size == hidden // heads else f"head_dim {size!r} ({hidden} in {heads} heads are {hidden // heads})"
+
+
+def said(*keys: str) -> Check:
+    """Settings that vLLM looks up and for which transformers' configuration has no default: they have to be there."""
+
+    def check(config: Config) -> str | None:
+        return next((f"{key} is not said" for key in keys if config.get(key) is None), None)
+
+    return check
+
+
+def alike(first: str, second: str) -> Check:
+    """Two names of one number: each program reads one of them."""
+
+    def check(config: Config) -> str | None:
+        values = config.get(first), config.get(second)
+        return None if values[0] == values[1] else f"{first} {values[0]!r} and {second} {values[1]!r}"
+
+    return check
+
+
+def dense_first(config: Config) -> str | None:
+    """The layers without experts come first: vLLM takes their number, transformers each layer's kind."""
+    first, kinds = config.get("first_k_dense_replace"), config.get("mlp_layer_types")
+    if not isinstance(first, int):
+        return f"first_k_dense_replace {first!r}"
+    if kinds is not None and kinds != ["dense"] * first + ["sparse"] * (len(kinds) - first):
+        return f"mlp_layer_types that are not first_k_dense_replace {first} dense ones and then sparse ones"
+    return None
 
 
 def one_window(config: Config) -> str | None:

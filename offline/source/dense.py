@@ -14,7 +14,8 @@ from torch import Tensor
 from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, Dtype, Role, TensorSpec
 from offline.errors import InputError
 from offline.io.shards import TORCH_DTYPES
-from offline.source.families import Family, MoEShape, find_family, read_shape
+from offline.source.families import MoEShape, find_family, read_shape
+from offline.source.family import Family
 from offline.source.folder import Companions, check_weights, find_companions, locate
 from offline.source.layerwise import check_parameters, read_hf_config
 from offline.source.stored import (

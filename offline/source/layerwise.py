@@ -7,6 +7,7 @@ arguments a layer is called with, or that inject hidden states before the head, 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from d2moe_vllm.families import stock_config_class, stock_model_class
 from offline.errors import InputError
 from offline.io.shards import Reader
-from offline.source.families import Family, find_family
+from offline.source.families import find_family
+from offline.source.family import Family, predicts_further
 from offline.source.missing import remedy
 
 LAYER_PREFIX = "model.layers."
@@ -128,8 +130,11 @@ def check_parameters(
 
 
 def _is_further(name: str, model: Any, count: int) -> bool:
-    """Whether a tensor is of one of the `count` layers behind the last, which predict further tokens, and which
-    neither transformers nor vLLM load unless they are asked to."""
+    """Whether a tensor is of one of the `count` layers behind the last, or of a module of its own that transformers
+    leaves out, which predict further tokens, and which neither transformers nor vLLM load unless they are asked to."""
+    left_out = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if predicts_further(name) and any(re.search(pattern, name) for pattern in left_out):
+        return True
     parts, layers = name.split("."), len(model.model.layers)
     return name.startswith(LAYER_PREFIX) and parts[2].isdigit() and layers <= int(parts[2]) < layers + count
 
@@ -169,7 +174,8 @@ class LayerwiseModel:
         self._reader, self._family, self._config = reader, family, hf_config
         self.device = device or torch.device("cpu")
         self.hidden_size: int = hf_config.hidden_size
-        self.activation: Callable[[Tensor], Tensor] = ACT2FN[hf_config.hidden_act]
+        # Families without such a setting have SiLU in their code.
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[getattr(hf_config, "hidden_act", "silu")]
         self._blueprints = list(blueprint(hf_config).model.layers)
         self._recorders = nn.ModuleList(_Recorder() for _ in self._blueprints)
         self._injector = _Injector()
@@ -181,8 +187,10 @@ class LayerwiseModel:
         """The model without its decoder layers."""
         if self._ends is None:
             model = blueprint(self._config)
-            # Its frequencies are computed from the configuration, no checkpoint holds them.
-            model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+            # Frequencies are computed from the configuration, no checkpoint holds them.
+            for name, module in list(model.model.named_children()):
+                if "inv_freq" in dict(module.named_buffers()):
+                    setattr(model.model, name, type(module)(config=model.config))
             model.model.layers = nn.ModuleList()
             tied = _tied(model)
             self._load(model, lambda name: not name.startswith(LAYER_PREFIX), lambda name: name, tied)

@@ -14,7 +14,8 @@ from d2moe_vllm.format.config import CheckpointError
 from d2moe_vllm.format.kinds import ROLES, Role, TensorSpec
 from offline.errors import InputError
 from offline.io.shards import Reader
-from offline.source.families import Family, Layout, MoEShape
+from offline.source.families import MoEShape
+from offline.source.family import Family, Layout
 from offline.source.missing import remedy
 
 SCALE = "_scale_inv"

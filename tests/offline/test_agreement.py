@@ -12,72 +12,10 @@ import pytest
 from compression import d2moe_here
 from families import change_config, write_family
 from hostile import edit, refused
+from small_families import SMALL
 from transformers import AutoModelForCausalLM
 
 FEW = ("--ratio", "0.1", "--windows", "4", "--seq-len", "32")
-
-SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "mixtral": (
-        {"sliding_window": 0},
-        {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        {"rope_scaling": {"type": "linear", "factor": 2}},
-        {"partial_rotary_factor": 0.5},
-        {"architectures": ["MixtralForSequenceClassification"]},
-    ),
-    "phimoe": (
-        {"attention_bias": False},
-        {"tie_word_embeddings": True},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-        {"sliding_window": 0},
-    ),
-    "qwen2_moe": (
-        {"use_sliding_window": True, "sliding_window": 32},
-        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-        {"qkv_bias": False},
-        {"head_dim": 16},
-        {"dual_chunk_attention_config": {"chunk_size": 32}},
-    ),
-    "qwen3_moe": ({"attention_bias": True}, {"shared_expert_intermediate_size": 64}, {"sliding_window": 0}),
-    "olmoe": (
-        {"rms_norm_eps": 1e-6},
-        {"attention_bias": True},
-        {"tie_word_embeddings": True},
-        {"sliding_window": 32},
-        {"clip_qkv": 8.0},
-    ),
-    "deepseek": (
-        {"routed_scaling_factor": 2.0},
-        {"n_group": 2},
-        {"topk_method": "noaux_tc"},
-        {"attention_bias": True},
-        {"mlp_bias": True},
-        {"scoring_func": None},
-        {"norm_topk_prob": True, "num_experts_per_tok": 1},
-    ),
-    "deepseek_v2": (
-        {"topk_method": "greedy"},
-        {"n_group": None},
-        {"moe_layer_freq": None},
-        {"index_topk": None},
-        {"mlp_bias": True},
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    ),
-    "deepseek_v3": (
-        {"rope_interleave": False},
-        {"attention_bias": True},
-        {"llama_4_scaling": {"beta": 1}},
-        {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
-        {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.0}},
-    ),
-    "kimi_k2": ({"rope_interleave": None}, {"tie_word_embeddings": True}, {"scoring_func": "softmax"}),
-    "granitemoe": (
-        {"layer_types": ["full_attention", "full_attention"]},
-        {"attention_multiplier": None},
-        {"attention_bias": True},
-        {"sliding_window": 16},
-    ),
-}
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +30,13 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", SMALL)
 def test_f9_no_model_is_served_as_another(name: str, family: Callable[[str], Path]) -> None:
     folder = family(name)
     config = json.loads((folder / "config.json").read_text())
     assert d2moe_here("plan", folder, "--ratio", "0.1").returncode == 0
-    for changes in SETTINGS[name]:
+    assert SMALL[name].refused
+    for changes in SMALL[name].refused:
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
         done = d2moe_here("plan", folder, "--ratio", "0.1")
         refused(done, "config.json")

@@ -61,8 +61,8 @@ def masked(model: nn.Module, dropped: dict[int, list[int]], monkeypatch: pytest.
         for name, parameter in model.model.layers[layer].state_dict(keep_vars=True).items():
             if name.endswith((".gate.weight", ".router.weight", ".router.layer.weight")):
                 routers[parameter.data_ptr()] = experts
-            if name.endswith("e_score_correction_bias"):
-                parameter[experts] = float("-inf")
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
+                parameter.view(-1)[experts] = float("-inf")
     linear = nn.functional.linear
 
     def impossible(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

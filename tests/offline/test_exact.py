@@ -106,7 +106,11 @@ LOSSLESS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [(family, "default") for family in CONFIGS] + [("mixtral", method) for method in LOSSLESS if method != "default"],
+    [
+        pytest.param(family, "default", marks=[] if family in EXACT_IN_FAST_TIER else pytest.mark.slow)
+        for family in CONFIGS
+    ]
+    + [("mixtral", method) for method in LOSSLESS if method != "default"],
 )
 def test_full_rank_and_no_pruning_are_the_original(family: str, method: str, windows: Windows, tmp_path: Path) -> None:
     """A base beside deltas of full rank is larger than the original, so no ratio asks for it: the plan is ours."""

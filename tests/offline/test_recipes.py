@@ -16,8 +16,14 @@ from offline.plan.recipes import SHIPPED, find_recipe
 from offline.source.families import FAMILIES
 
 
-def test_each_is_called_after_a_family() -> None:
-    assert set(SHIPPED) <= set(FAMILIES)
+def test_every_family_has_one() -> None:
+    assert set(SHIPPED) == set(FAMILIES)
+
+
+def test_each_file_is_called_after_a_family_that_has_it() -> None:
+    files = {path.stem for path in (ROOT / "offline" / "plan" / "recipes").glob("*.yaml")}
+    assert {path.stem for path in SHIPPED.values()} == files
+    assert all(SHIPPED[name].stem == name for name in files)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

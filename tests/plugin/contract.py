@@ -113,6 +113,8 @@ CONTRACT = (
         },
         behaves=("is_monolithic", "supports_eplb", "supports_internal_mk", "topk_indices_dtype"),
     ),
+    # What it leaves out of routing, which we refuse.
+    Use(f"{LAYERS}.fused_moe.router.cpu_router.CPURouter", behaves=("_compute_routing",)),
     Use(
         f"{LAYERS}.fused_moe.RoutedExperts",
         parameters=(
@@ -127,6 +129,10 @@ CONTRACT = (
             "ckpt_up_proj_name",
             "ckpt_down_proj_name",
             "apply_router_weight_on_input",
+            "use_grouped_topk",
+            "custom_routing_function",
+            "scoring_func",
+            "e_score_correction_bias",
         ),
         properties=("expert_map",),
         methods={"_map_global_expert_id_to_local_expert_id": ("self", "expert_id")},

@@ -10,8 +10,13 @@ import pytest
 import torch
 import yaml
 from compression import d2moe_here
-from engine import TWO_RANKS, Results, assert_same, generate
-from families import CONFIGS, write_family
+from engine import TWO_RANKS, Results, assert_same, generate, run_engine
+from families import write_exact, write_family
+from small_families import SMALL
+from transformers import AutoModelForCausalLM
+
+import d2moe_vllm.hf  # noqa: F401 - DeepSeek v1 and Kimi-K2
+from offline.source.families import FAMILIES
 
 pytest.importorskip("vllm")
 
@@ -26,9 +31,11 @@ PROMPTS = (
     "The following sections describe the standard types that are built into the interpreter.",
 )
 MAX_TOKENS = 64
-MLA = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 IN_FAST_TIER = ("qwen2_moe",)
-EXPERT_PARALLEL = ("qwen3_moe", "deepseek_v3")
+SERVED = tuple(name for name, small in SMALL.items() if not small.refused_on_cpus)
+EXPERT_PARALLEL = tuple(name for name, small in SMALL.items() if small.expert_parallel)
+CLOSE = 1e-3
+"""Of log-probabilities in two programs."""
 RECIPE = {"ratio": 0.08, "allocation": "uniform"}
 """A pruned base and deltas in every MoE layer; the ratio is of the whole model, most of which is vocabulary."""
 
@@ -36,9 +43,11 @@ Served = Callable[..., Results]
 
 
 def settings(family: str) -> dict[str, Any]:
-    """What vLLM's CPU backend needs: its MLA knows one block size, and its rotary kernel misreads MLA's strides."""
-    common = {"dtype": "float32", "enforce_eager": True}
-    if family not in MLA:
+    """What vLLM's CPU backend needs: its MLA knows one block size, and its kernels misread the strides of some."""
+    common: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
+    if not SMALL[family].custom_ops:
+        common["compilation_config"] = {"custom_ops": ["none"]}
+    if FAMILIES[family].attention != "latent":
         return common
     if torch.cpu._is_amx_tile_supported():
         pytest.skip("vLLM's MLA on CPUs with AMX takes no float32, whatever the model")
@@ -97,7 +106,7 @@ def cases(names: tuple[str, ...], fast: tuple[str, ...]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("family", cases(tuple(CONFIGS), IN_FAST_TIER))
+@pytest.mark.parametrize("family", cases(SERVED, IN_FAST_TIER))
 def test_served_as_the_dense_reconstruction(
     family: str, checkpoints: Callable[[str], Path], dense: Callable[[str], Results]
 ) -> None:
@@ -105,7 +114,21 @@ def test_served_as_the_dense_reconstruction(
     assert_same(run(folder / "tp1", folder / "ours", {}, family), dense(family))
 
 
-@pytest.mark.parametrize("family", cases(tuple(CONFIGS), IN_FAST_TIER))
+@pytest.mark.parametrize("family", cases(SERVED, ()))
+def test_stock_vllm_serves_what_transformers_computes(
+    family: str, checkpoints: Callable[[str], Path], dense: Callable[[str], Results]
+) -> None:
+    """What is calibrated by one is served by the other: log-probabilities of prompt and completion."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints(family) / "dense", dtype=torch.float32).eval()
+    for result in dense(family):
+        tokens = torch.tensor([result["prompt_ids"] + result["ids"]])
+        with torch.no_grad():
+            found = model(tokens).logits[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
+        expected = torch.tensor(result["prompt_logprobs"] + result["logprobs"])
+        torch.testing.assert_close(found, expected, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("family", cases(SERVED, IN_FAST_TIER))
 def test_on_two_tensor_parallel_ranks(
     family: str, checkpoints: Callable[[str], Path], dense: Callable[[str], Results]
 ) -> None:
@@ -120,3 +143,12 @@ def test_on_two_expert_parallel_ranks(
     folder = checkpoints(family)
     parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     assert_same(run(folder / "ep2", folder / "ours", TWO_RANKS, family, **parallel), dense(family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in SMALL if name not in SERVED])
+def test_refused_where_vllms_cpu_backend_would_serve_another_model(family: str, tmp_path: Path) -> None:
+    folder = write_exact(tmp_path / "ours", write_family(tmp_path / "source", family))
+    code, log, _ = run_engine(tmp_path, folder, {}, llm={"enforce_eager": True})
+    assert code != 0
+    assert f"vLLM's CPU backend {SMALL[family].refused_on_cpus}, whatever the model" in log

@@ -81,6 +81,10 @@ def routed_experts(**changes: Any) -> Any:
         "ckpt_gate_proj_name": "w1",
         "ckpt_up_proj_name": "w3",
         "ckpt_down_proj_name": "w2",
+        "use_grouped_topk": False,
+        "custom_routing_function": None,
+        "scoring_func": "softmax",
+        "e_score_correction_bias": None,
     }
     for name, value in {**settings, **changes}.items():
         setattr(layer, name, value)
@@ -109,6 +113,33 @@ def test_ours_and_not_ours(content: dict[str, Any], vllm_config: VllmConfig) -> 
     linear = LinearBase.__new__(LinearBase)
     assert isinstance(config.get_quant_method(linear, "model.layers.1.self_attn.qkv_proj"), UnquantizedLinearMethod)
     assert config.get_quant_method(torch.nn.Module(), "model.embed_tokens") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"scoring_func": "sigmoid"}, "does not route by sigmoid scores without groups of experts"),
+        ({"e_score_correction_bias": torch.zeros(8)}, "leaves out the bias by which experts are chosen"),
+    ],
+)
+def test_routing_that_vllms_cpu_backend_lacks_is_refused_there(
+    content: dict[str, Any],
+    vllm_config: VllmConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    what: str,
+) -> None:
+    config = D2MoEConfig.from_config(content)
+    config._checked = True
+    layer = routed_experts(**changes)
+    method = config.get_quant_method(layer, "model.layers.1.block_sparse_moe.experts")
+    with pytest.raises(ValueError, match=what):
+        create(method, layer)
+    layer.use_grouped_topk = True
+    create(method, layer)
+    monkeypatch.setattr(compat, "on_cpu", lambda: False)
+    other = routed_experts(**changes)
+    create(config.get_quant_method(other, "model.layers.1.block_sparse_moe.experts"), other)
 
 
 def test_layers_that_stay_dense_refuse_expert_parallelism_on_cpus(

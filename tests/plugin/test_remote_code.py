@@ -46,7 +46,7 @@ def read_configs(modules: Path, trust: bool, *folders: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_no_familys_modeling_file_is_run_for_its_configuration(tmp_path: Path) -> None:
-    """With the flag, and none needs it; `auto_map` names a configuration class for two of the ten."""
+    """With the flag, and none needs it; `auto_map` names a configuration class for two."""
     folders = [write_exact(tmp_path / name, write_family(tmp_path / f"{name}-dense", name)) for name in CONFIGS]
     for folder in folders:
         plant(folder / MODELING_FILE, tmp_path / "marker")

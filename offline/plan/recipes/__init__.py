@@ -1,4 +1,4 @@
-"""The recipes that come with d2moe-vllm: one reviewed file per model family, for any ratio."""
+"""The recipes that come with d2moe-vllm: reviewed files for all model families, for any ratio."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import difflib
 from pathlib import Path
 
 from offline.errors import InputError
+from offline.source.families import FAMILIES
 
-SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+_FILES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+SHIPPED = {name: _FILES[family.recipe or name] for name, family in sorted(FAMILIES.items())}
+"""By family; families with experts of the same kind share a file."""
 
 
 def find_recipe(given: str) -> Path:

@@ -1,0 +1,118 @@
+"""What a model family is: how its config.json and its experts on disk are read. The families are in rows.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from d2moe_vllm.format.kinds import Role
+from offline.source.agreement import ALIKE, Check, rope
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which a layer's experts lie on disk: per role the name of the tensor that holds it.
+
+    A name with {expert} is one expert's matrix [out, in]; one without is all experts' stack [experts, out, in]
+    (or [experts, in, out]: the shape tells). Where gate and up have one name they lie in one matrix, gate's
+    output rows first.
+    """
+
+    gate: str
+    up: str
+    down: str
+
+    @property
+    def stacked(self) -> bool:
+        return "{expert}" not in self.gate
+
+    @property
+    def fused(self) -> bool:
+        return self.gate == self.up
+
+    def name(self, layer: int, expert: int, role: Role) -> str:
+        """The tensor that holds one expert's matrix."""
+        template: str = getattr(self, role)
+        return template.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+
+SILU: Mapping[str, tuple[Any, ...]] = MappingProxyType({"hidden_act": ("silu", None)})
+Attention = Literal["heads", "latent"]
+"""What attention keeps of a token: keys and values of every KV head; one latent vector and a rotated key (MLA)."""
+
+
+def predicts_further(name: str) -> bool:
+    """Whether a tensor is of a module, beside the decoder layers, that predicts further tokens (mtp.fc.weight,
+    model.mtp_block.0.mlp.gate.weight)."""
+    return any(part.startswith("mtp") for part in name.split(".")[:2])
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family as transformers' config.json and safetensors files lay it out.
+
+    experts: prefix of a layer's experts, with {layer}, as vLLM's own loader of the family routes it; a
+        compressed expert's tensors are `<experts>.<expert>.<projection>.<kind>`.
+    experts_module: path of the experts inside transformers' decoder layer; its forward takes
+        (hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k]).
+    num_experts_keys: config.json's names of the number of experts; the first that is there counts.
+    experts_per_token_key: its name of how many a token is sent to.
+    dense_keys: config.json's keys that say which decoder layers have no experts (see `moe_layers`).
+    requires: config.json's key -> the values with which transformers and vLLM compute the same model
+        (None: the key may be missing); anything else would be served wrongly.
+    not_null: keys that may be missing, but not null. absent: keys that may not be there, not even null. checks: of
+        settings that belong together. remark: what to tell a user of a config.json that is not refused.
+    renames: substrings of disk names -> transformers' module names.
+    released: how experts lie in released checkpoints where that is not one tensor per expert.
+    stock: transformers' model_type where it has none of this name.
+    attention: what vLLM's KV cache holds of a token; None where that is not known here. window_keys: config.json's keys
+        that are all set where layers look back on a window of tokens, its size first; (): they never do.
+    recipe: the family whose shipped recipe is this one's too; None where it has one of its own.
+    """
+
+    model_type: str
+    experts: str
+    projections: Mapping[Role, str]
+    experts_module: str = "mlp.experts"
+    num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+    experts_per_token_key: str = "num_experts_per_tok"
+    intermediate_size_key: str = "moe_intermediate_size"
+    dense_keys: tuple[str, ...] = ()
+    requires: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: SILU)
+    not_null: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = (rope(*ALIKE),)
+    remark: Check | None = None
+    renames: Mapping[str, str] = field(default_factory=dict)
+    released: Layout | None = None
+    stock: str | None = None
+    attention: Attention | None = None
+    window_keys: tuple[str, ...] = ()
+    recipe: str | None = None
+
+    def experts_prefix(self, layer: int) -> str:
+        """`experts` of one layer."""
+        return self.experts.replace("{layer}", str(layer))
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """How experts may lie on disk, the released form first; transformers 5 can write its modules' own stack."""
+        names = (f"{self.experts}.{{expert}}.{self.projections[role]}.weight" for role in ("gate", "up", "down"))
+        module = "model.layers.{layer}." + self.experts_module
+        gate_up = f"{module}.gate_up_proj"
+        known = (Layout(*names), Layout(gate_up, gate_up, f"{module}.down_proj"))
+        return (self.released, *known) if self.released else known
+
+    def module_name(self, name: str) -> str:
+        """transformers' parameter name of a tensor on disk."""
+        for disk, module in self.renames.items():
+            name = name.replace(disk, module)
+        return name
+
+    def disk_name(self, name: str) -> str:
+        """The released checkpoints' name of a tensor that may be named as transformers' modules are."""
+        for disk, module in reversed(list(self.renames.items())):
+            name = name.replace(module, disk)
+        return name

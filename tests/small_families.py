@@ -1,0 +1,301 @@
+"""The families' small models: all that the tests have to be told of a family.
+
+Sizes that vLLM's CPU backend wants: heads of 32 or more, and for MLA a latent of 512 + 64. No two dimensions of
+a matrix are equal, so that a mixed-up orientation shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+VOCABULARY = 4096
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
+}  # fmt: skip
+MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+DEEPSEEK_V3 = {
+    **MLA, "q_lora_rank": 48, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
+    "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+    "norm_topk_prob": True, "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+DEEPSEEK_V3_WRITTEN = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+
+
+class Small(NamedTuple):
+    """A family's small model. config: what its configuration adds to COMMON; written: what released config.json files
+    say beside, which transformers does not write but vLLM reads; refused: changes of config.json that make another
+    model of it in vLLM than in transformers. expert_parallel: served on two such ranks too, for what only it
+    has. released: hidden and intermediate size of the released models' experts. refused_on_cpus: what our plugin says
+    of vLLM's CPU backend, which does not serve the family, or not as transformers computes it.
+    custom_ops: whether vLLM's own kernels for CPUs serve it eagerly, or misread its strides."""
+
+    config: dict[str, Any]
+    written: Mapping[str, Any] = MappingProxyType({})
+    refused: tuple[dict[str, Any], ...] = ()
+    expert_parallel: bool = False
+    released: tuple[tuple[int, int], ...] = ()
+    refused_on_cpus: str | None = None
+    custom_ops: bool = True
+
+
+SMALL = {
+    "mixtral": Small(
+        {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
+        refused=(
+            {"sliding_window": 0},
+            {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            {"partial_rotary_factor": 0.5},
+            {"architectures": ["MixtralForSequenceClassification"]},
+        ),
+        released=((4096, 14336), (6144, 16384)),
+    ),
+    "phimoe": Small(
+        {
+            "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.01,
+            "lm_head_bias": True, "attention_bias": True, "num_hidden_layers": 2,
+        },
+        written={"architectures": ["PhiMoEForCausalLM"]},
+        refused=(
+            {"attention_bias": False},
+            {"tie_word_embeddings": True},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            {"sliding_window": 0},
+        ),
+        released=((4096, 6400),),
+    ),
+    "qwen2_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
+            "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": False, "mlp_only_layers": [0],
+            "decoder_sparse_step": 1,
+        },
+        refused=(
+            {"use_sliding_window": True, "sliding_window": 32},
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            {"qkv_bias": False},
+            {"head_dim": 16},
+            {"dual_chunk_attention_config": {"chunk_size": 32}},
+        ),
+        released=((3584, 2560), (2048, 1408)),
+    ),
+    "qwen3_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+            "head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": [0], "decoder_sparse_step": 1,
+        },
+        refused=({"attention_bias": True}, {"shared_expert_intermediate_size": 64}, {"sliding_window": 0}),
+        expert_parallel=True,
+        released=((2048, 768), (4096, 1536)),
+    ),
+    "olmoe": Small(
+        {"intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2},
+        refused=(
+            {"rms_norm_eps": 1e-6},
+            {"attention_bias": True},
+            {"tie_word_embeddings": True},
+            {"sliding_window": 32},
+            {"clip_qkv": 8.0},
+        ),
+        released=((2048, 1024),),
+    ),
+    "deepseek": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "n_shared_experts": 2,
+            "num_experts_per_tok": 2, "first_k_dense_replace": 1, "norm_topk_prob": False,
+        },
+        written={"scoring_func": "softmax"},
+        refused=(
+            {"routed_scaling_factor": 2.0},
+            {"n_group": 2},
+            {"topk_method": "noaux_tc"},
+            {"attention_bias": True},
+            {"mlp_bias": True},
+            {"scoring_func": None},
+            {"norm_topk_prob": True, "num_experts_per_tok": 1},
+        ),
+        released=((2048, 1408),),
+    ),
+    "deepseek_v2": Small(
+        {
+            **MLA, "q_lora_rank": None, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
+            "n_shared_experts": 2, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+            "topk_method": "group_limited_greedy", "norm_topk_prob": False, "routed_scaling_factor": 2.0,
+        },
+        written={"scoring_func": "softmax", "moe_layer_freq": 1},
+        refused=(
+            {"topk_method": "greedy"},
+            {"n_group": None},
+            {"moe_layer_freq": None},
+            {"index_topk": None},
+            {"mlp_bias": True},
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        ),
+        released=((5120, 1536), (2048, 1408)),
+    ),
+    "deepseek_v3": Small(
+        DEEPSEEK_V3,
+        written=DEEPSEEK_V3_WRITTEN,
+        refused=(
+            {"rope_interleave": False},
+            {"attention_bias": True},
+            {"llama_4_scaling": {"beta": 1}},
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.0}},
+        ),
+        expert_parallel=True,
+        released=((7168, 2048),),
+    ),
+    "kimi_k2": Small(
+        {**DEEPSEEK_V3, "n_group": 1},
+        written={**DEEPSEEK_V3_WRITTEN, "model_type": "kimi_k2"},
+        refused=({"rope_interleave": None}, {"tie_word_embeddings": True}, {"scoring_func": "softmax"}),
+        released=((7168, 2048),),
+    ),
+    "glm4_moe": Small(
+        {
+            "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
+            "n_shared_experts": 1, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0, "attention_bias": True, "use_qk_norm": True,
+        },
+        refused=(
+            {"head_dim": None},
+            {"tie_word_embeddings": True},
+            {"rotary_pct": 0.25},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        ),
+        released=((4096, 1408), (5120, 1536)),
+    ),
+    "minimax_m2": Small(
+        {
+            "head_dim": 32, "rotary_dim": 16, "intermediate_size": 48, "num_local_experts": 8,
+            "num_experts_per_tok": 3, "num_hidden_layers": 2,
+        },
+        written={"scoring_func": "sigmoid", "use_routing_bias": True},
+        refused=(
+            {"scoring_func": "softmax"},
+            {"use_routing_bias": False},
+            {"rotary_dim": None},
+            {"head_dim": None},
+            {"attention_bias": True},
+            {"tie_word_embeddings": True},
+        ),
+        released=((3072, 1536),),
+        refused_on_cpus="does not route by sigmoid scores without groups of experts",
+    ),
+    "ernie4_5_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "moe_num_experts": 8, "moe_k": 3,
+            "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 2,
+            "moe_layer_interval": 1,
+        },
+        refused=({"use_bias": True}, {"use_moe": False}, {"moe_norm_min": 0.5}, {"partial_rotary_factor": 0.5}),
+        released=((2560, 1536), (8192, 3584)),
+        refused_on_cpus="leaves out the bias by which experts are chosen",
+    ),
+    "glm4_moe_lite": Small(
+        {
+            **MLA, "q_lora_rank": 48, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8,
+            "n_shared_experts": 1, "num_experts_per_tok": 3, "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "norm_topk_prob": True, "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0,
+        },
+        written={"first_k_dense_replace": 1},
+        refused=(
+            {"first_k_dense_replace": 2},
+            {"first_k_dense_replace": None},
+            {"mlp_layer_types": ["dense", "sparse", "dense"]},
+            {"attention_bias": True},
+            {"rope_interleave": False},
+            {"index_topk": 64},
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
+        ),
+        released=((2048, 1536),),
+    ),
+    "hy_v3": Small(
+        {
+            "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8,
+            "num_experts_per_tok": 3, "num_shared_experts": 1, "router_scaling_factor": 1.5,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        written={"first_k_dense_replace": 1, "expert_hidden_dim": 48, "route_norm": True, "qk_norm": True},
+        refused=(
+            {"route_norm": False},
+            {"qk_norm": False},
+            {"expert_hidden_dim": 64},
+            {"first_k_dense_replace": 0},
+            {"attention_bias": True},
+            {"head_dim": None},
+        ),
+        released=((4096, 1536),),
+    ),
+    "qwen3_next": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
+            "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 32, "mlp_only_layers": [0],
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        },
+        refused=(
+            {"attention_bias": True},
+            {"attn_output_gate": False},
+            {"output_gate_type": "sigmoid"},
+            {"layer_scale": True},
+            {"tie_word_embeddings": True},
+            {"head_dim": None},
+        ),
+        released=((2048, 512),),
+    ),
+    "lfm2_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+            "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True,
+            "routed_scaling_factor": 1.5,
+        },
+        refused=(
+            {"tie_word_embeddings": False},
+            {"tie_embedding": False},
+            {"layer_types": None},
+            {"head_dim": 64},
+            {"partial_rotary_factor": 0.5},
+        ),
+        released=((2048, 1792),),
+        custom_ops=False,  # its norm of queries and keys
+    ),
+    "granitemoe": Small(
+        {
+            "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,
+            "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0, "num_hidden_layers": 2,
+        },
+        refused=(
+            {"layer_types": ["full_attention", "full_attention"]},
+            {"attention_multiplier": None},
+            {"attention_bias": True},
+            {"sliding_window": 16},
+        ),
+        released=((1024, 512), (1536, 512)),
+    ),
+    "granitemoehybrid": Small(
+        {
+            "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,
+            "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+            "shared_intermediate_size": 80, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1,
+            "position_embedding_type": "rope",
+        },
+        refused=(
+            {"mamba_n_groups": 2},
+            {"time_step_limit": [0.1, 1.0]},
+            {"attention_multiplier": None},
+            {"head_dim": 64},
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        ),
+        released=((1536, 512), (4096, 768)),
+    ),
+}  # fmt: skip
+"""By model_type: all that the tests have to be told of a family."""
