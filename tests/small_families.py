@@ -32,6 +32,7 @@ class Small(NamedTuple):
     model of it in vLLM than in transformers. expert_parallel: served on two such ranks too, for what only it
     has. released: hidden and intermediate size of the released models' experts. refused_on_cpus: what our plugin says
     of vLLM's CPU backend, which does not serve the family, or not as transformers computes it.
+    served: further changes of config, for the tests that serve it in float32 on a CPU.
     custom_ops: whether vLLM's own kernels for CPUs serve it eagerly, or misread its strides."""
 
     config: dict[str, Any]
@@ -40,6 +41,7 @@ class Small(NamedTuple):
     expert_parallel: bool = False
     released: tuple[tuple[int, int], ...] = ()
     refused_on_cpus: str | None = None
+    served: Mapping[str, Any] = MappingProxyType({})
     custom_ops: bool = True
 
 
@@ -250,6 +252,7 @@ SMALL = {
             {"head_dim": None},
         ),
         released=((2048, 512),),
+        served={"layer_types": ["full_attention"] * 3},  # linear attention takes bfloat16 alone there
     ),
     "lfm2_moe": Small(
         {

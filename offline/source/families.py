@@ -14,7 +14,13 @@ from offline.source.rows import ROWS
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in ROWS})
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
-    {"gpt_oss": "its experts have biases, which the compressed form has no place for; serve it as it is"}
+    {
+        "gpt_oss": "its experts have biases, which the compressed form has no place for; serve it as it is",
+        "granitemoehybrid": "vLLM's loader of this family knows no other tensors of experts than its own; serve it as "
+        "it is",
+        "cohere2_moe": "vLLM's windows of attention are one token longer than those of transformers, which calibrates; "
+        "serve it as it is",
+    }
 )
 """model_type -> why no row can describe it."""
 

@@ -88,6 +88,8 @@ def test_fp8_without_its_scales(tmp_path: Path) -> None:
         ("mixtral", {"num_hidden_layers": 999_999}, "no tensor"),
         ("mixtral", {"model_type": "jetmoe"}, "supported families: deepseek, deepseek_v2"),
         ("mixtral", {"model_type": "gpt_oss"}, "biases"),
+        ("mixtral", {"model_type": "granitemoehybrid"}, "vLLM's loader"),
+        ("mixtral", {"model_type": "cohere2_moe"}, "windows"),
         ("mixtral", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size None"),
         ("phimoe", {"router_jitter_noise": 0.02}, "router_jitter_noise"),

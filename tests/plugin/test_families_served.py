@@ -68,7 +68,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Pat
     def make(family: str) -> Path:
         folder = root / family
         if not folder.exists():
-            source = write_family(folder / "source", family, dtype=torch.float32)
+            source = write_family(folder / "source", family, dtype=torch.float32, **SMALL[family].served)
             given = ("--recipe", root / "recipe.yaml", "--windows", "4", "--seq-len", "32", "--calibration", texts[0])
             for arguments in (
                 ("compress", source, folder / "ours", *given),

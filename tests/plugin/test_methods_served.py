@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> 
     def make(family: str, method: str) -> Path:
         folder = root / f"{family}-{method}"
         if not folder.exists():
-            source = write_family(folder / "source", family, dtype=torch.float32)
+            source = write_family(folder / "source", family, dtype=torch.float32, **SMALL[family].served)
             (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPES[method]))
             given = ("--recipe", folder / "recipe.yaml", "--windows", "4", "--seq-len", "32")
             for arguments in (
