@@ -201,6 +201,30 @@ def test_layers_that_predict_further_tokens_ride_along(released: Callable[[str],
         assert_close(loaded(TOKENS).logits, logits(model.folder))
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen3_next", "mtp.layers.0.mlp.experts.0.up_proj.weight"),
+        ("ernie4_5_moe", "model.mtp_block.0.mlp.gate.weight"),
+    ],
+)
+@torch.no_grad()
+def test_modules_that_predict_further_tokens_ride_along(
+    family: str, name: str, released: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Beside the decoder layers, where transformers and vLLM leave them out."""
+    folder = shutil.copytree(released(family), tmp_path / "source")
+    extra = torch.randn(48, 64)
+    save_file({**load_file(folder / "model.safetensors"), name: extra}, folder / "model.safetensors", {"format": "pt"})
+    assert open_dense(str(folder)).homeless == frozenset()
+    exact = write_exact(tmp_path / "exact", folder)
+    check_checkpoint(exact)
+    assert torch.equal(SourceReader(exact).tensor(name), extra)
+    for trust_remote_code in (True, False):
+        loaded = AutoModelForCausalLM.from_pretrained(exact, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        assert_close(loaded(TOKENS).logits, logits(folder))
+
+
 def test_the_modeling_file_imports_the_family_that_is_asked_for_only() -> None:
     code = (
         "import sys\n"
