@@ -30,8 +30,8 @@ class Small(NamedTuple):
     """A family's small model. config: what its configuration adds to COMMON; written: what released config.json files
     say beside, which transformers does not write but vLLM reads; refused: changes of config.json that make another
     model of it in vLLM than in transformers. expert_parallel: served on two such ranks too, for what only it
-    has. released: hidden and intermediate size of the released models' experts. refused_on_cpus: what our plugin says
-    of vLLM's CPU backend, which does not serve the family, or not as transformers computes it.
+    has. released: hidden and intermediate size of the released models' experts. refused_on_cpus: what our plugin or
+    vLLM says where vLLM's CPU backend does not serve the family, or not as transformers computes it.
     served: further changes of config, for the tests that serve it in float32 on a CPU.
     custom_ops: whether vLLM's own kernels for CPUs serve it eagerly, or misread its strides."""
 
@@ -189,7 +189,7 @@ SMALL = {
             {"tie_word_embeddings": True},
         ),
         released=((3072, 1536),),
-        refused_on_cpus="does not route by sigmoid scores without groups of experts",
+        refused_on_cpus="vLLM's CPU backend does not route by sigmoid scores without groups of experts",
     ),
     "ernie4_5_moe": Small(
         {
@@ -199,7 +199,7 @@ SMALL = {
         },
         refused=({"use_bias": True}, {"use_moe": False}, {"moe_norm_min": 0.5}, {"partial_rotary_factor": 0.5}),
         released=((2560, 1536), (8192, 3584)),
-        refused_on_cpus="leaves out the bias by which experts are chosen",
+        refused_on_cpus="vLLM's CPU backend leaves out the bias by which experts are chosen",
     ),
     "glm4_moe_lite": Small(
         {
@@ -269,6 +269,24 @@ SMALL = {
         ),
         released=((2048, 1792),),
         custom_ops=False,  # its norm of queries and keys
+    ),
+    "deepseek_v32": Small(
+        {
+            **DEEPSEEK_V3, "index_topk": 8, "index_head_dim": 96, "index_n_heads": 2,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        written=DEEPSEEK_V3_WRITTEN,
+        refused=(
+            {"indexer_rope_interleave": True},
+            {"index_topk_freq": 4},
+            {"index_topk_pattern": "FSS"},
+            {"index_topk": None},
+            {"mlp_layer_types": ["dense", "sparse", "dense"]},
+            {"scoring_func": "softmax"},
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
+        ),
+        released=((7168, 2048),),
+        refused_on_cpus="Sparse Attention is not supported on CPU",
     ),
     "granitemoe": Small(
         {

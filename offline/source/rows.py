@@ -340,6 +340,26 @@ ROWS = (
         recipe="deepseek_v3",
     ),
     Family(
+        model_type="deepseek_v32",
+        experts=DEEPSEEK_V3.experts,
+        projections=PROJ,
+        num_experts_keys=DEEPSEEK_V3.num_experts_keys,
+        dense_keys=("first_k_dense_replace", "mlp_layer_types"),
+        # transformers has an indexer in every layer, whose rotary embeddings are not interleaved.
+        requires={
+            **DEEPSEEK_V3.requires,
+            "architectures": (["DeepseekV32ForCausalLM"], None),
+            "mlp_bias": (False, None),
+            "indexer_rope_interleave": (False, None),
+            "index_topk_freq": (1, None),
+            "index_topk_pattern": (None,),
+        },
+        not_null=(*DEEPSEEK_V3.not_null, "index_topk_freq"),
+        checks=(rope("default", "yarn"), latent_attention, dense_first, said("index_topk")),
+        remark=latent_norms,
+        recipe="deepseek_v3",
+    ),
+    Family(
         model_type="granitemoe",
         experts="model.layers.{layer}.block_sparse_moe.experts",
         projections=PROJ,
