@@ -301,22 +301,5 @@ SMALL = {
         ),
         released=((1024, 512), (1536, 512)),
     ),
-    "granitemoehybrid": Small(
-        {
-            "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,
-            "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0,
-            "shared_intermediate_size": 80, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1,
-            "position_embedding_type": "rope",
-        },
-        refused=(
-            {"mamba_n_groups": 2},
-            {"time_step_limit": [0.1, 1.0]},
-            {"attention_multiplier": None},
-            {"head_dim": 64},
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-        ),
-        released=((1536, 512), (4096, 768)),
-    ),
 }  # fmt: skip
 """By model_type: all that the tests have to be told of a family."""

@@ -71,11 +71,6 @@ DEEPSEEK_V3 = Family(
     checks=(rope("default", "yarn"), latent_attention),
     remark=latent_norms,
 )
-GRANITE = Layout(
-    gate="model.layers.{layer}.block_sparse_moe.input_linear.weight",
-    up="model.layers.{layer}.block_sparse_moe.input_linear.weight",
-    down="model.layers.{layer}.block_sparse_moe.output_linear.weight",
-)
 ROWS = (
     Family(
         model_type="mixtral",
@@ -379,25 +374,10 @@ ROWS = (
         not_null=("attention_multiplier",),
         checks=(rope(*ALIKE), head_size),
         renames={".router.layer.weight": ".router.weight"},
-        released=GRANITE,
-    ),
-    Family(
-        model_type="granitemoehybrid",
-        experts="model.layers.{layer}.block_sparse_moe.experts",
-        projections=PROJ,
-        experts_module="block_sparse_moe.experts",
-        intermediate_size_key="intermediate_size",
-        # vLLM norms the groups of state-space layers each by itself, and limits no time steps.
-        requires={
-            **SILU,
-            "architectures": (["GraniteMoeHybridForCausalLM"], None),
-            "mamba_n_groups": (1, None),
-            "time_step_limit": ([0.0, {"__float__": "Infinity"}], [0.0, float("inf")], None),
-        },
-        not_null=("attention_multiplier", "mamba_n_groups", "time_step_limit"),
-        checks=(rope(*ALIKE), head_size),
-        renames={".router.layer.weight": ".router.weight"},
-        released=GRANITE,
-        recipe="granitemoe",
+        released=Layout(
+            gate="model.layers.{layer}.block_sparse_moe.input_linear.weight",
+            up="model.layers.{layer}.block_sparse_moe.input_linear.weight",
+            down="model.layers.{layer}.block_sparse_moe.output_linear.weight",
+        ),
     ),
 )
