@@ -171,7 +171,7 @@ Results = Mapping[tuple[str, str], Mapping[str, Any]]
 
 def models_table(records: Records) -> str:
     """What the models are."""
-    heads = ("model", "tokens of training", "minutes", "perplexity of the source, at the start, trained",
+    heads = ("model", "tokens of training", "minutes of it", "perplexity of the source, at the start, trained",
              "the same on the held-out text", "apart: gate", "up", "down")  # fmt: skip
     lines = []
     for name, record in records.items():
@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--rows", nargs="*", default=every, choices=every)
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="of training, for each model (default %(default)g)"
+        "--minutes", type=float, default=MINUTES, help="of the processor, to train each model (default %(default)g)"
     )
     parser.add_argument("--print", action="store_true", help="print the tables, and leave docs/quality.md as it is")
     options = parser.parse_args()

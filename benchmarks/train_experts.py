@@ -1,4 +1,4 @@
-"""Trains a Mixtral's experts and routers apart, on a processor, within a time; an interrupted training goes on.
+"""Trains a Mixtral's experts and routers apart, on a processor, for a time; an interrupted training goes on.
 
 All else stays as it is. What is trained is kept in float32, all is multiplied in bfloat16. AdamW moves a parameter as
 soon as its gradient is there, which is then let go: 12 bytes a number, and what the backward pass needs.
@@ -30,8 +30,8 @@ APART = "apart"
 
 @dataclass
 class Trained:
-    """seconds: of training, without starts and saving; tokens: that were predicted; losses: step by step, in nats a
-    token, the router's own loss included."""
+    """seconds: of training, the processor's, which are the clock's on a quiet machine; tokens: that were predicted;
+    losses: step by step, in nats a token, the router's own loss included."""
 
     seconds: float
     steps: int
@@ -92,7 +92,8 @@ def rate_at(share: float) -> float:
 
 
 def train(model: Any, windows: Tensor, seconds: float, state: Path, say: Any = print) -> Trained:
-    """Trains `model` in place, for so long in all; windows: int64 [n, length], taken in their order, over and over.
+    """Trains `model` in place, for so many seconds of the processor in all; windows: int64 [n, length], taken in their
+    order, over and over.
 
     state: the file that a training that was killed goes on from; it is left, for a longer one to go on from.
     """
@@ -113,14 +114,14 @@ def train(model: Any, windows: Tensor, seconds: float, state: Path, say: Any = p
     model.train()
     saved = time.monotonic()
     while done.seconds < seconds:
-        started = time.monotonic()
+        started = time.process_time()
         at = torch.arange(done.steps * BATCH, (done.steps + 1) * BATCH) % len(windows)
         for optimizer, most in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = most * max(rate_at(done.seconds / seconds), 0.01)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(windows[at], labels=windows[at], output_router_logits=True, use_cache=False).loss
         loss.backward()
-        done.seconds += time.monotonic() - started
+        done.seconds += time.process_time() - started
         done.steps, done.tokens = done.steps + 1, done.tokens + windows[at][:, 1:].numel()
         done.losses.append(loss.item())
         say(f"step {done.steps}, {done.seconds:.0f} of {seconds:.0f} s: loss {done.losses[-1]:.4f}")
