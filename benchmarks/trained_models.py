@@ -29,7 +29,7 @@ FOLDER = ROOT / "build" / "real"
 FRESH: Mapping[str, float] = {"copies": 0.0, "fresh": 0.1}
 """Model -> share of an expert's channels that is drawn anew before training."""
 LENGTH = 256
-MEASURED, HELD_OUT = 64, 16
+MEASURED, HELD_OUT = 60, 16
 """Windows of LENGTH tokens, drawn by seed 0: of wikitext2-valid, of the held-out text."""
 TRAINED = 256
 """Tokens of a window of training."""
