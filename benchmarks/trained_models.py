@@ -33,6 +33,8 @@ MEASURED, HELD_OUT = 60, 16
 """Windows of LENGTH tokens, drawn by seed 0: of wikitext2-valid, of the held-out text."""
 TRAINED = 256
 """Tokens of a window of training."""
+TRAINING_BYTES = 16_000_000_000
+"""Of memory that training takes; 15.95 GB were measured."""
 FIT, REST = FOLDER / "fit.txt", FOLDER / "held-out.txt"
 TEXTS: Mapping[str, tuple[Path, int]] = {
     "unseen": (SHARED / "data" / "wikitext2-valid.txt", MEASURED),
@@ -63,6 +65,11 @@ def make_model(name: str, minutes: float) -> dict[str, Any]:
     folder = FOLDER / name
     if known := record_of(name):
         return known
+    available = available_memory(Path("/proc/meminfo").read_text(encoding="utf-8"))
+    if available < TRAINING_BYTES:
+        raise SystemExit(
+            f"training takes {TRAINING_BYTES:,} bytes of memory, {available:,} are free: end what needs them"
+        )
     dense, tokenizer = upcycled.read_dense(upcycled.download(FOLDER / "source"))
     model = upcycled.upcycle(dense, fresh=FRESH[name])
     start = folder / "start"
@@ -90,6 +97,12 @@ def make_model(name: str, minutes: float) -> dict[str, Any]:
     state.unlink()
     shutil.rmtree(start, ignore_errors=True)
     return content
+
+
+def available_memory(meminfo: str) -> int:
+    """Bytes that a new process can have, from what Linux says in /proc/meminfo."""
+    line = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
 
 
 def perplexities(folder: Path) -> dict[str, float]:

@@ -71,6 +71,13 @@ def test_a_model_is_told_from_another_of_its_name(real: Any) -> None:
     assert len(keys) == 4
 
 
+def test_memory_for_training_is_what_is_free_and_not_what_there_is(real: Any) -> None:
+    """A training that takes what others hold brings the machine to a halt."""
+    from trained_models import available_memory
+
+    assert available_memory("MemTotal: 900 kB\nMemFree: 5 kB\nMemAvailable:     100 kB\n") == 102_400
+
+
 def test_models_and_answers_are_told(real: Any) -> None:
     apart = {"mean": 0.05, "least": 0.01, "most": 0.1}
     values = {"unseen": 20.0, "held-out": 10.0}
