@@ -3,7 +3,8 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all kernels test-gpu quality frontier calibration-tokens picture compare-tables
+.PHONY: help setup lock demo test test-all kernels test-gpu quality frontier calibration-tokens quality-real
+.PHONY: picture compare-tables
 .PHONY: bench bench-layer bench-against bench-mobe bench-server bench-peers bench-offline bench-stages bench-plan plan-hours roofline lint audit format clean
 
 help: ## List the targets
@@ -38,6 +39,9 @@ frontier: setup ## Measure the default at many sizes anew, for docs/quality.md (
 
 calibration-tokens: setup ## Measure what the default loses over the calibration's tokens (needs ../shared; 40 minutes)
 	@.venv/bin/python benchmarks/calibration_tokens.py $(ARGS)
+
+quality-real: setup ## Measure a model with pretrained weights, upcycled here (needs ../shared and PyPI; three hours)
+	@.venv/bin/python benchmarks/quality_real.py $(ARGS)
 
 picture: setup ## Draw the README's picture anew from the tables of docs/quality.md
 	@.venv/bin/python benchmarks/picture.py

@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +19,8 @@ from typing import Any
 
 from places import ROOT
 from synthetic_mixtral import Size, write_dense
+from watching import beside_plan, said, watched_compress
 
-from d2moe_vllm.format.kinds import ROLES
 from offline.io.shards import write_file
 
 RESULTS = ROOT / "build" / "bench" / "plan.json"
@@ -33,8 +31,6 @@ SHAPES = {
     "a quarter of Mixtral, 2 layers": Size(2048, 7168, 8, 2),
 }
 """Name -> sizes; the second is a Mixtral with these sizes, as what is computed is the same."""
-EVERY = 0.2
-"""Seconds between two looks at the working folder."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +54,17 @@ class Run:
             out = Path(name) / "out"
             given = ["--ratio", str(self.ratio), "--windows", str(self.windows), "--seq-len", str(self.seq_len)]
             text = _long(ROOT / "README.md", name)
-            command = ["compress", str(source), str(out), *given, *self.options, "--calibration", str(text)]
-            start = time.monotonic()
-            found, fullest = watched([*command, "--json"], out.with_name("out.d2moe-work"))
-            really = {
-                "seconds": time.monotonic() - start,
-                "peak_memory_bytes": found["peak_memory_bytes"],
-                "work_bytes": fullest,
-            }
-            sound = json.loads(_run(["verify", str(out), "--source", str(source), "--json"]))["sound"]
-            inside = json.loads(_run(["inspect", str(out), "--json"]))
+            arguments = [str(source), str(out), *given, *self.options, "--calibration", str(text)]
+            found = watched_compress(arguments, out)
+            sound = said(["verify", str(out), "--source", str(source)])["sound"]
+            stores = said(["inspect", str(out)])["stores"]
         return {
             **asdict(self),
             "predicted": found["predicted"],
-            "really": really,
+            "really": found["really"],
             "sound": sound,
-            "stores": inside["stores"],
-            "based": any(layer[role]["kept_columns"] for layer in inside["layers"].values() for role in ROLES),
+            "stores": stores,
+            "based": found["based"],
         }
 
 
@@ -85,52 +75,13 @@ def _long(text: Path, folder: str) -> Path:
     return out
 
 
-def _command(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "offline.cli", *arguments]
-
-
-def _run(arguments: Sequence[str]) -> str:
-    return subprocess.run(_command(arguments), check=True, capture_output=True, text=True).stdout
-
-
-def watched(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], int]:
-    """What the command says as JSON, and the most bytes that lay in the folder meanwhile."""
-    process = subprocess.Popen(_command(arguments), stdout=subprocess.PIPE, text=True)
-    fullest = 0
-    while process.poll() is None:
-        fullest = max(fullest, _bytes(folder))
-        time.sleep(EVERY)
-    assert process.stdout is not None
-    if process.returncode:
-        raise SystemExit(process.returncode)
-    return json.loads(process.stdout.read()), fullest
-
-
-def _bytes(folder: Path) -> int:
-    total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_blocks * 512 if file.is_file() else 0
-        except FileNotFoundError:  # files come and go
-            continue
-    return total
-
-
 def show(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| shape | windows | predicted and real time | ratio | memory, the same | working folder, the same |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        said, took = row["predicted"], row["really"]
-        # Whether a base pays is not known before: a run that had none has to be the shorter one.
-        seconds = said["seconds" if row["based"] else "least_seconds"]
-        pairs = [(said[name], took[name]) for name in ("peak_memory_bytes", "work_bytes")]
-        bytes_ = " | ".join(f"{one / 1e9:.2f}, {two / 1e9:.2f} GB" for one, two in pairs)
-        lines.append(
-            f"| {row['shape']} | {row['windows']} x {row['seq_len']} | {seconds:.0f}, {took['seconds']:.0f} s "
-            f"| {seconds / took['seconds']:.2f} | {bytes_} |"
-        )
+        lines.append(f"| {row['shape']} | {row['windows']} x {row['seq_len']} | {beside_plan(row)} |")
     return "\n".join(lines)
 
 

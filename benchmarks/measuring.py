@@ -48,11 +48,12 @@ def silent() -> Console:
     return Console(file=io.StringIO())
 
 
-def perplexity(folder: Path, text: Path, seq_len: int = 256, scope: Scope | None = None) -> float:
-    """As `d2moe eval` says."""
-    return evaluate(
-        str(folder), Measure(as_text(text), seq_len), scope, lambda total: Steps(total, silent())
-    ).perplexity
+def perplexity(
+    folder: Path, text: Path, seq_len: int = 256, scope: Scope | None = None, windows: int | None = None
+) -> float:
+    """As `d2moe eval` says; windows: how many of the text's are drawn, None for all."""
+    measure = Measure(as_text(text), seq_len, windows)
+    return evaluate(str(folder), measure, scope, lambda total: Steps(total, silent())).perplexity
 
 
 def put_tables(page: Path, tables: dict[str, str]) -> None:

@@ -35,7 +35,7 @@ def d2moe(*arguments: str | Path) -> dict[str, Any]:
     """Run the command, showing it and its progress; returns its JSON."""
     shown = [str(a.relative_to(ROOT)) if isinstance(a, Path) and a.is_relative_to(ROOT) else str(a) for a in arguments]
     say(f"$ d2moe {' '.join(shown)}")
-    command = [Path(sys.executable).with_name("d2moe"), *shown, "--json"]
+    command = [str(Path(sys.executable).with_name("d2moe")), *shown, "--json"]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"demo: the command above failed with exit code {done.returncode}")
@@ -62,19 +62,19 @@ def compress() -> Path:
     return out
 
 
-def ask(server: Server, model: Path) -> None:
+def ask(server: Server, model: Path, prompt: str, question: str, tokens: int = 40) -> tuple[str, str]:
+    """A completion and an answer, both the likeliest, which are also said."""
     client = OpenAI(base_url=server.base_url, api_key="none")
-    prompt = "The `for` statement is used to"
-    completion = client.completions.create(model=str(model), prompt=prompt, max_tokens=40, temperature=0)
+    completion = client.completions.create(model=str(model), prompt=prompt, max_tokens=tokens, temperature=0)
     say(f"completion  {prompt!r}")
     say(f"        ->  {completion.choices[0].text!r}")
-    question = "What is a Python list?"
     chat = client.chat.completions.create(
-        model=str(model), messages=[{"role": "user", "content": question}], max_tokens=40, temperature=0
+        model=str(model), messages=[{"role": "user", "content": question}], max_tokens=tokens, temperature=0
     )
+    answer = chat.choices[0].message.content or ""
     say(f"chat        {question!r}")
-    say(f"        ->  {chat.choices[0].message.content!r}")
-    say("(a model of 4 M parameters: it has the form of English, not the sense)")
+    say(f"        ->  {answer!r}")
+    return completion.choices[0].text, answer
 
 
 def serve(out: Path) -> None:
@@ -87,7 +87,8 @@ def serve(out: Path) -> None:
     with server:
         say(f"  answering after {time.monotonic() - started:.0f} s")
         say()
-        ask(server, out)
+        ask(server, out, "The `for` statement is used to", "What is a Python list?")
+        say("(a model of 4 M parameters: it has the form of English, not the sense)")
     say()
     say("server stopped")
 
