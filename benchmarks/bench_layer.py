@@ -23,7 +23,7 @@ from layer_shapes import GROUPS, SCOPES, SHAPES, Shape, dense_expert_bytes, size
 from torch import Tensor
 
 from d2moe_vllm.ops import BACKENDS
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = BACKENDS["triton" if DEVICE == "cuda" else "cpu"]

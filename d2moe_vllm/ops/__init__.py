@@ -16,7 +16,7 @@ from torch import Tensor
 from d2moe_vllm.format.config import DENSE, PACKED, RAGGED, deltas_of_kind
 from d2moe_vllm.ops import cpu, reference, triton
 from d2moe_vllm.ops.packing import Packing
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 PARAMETERS = tuple(f"{half}_{field}" for half in ("w13", "w2") for field in Weights._fields)
 """The layer's own tensors, by their names in a vLLM layer; each may be None."""

@@ -1,4 +1,4 @@
-"""What one rank has of one MoE layer: sizes and spans, its parameters in ops.reference.Weights' layout, its LayerSpec.
+"""What one rank has of one MoE layer: sizes and spans, its parameters in ops.weights.Weights' layout, its LayerSpec.
 
 Knows neither vLLM nor any backend: a rank is (tensor-parallel rank and size, which experts are local). What there is,
 how large it is, what a rank has of it and how gate and up lie side by side, says the table of kinds.
@@ -22,7 +22,7 @@ from torch import Tensor
 from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, Layer, Storage
 from d2moe_vllm.format.kinds import HALVES, KINDS, SCALES, STORAGES, Kind, Role, is_cut
 from d2moe_vllm.ops.packing import Packing, row_sizes, to_bits
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec
 
 
 def packing(storage: Storage | None) -> Packing | None:
@@ -98,7 +98,7 @@ class Share:
     # Parameters
 
     def empty_parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Uninitialised parameters by name, in the layout of ops.reference.Weights, on the default device.
+        """Uninitialised parameters by name, in the layout of ops.weights.Weights, on the default device.
 
         dtype: of whatever has no storage of its own. Columns, norms and channels get valid values, because
         `--load-format dummy` leaves integers as they are.

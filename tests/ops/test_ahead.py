@@ -29,7 +29,7 @@ from moe_cases import CROWDED, crowd
 from moe_oracle import forward, kernel_arguments
 from d2moe_vllm.ops import choose_backend, cpu
 from d2moe_vllm.ops.cpu import compiler, library
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.weights import Weights
 print(*choose_backend("cpu"), compiler.compiled_ahead())
 for variant in CROWDED:
     for dtype, near in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):

@@ -17,7 +17,8 @@ from moe_oracle import kernel_arguments
 from test_cpu import DTYPES, in_float64, run
 
 from d2moe_vllm.ops import cpu
-from d2moe_vllm.ops.reference import LayerSpec, Weights, fused_experts
+from d2moe_vllm.ops.reference import fused_experts
+from d2moe_vllm.ops.weights import LayerSpec, Weights
 
 Case = tuple[list[Any], LayerSpec]
 BIG = {"tokens": 67, "hidden": 192, "intermediate": 80, "num_experts": 8, "rank": (48, 33)}

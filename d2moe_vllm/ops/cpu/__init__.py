@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2moe_vllm.ops.cpu.compiler import CompilerError
 from d2moe_vllm.ops.cpu.library import I64, Call, Half, load
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 __all__ = ["CompilerError", "fused_experts", "load", "missing", "pack"]
 
