@@ -44,7 +44,7 @@ __attribute__((noinline)) void finish(Function f, const float* from, i64 n, type
 
 // 16 NB elements of V of M experts before f, those of expert e at out + e * ld. w: the first of the bases' elements.
 template <class P, int M, int NB>
-void mix(const Mixers<P>& of, i64 m, const typename P::Element* w, Next<P> next, float* out, i64 ld) {
+void mix(const Mixers<P>& of, i64 m, const typename P::Element* w, Next next, float* out, i64 ld) {
   const i64 stride = LANES * m, whole = std::min(of.end, m / P::PAIR);
   Floats acc[M][NB] = {};
   Kernel<P>::template factor<M, NB>(
@@ -164,8 +164,8 @@ class Mixing {
       else if (more) after = bases(piece.j, piece.block, piece.step + piece.run);
       for (i64 t = 0; t < n; ++t) {
         // Every tile asks for its share of what is next, as in a product.
-        const i64 steps = after ? w_.mixed / P::PAIR : 0, begin = steps * t / n, end = steps * (t + 1) / n;
-        const Next<P> next{after + begin * LANES * P::PAIR, LANES * w_.mixed, end - begin, n};
+        const i64 size = i64(sizeof(Element)), lines = after ? w_.mixed / P::PAIR * LANES * P::PAIR * size / 64 : 0;
+        const Next next = Next{reinterpret_cast<const char*>(after), LANES * w_.mixed * size, lines}.share(t, n);
         with_rows<FACTOR_ROWS>(mixers[t].n, [&](auto m) {
           mix_block<decltype(m)::value>(piece, mixers[t], w, next, piece.of(t * FACTOR_ROWS, b));
         });
@@ -175,15 +175,15 @@ class Mixing {
 
   // One block for M experts.
   template <int M>
-  void mix_block(const Piece& piece, const Mixers<P>& of, const Element* w, Next<P> next, Element* to) const {
+  void mix_block(const Piece& piece, const Mixers<P>& of, const Element* w, Next next, Element* to) const {
     const i64 m = w_.mixed, groups = piece.steps * P::PAIR;
     float mixed[M * GROUPS * LANES];
     for (i64 first = 0; first < groups; first += GROUPS) {
       const i64 last = std::min(groups, first + GROUPS);
       i64 g = first;
       for (; g + 4 <= last; g += 4) {
-        Next<P> here = next;
-        if (here.steps) here.w += g * LANES * m;
+        Next here = next;
+        if (here.lines) here.w += g * LANES * m * i64(sizeof(Element));
         mix<P, M, 4>(of, m, w + g * LANES * m, here, mixed + (g - first) * LANES, GROUPS * LANES);
       }
       for (; g < last; ++g) mix<P, M, 1>(of, m, w + g * LANES * m, {}, mixed + (g - first) * LANES, GROUPS * LANES);
