@@ -128,7 +128,8 @@ class Dense:
     def __init__(self, shape: Shape) -> None:
         import vllm._custom_ops as ops
 
-        self.isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+        # Asks Linux for leave to use tiles: without it the first such instruction ends the process.
+        self.isa = "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "vec"
         self.run = ops.cpu_fused_moe
         hidden, inner, experts, _ = shape
         self.w13 = self._packed(ops, experts, 2 * inner, hidden)

@@ -236,13 +236,14 @@ class Share:
         own, down = [self.layer[role] for role in roles], roles == ("down",)
         first = own[0]
         used = first.used_columns if prune else first.kept_columns
+        used = self.size("in", roles[0]) if first.full_base else used // (self.tp_size if down else 1)
         # A delta's columns are shared out like the inputs that they name.
         columns = down and first.delta == "columns"
         return HalfSpec(
             ranks=tuple(one.rank // (self.tp_size if columns else 1) for one in own),
             base_ranks=tuple(one.base_rank for one in own),
             groups=self.config.pruning.groups // (self.tp_size if down else 1),
-            used=used // (self.tp_size if down else 1),
+            used=used,
             base=packing(first.base_storage),
             delta=packing(first.delta_storage),
             base_first=self.span("kept" if first.kept_columns else "in", roles[0])[0],

@@ -172,7 +172,7 @@ struct Codes {
       Floats (&sums)[M][NB]) {
     x += origin * M;
     begin -= origin, end -= origin, in -= origin;
-    auto ask = [&] { for (i64 i = 0; i < LINES; ++i) next.step<NB>(wait); };
+    auto ask = [&] { for (i64 i = 0; i < LINES; ++i) next.step<NB, 3>(wait); };
 #ifdef D2MOE_DPBF16
     if constexpr (P::PAIR == 2 && BITS < 8) {
       constexpr i64 PAIRS = INPUTS_OF_UNIT / 2;

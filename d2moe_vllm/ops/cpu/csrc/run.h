@@ -10,16 +10,10 @@
 #include <atomic>
 
 #include "mixed.h"
+#include "narrow.h"
 #include "shrink.h"
 
 namespace d2moe {
-
-// Of experts that keep some channels only, beside a base: which, and what is computed by the base's channels or theirs.
-struct Narrow {
-  std::vector<i32> channels;  // [experts in use, widest]
-  std::vector<float> z[2];    // the base's share of gate and up [slices of the base's channels, tokens, SLICE]
-  std::vector<float> h;       // of all pairs [pairs, widest], not rounded
-};
 
 // Inputs that a task of rearranging rows moves.
 constexpr i64 CHUNK = 1024;
@@ -194,7 +188,7 @@ class Run {
   void narrow_gate_up() {
     const Weights<P>& w = layer_.w13;
     Narrow& n = b_.narrow;
-    if (!layer_.channels) {
+    if (!layer_.channels) {  // no base
       static const float none[SLICE] = {};
       parallel_(ceil_div(widest_, SLICE), [&](i64 task) {
         experts_slice(task * SLICE, [](i64, i64, i64, int) { return &none[0]; });
@@ -202,7 +196,7 @@ class Run {
       return;
     }
     const i64 out = layer_.intermediate, tokens = batch_.tokens;
-    find_channels();
+    n.find_channels(layer_, r_, widest_, parallel_);
     for (auto& z : n.z) z.resize(ceil_div(out, SLICE) * tokens * SLICE);
     in_slices(w, out, [&](i64 first, i64 end) {
       for (int j = 0; j < 2; ++j)
@@ -211,43 +205,12 @@ class Run {
     n.h.resize(mix_step_ ? r_.all() * widest_ : 0);
     parallel_(ceil_div(widest_, SLICE), [&](i64 task) {
       thread_local float own[2][SLICE];
-      const i64 first = task * SLICE;
-      experts_slice(first, [&](i64 number, i64 token, i64 width, int j) {
-        const i32* channels = n.channels.data() + number * widest_ + first;
-        for (i64 i = 0; i < std::min(SLICE, width - first); ++i)
-          own[j][i] = n.z[j][(channels[i] / SLICE * tokens + token) * SLICE + channels[i] % SLICE];
+      experts_slice(task * SLICE, [&](i64 number, i64 token, i64 width, int j) {
+        n.gather(number, token, j, task * SLICE, width, tokens, own[j]);
         return &own[j][0];
       });
     });
-    if (mix_step_) parallel_(ceil_div(out, CHUNK), [&](i64 task) { mix_narrow(task * CHUNK, std::min(out, (task + 1) * CHUNK)); });
-  }
-
-  void find_channels() {
-    Narrow& n = b_.narrow;
-    n.channels.resize(i64(r_.active.size()) * widest_);
-    parallel_(i64(r_.active.size()), [&](i64 number) {
-      const std::uint8_t* bits = layer_.channels + r_.active[number] * ceil_div(layer_.intermediate, 8);
-      i32* to = n.channels.data() + number * widest_;
-      i64 left = layer_.width(r_.active[number]);
-      for (i64 c = 0; c < layer_.intermediate && left; ++c)
-        if (bits[c / 8] >> c % 8 & 1) *to++ = i32(c), --left;
-    });
-  }
-
-  // Channels first .. end of the mix, expert by expert as elsewhere.
-  void mix_narrow(i64 first, i64 end) {
-    const Narrow& n = b_.narrow;
-    for (i64 t = 0; t < batch_.tokens; ++t) std::fill(&b_.mix[t * mix_step_ + first], &b_.mix[t * mix_step_] + end, 0.0f);
-    for (i64 number = 0; number < i64(r_.active.size()); ++number) {
-      const i64 e = r_.active[number];
-      const i32* channels = n.channels.data() + number * widest_;
-      const i32 *last = channels + layer_.width(e), *from = std::lower_bound(channels, last, i32(first));
-      const i32* to = std::lower_bound(from, last, i32(end));
-      for (i64 p = r_.starts[e]; p < r_.starts[e + 1]; ++p) {
-        float* mix = &b_.mix[r_.pairs[p].token * mix_step_];
-        for (const i32* c = from; c < to; ++c) mix[*c] += r_.pairs[p].gate * n.h[p * widest_ + (c - channels)];
-      }
-    }
+    if (mix_step_) n.mix(layer_, r_, tokens, mix_step_, parallel_, b_.mix.data());
   }
 
   // h of all pairs, channels first .. first + SLICE of theirs, and, where all experts have all channels, the mix.
