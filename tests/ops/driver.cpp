@@ -64,11 +64,12 @@ struct Owned {
   }
 
   // Bases of which V's are mixed.
-  typename P::Element* mixed(i64 m, i64 out, i64 k) {
+  Factors<P> mixed(Storage how, i64 m, i64 out, i64 k) {
+    if (how.bits) return factors(how, m, out, k);
     const i64 strides[] = {out * k, k, 1};
     auto *bases = values(m * out * k, 0.5f), *packed = values(m * packed_size<P>(out, k), 0);
     for (i64 block = 0; block < ceil_div(out, LANES); ++block) pack_mixed<P>(bases, strides, m, out, k, block, packed);
-    return packed;
+    return Factor<P>{reinterpret_cast<const char*>(packed), nullptr, {}, out, k, 0};
   }
 
   Factor<P> base(Storage how, i64 out, i64 kept, bool by_columns) {
@@ -195,7 +196,7 @@ bool one(int number) {
     if (kind == 3 && half == 0 && below(2)) {
       w.mixed = 1 + below(70);
       w.function = Function(below(2));
-      for (int j = 0; j < 2; ++j) w.bases[j] = own.mixed(w.mixed, w.rank[j], in);
+      for (int j = 0; j < 2; ++j) w.bases[j] = own.mixed(of_delta, w.mixed, w.rank[j], in);
       w.alpha = zeros_between(own.values(layer.experts * 2 * w.mixed, 0.3f), layer.experts * 2, w.mixed);
     } else if (kind == 3) {
       w.whole = true;

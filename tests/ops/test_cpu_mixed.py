@@ -155,7 +155,6 @@ def refused(words: str, change: Any) -> None:
 def test_what_no_checkpoint_has_is_refused() -> None:
     """Not left out of the sum."""
     refused("bases are for gate and up alone", lambda w13, w2: (w13, w2._replace(bases=w13.bases)))
-    refused("no kernel for packed bases", lambda w13, w2: (w13._replace(bases_scales=w13.bases), w2))
     refused("bases need a and alpha", lambda w13, w2: (w13._replace(alpha=None), w2))
     refused("bases need a and alpha", lambda w13, w2: (w13._replace(bases=None), w2))
 

@@ -138,7 +138,7 @@ def _half(weights: Weights, half: HalfSpec, spec: LayerSpec, whole: tuple[int, .
         base=_matrices(weights.base, weights.base_scales, half.base, half.base_first),
         base_u=_matrices(weights.base_u, weights.base_u_scales, half.base),
         base_v=_matrices(weights.base_v, weights.base_v_scales, half.base, half.base_first),
-        bases=_pointer(weights.bases),
+        bases=_matrices(weights.bases, weights.bases_scales, half.delta),
         alpha=_pointer(weights.alpha),
         columns=_pointer(weights.delta_columns),
         u_index=_pointer(weights.u_index if widths is None else widths.places),

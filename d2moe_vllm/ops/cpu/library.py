@@ -30,8 +30,8 @@ class Half(ctypes.Structure):
     """`HalfC` of api.cpp."""
 
     _fields_ = [
-        *((name, Matrices) for name in ("u", "v", "base", "base_u", "base_v")),
-        *((name, POINTER) for name in ("bases", "alpha")),
+        *((name, Matrices) for name in ("u", "v", "base", "base_u", "base_v", "bases")),
+        ("alpha", POINTER),
         *((name, POINTER) for name in ("columns", "u_index", "v_index", "base_columns", "base_norms")),
         *((name, I64) for name in ("u_bytes", "kept", "used", "groups", "shared_v", "by_columns", "selects")),
         *((name, I64) for name in ("whole", "mixed", "function")),

@@ -34,7 +34,7 @@ def pack(w13: Weights, w2: Weights, spec: LayerSpec) -> tuple[Weights, Weights]:
 
     `fused_experts` has to be given the same spec. What is packed takes the storage of the original where both have one
     size: packing then needs the room of one tensor more for a moment, and none afterwards.
-    Raises ValueError for weights that no checkpoint has, or that there is no kernel for.
+    Raises ValueError for weights that no checkpoint has.
     """
     refuse_unknown(w13, w2)
     hidden = _hidden_size(w2, spec)
@@ -47,8 +47,6 @@ def refuse_unknown(w13: Weights, w2: Weights) -> None:
         raise ValueError("bases are for gate and up alone")
     if any((kind is None) != (w13.bases is None) for kind in (w13.alpha, w13.a)):
         raise ValueError("bases need a and alpha, and the other way round")
-    if w13.bases_scales is not None:
-        raise ValueError("there is no kernel for packed bases that V's are mixed from")
 
 
 def selects(weights: Weights, half: HalfSpec, scope: str) -> bool:
@@ -113,8 +111,14 @@ class _Half:
             else:
                 factors = self._flat(values, scales, rows, parts, inputs, first)
             found |= _packed(name, values, scales, half.delta, factors)
-        if weights.bases is not None:
+        if weights.bases is not None and half.delta is None:
             found["bases"] = _pack_mixed(weights.bases, half.ranks)
+        elif weights.bases is not None:
+            # [m, gate's rows and then up's, ...]
+            assert weights.bases_scales is not None
+            both = (tensor.split(list(half.ranks), dim=1) for tensor in (weights.bases, weights.bases_scales))
+            factors = [_Factors(values, scales, self.hidden) for values, scales in zip(*both, strict=True)]
+            found |= _packed("bases", weights.bases, weights.bases_scales, half.delta, factors)
         found |= self._of_layer("shared_v", half.delta, (self.inputs,), half.delta_first)
         found |= self._of_layer("base_u", half.base, half.base_ranks)
         found |= self._of_layer("base_v", half.base, (self.inputs,), half.base_first)

@@ -21,8 +21,8 @@ struct MatricesC {
 
 // One half's tensors and sizes; null and 0 where there is none. parts: gate and up, or down alone.
 struct HalfC {
-  MatricesC u, v, base, base_u, base_v;
-  const void *bases, *alpha;
+  MatricesC u, v, base, base_u, base_v, bases;
+  const void* alpha;
   const i32 *columns, *u_index, *v_index, *base_columns;
   const float* base_norms;
   i64 u_bytes, kept, used, groups, shared_v, by_columns, selects, whole, mixed, function;  // u_bytes: of all of u
@@ -118,8 +118,8 @@ Weights<P> weights(const CallC& call, const HalfC& half, int parts, i64 out, i64
       w.base_u[j] = base_u;
       base_u = behind(base_u, 1, out, 0);
     }
-    const i64 of_first = half.mixed * packed_size<P>(half.rank[0], in);
-    if (half.bases) w.bases[j] = static_cast<const E*>(half.bases) + (j ? of_first : 0);
+    const Factor<P> basis = factor<P>(half.bases, half.rank[0], in);
+    if (half.bases.data) w.bases[j] = j ? behind(basis, half.mixed, half.rank[1], in) : basis;
   }
   w.columns = half.columns;
   w.shared_v = half.shared_v != 0;

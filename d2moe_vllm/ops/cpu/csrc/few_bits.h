@@ -202,6 +202,21 @@ struct Codes {
   }
 };
 
+// A block of 16 outputs of a factor in codes, weight by weight.
+template <class P, int BITS>
+struct Opened {
+  Factor<P> f;
+
+  // Of an input, 0 beyond the last.
+  Floats operator()(i64 input) const {
+    if (input >= f.in) return Floats{};
+    const Groups groups = f.groups();
+    const i64 g = (input + groups.within) / groups.group, at = input - groups.origin(g), inputs = unit_inputs(BITS);
+    const char* unit = f.w + (groups.unit(g, BITS) + at / inputs) * unit_bytes(BITS);
+    return Codes<BITS>::weights(unit, at % inputs) * Kernel<BFloat16>::widen(f.scales + g * LANES);
+  }
+};
+
 // out[m][0 .. 16 NB) += x w^T for a tile of M rows over some groups.
 template <class P, int BITS, int M, int NB>
 void codes_tile(const typename P::Input* x, const Factor<P>& f, i64 first, i64 last, Next next, float* out, i64 ld) {

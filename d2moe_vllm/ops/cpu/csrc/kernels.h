@@ -116,6 +116,12 @@ struct Kernel<BFloat16> {
 #endif
   }
 
+  // In the lower half of each word, for what is no NaN.
+  static Words rounded(Floats v) {
+    const Words w = bits<Words>(v);
+    return (w + 0x7fffu + ((w >> 16) & 1)) >> 16;
+  }
+
   static std::uint32_t pair(const Input* x) {
     std::uint32_t both;
     std::memcpy(&both, x, 4);

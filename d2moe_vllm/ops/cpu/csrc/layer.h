@@ -30,7 +30,7 @@ struct Weights {
   Factor<P> base_u[2], base_v;
   i64 base_rank[2] = {};
   bool whole = false;           // u is the expert's matrix itself, rank its inputs, at most
-  const Element* bases[2] = {}; // instead of v: [rank[j], in] times `mixed` together, packed as in mixed.h
+  Factors<P> bases[2];          // instead of v: `mixed` of [rank[j], in], as elements packed together as in mixed.h
   const Element* alpha = nullptr; // [experts, 2 * mixed]
   i64 mixed = 0;
   Function function = Function::silu;
