@@ -3,7 +3,8 @@ layer, interleaved in one run.
 
 Random bfloat16 weights and routing. A table on stdout, all rows in build/bench/layer.json. byte_ratio is what the dense
 layer's experts in use weigh over what ours read for the same routing: the limit of the speed-up where reading weights
-is what takes the time.
+is what takes the time. After the rows of low-rank deltas in bfloat16, by ratio and scope, those of whole matrices of
+few bits, by storage: ratio then is what of the dense layer's bytes is gone.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import torch
 from layer_shapes import GROUPS, SCOPES, SHAPES, Shape, dense_expert_bytes, sizes
 from torch import Tensor
 
+from d2moe_vllm.format.config import PACKED
 from d2moe_vllm.ops import BACKENDS
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.packing import Packing
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = BACKENDS["triton" if DEVICE == "cuda" else "cpu"]
@@ -76,13 +79,57 @@ class Ours:
         return OURS.fused_experts(x, gates, ids, *self.halves, None, self.spec)
 
 
+ZERO = {8: 128, 4: 8, 3: 3.5, 2: 1.5}
+GROUP = 64
+STORAGES = {
+    "int8": (None, 8),
+    "int4": (None, 4),
+    "int3": (None, 3),
+    "int2": (None, 2),
+    "base int4, delta int2": (4, 2),
+}
+"""Bits of a base, and of each expert's own matrices."""
+
+
+class Few:
+    """A layer of whole matrices of few bits, gate, up and down alike, packed."""
+
+    def __init__(self, shape: Shape, storage: str) -> None:
+        hidden, inner, experts, _ = shape
+        base, delta = (None if bits is None else Packing(bits, ZERO[bits], GROUP) for bits in STORAGES[storage])
+        halves, self.base_bytes, self.expert_bytes = [], 0, 0
+        for inputs, outputs, parts in ((hidden, inner, 2), (inner, hidden, 1)):
+            dense, dense_scales = self._matrices(delta, experts, parts * outputs, inputs)
+            self.expert_bytes += (dense.nbytes + dense_scales.nbytes) // experts
+            own = {"dense": dense, "dense_scales": dense_scales}
+            if base is not None:
+                one, scales = self._matrices(base, parts * outputs, inputs)
+                own |= {"base": one, "base_scales": scales}
+                self.base_bytes += one.nbytes + scales.nbytes
+            halves.append(Weights(**own))
+        specs = (HalfSpec((0,) * parts, groups=GROUPS, base=base, delta=delta) for parts in (2, 1))
+        self.spec = LayerSpec(experts, inner, *specs, activation="silu", scope="off")
+        self.halves = halves if OURS.pack is None else OURS.pack(*halves, self.spec)
+
+    def _matrices(self, how: Packing | None, *size: int) -> tuple[Tensor, Tensor]:
+        assert how is not None
+        *rows, inputs = size
+        codes = torch.randint(0, 256, (*rows, how.row_bytes(inputs)), dtype=torch.uint8)
+        scale = inputs**-0.5 / 2 ** (how.bits - 1)
+        return codes, (torch.rand(*rows, how.row_groups(inputs)) + 0.5).mul_(scale).bfloat16()
+
+    def __call__(self, x: Tensor, gates: Tensor, ids: Tensor) -> Tensor:
+        return OURS.fused_experts(x, gates, ids, *self.halves, None, self.spec)
+
+
 class Dense:
     """vLLM's own kernel for CPUs without AMX, or with it, on its own packed weights."""
 
     def __init__(self, shape: Shape) -> None:
         import vllm._custom_ops as ops
 
-        self.isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+        # Asks Linux for leave to use tiles: without it the first such instruction ends the process.
+        self.isa = "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "vec"
         self.run = ops.cpu_fused_moe
         hidden, inner, experts, _ = shape
         self.w13 = self._packed(ops, experts, 2 * inner, hidden)
@@ -117,8 +164,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 1024])
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.4, 0.6, 0.8])
+    parser.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.4, 0.6, 0.8])
     parser.add_argument("--scopes", nargs="+", default=list(SCOPES), choices=SCOPES)
+    parser.add_argument(
+        "--storages", nargs="*", default=[] if OURS.lacks >= {PACKED} else list(STORAGES), choices=STORAGES
+    )
     parser.add_argument("--seconds", type=float, default=1.5, help="per row")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -126,7 +176,7 @@ def main() -> None:
     OUT.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     titles = ("dense ms", "ours ms", "speed-up", "bytes", "of limit", "GB/s")
-    print(f"{'shape':16} {'ratio':>5} {'scope':>5} {'tokens':>6}", *(f"{title:>8}" for title in titles))
+    print(f"{'shape':16} {'storage':21} {'ratio':>5} {'scope':>5} {'tokens':>6}", *(f"{title:>8}" for title in titles))
     for name in arguments.shapes:
         shape = SHAPES[name]
         dense = layer_gpu.Dense(shape) if DEVICE == "cuda" else Dense(shape)
@@ -136,17 +186,24 @@ def main() -> None:
                 for tokens in arguments.tokens:
                     rows.append(measure(name, shape, dense, ours, ratio, scope, tokens, arguments.seconds))
                     OUT.write_text(json.dumps(rows, indent=1))
+        for storage in arguments.storages:
+            few = Few(shape, storage)
+            ratio = 1 - (few.base_bytes / shape.experts + few.expert_bytes) / dense_expert_bytes(shape)
+            for tokens in arguments.tokens:
+                rows.append(measure(name, shape, dense, few, ratio, "off", tokens, arguments.seconds, storage))
+                OUT.write_text(json.dumps(rows, indent=1))
 
 
 def measure(
     name: str,
     shape: Shape,
     dense: Callable[..., Tensor],
-    ours: Ours,
+    ours: Ours | Few,
     ratio: float,
     scope: str,
     tokens: int,
     seconds: float,
+    storage: str = "bfloat16",
 ) -> dict[str, Any]:
     x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16)
     ids = torch.stack([torch.randperm(shape.experts)[: shape.top_k] for _ in range(tokens)]).int()
@@ -157,7 +214,7 @@ def measure(
     our_bytes = ours.base_bytes + active * ours.expert_bytes
     median = {key: statistics.median(values) for key, values in times.items()}
     row = {
-        "shape": name, "tokens": tokens, "ratio": ratio, "scope": scope,
+        "shape": name, "tokens": tokens, "ratio": ratio, "scope": scope, "storage": storage,
         "dense_ms": median["dense"], "ours_ms": median["ours"], "speedup": median["dense"] / median["ours"],
         "byte_ratio": dense_bytes / our_bytes, "bytes_read": our_bytes,
         "gb_per_s": our_bytes / median["ours"] / 1e6, "dense_gb_per_s": dense_bytes / median["dense"] / 1e6,
@@ -166,7 +223,11 @@ def measure(
     }  # fmt: skip
     row["limit_reached"] = row["speedup"] / row["byte_ratio"]
     figures = (row[key] for key in ("dense_ms", "ours_ms", "speedup", "byte_ratio", "limit_reached", "gb_per_s"))
-    print(f"{name:16} {ratio:5.0%} {scope:>5} {tokens:6}", *(f"{figure:8.2f}" for figure in figures), flush=True)
+    print(
+        f"{name:16} {storage:21} {ratio:5.0%} {scope:>5} {tokens:6}",
+        *(f"{figure:8.2f}" for figure in figures),
+        flush=True,
+    )
     return row
 
 

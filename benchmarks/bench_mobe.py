@@ -23,7 +23,7 @@ from layer_shapes import BYTES, SHAPES, Shape, dense_expert_bytes, multiple
 from torch import Tensor
 
 from d2moe_vllm.ops import cpu, reference
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "mobe.json"
 TOLERANCE = 0.02

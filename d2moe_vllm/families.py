@@ -21,6 +21,7 @@ _INLINED = (
     "hf/modeling_deepseek.py",
     "configuration_deepseek.py",
     "ops/reference.py",
+    "ops/weights.py",
     "ops/packing.py",
     "format/kinds.py",
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 
 @dataclass

@@ -28,7 +28,8 @@ from d2moe_vllm.format.kinds import (
     width,
 )
 from d2moe_vllm.ops.packing import Packing, from_bits, to_bits, unpacked
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights, fused_experts
+from d2moe_vllm.ops.reference import fused_experts
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 _INTEGERS = {"I32": torch.int32, "U8": torch.uint8}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from d2moe_vllm.format.config import DENSE, PACKED, RAGGED, deltas_of_kind
 from d2moe_vllm.ops import cpu, reference, triton
 from d2moe_vllm.ops.packing import Packing
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 PARAMETERS = tuple(f"{half}_{field}" for half in ("w13", "w2") for field in Weights._fields)
 """The layer's own tensors, by their names in a vLLM layer; each may be None."""
@@ -42,11 +42,16 @@ class Backend(NamedTuple):
     lacks: frozenset[str] = frozenset()
 
 
-_NO_KERNEL = frozenset({PACKED, RAGGED, DENSE})
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing, lacks=_NO_KERNEL),
+    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing),
     # ROCm's devices are "cuda" to torch, too.
-    "triton": Backend(triton.fused_experts, ("cuda",), missing=triton.missing, check=True, lacks=_NO_KERNEL),
+    "triton": Backend(
+        triton.fused_experts,
+        ("cuda",),
+        missing=triton.missing,
+        check=True,
+        lacks=frozenset({PACKED, RAGGED, DENSE}),
+    ),
     "reference": Backend(reference.fused_experts),
 }
 """By preference."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm import ops
-from d2moe_vllm.ops.reference import LayerSpec
+from d2moe_vllm.ops.weights import LayerSpec
 
 ROWS = (1, 17, 300)
 """Batches to compare: backends treat one token, a few and many differently."""

@@ -1,4 +1,4 @@
-"""What one rank has of one MoE layer: sizes and spans, its parameters in ops.reference.Weights' layout, its LayerSpec.
+"""What one rank has of one MoE layer: sizes and spans, its parameters in ops.weights.Weights' layout, its LayerSpec.
 
 Knows neither vLLM nor any backend: a rank is (tensor-parallel rank and size, which experts are local). What there is,
 how large it is, what a rank has of it and how gate and up lie side by side, says the table of kinds.
@@ -22,7 +22,7 @@ from torch import Tensor
 from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, Layer, Storage
 from d2moe_vllm.format.kinds import HALVES, KINDS, SCALES, STORAGES, Kind, Role, is_cut
 from d2moe_vllm.ops.packing import Packing, row_sizes, to_bits
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec
 
 
 def packing(storage: Storage | None) -> Packing | None:
@@ -98,7 +98,7 @@ class Share:
     # Parameters
 
     def empty_parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Uninitialised parameters by name, in the layout of ops.reference.Weights, on the default device.
+        """Uninitialised parameters by name, in the layout of ops.weights.Weights, on the default device.
 
         dtype: of whatever has no storage of its own. Columns, norms and channels get valid values, because
         `--load-format dummy` leaves integers as they are.
@@ -236,13 +236,14 @@ class Share:
         own, down = [self.layer[role] for role in roles], roles == ("down",)
         first = own[0]
         used = first.used_columns if prune else first.kept_columns
+        used = self.size("in", roles[0]) if first.full_base else used // (self.tp_size if down else 1)
         # A delta's columns are shared out like the inputs that they name.
         columns = down and first.delta == "columns"
         return HalfSpec(
             ranks=tuple(one.rank // (self.tp_size if columns else 1) for one in own),
             base_ranks=tuple(one.base_rank for one in own),
             groups=self.config.pruning.groups // (self.tp_size if down else 1),
-            used=used // (self.tp_size if down else 1),
+            used=used,
             base=packing(first.base_storage),
             delta=packing(first.delta_storage),
             base_first=self.span("kept" if first.kept_columns else "in", roles[0])[0],

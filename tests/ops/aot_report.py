@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import aot
 from layer_shapes import SHAPES, Shape
 
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 from d2moe_vllm.ops.triton import layer, tiles
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 """Of A100, H100, B200: how sums are split depends on them."""

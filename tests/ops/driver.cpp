@@ -27,26 +27,56 @@ struct Owned {
     return memory.back().get();
   }
 
-  typename P::Element* factors(i64 places, i64 out, i64 k) {
-    auto* packed = values(places * packed_size<P>(out, k), 0);
-    for (i64 d = 0; d < places; ++d)
-      pack_factor<P>(values(out * k, 0.3f), k, 1, out, k, packed + d * packed_size<P>(out, k));
-    return packed;
+  std::vector<std::unique_ptr<char[]>> bytes;
+
+  char* room(i64 n) {
+    bytes.emplace_back(new char[n]);
+    return bytes.back().get();
+  }
+
+  // One factor, of numbers or of codes, among them all that there are.
+  Factor<P> factor(Storage how, i64 out, i64 k, i64 first = 0) {
+    Factor<P> f{nullptr, nullptr, how, out, k, how.bits ? first : 0};
+    char* packed = room(f.bytes());
+    f.w = packed;
+    if (!how.bits) {
+      pack_factor<P>(values(out * k, 0.3f), k, 1, out, k, reinterpret_cast<typename P::Element*>(packed));
+      return f;
+    }
+    const i64 row = ceil_div(k * how.bits, 8), groups = f.groups().count();
+    auto* codes = reinterpret_cast<std::uint8_t*>(room(out * row));
+    for (i64 i = 0; i < out * row; ++i) codes[i] = std::uint8_t(random_bits());
+    auto* scales = reinterpret_cast<std::uint16_t*>(room(out * groups * 2));
+    for (i64 i = 0; i < out * groups; ++i) scales[i] = to_bf16(0.1f * float(below(20)) / float(1 << how.bits));
+    auto* to_scales = reinterpret_cast<std::uint16_t*>(room(f.scale_count() * 2));
+    for (i64 block = 0; block < ceil_div(out, LANES); ++block)
+      pack_codes(f, codes, row, scales, groups, block, packed, to_scales);
+    f.scales = to_scales;
+    return f;
+  }
+
+  // Several of one size.
+  Factors<P> factors(Storage how, i64 places, i64 out, i64 k, i64 first = 0) {
+    Factors<P> all;
+    for (i64 d = 0; d < places; ++d) all.each.push_back(factor(how, out, k, first));
+    all.first = all.each[0];
+    return all;
   }
 
   // Bases of which V's are mixed.
-  typename P::Element* mixed(i64 m, i64 out, i64 k) {
+  Factors<P> mixed(Storage how, i64 m, i64 out, i64 k) {
+    if (how.bits) return factors(how, m, out, k);
     const i64 strides[] = {out * k, k, 1};
     auto *bases = values(m * out * k, 0.5f), *packed = values(m * packed_size<P>(out, k), 0);
     for (i64 block = 0; block < ceil_div(out, LANES); ++block) pack_mixed<P>(bases, strides, m, out, k, block, packed);
-    return packed;
+    return Factor<P>{reinterpret_cast<const char*>(packed), nullptr, {}, out, k, 0};
   }
 
-  typename P::Element* base(i64 out, i64 kept, bool by_columns) {
-    if (!by_columns) return factors(1, out, kept);
+  Factor<P> base(Storage how, i64 out, i64 kept, bool by_columns) {
+    if (!by_columns) return factor(how, out, kept, below(100));
     auto* packed = values(packed_base_size<P>(out, kept), 0);
     pack_base<P>(values(out * kept, 0.2f), out, out, kept, packed);
-    return packed;
+    return {reinterpret_cast<const char*>(packed), nullptr, {}, out, kept, 0};
   }
 };
 
@@ -94,6 +124,28 @@ Parallel on_threads(int count) {
   };
 }
 
+// One half of a layer whose experts keep some channels: dense or factors, on a full base or on none.
+template <class P>
+void narrow_half(Owned<P>& own, const Layer<P>& layer, Weights<P>& w, int half, Storage of_delta, Storage of_base, bool based) {
+  const int parts = half ? 1 : 2;
+  const i64 hidden = layer.hidden, channels = layer.intermediate;
+  w.whole = below(2);
+  for (int j = 0; j < parts; ++j) w.rank[j] = !w.whole ? 1 + below(40) : half ? layer.widest() : hidden;
+  for (i64 e = 0; e < layer.experts; ++e) {
+    const i64 width = layer.widths[e], skipped = below(100);
+    for (int j = 0; j < parts; ++j) {
+      const i64 in = w.whole && half ? width : w.rank[j];
+      w.u[j].each.push_back(own.factor(of_delta, half ? hidden : width, in, w.whole && half ? skipped : 0));
+      w.u[j].first = w.u[j].each[0];
+    }
+    if (w.whole) continue;
+    w.v.each.push_back(own.factor(of_delta, w.ranks(), half ? width : hidden, half ? skipped : 0));
+    w.v.first = w.v.each[0];
+  }
+  for (int j = 0; j < parts && based; ++j) w.base[j] = own.base(of_base, half ? hidden : channels, half ? channels : hidden, false);
+  w.kept = half ? channels : hidden;
+}
+
 template <class P>
 bool one(int number) {
   Owned<P> own;
@@ -109,33 +161,46 @@ bool one(int number) {
   std::vector<i32> index(layer.experts), columns[2], deltas[2];
   std::vector<float> norms(layer.hidden + layer.intermediate, 1.0f);
   const bool trimmed = below(3) == 0;
+  // Few bits, and experts that keep some channels, some of them none.
+  auto storage = [] { return below(2) ? Storage{} : Storage{(const i64[]){8, 4, 3, 2}[below(4)], 32 << below(3)}; };
+  std::vector<i32> widths;
+  const bool narrow = number % 4 == 3, based = below(2);
+  if (narrow) {
+    for (i64 e = 0; e < layer.experts; ++e) widths.push_back(i32(below(4) ? 1 + below(layer.intermediate) : 0));
+    layer.widths = widths.data();
+  }
   for (i64 e = 0; e < layer.experts; ++e) index[e] = trimmed && below(2) ? -1 : i32(e);
   for (int half = 0; half < 2; ++half) {
     Weights<P>& w = half ? layer.w2 : layer.w13;
     const i64 in = half ? layer.intermediate : layer.hidden, out = half ? layer.hidden : layer.intermediate;
     const int parts = half ? 1 : 2;
+    const Storage of_delta = storage(), of_base = storage();
+    if (narrow) {
+      narrow_half(own, layer, w, half, of_delta, of_base, based);
+      if (trimmed && based) w.u_index = w.v_index = index.data();
+      continue;
+    }
     for (int j = 0; j < parts; ++j) {
       w.rank[j] = 1 + below(ranks);
-      w.u[j] = own.factors(layer.experts, out, w.rank[j]);
+      w.u[j] = own.factors(of_delta, layer.experts, out, w.rank[j]);
     }
     // The last kind: mixed from bases, or whole.
     const i64 kind = below(trimmed ? 3 : 4);
     if (trimmed) w.u_index = w.v_index = index.data();
-    if (kind == 0) w.v = own.factors(layer.experts, w.ranks(), in);
-    if (kind == 1) w.v = own.factors(1, w.ranks(), in), w.shared_v = true;
+    if (kind == 0) w.v = own.factors(of_delta, layer.experts, w.ranks(), in, below(100));
+    if (kind == 1) w.v = own.factors(of_delta, 1, w.ranks(), in), w.shared_v = true;
     if (kind == 2) {
       for (i64 i = 0; i < layer.experts * w.ranks(); ++i) deltas[half].push_back(i32(below(in)));
       w.columns = deltas[half].data();
     }
-    if (kind == 3 && half == 0) {
+    if (kind == 3 && half == 0 && below(2)) {
       w.mixed = 1 + below(70);
       w.function = Function(below(2));
-      for (int j = 0; j < 2; ++j) w.bases[j] = own.mixed(w.mixed, w.rank[j], in);
+      for (int j = 0; j < 2; ++j) w.bases[j] = own.mixed(of_delta, w.mixed, w.rank[j], in);
       w.alpha = zeros_between(own.values(layer.experts * 2 * w.mixed, 0.3f), layer.experts * 2, w.mixed);
     } else if (kind == 3) {
       w.whole = true;
-      w.rank[0] = in;
-      w.u[0] = own.factors(layer.experts, out, in);
+      for (int j = 0; j < parts; ++j) w.rank[j] = in, w.u[j] = own.factors(of_delta, layer.experts, out, in, below(100));
     }
     const i64 base = below(3);
     if (base == 0) {
@@ -145,14 +210,21 @@ bool one(int number) {
       for (i64 i = 0; i < w.kept; ++i) columns[half].push_back(i32(i));
       w.base_columns = columns[half].data();
       w.base_norms = norms.data();
-      w.by_columns = layer.scope != Scope::off && w.used < w.kept;
-      for (int j = 0; j < parts; ++j) w.base[j] = own.base(out, w.kept, w.by_columns);
+      w.selects = layer.scope != Scope::off && w.used < w.kept;
+      w.by_columns = w.selects && !of_base.bits;
+      for (int j = 0; j < parts; ++j) w.base[j] = own.base(of_base, out, w.kept, w.by_columns);
     } else if (base == 1 || trimmed) {
       for (int j = 0; j < parts; ++j) w.base_rank[j] = 1 + below(9);
-      for (int j = 0; j < parts; ++j) w.base_u[j] = own.factors(1, out, w.base_rank[j]);
-      w.base_v = own.factors(1, w.base_ranks(), in);
+      for (int j = 0; j < parts; ++j) w.base_u[j] = own.factor(of_base, out, w.base_rank[j]);
+      w.base_v = own.factor(of_base, w.base_ranks(), in, below(100));
     }
   }
+  // Which channels: the first ones.
+  std::vector<std::uint8_t> channels(layer.experts * ceil_div(layer.intermediate, 8));
+  for (i64 e = 0; narrow && e < layer.experts; ++e)
+    for (i64 c = 0; c < widths[e]; ++c) channels[e * ceil_div(layer.intermediate, 8) + c / 8] |= 1 << c % 8;
+  if (narrow && based) layer.channels = channels.data();
+  else if (narrow) layer.intermediate = 0;
   Batch<P> batch;
   batch.tokens = 1 + below(40);
   batch.top_k = 1 + below(layer.experts);

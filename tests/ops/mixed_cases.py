@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from moe_oracle import silu
 
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 FUNCTIONS = {"silu": silu, "tanh": np.tanh}
 

@@ -22,14 +22,16 @@ WITHOUT_COMPILER = {"CXX": "/nowhere/c++", "D2MOE_CACHE": "/proc/nowhere"}
 
 pytestmark = pytest.mark.skipif(not ABLE, reason="nothing is compiled ahead of time for this processor")
 
-# Every variant of the format, against the float64 oracle.
+# Every variant of the format, against the float64 oracle; of few bits also rows in other company, bit by bit.
 CHECK = """
-import numpy, torch
+import dataclasses, numpy, torch
+import few_cases
+from test_cpu_few import LAYERS
 from moe_cases import CROWDED, crowd
 from moe_oracle import forward, kernel_arguments
 from d2moe_vllm.ops import choose_backend, cpu
 from d2moe_vllm.ops.cpu import compiler, library
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.weights import Weights
 print(*choose_backend("cpu"), compiler.compiled_ahead())
 for variant in CROWDED:
     for dtype, near in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
@@ -39,6 +41,18 @@ for variant in CROWDED:
         y = cpu.fused_experts(*arguments[:3], *packed, arguments[5], spec).double().numpy()
         exact = forward(case)
         assert numpy.linalg.norm(y - exact) <= near * numpy.linalg.norm(exact), (variant, dtype)
+for name, few in LAYERS.items():
+    for dtype, near in ((torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 0.02)):
+        few = dataclasses.replace(few, dtype=dtype)
+        made = few_cases.make(few)
+        arguments, spec = made.arguments, made.spec
+        packed = cpu.pack(*arguments[3:5], spec)
+        y = cpu.fused_experts(*arguments[:3], *packed, arguments[5], spec).double().numpy()
+        exact = few_cases.forward(few, made)
+        assert numpy.linalg.norm(y - exact) <= near * numpy.linalg.norm(exact), (name, dtype)
+        some = torch.tensor([5, 17, 66])
+        few_rows = cpu.fused_experts(*(t[some] for t in arguments[:3]), *packed, None, spec)
+        assert numpy.array_equal(few_rows.double().numpy(), y[some.numpy()]), (name, dtype)
 """
 
 
@@ -60,7 +74,7 @@ def wheel(folder: Path, ahead: str) -> tuple[Path, Path]:
 
 def check(installed: Path) -> str:
     """What serves and why, and the library's path; the results are right."""
-    paths = os.pathsep.join([str(installed), str(ROOT / "tests" / "ops")])
+    paths = os.pathsep.join([str(installed), str(ROOT / "tests" / "ops"), str(ROOT / "tests")])
     done = subprocess.run(
         [sys.executable, "-c", CHECK], capture_output=True, text=True, check=False, cwd="/",
         env={**os.environ, **WITHOUT_COMPILER, "PYTHONPATH": paths},

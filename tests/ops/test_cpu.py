@@ -17,7 +17,8 @@ from moe_oracle import Case, forward, kernel_arguments
 
 from d2moe_vllm.ops import BACKENDS, choose_backend, cpu
 from d2moe_vllm.ops import fused_experts as every_backend
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights, fused_experts
+from d2moe_vllm.ops.reference import fused_experts
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

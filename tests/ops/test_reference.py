@@ -13,7 +13,8 @@ from moe_oracle import Case, delta_matrix, forward, kernel_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from d2moe_vllm.ops.reference import HalfSpec, fused_experts, select_columns
+from d2moe_vllm.ops.reference import fused_experts, select_columns
+from d2moe_vllm.ops.weights import HalfSpec
 
 SCOPES = ("batch", "token", "off")
 

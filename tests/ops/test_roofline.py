@@ -11,7 +11,8 @@ from bench_layer import Ours
 from layer_shapes import BYTES, SCOPES, SHAPES, Shape, dense_expert_bytes, experts_in_use, sizes
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights, fused_experts
+from d2moe_vllm.ops.reference import fused_experts
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 SMALL = Shape(256, 384, 8, 2)
 RATIOS = (0.2, 0.4, 0.6, 0.8)

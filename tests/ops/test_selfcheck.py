@@ -13,8 +13,8 @@ from torch import Tensor
 
 from d2moe_vllm import ops
 from d2moe_vllm.ops import Backend, cpu, reference, selfcheck
-from d2moe_vllm.ops.reference import LayerSpec
 from d2moe_vllm.ops.selfcheck import SelfCheckError, against_reference
+from d2moe_vllm.ops.weights import LayerSpec
 
 Change = Callable[..., Tensor]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

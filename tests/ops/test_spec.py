@@ -7,7 +7,7 @@ import json
 import pytest
 
 from d2moe_vllm.ops import decoded, encoded
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec
 
 SPEC = LayerSpec(
     8, 1408, HalfSpec((48, 40), (0, 0), 8, 1792), HalfSpec((64,), (3,), 4, 1152), "gelu", "token", "tanh", True

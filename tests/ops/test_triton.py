@@ -18,7 +18,8 @@ from moe_oracle import Case, forward, kernel_arguments
 from triton_kernels import DEVICES, Backend, Shapes, products_by_rows
 
 from d2moe_vllm.ops import BACKENDS, choose_backend
-from d2moe_vllm.ops.reference import HalfSpec, Weights, fused_experts, select_columns
+from d2moe_vllm.ops.reference import fused_experts, select_columns
+from d2moe_vllm.ops.weights import HalfSpec, Weights
 
 SCOPES = ("off", "token", "batch")
 

@@ -17,8 +17,8 @@ from moe_cases import CROWDED, crowd
 from moe_oracle import kernel_arguments
 from triton.runtime.jit import JITFunction
 
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
 from d2moe_vllm.ops.triton import layer, tiles
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 OPTIONAL = ("padding", "inputs")
 """Leaving one of these out leaves instructions out, and makes no kernel of its own."""

@@ -14,8 +14,9 @@ from triton_kernels import DEVICES, Backend, Shapes, products_by_rows
 
 from d2moe_vllm import ops
 from d2moe_vllm.ops import choose_backend, reference, selfcheck
-from d2moe_vllm.ops.reference import FUNCTIONS, LayerSpec, fused_experts
+from d2moe_vllm.ops.reference import FUNCTIONS, fused_experts
 from d2moe_vllm.ops.selfcheck import SelfCheckError, against_reference
+from d2moe_vllm.ops.weights import LayerSpec
 
 
 @pytest.fixture(scope="module", params=DEVICES)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from d2moe_vllm.ops import triton as package
-from d2moe_vllm.ops.reference import LayerSpec, Weights
+from d2moe_vllm.ops.weights import LayerSpec, Weights
 
 MODULES = ("layer", "launch", "tiles", "routing", "selection", "products", "sums")
 DEVICES = [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.ops import BACKENDS
-from d2moe_vllm.ops.reference import Weights
+from d2moe_vllm.ops.weights import Weights
 from d2moe_vllm.serving.loading import LayerLoader
 
 LAYER = 1

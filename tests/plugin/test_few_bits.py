@@ -29,6 +29,7 @@ from offline.io.shards import Reader
 PLACES = {name: (number, layer) for number, names in enumerate(SETS) for layer, name in enumerate(names)}
 """Where each of LAYERS is: the checkpoint and the layer."""
 RANKS = [{}, {"tp": 2}, {"tp": 8}, {"ep": 2}, {"ep": 8}]
+BACKENDS = ("reference", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,9 @@ Made = list[tuple[Path, dict[str, Tensor]]]
 
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_together_are_what_the_layer_means(
-    made: Made, batch: tuple[Tensor, Tensor], name: str, ranks: dict[str, int]
+    made: Made, batch: tuple[Tensor, Tensor], backend: str, name: str, ranks: dict[str, int]
 ) -> None:
     number, layer = PLACES[name]
     folder, meaning = made[number]
@@ -53,15 +55,16 @@ def test_ranks_together_are_what_the_layer_means(
     total = torch.zeros_like(batch[0])
     for rank in range(size):
         loader = make_loader(config, layer=layer, **{kind: (rank, size)})
-        total += compute(loader, fill(loader, tensors), *batch)
+        total += compute(loader, fill(loader, tensors), *batch, backend=backend)
         assert loader.missing() == []
     torch.testing.assert_close(total.double(), dense_layer(meaning, layer, *batch), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scope", ["token", "batch"])
 @pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_selection_with_a_rounded_base_is_the_oracles(
-    made: Made, batch: tuple[Tensor, Tensor], scope: str, tp: int
+    made: Made, batch: tuple[Tensor, Tensor], backend: str, scope: str, tp: int
 ) -> None:
     """int8 base, of which some columns are used; int4 factors: token by token in float64 numpy."""
     number, layer = PLACES["columns"]
@@ -93,7 +96,7 @@ def test_selection_with_a_rounded_base_is_the_oracles(
     total = torch.zeros_like(x)
     for rank in range(tp):
         loader = make_loader(config, layer=layer, tp=(rank, tp))
-        total += compute(loader, fill(loader, tensors), x, ids, scope)
+        total += compute(loader, fill(loader, tensors), x, ids, scope, backend)
     torch.testing.assert_close(total.double(), torch.from_numpy(forward(case)), rtol=1e-4, atol=1e-4)
 
 

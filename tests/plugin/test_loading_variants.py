@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from one_layer import compute, dense_layer, fill, layer_tensors, make_loader
+from synthetic import NAMES, Synthetic, write_checkpoint
 from torch import Tensor
 
 from d2moe_vllm.format.config import CheckpointError
@@ -45,6 +46,22 @@ def test_variants_select_alike_on_every_rank(
     total = sum(compute(rank, fill(rank, tensors), *batch, scope) for rank in ranks)
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, compute(whole, fill(whole, tensors), *batch))
+
+
+@pytest.mark.parametrize("scope", ["token", "batch"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_base_with_all_columns_has_none_to_select(
+    tmp_path: Path, batch: tuple[Tensor, Tensor], tp: int, backend: str, scope: str
+) -> None:
+    """Whatever the scope: all are used."""
+    none = dict.fromkeys(NAMES, 0)
+    folder = tmp_path / "model"
+    write_checkpoint(folder, Synthetic(special={1: {"kept": none, "used": none, "full_base": tuple(NAMES)}}))
+    tensors, config = layer_tensors(folder), read_config(folder)
+    ranks = [make_loader(config, tp=(rank, tp)) for rank in range(tp)]
+    total = sum(compute(rank, fill(rank, tensors), *batch, scope, backend) for rank in ranks)
+    torch.testing.assert_close(total.double(), dense_layer(tensors, 1, *batch), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer", range(4))

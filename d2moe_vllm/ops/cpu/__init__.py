@@ -7,19 +7,20 @@ of threads, to the last bit, in scopes "off" and "token".
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from d2moe_vllm.ops.cpu.compiler import CompilerError
-from d2moe_vllm.ops.cpu.library import I64, Call, Half, load
-from d2moe_vllm.ops.reference import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.cpu.library import I64, Call, Half, Matrices, load
+from d2moe_vllm.ops.cpu.pack import DTYPES, by_columns, pack, refuse_unknown, selects
+from d2moe_vllm.ops.packing import Packing
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 __all__ = ["CompilerError", "fused_experts", "load", "missing", "pack"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCOPES = ("off", "token", "batch")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 FUNCTIONS = ("silu", "tanh")
@@ -37,94 +38,6 @@ def missing() -> str | None:
     return None
 
 
-def pack(w13: Weights, w2: Weights, spec: LayerSpec) -> tuple[Weights, Weights]:
-    """The two halves of a layer in this backend's layout; what is packed is flat, all else the same tensor.
-
-    `fused_experts` has to be given the same spec. What is packed takes the storage of the original where both have one
-    size: packing then needs the room of one tensor more for a moment, and none afterwards.
-    Raises ValueError for weights that no checkpoint has.
-    """
-    _refuse_unknown(w13, w2)
-    return _pack(w13, spec.w13, spec.scope), _pack(w2, spec.w2, spec.scope)
-
-
-def _refuse_unknown(w13: Weights, w2: Weights) -> None:
-    """Raises ValueError for what a validated checkpoint does not have and the kernels would leave out."""
-    if w2.bases is not None or w13.dense is not None:
-        raise ValueError("bases are for gate and up alone, dense matrices for down alone")
-    if any((kind is None) != (w13.bases is None) for kind in (w13.alpha, w13.a)):
-        raise ValueError("bases need a and alpha, and the other way round")
-
-
-def _pack(weights: Weights, half: HalfSpec, scope: str) -> Weights:
-    packed = {}
-    if weights.delta_u is not None and len(weights.delta_u):
-        packed["delta_u"] = _pack_factors(weights.delta_u, half.ranks)
-    if weights.dense is not None:
-        packed["dense"] = _pack_factors(weights.dense)
-    if weights.bases is not None and weights.a is not None:
-        packed["a"] = _pack_factors(weights.a, half.ranks)
-        packed["bases"] = _pack_mixed(weights.bases, half.ranks)
-    if isinstance(weights.delta_v, Tensor):
-        packed["delta_v"] = _pack_factors(weights.delta_v)
-    if weights.shared_v is not None:
-        packed["shared_v"] = _pack_factors(weights.shared_v.unsqueeze(0))
-    if weights.base is not None:
-        # Where some columns will be left out, a layout of its own lets them be skipped.
-        if _by_columns(half, len(weights.base), scope):
-            packed["base"] = _pack_bases(weights.base, len(half.ranks))
-        else:
-            by_outputs = _pack_factors(weights.base.t().unflatten(0, (len(half.ranks), -1)))
-            packed["base"] = _in_place(weights.base, by_outputs)
-    if weights.base_u is not None and weights.base_v is not None:
-        packed["base_u"] = _pack_factors(weights.base_u.unsqueeze(0), half.base_ranks)
-        packed["base_v"] = _pack_factors(weights.base_v.unsqueeze(0))
-    return weights._replace(**packed)
-
-
-def _by_columns(half: HalfSpec, kept: int, scope: str) -> bool:
-    return scope != "off" and half.used < kept
-
-
-def _pack_factors(w: Tensor, ranks: Sequence[int] | None = None) -> Tensor:
-    """w [D, out, k]: flat, factor by factor. ranks: w's columns are several factors, packed one after another."""
-    library, dtype = load(), DTYPES.index(w.dtype)
-    parts = w.split(list(ranks), dim=2) if ranks else [w]
-    sizes = [len(p) * library.d2moe_packed_size(dtype, p.shape[1], p.shape[2]) for p in parts]
-    packed = torch.empty(sum(sizes), dtype=w.dtype)
-    for part, to in zip(parts, packed.split(sizes), strict=True):
-        strides = (I64 * 3)(*part.stride())
-        library.d2moe_pack_factors(dtype, part.data_ptr(), strides, *part.shape, to.data_ptr())
-    return _in_place(w, packed)
-
-
-def _pack_mixed(w: Tensor, ranks: Sequence[int]) -> Tensor:
-    """w [m, k, in], of which V's are mixed: flat, gate's rows before up's."""
-    library, dtype = load(), DTYPES.index(w.dtype)
-    parts = w.split(list(ranks), dim=1)
-    sizes = [len(p) * library.d2moe_packed_size(dtype, p.shape[1], p.shape[2]) for p in parts]
-    packed = torch.empty(sum(sizes), dtype=w.dtype)
-    for part, to in zip(parts, packed.split(sizes), strict=True):
-        library.d2moe_pack_mixed(dtype, part.data_ptr(), (I64 * 3)(*part.stride()), *part.shape, to.data_ptr())
-    return _in_place(w, packed)
-
-
-def _pack_bases(w: Tensor, parts: int) -> Tensor:
-    """w [kept, parts * out]: flat, packed part by part."""
-    library, dtype = load(), DTYPES.index(w.dtype)
-    w = w.contiguous()
-    kept, out = w.shape[0], w.shape[1] // parts
-    packed = torch.empty(parts * library.d2moe_packed_base_size(dtype, out, kept), dtype=w.dtype)
-    library.d2moe_pack_bases(dtype, w.data_ptr(), w.stride(0), parts, out, kept, packed.data_ptr())
-    return _in_place(w, packed)
-
-
-def _in_place(w: Tensor, packed: Tensor) -> Tensor:
-    kept = w.reshape(-1).copy_(packed) if w.is_contiguous() and w.numel() == packed.numel() else packed
-    load().d2moe_huge_pages(kept.data_ptr(), kept.nbytes)
-    return kept
-
-
 def fused_experts(
     x: Tensor,
     topk_weights: Tensor,
@@ -139,19 +52,24 @@ def fused_experts(
     It is always batch-invariant, and static_shapes has no meaning here. Raises ValueError for an unknown scope or
     activation, and for weights that no checkpoint has.
     """
-    _refuse_unknown(w13, w2)
+    refuse_unknown(w13, w2)
     x = x.contiguous()
     gates, ids = topk_weights.float().contiguous(), topk_ids.int().contiguous()
     mask = None if padding_mask is None else padding_mask.contiguous()
     y = torch.empty_like(x)
+    # Kept until the call returns, as all that it is given pointers of.
+    widths = _widths(spec.widths, spec.skipped, spec.without) if spec.widths else None
     call = Call(
-        w13=_half(w13, spec.w13, spec),
-        w2=_half(w2, spec.w2, spec),
+        w13=_half(w13, spec.w13, spec, (x.shape[1],) * 2, widths),
+        w2=_half(w2, spec.w2, spec, (max(spec.widths, default=spec.intermediate_size),), widths),
         x=x.data_ptr(),
         gates=gates.data_ptr(),
         ids=ids.data_ptr(),
         padding=None if mask is None else mask.data_ptr(),
         y=y.data_ptr(),
+        widths=None if widths is None else widths.channels.data_ptr(),
+        skipped=None if widths is None else widths.skipped.data_ptr(),
+        channels=_pointer(w2.channels) if spec.widths and spec.intermediate_size else None,
         tokens=x.shape[0],
         top_k=ids.shape[1],
         experts=spec.num_experts,
@@ -170,33 +88,74 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _half(weights: Weights, half: HalfSpec, spec: LayerSpec) -> Half:
-    kept = 0 if weights.base_columns is None else weights.base_columns.numel()
-    us = (weights.delta_u, weights.a, weights.dense)
-    u = next((u for u in us if isinstance(u, Tensor) and u.numel()), None)
+class _Widths(NamedTuple):
+    """int32 [E] of experts that keep some channels only: how many are here, how many are elsewhere before them, and
+    each one's place among those that have deltas, -1 for none."""
+
+    channels: Tensor
+    skipped: Tensor
+    places: Tensor
+
+
+@cache
+def _widths(widths: tuple[int, ...], skipped: tuple[int, ...], without: tuple[int, ...]) -> _Widths:
+    own = {expert: place for place, expert in enumerate(e for e in range(len(widths)) if e not in without)}
+    places = [own.get(expert, -1) for expert in range(len(widths))]
+    return _Widths(*(torch.tensor(values, dtype=torch.int32, device="cpu") for values in (widths, skipped, places)))
+
+
+def _matrices(values: Tensor | None, scales: Tensor | None, how: Packing | None, first: int = 0) -> Matrices:
+    if how is None:
+        return Matrices(_pointer(values), None, 0, 1, 0)
+    return Matrices(_pointer(values), _pointer(scales), how.bits, how.group_size, first)
+
+
+def _half(weights: Weights, half: HalfSpec, spec: LayerSpec, whole: tuple[int, ...], widths: _Widths | None) -> Half:
+    """whole: inputs of a matrix that is an expert's whole delta, part by part."""
+    # Without columns of its own a base has all inputs; where experts keep some channels, all that any of them has.
+    inputs = whole[0] if len(whole) == 2 else spec.intermediate_size
+    kept = inputs if weights.base_columns is None else weights.base_columns.numel()
+    u, u_scales = next(
+        (
+            (values, scales)
+            for values, scales in (
+                (weights.delta_u, weights.delta_u_scales),
+                (weights.a, weights.a_scales),
+                (weights.dense, weights.dense_scales),
+            )
+            if isinstance(values, Tensor) and values.numel()
+        ),
+        (None, None),
+    )
+    v, v_scales = weights.delta_v, weights.delta_v_scales
+    if weights.shared_v is not None:
+        v, v_scales = weights.shared_v, weights.shared_v_scales
+    # Ranks share out the inputs of a U only where these are a delta's columns.
+    cut = weights.dense is not None or weights.delta_columns is not None
     return Half(
-        u=_pointer(u),
-        v=_pointer(weights.delta_v if weights.shared_v is None else weights.shared_v),
-        base=_pointer(weights.base),
-        base_u=_pointer(weights.base_u),
-        base_v=_pointer(weights.base_v),
-        bases=_pointer(weights.bases),
+        u=_matrices(u, u_scales, half.delta, half.delta_first if cut else 0),
+        v=_matrices(v, v_scales, half.delta, half.delta_first),
+        base=_matrices(weights.base, weights.base_scales, half.base, half.base_first),
+        base_u=_matrices(weights.base_u, weights.base_u_scales, half.base),
+        base_v=_matrices(weights.base_v, weights.base_v_scales, half.base, half.base_first),
+        bases=_matrices(weights.bases, weights.bases_scales, half.delta),
         alpha=_pointer(weights.alpha),
         columns=_pointer(weights.delta_columns),
-        u_index=_pointer(weights.u_index),
-        v_index=_pointer(weights.v_index),
+        u_index=_pointer(weights.u_index if widths is None else widths.places),
+        v_index=_pointer(weights.v_index if widths is None else widths.places),
         base_columns=_pointer(weights.base_columns),
         base_norms=_pointer(weights.base_norms),
-        u_size=0 if u is None else u.numel(),
+        u_bytes=0 if u is None else u.nbytes,
         kept=kept,
         used=half.used,
         groups=half.groups,
         shared_v=weights.shared_v is not None,
-        by_columns=_by_columns(half, kept, spec.scope),
+        by_columns=by_columns(weights, half, spec.scope),
+        selects=selects(weights, half, spec.scope),
         whole=weights.dense is not None,
         mixed=weights.alpha.shape[1] // 2 if isinstance(weights.alpha, Tensor) else 0,
         function=0 if weights.bases is None else FUNCTIONS.index(spec.function),
         # A dense matrix is a U whose V is the identity.
-        rank=(I64 * 2)(*(half.ranks if weights.dense is None else (spec.intermediate_size,))),
+        rank=(I64 * 2)(*(half.ranks if weights.dense is None else whole)),
         base_rank=(I64 * 2)(*half.base_ranks),
     )

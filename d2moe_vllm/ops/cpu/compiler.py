@@ -66,7 +66,7 @@ def ahead_name(name: str, target: Target) -> str:
 
 
 def compile_to(path: Path, arch: str) -> None:
-    """Compile to `path`, whole or not at all, whose folder exists. Takes some ten seconds. Raises CompilerError."""
+    """Compile to `path`, whole or not at all, whose folder exists. Takes some twenty seconds. Raises CompilerError."""
     command = compiler()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, linked = Path(folder) / "api.o", Path(folder) / path.name

@@ -10,6 +10,7 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -19,13 +20,20 @@ from d2moe_vllm.ops.cpu.compiler import NATIVE, CompilerError, compile_to, compi
 I64, POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
+class Matrices(ctypes.Structure):
+    """`MatricesC` of api.cpp."""
+
+    _fields_ = [("data", POINTER), ("scales", POINTER), ("bits", I64), ("group", I64), ("first", I64)]
+
+
 class Half(ctypes.Structure):
     """`HalfC` of api.cpp."""
 
     _fields_ = [
-        *((name, POINTER) for name in ("u", "v", "base", "base_u", "base_v", "bases", "alpha")),
+        *((name, Matrices) for name in ("u", "v", "base", "base_u", "base_v", "bases")),
+        ("alpha", POINTER),
         *((name, POINTER) for name in ("columns", "u_index", "v_index", "base_columns", "base_norms")),
-        *((name, I64) for name in ("u_size", "kept", "used", "groups", "shared_v", "by_columns")),
+        *((name, I64) for name in ("u_bytes", "kept", "used", "groups", "shared_v", "by_columns", "selects")),
         *((name, I64) for name in ("whole", "mixed", "function")),
         ("rank", I64 * 2),
         ("base_rank", I64 * 2),
@@ -38,7 +46,7 @@ class Call(ctypes.Structure):
     _fields_ = [
         ("w13", Half),
         ("w2", Half),
-        *((name, POINTER) for name in ("x", "gates", "ids", "padding", "y")),
+        *((name, POINTER) for name in ("x", "gates", "ids", "padding", "y", "widths", "skipped", "channels")),
         *((name, I64) for name in ("tokens", "top_k", "experts", "hidden", "intermediate")),
         *((name, I64) for name in ("dtype", "scope", "activation")),
     ]
@@ -55,6 +63,11 @@ def load() -> ctypes.CDLL:
     library.d2moe_fused_experts.restype = None
     library.d2moe_packed_size.argtypes = library.d2moe_packed_base_size.argtypes = [I64, I64, I64]
     library.d2moe_packed_size.restype = library.d2moe_packed_base_size.restype = I64
+    library.d2moe_codes_size.argtypes = library.d2moe_scales_size.argtypes = [I64] * 5
+    library.d2moe_codes_size.restype = library.d2moe_scales_size.restype = I64
+    strided: Any = [POINTER, ctypes.POINTER(I64)]
+    library.d2moe_pack_codes.argtypes = [I64, I64, I64, *strided, *strided, I64, I64, I64, POINTER, POINTER]
+    library.d2moe_pack_codes.restype = None
     library.d2moe_pack_factors.argtypes = [I64, POINTER, ctypes.POINTER(I64), I64, I64, I64, POINTER]
     library.d2moe_pack_factors.restype = None
     library.d2moe_pack_mixed.argtypes = library.d2moe_pack_factors.argtypes

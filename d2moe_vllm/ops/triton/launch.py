@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2moe_vllm.ops.reference import HalfSpec
 from d2moe_vllm.ops.triton import mixing, products, routing, selection, sums, tiles
+from d2moe_vllm.ops.weights import HalfSpec
 
 DIRECT_ROWS = 16
 """With up to so many rows the selection itself sums squares and packs what it chose; with more, kernels with as many

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2moe_vllm.ops.reference import FUNCTIONS, HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.reference import FUNCTIONS
 from d2moe_vllm.ops.triton.launch import Batch
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")

@@ -12,12 +12,20 @@ namespace {
 
 using namespace d2moe;
 
+// A tensor that holds packed factors; scales: of codes. first: see Factor.
+struct MatricesC {
+  const void* data;
+  const std::uint16_t* scales;
+  i64 bits, group, first;
+};
+
 // One half's tensors and sizes; null and 0 where there is none. parts: gate and up, or down alone.
 struct HalfC {
-  const void *u, *v, *base, *base_u, *base_v, *bases, *alpha;
+  MatricesC u, v, base, base_u, base_v, bases;
+  const void* alpha;
   const i32 *columns, *u_index, *v_index, *base_columns;
   const float* base_norms;
-  i64 u_size, kept, used, groups, shared_v, by_columns, whole, mixed, function;  // u_size: elements of u
+  i64 u_bytes, kept, used, groups, shared_v, by_columns, selects, whole, mixed, function;  // u_bytes: of all of u
   i64 rank[2], base_rank[2];
 };
 
@@ -28,6 +36,8 @@ struct CallC {
   const i32* ids;
   const bool* padding;
   void* y;
+  const i32 *widths, *skipped;  // [experts] or null: channels of each that are here, and that are elsewhere before them
+  const std::uint8_t* channels;
   i64 tokens, top_k, experts, hidden, intermediate, dtype, scope, activation;
 };
 
@@ -48,28 +58,73 @@ void in_threads(i64 n, const std::function<void(i64)>& f) {
 }
 
 template <class P>
-Weights<P> weights(const HalfC& half, int parts, i64 out, i64 in) {
+Factor<P> factor(const MatricesC& from, i64 out, i64 in) {
+  return {static_cast<const char*>(from.data), from.scales, {from.bits, from.group}, out, in, from.first};
+}
+
+// What lies behind `places` factors like one.
+template <class P>
+Factor<P> behind(Factor<P> one, i64 places, i64 out, i64 in) {
+  one.w += places * one.bytes();
+  one.scales += places * one.scale_count();
+  one.out = out, one.in = in;
+  return one;
+}
+
+// Factors of experts that keep some channels only, by place, from one's beginning on: these are their outputs, or (wide) their
+// inputs. Returns what lies behind them.
+template <class P>
+Factor<P> of_widths(const CallC& call, const i32* places, bool wide, Factor<P> one, std::vector<Factor<P>>& each) {
+  const i64 out = one.out, in = one.in;
+  for (i64 e = 0; e < call.experts; ++e) {
+    if (places[e] < 0) continue;
+    (wide ? one.in : one.out) = call.widths[e];
+    if (wide) one.first = call.skipped[e];
+    each.push_back(one);
+    one = behind(one, 1, one.out, one.in);
+  }
+  one.out = out, one.in = in;
+  return one;
+}
+
+template <class P>
+Weights<P> weights(const CallC& call, const HalfC& half, int parts, i64 out, i64 in) {
   using E = typename P::Element;
   Weights<P> w;
-  const i64 first = packed_size<P>(out, half.rank[0]), both = first + (parts > 1 ? packed_size<P>(out, half.rank[1]) : 0);
-  for (int j = 0; j < parts; ++j) {
-    if (half.u) {
-      w.rank[j] = half.rank[j];
-      w.u[j] = static_cast<const E*>(half.u) + (j ? half.u_size / both * first : 0);
-    }
-    const i64 base_size = half.by_columns ? packed_base_size<P>(out, half.kept) : packed_size<P>(out, half.kept);
-    if (half.base) w.base[j] = static_cast<const E*>(half.base) + j * base_size;
-    if (half.base_u) {
-      w.base_rank[j] = half.base_rank[j];
-      w.base_u[j] = static_cast<const E*>(half.base_u) + (j ? packed_size<P>(out, half.base_rank[0]) : 0);
-    }
-    const i64 of_first = half.mixed * packed_size<P>(half.rank[0], in);
-    if (half.bases) w.bases[j] = static_cast<const E*>(half.bases) + (j ? of_first : 0);
+  // Experts' widths are inputs of down's matrices and V's, and outputs of gate's and up's matrices and U's.
+  const bool ragged = call.widths;
+  Factor<P> u = factor<P>(half.u, out, half.rank[0]);
+  const i64 both = u.bytes() + (parts > 1 ? factor<P>(half.u, out, half.rank[1]).bytes() : 0);
+  const i64 places = both ? half.u_bytes / both : 0;
+  for (int j = 0; j < parts && half.u.data; ++j) {
+    w.rank[j] = half.rank[j];
+    u.in = half.rank[j];
+    w.u[j] = u;
+    if (ragged && (parts > 1 || half.whole)) u = of_widths(call, half.u_index, parts == 1, u, w.u[j].each);
+    else u = behind(u, places, out, 0);
   }
-  w.v = static_cast<const E*>(half.v);
+  w.v.first = factor<P>(half.v, half.rank[0] + half.rank[1], in);
+  if (ragged && parts == 1 && half.v.data) of_widths(call, half.u_index, true, w.v.first, w.v.each);
+  Factor<P> base = factor<P>(half.base, out, half.kept), base_u = factor<P>(half.base_u, out, half.base_rank[0]);
+  for (int j = 0; j < parts; ++j) {
+    if (half.base.data) {
+      w.base[j] = base;
+      if (half.by_columns) base.w += packed_base_size<P>(out, half.kept) * i64(sizeof(E));
+      else base = behind(base, 1, out, half.kept);
+    }
+    if (half.base_u.data) {
+      w.base_rank[j] = half.base_rank[j];
+      base_u.in = half.base_rank[j];
+      w.base_u[j] = base_u;
+      base_u = behind(base_u, 1, out, 0);
+    }
+    const Factor<P> basis = factor<P>(half.bases, half.rank[0], in);
+    if (half.bases.data) w.bases[j] = j ? behind(basis, half.mixed, half.rank[1], in) : basis;
+  }
   w.columns = half.columns;
   w.shared_v = half.shared_v != 0;
   w.by_columns = half.by_columns != 0;
+  w.selects = half.selects != 0;
   w.u_index = half.u_index;
   w.v_index = half.v_index;
   w.base_columns = half.base_columns;
@@ -77,7 +132,7 @@ Weights<P> weights(const HalfC& half, int parts, i64 out, i64 in) {
   w.kept = half.kept;
   w.used = half.used;
   w.groups = half.groups;
-  w.base_v = static_cast<const E*>(half.base_v);
+  if (half.base_v.data) w.base_v = factor<P>(half.base_v, half.base_rank[0] + half.base_rank[1], in);
   w.whole = half.whole != 0;
   w.alpha = static_cast<const E*>(half.alpha);
   w.mixed = half.mixed;
@@ -99,8 +154,10 @@ void d2moe_fused_experts(const CallC* call) {
     layer.intermediate = call->intermediate;
     layer.scope = Scope(call->scope);
     layer.activation = Activation(call->activation);
-    layer.w13 = weights<P>(call->w13, 2, call->intermediate, call->hidden);
-    layer.w2 = weights<P>(call->w2, 1, call->hidden, call->intermediate);
+    layer.widths = call->widths;
+    layer.channels = call->channels;
+    layer.w13 = weights<P>(*call, call->w13, 2, call->intermediate, call->hidden);
+    layer.w2 = weights<P>(*call, call->w2, 1, call->hidden, call->intermediate);
     const Batch<P> batch{static_cast<const E*>(call->x), call->gates, call->ids, call->padding,
                          call->tokens, call->top_k, static_cast<E*>(call->y)};
     const Parallel parallel = in_threads;
@@ -113,6 +170,28 @@ i64 d2moe_packed_size(i64 dtype, i64 out, i64 k) {
   i64 size = 0;
   by_dtype(dtype, [&](auto p) { size = packed_size<decltype(p)>(out, k); });
   return size;
+}
+
+// Of a factor in codes: bytes, and scales.
+i64 d2moe_codes_size(i64 bits, i64 group, i64 first, i64 out, i64 in) {
+  return Factor<BFloat16>{nullptr, nullptr, {bits, group}, out, in, first}.bytes();
+}
+
+i64 d2moe_scales_size(i64 bits, i64 group, i64 first, i64 out, i64 in) {
+  return Factor<BFloat16>{nullptr, nullptr, {bits, group}, out, in, first}.scale_count();
+}
+
+// codes: [places, out, ...], with these strides in bytes, scales: likewise in scales. to: places * d2moe_codes_size bytes.
+void d2moe_pack_codes(
+    i64 bits, i64 group, i64 first, const std::uint8_t* codes, const i64* strides, const std::uint16_t* scales,
+    const i64* scale_strides, i64 places, i64 out, i64 in, char* to, std::uint16_t* to_scales) {
+  const Factor<BFloat16> f{nullptr, nullptr, {bits, group}, out, in, first};
+  const i64 blocks = ceil_div(out, LANES);
+  in_threads(places * blocks, [&](i64 task) {
+    const i64 d = task / blocks;
+    pack_codes(f, codes + d * strides[0], strides[1], scales + d * scale_strides[0], scale_strides[1], task % blocks,
+               to + d * f.bytes(), to_scales + d * f.scale_count());
+  });
 }
 
 i64 d2moe_packed_base_size(i64 dtype, i64 out, i64 kept) {

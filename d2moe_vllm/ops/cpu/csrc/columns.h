@@ -25,12 +25,12 @@ inline void best(const float* scores, i64 first, i64 size, i64 want, i32* out) {
 template <class P>
 struct Gathered {
   std::vector<typename P::Input> values;
-  std::vector<i32> selected;  // [n], or [tokens, n] in scope token
+  std::vector<i32> selected;  // [used], or [tokens, used] in scope token
   std::vector<float> scores;
   i64 n = 0;
   bool per_token = false;
 
-  // Rows for the base's product; in scope token each token is one by itself.
+  // Rows for the base's product; by columns and in scope token each token is one by itself.
   Rows<P> rows(i64 tokens, bool by_columns) {
     if (!by_columns) return factor_rows<P>(values.data(), tokens, n);
     auto rows = base_rows<P>(values.data(), tokens, n);
@@ -43,10 +43,10 @@ struct Gathered {
   void gather(
       const Weights<P>& w, Scope scope, i64 tokens, const bool* padding, const Parallel& parallel, Value value) {
     n = w.by_columns ? w.used : w.kept;
-    per_token = w.by_columns && scope == Scope::token;
+    per_token = w.selects && scope == Scope::token;
     values.resize(tokens * packed_inputs<P>(n));
-    selected.resize(w.by_columns ? (per_token ? tokens : 1) * n : 0);
-    if (w.by_columns && !per_token) select_for_all(w, tokens, padding, parallel, value);
+    selected.resize(w.selects ? (per_token ? tokens : 1) * w.used : 0);
+    if (w.selects && !per_token) select_for_all(w, tokens, padding, parallel, value);
     const auto to = rows(tokens, w.by_columns);
     parallel(tokens, [&](i64 t) {
       const i32* chosen = nullptr;
@@ -54,16 +54,19 @@ struct Gathered {
         thread_local std::vector<float> own;
         own.resize(w.kept);
         for (i64 i = 0; i < w.kept; ++i) own[i] = std::fabs(value(t, w.base_columns[i])) * w.base_norms[i];
-        i32* mine = selected.data() + t * n;
+        i32* mine = selected.data() + t * w.used;
         const i64 size = w.kept / w.groups, want = w.used / w.groups;
         for (i64 g = 0; g < w.groups; ++g) best(own.data(), g * size, size, want, mine + g * want);
         chosen = mine;
-      } else if (w.by_columns) {
+      } else if (w.selects) {
         chosen = selected.data();
       }
       thread_local std::vector<float> inputs;
-      inputs.resize(n);
-      for (i64 i = 0; i < n; ++i) inputs[i] = value(t, w.base_columns[chosen ? chosen[i] : i]);
+      inputs.assign(n, 0.0f);
+      auto input = [&](i64 kept) { return value(t, w.base_columns ? w.base_columns[kept] : kept); };
+      if (w.by_columns) for (i64 i = 0; i < n; ++i) inputs[i] = input(chosen[i]);
+      else if (w.selects) for (i64 i = 0; i < w.used; ++i) inputs[chosen[i]] = input(chosen[i]);
+      else for (i64 i = 0; i < n; ++i) inputs[i] = input(i);
       to.row(t).put(0, n, inputs.data());
     });
   }

@@ -1,12 +1,12 @@
 // The two products everything is made of: rows times a packed factor, and rows times a base packed by columns.
 //
-// A packed factor W [out, in] is blocks of 16 outputs: [out / 16][in / PAIR][16][PAIR]. A base packed by columns,
-// [kept, out], is folded at so many outputs: [out / fold][kept][fold], so that a column that is not selected is not read.
+// A packed factor W [out, in] is blocks of 16 outputs: [out / 16][in / PAIR][16][PAIR], or codes (storage.h). A base packed by
+// columns, [kept, out], is folded at so many outputs: [out / fold][kept][fold], so that a column that is not selected is not read.
 // Every element of a result is summed over its inputs in ascending order, whatever else is computed beside it:
 // neither the other rows, nor the number of threads, nor how rows are cut into tiles changes a bit.
 #pragma once
 
-#include "rows.h"
+#include "storage.h"
 
 namespace d2moe {
 
@@ -39,23 +39,6 @@ struct Ahead {
   }
 };
 
-// Blocks of a factor that are wanted next, `stride` elements apart.
-template <class P>
-struct Next {
-  const typename P::Element* w = nullptr;
-  i64 stride = 0, steps = 0, every = 1;  // one step is asked for per so many that are multiplied
-
-  template <int NB>
-  void step(i64& wait) {
-    if (steps && --wait <= 0) {
-      for (int b = 0; b < NB; ++b) __builtin_prefetch(w + b * stride, 0, 0);
-      w += LANES * P::PAIR;
-      --steps;
-      wait = every;
-    }
-  }
-};
-
 template <class P>
 struct Kernel;
 
@@ -81,10 +64,10 @@ struct Widening {
   }
 
   template <int M, int NB>
-  static void factor(const Input* x, const Element* w, i64 stride, i64 steps, Next<P> next, Floats (&acc)[M][NB]) {
+  static void factor(const Input* x, const Element* w, i64 stride, i64 steps, Next next, Floats (&acc)[M][NB]) {
     i64 wait = 0;
     for (i64 i = 0; i < steps; ++i, x += M) {
-      next.template step<NB>(wait);
+      next.step<NB>(wait);
       for (int b = 0; b < NB; ++b) {
         const Floats line = widen(w + b * stride + i * LANES);
 #pragma GCC unroll 6
@@ -133,6 +116,12 @@ struct Kernel<BFloat16> {
 #endif
   }
 
+  // In the lower half of each word, for what is no NaN.
+  static Words rounded(Floats v) {
+    const Words w = bits<Words>(v);
+    return (w + 0x7fffu + ((w >> 16) & 1)) >> 16;
+  }
+
   static std::uint32_t pair(const Input* x) {
     std::uint32_t both;
     std::memcpy(&both, x, 4);
@@ -166,7 +155,7 @@ struct Kernel<BFloat16> {
 
   template <int M, int NB>
   static void factor(
-      const Input* x, const Element* w, i64 stride, i64 steps, Next<BFloat16> next, Floats (&acc)[M][NB]) {
+      const Input* x, const Element* w, i64 stride, i64 steps, Next next, Floats (&acc)[M][NB]) {
     i64 wait = 0;
     for (i64 i = 0; i < steps; ++i, x += 2 * M) {
       next.step<NB>(wait);
@@ -224,7 +213,7 @@ inline void with_rows(i64 rows, F&& f) {
 // out[m][0 .. 16 NB) = x w^T for a tile of M rows over some steps, or += where there were steps before.
 template <class P, int M, int NB>
 void factor_tile(
-    const typename P::Input* x, const typename P::Element* w, i64 stride, i64 steps, bool more, Next<P> next, float* out,
+    const typename P::Input* x, const typename P::Element* w, i64 stride, i64 steps, bool more, Next next, float* out,
     i64 ld) {
   Floats acc[M][NB] = {};
   if (more)
@@ -236,36 +225,23 @@ void factor_tile(
 }
 
 template <class P, int NB>
-void factor_blocks(const Rows<P>& x, const typename P::Element* w, i64 stride, Next<P> after, float* out, i64 ld) {
-  const i64 steps = packed_inputs<P>(x.k) / P::PAIR, run = INPUTS / P::PAIR;
+void factor_blocks(const Rows<P>& x, const Factor<P>& f, Next after, float* out, i64 ld) {
+  using Element = typename P::Element;
+  constexpr i64 STEP = LANES * P::PAIR * i64(sizeof(Element));  // bytes of a block that a step reads
+  const i64 steps = packed_inputs<P>(x.k) / P::PAIR, run = INPUTS / P::PAIR, stride = f.stride();
   for (i64 step = 0; step < steps; step += run) {
     const i64 n = std::min(run, steps - step);
-    Next<P> next{w + (step + run) * LANES * P::PAIR, stride, std::min(run, steps - step - run)};
-    if (step + run >= steps) next = {after.w, after.stride, std::min(run, after.steps)};
-    next.every = x.tiles;
+    Next next{f.w + (step + run) * STEP, stride, std::min(run, steps - step - run) * STEP / 64};
+    if (step + run >= steps) next = {after.w, after.stride, std::min(run * STEP / 64, after.lines)};
     for (i64 t = 0; t < x.tiles; ++t) {
-      Next<P> mine = next;
-      mine.w += next.steps * t / x.tiles * LANES * P::PAIR;
-      mine.steps = next.steps * (t + 1) / x.tiles - next.steps * t / x.tiles;
       with_rows<FACTOR_ROWS>(x.size(t), [&](auto m) {
         constexpr int M = decltype(m)::value;
         factor_tile<P, M, NB>(
-            x.tile(t) + step * M * P::PAIR, w + step * LANES * P::PAIR, stride, n, step > 0, mine, out + x.first(t) * ld, ld);
+            x.tile(t) + step * M * P::PAIR, reinterpret_cast<const Element*>(f.w + step * STEP),
+            stride / i64(sizeof(Element)), n, step > 0, next.share(t, x.tiles), out + x.first(t) * ld, ld);
       });
     }
   }
-}
-
-// out[r][0 .. 16 blocks) = x[r] W^T; w: the first of the blocks, `stride` elements apart. after: what is read next.
-template <class P>
-void multiply_factor(
-    const Rows<P>& x, const typename P::Element* w, i64 stride, i64 blocks, Next<P> after, float* out, i64 ld) {
-  i64 b = 0;
-  for (; b + 4 <= blocks; b += 4) {
-    const Next<P> more{w + (b + 4) * stride, stride, packed_inputs<P>(x.k) / P::PAIR};
-    factor_blocks<P, 4>(x, w + b * stride, stride, b + 8 <= blocks ? more : after, out + b * LANES, ld);
-  }
-  for (; b < blocks; ++b) factor_blocks<P, 1>(x, w + b * stride, stride, after, out + b * LANES, ld);
 }
 
 // out[s][r][0 .. SLICE) += x[r] B for some slices s within a fold of a base, w: the first of them; x[r][i] belongs to the

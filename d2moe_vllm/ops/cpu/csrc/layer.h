@@ -4,40 +4,40 @@
 #include <functional>
 #include <vector>
 
-#include "kernels.h"
+#include "few_bits.h"
 
 namespace d2moe {
 
 enum class Function { silu, tanh };
 
-// Gate and up together, or down; null where a layer has none. Packed as in kernels.h.
+// Gate and up together, or down; none where a layer has none. Packed as in storage.h, or as each says.
 template <class P>
 struct Weights {
   using Element = typename P::Element;
-  const Element* u[2] = {};     // gate and up, or down alone: [places] packed factors [out, rank[j]]
+  Factors<P> u[2];              // gate and up, or down alone: by place [out, rank[j]]
   i64 rank[2] = {};
-  const Element* v = nullptr;   // [places or 1] packed factors [rank[0] + rank[1], in]
+  Factors<P> v;                 // by place, or one for all, [rank[0] + rank[1], in]
   const i32* columns = nullptr; // [places, rank], instead of v
   bool shared_v = false;
   const i32* u_index = nullptr; // [experts]
   const i32* v_index = nullptr;
-  const Element* base[2] = {};  // packed bases [kept, out]: by columns, or as factors where all are always used
+  Factor<P> base[2];            // [out, kept]: a factor where all are always used, or by columns as in kernels.h
   bool by_columns = false;
-  const i32* base_columns = nullptr;
+  bool selects = false;         // leaves out columns; those of a factor are multiplied with zeros
+  const i32* base_columns = nullptr;  // null: all inputs
   const float* base_norms = nullptr;
   i64 kept = 0, used = 0, groups = 1;
-  const Element* base_u[2] = {};
-  const Element* base_v = nullptr;
+  Factor<P> base_u[2], base_v;
   i64 base_rank[2] = {};
-  bool whole = false;           // u is the expert's matrix itself, rank its inputs
-  const Element* bases[2] = {}; // instead of v: [rank[j], in] times `mixed` together, packed as in mixed.h
+  bool whole = false;           // u is the expert's matrix itself, rank its inputs, at most
+  Factors<P> bases[2];          // instead of v: `mixed` of [rank[j], in], as elements packed together as in mixed.h
   const Element* alpha = nullptr; // [experts, 2 * mixed]
   i64 mixed = 0;
   Function function = Function::silu;
 
   i64 ranks() const { return rank[0] + rank[1]; }
   i64 base_ranks() const { return base_rank[0] + base_rank[1]; }
-  bool based() const { return base[0] || base_u[0] || base_u[1]; }
+  bool based() const { return base[0].w || base_u[0].w || base_u[1].w; }
   i64 u_place(i64 e) const { return u_index ? u_index[e] : e; }
   i64 v_place(i64 e) const { return v_index ? v_index[e] : e; }
   bool has_delta(i64 e) const { return ranks() && u_place(e) >= 0; }
@@ -49,9 +49,19 @@ enum class Activation { silu, gelu, gelu_tanh };
 template <class P>
 struct Layer {
   Weights<P> w13, w2;
-  i64 experts = 0, hidden = 0, intermediate = 0;
+  i64 experts = 0, hidden = 0;
+  i64 intermediate = 0;           // channels of the base, and of every expert, but where those keep some only
+  const i32* widths = nullptr;    // [experts], then: how many
+  const std::uint8_t* channels = nullptr;  // [experts, intermediate / 8], beside a base: which of its, lowest bits first
   Scope scope = Scope::off;
   Activation activation = Activation::silu;
+
+  i64 width(i64 e) const { return widths ? widths[e] : intermediate; }
+  i64 widest() const {
+    i64 most = widths ? 0 : intermediate;
+    for (i64 e = 0; widths && e < experts; ++e) most = std::max<i64>(most, widths[e]);
+    return most;
+  }
 };
 
 // x, y: [tokens, hidden]; gates: [tokens, top_k]; ids: [tokens, top_k], outside 0 .. experts - 1: not here.

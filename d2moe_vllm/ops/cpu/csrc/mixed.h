@@ -5,10 +5,14 @@
 // Mixing is then itself a product with a packed factor, of the experts' alphas. Where the last basis has no partner its 16
 // elements are the last, and nothing is filled up.
 //
+// Bases in codes are opened first, the tile of all bases that is mixed next, in that order, and rounded to elements, as they would
+// lie in a dense checkpoint.
+//
 // A task has some rows of V. Bases are read from memory once, some inputs at a time, and mixed for the experts in use while
 // they are in the cache, as many experts at once as a product has rows; the experts' rows then meet their tiles at once.
 #pragma once
 
+#include "few_bits.h"
 #include "routing.h"
 
 namespace d2moe {
@@ -44,7 +48,7 @@ __attribute__((noinline)) void finish(Function f, const float* from, i64 n, type
 
 // 16 NB elements of V of M experts before f, those of expert e at out + e * ld. w: the first of the bases' elements.
 template <class P, int M, int NB>
-void mix(const Mixers<P>& of, i64 m, const typename P::Element* w, Next<P> next, float* out, i64 ld) {
+void mix(const Mixers<P>& of, i64 m, const typename P::Element* w, Next next, float* out, i64 ld) {
   const i64 stride = LANES * m, whole = std::min(of.end, m / P::PAIR);
   Floats acc[M][NB] = {};
   Kernel<P>::template factor<M, NB>(
@@ -151,21 +155,70 @@ class Mixing {
     }
   }
 
-  // The bases' elements for a block of 16 rows, from a step of inputs on.
+  // The bases' elements for a block of 16 rows, from a step of inputs on; null where they are codes.
   const Element* bases(int j, i64 block, i64 step) const {
-    return w_.bases[j] + (block * (packed_inputs<P>(in_) / P::PAIR) + step) * LANES * P::PAIR * w_.mixed;
+    if (w_.bases[j].first.how.bits) return nullptr;
+    const auto* all = reinterpret_cast<const Element*>(w_.bases[j].first.w);
+    return all + (block * (packed_inputs<P>(in_) / P::PAIR) + step) * LANES * P::PAIR * w_.mixed;
   }
+
+  // The same from codes, for as many steps as a piece has, in memory that is good until this thread opens others.
+  const Element* opened(const Piece& piece, i64 block) const {
+    thread_local std::vector<Element> to;
+    to.resize(piece.steps * LANES * P::PAIR * w_.mixed);
+    switch (w_.bases[piece.j].first.how.bits) {
+      case 8: open<8>(piece, block, to.data()); break;
+      case 4: open<4>(piece, block, to.data()); break;
+      case 3: open<3>(piece, block, to.data()); break;
+      case 2: open<2>(piece, block, to.data()); break;
+    }
+    return to.data();
+  }
+
+  template <int BITS>
+  void open(const Piece& piece, i64 block, Element* to) const {
+    const i64 m = w_.mixed;
+    for (i64 q = 0; q < m; q += P::PAIR) {
+      Opened<P, BITS> bases[P::PAIR];
+      const i64 beside = std::min(P::PAIR, m - q);
+      for (i64 i = 0; i < beside; ++i) bases[i] = {w_.bases[piece.j].at(q + i).from(block * LANES)};
+      for (i64 s = 0; s < piece.steps; ++s) {
+        const i64 input = (piece.step + s) * P::PAIR;
+        Element* group = to + s * P::PAIR * LANES * m + q * LANES;
+        if constexpr (P::PAIR == 1) {
+          Kernel<P>::narrow(bases[0](input), group);
+        } else {
+          // 8 outputs of two inputs after the other 8: of each two inputs, of each one basis or two.
+          Words words[2] = {};
+          for (i64 i = 0; i < beside; ++i)
+            for (int r = 0; r < 2; ++r) words[r] |= Kernel<P>::rounded(bases[i](input + r)) << 16 * i;
+          if (beside == 2) {
+            store_words(group, __builtin_shufflevector(words[0], words[1], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+            store_words(group + LANES * m, __builtin_shufflevector(
+                words[0], words[1], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+          } else {
+            const Words both = words[0] | words[1] << 16;
+            std::memcpy(group, &both, 32);
+            std::memcpy(group + LANES * m, reinterpret_cast<const char*>(&both) + 32, 32);
+          }
+        }
+      }
+    }
+  }
+
+  static void store_words(Element* to, Words words) { std::memcpy(to, &words, sizeof words); }
 
   // Tiles of n mixers. more: the next inputs are wanted next.
   void mix_all(const Piece& piece, const Mixers<P>* mixers, i64 n, bool more) const {
     for (i64 b = 0; b < piece.blocks; ++b) {
       const Element *w = bases(piece.j, piece.block + b, piece.step), *after = nullptr;
+      if (!w) w = opened(piece, piece.block + b);
       if (b + 1 < piece.blocks) after = bases(piece.j, piece.block + b + 1, piece.step);
       else if (more) after = bases(piece.j, piece.block, piece.step + piece.run);
       for (i64 t = 0; t < n; ++t) {
         // Every tile asks for its share of what is next, as in a product.
-        const i64 steps = after ? w_.mixed / P::PAIR : 0, begin = steps * t / n, end = steps * (t + 1) / n;
-        const Next<P> next{after + begin * LANES * P::PAIR, LANES * w_.mixed, end - begin, n};
+        const i64 size = i64(sizeof(Element)), lines = after ? w_.mixed / P::PAIR * LANES * P::PAIR * size / 64 : 0;
+        const Next next = Next{reinterpret_cast<const char*>(after), LANES * w_.mixed * size, lines}.share(t, n);
         with_rows<FACTOR_ROWS>(mixers[t].n, [&](auto m) {
           mix_block<decltype(m)::value>(piece, mixers[t], w, next, piece.of(t * FACTOR_ROWS, b));
         });
@@ -175,15 +228,15 @@ class Mixing {
 
   // One block for M experts.
   template <int M>
-  void mix_block(const Piece& piece, const Mixers<P>& of, const Element* w, Next<P> next, Element* to) const {
+  void mix_block(const Piece& piece, const Mixers<P>& of, const Element* w, Next next, Element* to) const {
     const i64 m = w_.mixed, groups = piece.steps * P::PAIR;
     float mixed[M * GROUPS * LANES];
     for (i64 first = 0; first < groups; first += GROUPS) {
       const i64 last = std::min(groups, first + GROUPS);
       i64 g = first;
       for (; g + 4 <= last; g += 4) {
-        Next<P> here = next;
-        if (here.steps) here.w += g * LANES * m;
+        Next here = next;
+        if (here.lines) here.w += g * LANES * m * i64(sizeof(Element));
         mix<P, M, 4>(of, m, w + g * LANES * m, here, mixed + (g - first) * LANES, GROUPS * LANES);
       }
       for (; g < last; ++g) mix<P, M, 1>(of, m, w + g * LANES * m, {}, mixed + (g - first) * LANES, GROUPS * LANES);

@@ -15,6 +15,52 @@ void pack_factor(const typename P::Element* w, i64 row, i64 column, i64 out, i64
   }
 }
 
+// Code i of a row of them, a string of bits of which the lowest are the first.
+inline int code_of(const std::uint8_t* row, i64 bits, i64 i) {
+  const i64 at = i * bits, within = at % 8;
+  int both = row[at / 8];
+  if (within + bits > 8) both |= row[at / 8 + 1] << 8;
+  return both >> within & ((1 << bits) - 1);
+}
+
+// Block `block` of 16 outputs of a factor in codes. codes: [out, ...], rows `row` bytes apart; scales: [out, groups], rows `scale_row`
+// apart. f: what it becomes; to, to_scales: all of its blocks.
+template <class P>
+void pack_codes(
+    const Factor<P>& f, const std::uint8_t* codes, i64 row, const std::uint16_t* scales, i64 scale_row, i64 block, char* to,
+    std::uint16_t* to_scales) {
+  const Groups groups = f.groups();
+  const i64 bits = f.how.bits, inputs = unit_inputs(bits), bytes = unit_bytes(bits);
+  to += block * f.stride();
+  to_scales += block * f.scale_stride();
+  std::fill_n(to, f.stride(), char{});
+  std::fill_n(to_scales, f.scale_stride(), std::uint16_t{});
+  auto* unsigned_to = reinterpret_cast<unsigned char*>(to);
+  const i64 outputs = std::min(LANES, f.out - block * LANES);
+  for (i64 g = 0; g < groups.count(); ++g) {
+    auto* units = unsigned_to + groups.unit(g, bits) * bytes;
+    for (i64 o = 0; o < outputs; ++o) {
+      const std::uint8_t* from = codes + (block * LANES + o) * row;
+      to_scales[g * LANES + o] = scales[(block * LANES + o) * scale_row + g];
+      for (i64 i = groups.begin(g); i < groups.end(g); ++i) {
+        const i64 at = i - groups.origin(g), within = at % inputs, line = within / 2;
+        auto* unit = units + at / inputs * bytes;
+        const int code = code_of(from, bits, i);
+        // Sets some bits of the 16-bit word that belongs to this output and input.
+        auto put = [&](i64 of_line, i64 bit, int value) {
+          auto* word = unit + of_line * 64 + (2 * o + within % 2) * 2;
+          word[0] |= value << bit & 255;
+          word[1] |= value << bit >> 8;
+        };
+        if (bits == 8) unit[within * LANES + o] = static_cast<unsigned char>(code ^ 128);
+        else if (bits != 3) put(0, line * bits, code);
+        else if (line < 15) put(line / 5, line % 5 * 3, code);
+        else for (i64 b = 0; b < 3; ++b) put(b, 15, code >> b & 1);
+      }
+    }
+  }
+}
+
 // Block `block` of 16 outputs of m bases, of which V's are mixed. w: [m, out, k] with these strides. to: m * packed_size(out, k)
 // elements for all blocks (mixed.h).
 template <class P>

@@ -18,17 +18,19 @@ struct Routing {
   i64 all() const { return i64(pairs.size()); }
   i64 count(i64 e) const { return starts[e + 1] - starts[e]; }
 
-  // An expert's rows in a buffer that has those of all pairs.
+  // An expert's rows in a buffer that has room for k inputs of all pairs, or for `room` of them.
   template <class P>
-  Rows<P> rows_of(std::vector<typename P::Input>& of, i64 e, i64 k) const {
-    return factor_rows<P>(of.data() + starts[e] * packed_inputs<P>(k), count(e), k);
+  Rows<P> rows_of(std::vector<typename P::Input>& of, i64 e, i64 k, i64 room = 0) const {
+    return factor_rows<P>(of.data() + starts[e] * packed_inputs<P>(room ? room : k), count(e), k);
   }
 
+  // Experts without channels add nothing, and so have no pairs.
   template <class P>
-  void sort(const Batch<P>& batch, i64 experts) {
+  void sort(const Batch<P>& batch, const Layer<P>& layer) {
+    const i64 experts = layer.experts;
     starts.assign(experts + 1, 0);
     const i64 routed = batch.tokens * batch.top_k;
-    auto here = [&](i64 i) { return batch.ids[i] >= 0 && batch.ids[i] < experts; };
+    auto here = [&](i64 i) { return batch.ids[i] >= 0 && batch.ids[i] < experts && layer.width(batch.ids[i]); };
     for (i64 i = 0; i < routed; ++i) if (here(i)) ++starts[batch.ids[i] + 1];
     for (i64 e = 0; e < experts; ++e) starts[e + 1] += starts[e];
     active.clear();

@@ -10,7 +10,8 @@ class Shrink {
   using Input = typename P::Input;
 
  public:
-  // Of one half, whose weights have `in` inputs; its pairs' and tokens' rows are filled where they are needed.
+  // Of one half, whose weights have `in` inputs, or at most so many; its pairs' and tokens' rows are filled where they are
+  // needed.
   Shrink(const Weights<P>& w, Half<P>& half, const Routing& routing, const Parallel& parallel, i64 threads, i64 tokens, i64 in)
       : w_(w), half_(half), routing_(routing), parallel_(parallel), threads_(threads), tokens_(tokens), in_(in) {}
 
@@ -18,17 +19,17 @@ class Shrink {
   void operator()(Rows<P> common, const std::function<i64(i64)>& of_pair) const {
     std::vector<Job> jobs;
     if (w_.base_v) {
-      jobs.push_back({half_.rows_of_tokens(tokens_, in_), w_.base_v, w_.base_ranks(), {}});
+      jobs.push_back({half_.rows_of_tokens(tokens_, w_.base_v.in), w_.base_v, {}});
       make_room(half_.low, tokens_, 0, tokens_, w_.base_rank, jobs.back().to);
     }
     if (w_.shared_v && w_.ranks()) {
-      jobs.push_back({common, w_.v, w_.ranks(), {}});
+      jobs.push_back({common, w_.v.first, {}});
       make_room(half_.common, common.n, 0, common.n, w_.rank, jobs.back().to);
     } else if (w_.v && w_.ranks()) {
       for (i64 e : routing_.active) {
         if (!w_.has_delta(e)) continue;
-        const auto* v = w_.v + w_.v_place(e) * packed_size<P>(w_.ranks(), in_);
-        jobs.push_back({routing_.rows_of<P>(half_.pairs, e, in_), v, w_.ranks(), {}});
+        const Factor<P> v = w_.v.at(w_.v_place(e));
+        jobs.push_back({routing_.rows_of<P>(half_.pairs, e, v.in, in_), v, {}});
         make_room(half_.s, routing_.all(), routing_.starts[e], routing_.count(e), w_.rank, jobs.back().to);
       }
     }
@@ -52,8 +53,7 @@ class Shrink {
   // Rows to be multiplied by a packed factor with `out` outputs, gate's before up's.
   struct Job {
     Rows<P> rows;
-    const typename P::Element* v;
-    i64 out;
+    Factor<P> v;
     Rows<P> to[2];
   };
 
@@ -69,19 +69,19 @@ class Shrink {
   void run(const std::vector<Job>& jobs) const {
     // Two slices a task where that leaves enough of them: the second's weights are asked for during the first.
     i64 slices = 0;
-    for (const Job& job : jobs) slices += ceil_div(job.out, SLICE);
+    for (const Job& job : jobs) slices += ceil_div(job.v.out, SLICE);
     const i64 at_once = slices >= 16 * threads_ ? 2 * SLICE_BLOCKS : SLICE_BLOCKS, width = at_once * LANES;
     std::vector<std::pair<const Job*, i64>> tasks;  // and the first block
     for (const Job& job : jobs)
-      for (i64 b = 0; b < ceil_div(job.out, LANES); b += at_once) tasks.push_back({&job, b});
+      for (i64 b = 0; b < ceil_div(job.v.out, LANES); b += at_once) tasks.push_back({&job, b});
     parallel_(i64(tasks.size()), [&](i64 number) {
       const auto [job, block] = tasks[number];
       const Rows<P>& rows = job->rows;
-      const i64 stride = LANES * packed_inputs<P>(rows.k), first = block * LANES;
-      const i64 blocks = std::min(at_once, ceil_div(job->out, LANES) - block), last = std::min(job->out, first + width);
+      const i64 first = block * LANES;
+      const i64 blocks = std::min(at_once, ceil_div(job->v.out, LANES) - block), last = std::min(job->v.out, first + width);
       thread_local std::vector<float> tile;
       tile.resize(rows.n * width);
-      multiply_factor<P>(rows, job->v + block * stride, stride, blocks, {}, tile.data(), width);
+      multiply_factor<P>(rows, job->v.from(first), blocks, {}, tile.data(), width);
       for (i64 r = 0; r < rows.n; ++r) {
         const float* from = &tile[r * width];
         const i64 gate = job->to[0].k, middle = std::clamp(gate, first, last);

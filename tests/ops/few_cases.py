@@ -1,0 +1,296 @@
+"""Random layers of few bits and unequal widths, as backends are given them, and METHODS 1.5 and 1.6 again for them,
+token by token in float64: codes by their definition, matrices whole, every product by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from few_bits import HIGHEST, ZERO, Storage, _bytes
+from hypothesis import strategies as st
+from moe_oracle import select, silu
+from torch import Tensor
+
+from d2moe_vllm.ops.packing import Packing
+from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
+
+
+@dataclass
+class Few:
+    """Sizes and kinds of a layer. ranks: of gate, up and down, where deltas are no dense matrices; base_ranks: of a
+    low-rank base. base: "full", "columns", "low rank" or "". kept, used: columns of a base of columns, of gate and up,
+    and of down, per group. widths: channels that each expert keeps here; skipped: and before them elsewhere; without:
+    experts without deltas. base_first, delta_first: where in whole rows of down the inputs begin that are here."""
+
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    tokens: int = 5
+    hidden: int = 24
+    intermediate: int = 40
+    experts: int = 4
+    top_k: int = 2
+    delta: str = "dense"
+    ranks: tuple[int, int, int] = (3, 5, 4)
+    storages: tuple[Storage | None, Storage | None] = ((4, 32), (4, 32))
+    base: str = ""
+    base_storage: Storage | None = None
+    base_ranks: tuple[int, int, int] = (3, 2, 4)
+    kept: tuple[int, int] = (5, 7)
+    used: tuple[int, int] = (3, 5)
+    groups: int = 2
+    scope: str = "off"
+    widths: tuple[int, ...] = ()
+    skipped: tuple[int, ...] = ()
+    without: tuple[int, ...] = ()
+    base_first: int = 0
+    delta_first: int = 0
+    absent: float = 0.2
+    padding: int = 0
+    generator: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def matrix(self, out: int, k: int, how: Storage | None, first: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Numbers, or codes in bytes and scales, and what they stand for in float64; outputs are of about size 1."""
+        size = max(k, 1) ** -0.5
+        if how is None:
+            values = (self.random(out, k) * size).to(self.dtype)
+            return values, None, values.double()
+        bits, group = how
+        codes = torch.randint(0, HIGHEST[bits] + 1, (out, k), generator=self.generator)
+        within = first % group
+        count = -(-(within + k) // group) if k else 0
+        scales = (self.random(out, count).abs() * size / HIGHEST[bits] * 2).bfloat16()
+        scales[torch.rand(scales.shape, generator=self.generator) < 0.05] = 0
+        of_input = scales.double()[:, (torch.arange(k) + within) // group]
+        packed = _bytes(codes.int(), bits) if codes.numel() else torch.zeros(out, 0, dtype=torch.uint8)
+        return packed, scales, (codes - ZERO[bits]) * of_input
+
+    def side_by_side(
+        self, out: int, ks: tuple[int, ...], how: Storage | None, first: int = 0
+    ) -> tuple[Any, Any, Tensor]:
+        parts = [self.matrix(out, k, how, first) for k in ks]
+        scales = None if how is None else torch.cat([part[1] for part in parts], dim=1)  # type: ignore[misc]
+        return torch.cat([part[0] for part in parts], dim=1), scales, torch.cat([part[2] for part in parts], dim=1)
+
+
+@dataclass
+class Made:
+    """A layer: what backends are given, and per role its base [out, in], per expert and role its delta, or None."""
+
+    arguments: list[Any]
+    spec: LayerSpec
+    base: dict[str, Tensor | None]
+    columns: dict[str, np.ndarray]
+    norms: dict[str, np.ndarray]
+    deltas: list[dict[str, Tensor | None]]
+    channels: list[np.ndarray]
+
+
+def packing(how: Storage | None) -> Packing | None:
+    return None if how is None else Packing(how[0], ZERO[how[0]], how[1])
+
+
+def make(few: Few) -> Made:
+    inner, hidden = few.intermediate, few.hidden
+    widths = few.widths or (inner,) * few.experts
+    channels = [np.arange(inner)] * few.experts
+    if few.widths and few.base:
+        channels = [torch.randperm(inner, generator=few.generator)[:w].sort().values.numpy() for w in widths]
+    base: dict[str, Tensor | None] = dict.fromkeys(("gate", "up", "down"))
+    deltas: list[dict[str, Tensor | None]] = [dict.fromkeys(base) for _ in widths]
+    columns, norms, halves = {}, {}, []
+    for half, roles in enumerate((("gate", "up"), ("down",))):
+        found = _deltas(few, half, roles, widths, deltas)
+        found |= _base(few, half, roles, base, columns, norms)
+        if half and few.widths:
+            bits = torch.zeros(few.experts, inner, dtype=torch.int)
+            for one, own in zip(bits, channels, strict=True):
+                one[own] = 1
+            found["channels"] = _bytes(bits, 1) if few.base else torch.empty(0, dtype=torch.uint8)
+        halves.append(Weights(**found))
+    ids = torch.rand(few.tokens, few.experts, generator=few.generator).argsort(dim=1)[:, : few.top_k].int()
+    ids = ids.masked_fill(torch.rand(ids.shape, generator=few.generator) < few.absent, -1)
+    padding = torch.arange(few.tokens) >= few.tokens - few.padding if few.padding else None
+    x, gates = few.random(few.tokens, hidden).to(few.dtype), torch.rand(ids.shape, generator=few.generator)
+    low = few.base == "low rank"
+    ranks = (0, 0, 0) if few.delta == "dense" else few.ranks
+    specs = [
+        HalfSpec(
+            ranks=ranks[part],
+            base_ranks=few.base_ranks[part] if low else (),
+            groups=few.groups,
+            used=few.used[half] * few.groups if few.base == "columns" else 0,
+            base=packing(few.base_storage) if few.base else None,
+            delta=packing(few.storages[half]),
+            base_first=few.base_first * half,
+            delta_first=few.delta_first * half,
+        )
+        for half, part in enumerate((slice(0, 2), slice(2, 3)))
+    ]
+    narrow = {"widths": few.widths, "skipped": few.skipped, "without": few.without} if few.widths else {}
+    spec = LayerSpec(few.experts, inner if few.base or not few.widths else 0, *specs, "silu", few.scope, **narrow)
+    return Made([x, gates, ids, *halves, padding], spec, base, columns, norms, deltas, channels)
+
+
+def _deltas(few: Few, half: int, roles: Any, widths: tuple[int, ...], deltas: list[Any]) -> dict[str, Tensor]:
+    """Parameters, and `deltas` filled."""
+    how, down = few.storages[half], half == 1
+    found: dict[str, list[tuple[Any, Any]]] = {}
+    own = [e for e in range(few.experts) if e not in few.without]
+    shared, columns = None, []
+    ranks = few.ranks[2:] if down else few.ranks[:2]
+    for expert in own:
+        width = widths[expert]
+        out, k = (few.hidden, width) if down else (width, few.hidden)
+        first = (few.skipped[expert] if few.widths else few.delta_first) if down else 0
+        if few.delta == "dense":
+            parts = [few.matrix(out, k, how, first) for _ in roles]
+            scales = None if how is None else torch.cat([part[1] for part in parts])  # type: ignore[misc]
+            found.setdefault("dense", []).append((torch.cat([part[0] for part in parts]), scales))
+            deltas[expert] |= {role: part[2] for role, part in zip(roles, parts, strict=True)}
+            continue
+        *u, meaning = few.side_by_side(out, ranks, how, first if few.delta == "columns" else 0)
+        found.setdefault("delta_u", []).append(tuple(u))
+        if few.delta == "columns":
+            places = [torch.randperm(k, generator=few.generator)[:rank].sort().values for rank in ranks]
+            columns.append(torch.cat(places).int())
+            vs = torch.cat([torch.eye(k, dtype=torch.float64)[place] for place in places])
+        elif few.delta == "shared V":
+            shared = few.matrix(sum(ranks), k, how, first) if shared is None else shared
+            vs = shared[2]
+        else:
+            *v, vs = few.matrix(sum(ranks), k, how, first)
+            found.setdefault("delta_v", []).append(tuple(v))
+        pairs = zip(meaning.split(ranks, dim=1), vs.split(ranks), strict=True)
+        deltas[expert] |= {role: u_part @ v_part for role, (u_part, v_part) in zip(roles, pairs, strict=True)}
+    result: dict[str, Tensor] = {}
+    for name, each in found.items():
+        flat = bool(few.widths) and name != ("delta_u" if down else "delta_v")
+        for suffix, tensors in zip(("", "_scales"), zip(*each, strict=True), strict=True):
+            if tensors[0] is not None:
+                result[name + suffix] = torch.cat([t.flatten() for t in tensors]) if flat else torch.stack(tensors)
+    if shared is not None:
+        result |= {"shared_v": shared[0]} | ({} if shared[1] is None else {"shared_v_scales": shared[1]})
+    if columns:
+        result["delta_columns"] = torch.stack(columns)
+    if few.without and not few.widths:
+        places = torch.tensor([own.index(e) if e in own else -1 for e in range(few.experts)], dtype=torch.int32)
+        result["u_index"] = places
+        if few.delta in ("factors", "columns"):
+            result["v_index"] = places.clone()
+    return result
+
+
+def _base(few: Few, half: int, roles: Any, base: dict[str, Any], columns: Any, norms: Any) -> dict[str, Tensor]:
+    """Parameters, and base, columns and norms filled, these by the first role of a half."""
+    down, how = half == 1, few.base_storage
+    out, k = (few.hidden, few.intermediate) if down else (few.intermediate, few.hidden)
+    first = few.base_first if down else 0
+    if not few.base:
+        return {}
+    if few.base == "low rank":
+        ranks = few.base_ranks[2:] if down else few.base_ranks[:2]
+        u, u_scales, us = few.side_by_side(out, ranks, how)
+        v, v_scales, vs = few.matrix(sum(ranks), k, how, first)
+        pairs = zip(us.split(ranks, dim=1), vs.split(ranks), strict=True)
+        base |= {role: u_part @ v_part for role, (u_part, v_part) in zip(roles, pairs, strict=True)}
+        scales = {} if how is None else {"base_u_scales": u_scales, "base_v_scales": v_scales}
+        return {"base_u": u, "base_v": v, **scales}
+    found: dict[str, Any] = {}
+    chosen = torch.arange(k)
+    if few.base == "columns":
+        size, kept = k // few.groups, few.kept[half]
+        own = [torch.randperm(size, generator=few.generator)[:kept].sort().values for _ in range(few.groups)]
+        chosen = torch.cat([g * size + one for g, one in enumerate(own)])
+    parts = [few.matrix(out, len(chosen), how, first) for _ in roles]
+    if few.base == "columns":
+        found["base_columns"] = chosen.int()
+        norm = torch.cat([part[2] for part in parts]).norm(dim=0)
+        found["base_norms"] = norm.float()
+        norms[roles[0]], columns[roles[0]] = norm.float().double().numpy(), chosen.numpy()
+    stacked = torch.cat([part[0] for part in parts])
+    found["base"] = stacked if how else stacked.t().contiguous()
+    if how:
+        found["base_scales"] = torch.cat([part[1] for part in parts])  # type: ignore[misc]
+    for role, part in zip(roles, parts, strict=True):
+        base[role] = torch.zeros(out, k, dtype=torch.float64).index_copy_(1, chosen, part[2])
+    return found
+
+
+def forward(few: Few, made: Made) -> np.ndarray:
+    x, gates, ids = (made.arguments[i].double().numpy() for i in range(3))
+    padding = made.arguments[5]
+
+    def based(roles: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
+        if made.base[roles[0]] is None:
+            return {}
+        masked = rows
+        if roles[0] in made.columns and few.scope != "off":
+            own, used = made.columns[roles[0]], few.used[roles[0] == "down"] * few.groups
+            with np.errstate(all="ignore"):
+                chosen = select(rows[:, own], made.norms[roles[0]], used, few.groups, few.scope, padding)
+            masked = np.zeros_like(rows)
+            masked[:, own] = np.where(chosen, rows[:, own], 0)
+        return {role: masked @ made.base[role].numpy().T for role in roles}  # type: ignore[union-attr]
+
+    z = based(("gate", "up"), x)
+    mix, output = np.zeros((few.tokens, few.intermediate)), np.zeros((few.tokens, few.hidden))
+    for t in range(few.tokens):
+        for gate_value, expert in zip(gates[t], ids[t].astype(int), strict=True):
+            if not 0 <= expert < few.experts:
+                continue
+            own, delta = made.channels[expert], made.deltas[expert]
+            if few.widths and not few.base:
+                own = np.arange(few.widths[expert])
+            parts = []
+            for role in ("gate", "up"):
+                value = z[role][t, own] if role in z else np.zeros(len(own))
+                parts.append(value if delta[role] is None else value + delta[role].numpy() @ x[t])  # type: ignore[union-attr]
+            h = np.array([silu(g) for g in parts[0]]) * parts[1]
+            if few.base:
+                mix[t, own] += gate_value * h
+            if delta["down"] is not None:
+                output[t] += gate_value * (delta["down"].numpy() @ h)
+    down = based(("down",), mix)
+    return output + down["down"] if down else output
+
+
+@st.composite
+def few_cases(draw: st.DrawFn) -> Few:
+    """Any such layer in float32: with a base or without, all bits and groups, widths that are multiples of nothing."""
+    storage = st.tuples(st.sampled_from([8, 4, 3, 2]), st.sampled_from([32, 64, 128]))
+    narrow = draw(st.booleans())
+    base = draw(st.sampled_from(["", "full"] if narrow else ["", "full", "columns", "low rank"]))
+    delta = draw(st.sampled_from(["dense", "factors"] if narrow else ["dense", "factors", "columns", "shared V"]))
+    experts, inner = draw(st.integers(2, 5)), 2 * draw(st.integers(1, 90))
+    widths = tuple(draw(st.integers(0, inner)) for _ in range(experts)) if narrow else ()
+    return Few(
+        draw(st.integers(0, 2**31)),
+        tokens=(tokens := draw(st.integers(0, 8))),
+        hidden=2 * draw(st.integers(1, 70)),
+        intermediate=inner,
+        experts=experts,
+        delta=delta,
+        ranks=(1, 1, 1) if delta == "columns" else tuple(draw(st.integers(1, 70)) for _ in range(3)),
+        storages=(draw(st.none() | storage), draw(st.none() | storage)),
+        base=base,
+        base_storage=draw(st.none() | storage),
+        base_ranks=tuple(draw(st.integers(1, 40)) for _ in range(3)),
+        kept=(1, 1),
+        used=(draw(st.integers(0, 1)), draw(st.integers(0, 1))),
+        scope=draw(st.sampled_from(["off", "token", "batch"])),
+        widths=widths,
+        skipped=tuple(draw(st.integers(0, 150)) for _ in widths),
+        without=tuple(sorted(draw(st.sets(st.integers(0, experts - 1), max_size=experts - 1)))) if base else (),
+        base_first=draw(st.integers(0, 150)),
+        delta_first=draw(st.integers(0, 150)),
+        absent=draw(st.sampled_from([0.0, 0.3])),
+        padding=draw(st.integers(0, tokens)),
+    )

@@ -1,0 +1,186 @@
+"""Few bits and unequal widths in the C++ backend, against a float64 oracle and the reference, as in test_cpu.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from few_cases import Few, few_cases, forward, make, packing
+from hypothesis import given, settings
+from mixed_cases import forward as mixed_forward
+from mixed_cases import mixed_case
+from test_cpu import DTYPES, run
+
+from d2moe_vllm.ops import choose_backend, cpu
+from d2moe_vllm.ops.reference import fused_experts
+from d2moe_vllm.ops.weights import Weights
+
+BIG = Few(
+    11, tokens=67, hidden=192, intermediate=320, experts=8, absent=0.1, ranks=(48, 33, 40), base_ranks=(40, 40, 24)
+)
+UNEQUAL: dict[str, Any] = {
+    "widths": (320, 16, 0, 37, 150, 208, 1, 112),
+    # On the second rank or a later one, whose groups the first may have begun, in the middle of a byte, too.
+    "skipped": (0, 5, 0, 37, 64, 31, 9, 128),
+}
+COLUMNS: dict[str, Any] = {"base": "columns", "groups": 4, "kept": (40, 60), "used": (20, 31)}
+LAYERS: dict[str, Few] = {
+    **{
+        f"{bits} bits by {group}": replace(BIG, storages=((bits, group), (bits, group)))
+        for bits, group in ((8, 64), (4, 64), (3, 64), (2, 64), (8, 128), (4, 32), (3, 32), (2, 128))
+    },
+    "not packed": replace(BIG, storages=(None, None)),
+    "a group that another rank began": replace(BIG, storages=((8, 64), (2, 64)), delta_first=147),
+    "unequal widths": replace(BIG, storages=((3, 64), (4, 32)), **UNEQUAL),
+    "unequal widths, eight bits and two": replace(BIG, storages=((8, 64), (2, 64)), **UNEQUAL),
+    "unequal widths, three bits": replace(BIG, storages=((2, 32), (3, 64)), **UNEQUAL),
+    "unequal widths, not packed": replace(BIG, storages=(None, None), **UNEQUAL),
+    "on a base": replace(BIG, storages=((2, 64), (2, 64)), base="full", base_storage=(4, 64), base_first=32),
+    "on a base, unequal widths": replace(
+        BIG, storages=((2, 64), (3, 64)), base="full", base_storage=(4, 64), without=(3,), base_first=77, **UNEQUAL
+    ),
+    "on a base of 16 bits, unequal widths": replace(BIG, storages=((2, 64), (2, 64)), base="full", **UNEQUAL),
+    "on a base of columns": replace(BIG, storages=((3, 64), (2, 64)), base_storage=(4, 64), without=(1, 5), **COLUMNS),
+    "on a low-rank base": replace(BIG, storages=((4, 64), (8, 64)), base="low rank", base_storage=(4, 32)),
+    "factors": replace(BIG, delta="factors", storages=((8, 64), (4, 32)), base_storage=(8, 64), **COLUMNS),
+    "factors, unequal widths": replace(BIG, delta="factors", storages=((8, 64), (3, 64)), **UNEQUAL),
+    "shared V": replace(BIG, delta="shared V", storages=((2, 64), (8, 128))),
+    "columns": replace(BIG, delta="columns", storages=((4, 32), (8, 64)), delta_first=45),
+}
+"""Sizes that are multiples of nothing, experts with no tokens among them."""
+
+
+@settings(max_examples=200, deadline=None)
+@given(few_cases())
+def test_float32_equals_the_oracle(few: Few) -> None:
+    made = make(few)
+    found = run(made.arguments, made.spec).double().numpy()
+    real = slice(0, few.tokens - few.padding)
+    np.testing.assert_allclose(found[real], forward(few, made)[real], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_rounding_is_no_worse_than_the_reference(name: str, dtype: torch.dtype) -> None:
+    few = replace(LAYERS[name], dtype=dtype)
+    made = make(few)
+    exact = torch.from_numpy(forward(few, made))
+    outputs = (run(made.arguments, made.spec), fused_experts(*made.arguments, made.spec))
+    errors = [float((y.double() - exact).norm() / exact.norm()) for y in outputs]
+    assert errors[0] <= 1.3 * errors[1] + 2e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [*((name, "off") for name in LAYERS), *((name, "token") for name, few in LAYERS.items() if few.base == "columns")],
+)
+def test_rows_are_the_same_bits_alone_in_a_crowd_and_on_any_number_of_threads(
+    name: str, scope: str, dtype: torch.dtype
+) -> None:
+    made = make(replace(LAYERS[name], dtype=dtype, scope=scope))
+    packed = cpu.pack(
+        *(Weights(*(None if t is None else t.clone() for t in h)) for h in made.arguments[3:5]), made.spec
+    )
+
+    def some(rows: torch.Tensor) -> torch.Tensor:
+        return cpu.fused_experts(*(t[rows] for t in made.arguments[:3]), *packed, None, made.spec)
+
+    together = some(torch.arange(67))
+    for size in (1, 2, 13, 31):
+        rows = torch.randperm(67, generator=torch.Generator().manual_seed(size))[:size]
+        assert torch.equal(some(rows), together[rows]), size
+    assert not torch.equal(together[:2], together[2:4])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            assert torch.equal(some(torch.arange(67)), together), threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("scope", ["token", "batch"])
+@pytest.mark.parametrize("delta", ["dense", "factors"])
+def test_columns_of_a_packed_base_are_chosen_as_elsewhere(delta: str, scope: str) -> None:
+    """In batch scope padding has no say, whatever it is."""
+    few = replace(
+        BIG, delta=delta, storages=((2, 64), (4, 64)), base_storage=(3, 64), padding=20, scope=scope, **COLUMNS
+    )
+    made = make(few)
+    np.testing.assert_allclose(
+        run(made.arguments, made.spec).double().numpy()[:47], forward(few, made)[:47], rtol=1e-3, atol=2e-4
+    )
+    clean = run(made.arguments, made.spec)[:47]
+    made.arguments[0][47:] = torch.nan
+    assert torch.equal(run(made.arguments, made.spec)[:47], clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bases", [1, 3, 4, 37])
+@pytest.mark.parametrize("storage", [(8, 64), (4, 32), (3, 64), (2, 128)])
+def test_packed_bases_that_vs_are_mixed_from(storage: tuple[int, int], bases: int, dtype: torch.dtype) -> None:
+    """MoBE's in few bits: no worse than the reference, which opens all bases, and the same bits in other company."""
+    few, rank = Few(6, dtype, hidden=150), (19, 33)
+    arguments, spec = mixed_case(6, dtype, tokens=33, hidden=150, intermediate=40, bases=bases, rank=rank, groups=bases)
+    each = [few.matrix(sum(rank), 150, storage) for _ in range(bases)]
+    own = [few.side_by_side(40, rank, storage) for _ in range(4)]
+    exact = arguments[3]._replace(bases=torch.stack([one[2] for one in each]), a=torch.stack([one[2] for one in own]))
+    expected = torch.from_numpy(mixed_forward([*arguments[:3], exact, *arguments[4:]], spec))
+    packed = {
+        name + suffix: torch.stack([one[i] for one in matrices])
+        for name, matrices in (("bases", each), ("a", own))
+        for i, suffix in enumerate(("", "_scales"))
+    }
+    arguments[3] = arguments[3]._replace(**packed)
+    spec = spec._replace(w13=spec.w13._replace(delta=packing(storage)))
+    outputs = (run(arguments, spec), fused_experts(*arguments, spec))
+    errors = [float((y.double() - expected).norm() / expected.norm()) for y in outputs]
+    assert errors[0] <= 1.3 * errors[1] + 3e-7
+    some = torch.tensor([4, 17, 32])
+    assert torch.equal(run([*(t[some] for t in arguments[:3]), *arguments[3:]], spec), outputs[0][some])
+
+
+@pytest.mark.parametrize("name", ["4 bits by 64", "unequal widths", "on a base, unequal widths"])
+def test_experts_that_are_nowhere_or_keep_nothing(name: str) -> None:
+    """Ids out of range, and experts without channels, add nothing; no token at all is none."""
+    made = make(LAYERS[name])
+    arguments = list(made.arguments)
+    arguments[2] = torch.full_like(arguments[2], 2 if LAYERS[name].widths else 8)
+    assert not run(arguments, made.spec).any()
+    assert run([t[:0] for t in arguments[:3]] + arguments[3:], made.spec).shape == (0, 192)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("widths", [(), (256, 64, 0, 128, 32, 224)])
+def test_packing_takes_no_more_memory_where_sizes_are_multiples(bits: int, widths: tuple[int, ...]) -> None:
+    """Neither codes nor scales are widened, and both lie where they lay."""
+    few = Few(2, hidden=128, intermediate=256, experts=6, storages=((bits, 64), (bits, 32)), widths=widths)
+    few = replace(few, base="full", base_storage=(bits, 64), skipped=(0,) * len(widths))
+    made = make(few)
+    packed = cpu.pack(*made.arguments[3:5], made.spec)
+    for before, after in zip(made.arguments[3:5], packed, strict=True):
+        for old, new in zip(before, after, strict=True):
+            assert old is None or (new.data_ptr() == old.data_ptr() and new.numel() == old.numel())
+
+
+def test_a_code_that_no_compressor_writes_is_the_number_it_stands_for() -> None:
+    """Code 0 of 8 and 4 bits, the lowest: -128 and -8 scales."""
+    for bits, lowest in ((8, -128.0), (4, -8.0)):
+        made = make(Few(3, tokens=1, experts=1, top_k=1, absent=0, storages=((bits, 32), None)))
+        weights = made.arguments[3]._replace(
+            dense=torch.zeros_like(made.arguments[3].dense),
+            dense_scales=torch.ones_like(made.arguments[3].dense_scales),
+        )
+        arguments = [*made.arguments[:3], weights, *made.arguments[4:]]
+        h = torch.nn.functional.silu(arguments[0].sum() * lowest) * arguments[0].sum() * lowest
+        expected = arguments[1] * h * arguments[4].dense[0].sum(dim=1)
+        torch.testing.assert_close(run(arguments, made.spec), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_of_the_format_is_left_to_the_reference() -> None:
+    needs = {"packed matrices", "experts of unequal widths", "dense deltas of all projections"}
+    assert choose_backend("cpu", None, needs | {"deltas of kind 'bases'", "deltas of kind 'dense'"}) == ("cpu", None)
