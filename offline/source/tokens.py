@@ -337,7 +337,10 @@ def choose_windows(tokenizer: Tokenizer, text: Text, count: int, seq_len: int, s
     generator = torch.Generator().manual_seed(seed)
     if length > max(WHOLE, SPREAD * count * seq_len):
         starts = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) * (length / count)
-        found = [window for window in _excerpts(tokenizer, text, starts.long().tolist(), seq_len) if len(window)]
+        drawn = list(_excerpts(tokenizer, text, starts.long().tolist(), seq_len))
+        if not len(drawn[-1]):  # its place was too near the end; so much before it no other window lies
+            drawn[-1:] = _excerpts(tokenizer, text, [length - AHEAD * seq_len], seq_len)
+        found = [window for window in drawn if len(window)]
         if len(found) < count:
             raise _too_short(
                 text, f"at {count} drawn places it has {len(found)} windows of {seq_len} tokens", len(found)

@@ -205,6 +205,19 @@ def test_of_a_long_text_only_what_the_windows_need_is_tokenized(tmp_path: Path) 
     assert again.sha256 == windows.sha256 != other.sha256
 
 
+def test_a_place_too_near_the_end_is_not_a_text_too_short(tmp_path: Path) -> None:
+    text = as_text(write(tmp_path / "a.txt", "".join(f"line {number:07d} of the text\n" for number in range(50_000))))
+
+    def last(seed: int) -> float:
+        return float(torch.rand(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[-1])
+
+    seed = next(seed for seed in range(100_000) if last(seed) > 0.9999)
+    windows = choose_windows(Tokenizer(tmp_path, None, Counting()), text, 4, 100, seed=seed)
+    numbers = ["".join(map(chr, window.tolist()))[5:12] for window in windows.tokens]
+    assert len(windows.tokens) == 4
+    assert 49_900 < int(numbers[-1]) < 50_000
+
+
 def test_of_a_text_that_is_not_much_longer_all_is_drawn_from(tmp_path: Path) -> None:
     """As in version 1: the windows of the whole text, without replacement, in text order."""
     text = as_text(write(tmp_path / "a.txt", "abcdefghij" * 1000))
