@@ -79,7 +79,7 @@ def test_nothing_is_changed_where_nothing_was_lost(problem: Problem) -> None:
     weight, rows, _ = problem
     every, moment = torch.ones(IN, dtype=torch.bool), rows.T @ rows / ROWS
     assert torch.equal(refit_dropped(weight, moment, every), weight)
-    found = refit_outputs(weight, every, moment, weight @ moment, ROWS)
+    found = refit_outputs(weight, every, moment, weight.double() @ moment.double(), ROWS)
     torch.testing.assert_close(found, weight, rtol=1e-5, atol=1e-5)
 
 

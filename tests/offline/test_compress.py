@@ -73,7 +73,7 @@ def test_all_but_the_experts_is_kept_to_the_byte(compressed: Path) -> None:
 def test_recipe_and_statistics_travel_along(compressed: Path) -> None:
     recipe = yaml.safe_load((compressed / "d2moe_recipe.yaml").read_text())
     assert recipe["ratio"] == 0.4
-    assert recipe["calibration"] == {"windows": 32, "seq_len": 128, "seed": 0, "inputs": "dense"}
+    assert recipe["calibration"] == {"windows": 32, "seq_len": 128, "seed": 0, "inputs": "dense", "products": "float32"}
     assert recipe["delta"]["rank_multiple"] == 1
     stats = json.loads((compressed / "d2moe_stats.json").read_text())
     assert len(stats["calibration"]["tokens_sha256"]) == 64
