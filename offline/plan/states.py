@@ -2,8 +2,8 @@
 
 Every layer's input would be a file of the whole calibration text for each layer. With one of every few kept and those
 between computed anew, stretch by stretch, about twice the square root of their number is there at a time (Chen et al.,
-Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174), for one more run over each layer. Where the disk has
-room for more of them, more are kept.
+Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174), for one more run over each layer. More are kept where
+the working folder stays no larger than the model all the same (resources.py).
 """
 
 from __future__ import annotations

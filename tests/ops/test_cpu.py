@@ -11,6 +11,7 @@ import forks
 import numpy as np
 import pytest
 import torch
+from crowds import same_bits
 from hypothesis import given, settings
 from moe_cases import CROWDED, cases, crowd, random_case
 from moe_oracle import Case, forward, kernel_arguments
@@ -86,17 +87,7 @@ def test_rows_are_the_same_bits_alone_in_a_crowd_and_on_any_number_of_threads(
     def some(rows: torch.Tensor) -> torch.Tensor:
         return run([*(t[rows] for t in arguments[:3]), *arguments[3:]], spec)
 
-    together = some(torch.arange(67))
-    for size in (1, 2, 13, 31):
-        rows = torch.randperm(67, generator=torch.Generator().manual_seed(size))[:size]
-        assert torch.equal(some(rows), together[rows]), size
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(some(torch.arange(67)), together)
-    finally:
-        torch.set_num_threads(before)
+    same_bits(some)
 
 
 @pytest.mark.parametrize("scope", ["off", "token", "batch"])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from crowds import same_bits
 from few_cases import Few, few_cases, forward, make, packing
 from hypothesis import given, settings
 from mixed_cases import forward as mixed_forward
@@ -89,18 +90,7 @@ def test_rows_are_the_same_bits_alone_in_a_crowd_and_on_any_number_of_threads(
     def some(rows: torch.Tensor) -> torch.Tensor:
         return cpu.fused_experts(*(t[rows] for t in made.arguments[:3]), *packed, None, made.spec)
 
-    together = some(torch.arange(67))
-    for size in (1, 2, 13, 31):
-        rows = torch.randperm(67, generator=torch.Generator().manual_seed(size))[:size]
-        assert torch.equal(some(rows), together[rows]), size
-    assert not torch.equal(together[:2], together[2:4])
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3, 8):
-            torch.set_num_threads(threads)
-            assert torch.equal(some(torch.arange(67)), together), threads
-    finally:
-        torch.set_num_threads(before)
+    same_bits(some)
 
 
 @pytest.mark.parametrize("scope", ["token", "batch"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from crowds import same_bits
 from hypothesis import given, settings
 from mixed_cases import forward, mixed_case, mixed_cases
 from moe_cases import CROWDED, crowd
@@ -59,18 +60,7 @@ def test_rows_are_the_same_bits_alone_in_a_crowd_and_on_any_number_of_threads(dt
     def some(rows: torch.Tensor) -> torch.Tensor:
         return run([*(t[rows] for t in arguments[:3]), *arguments[3:]], spec)
 
-    together = some(torch.arange(67))
-    for size in (1, 2, 13, 31):
-        rows = torch.randperm(67, generator=torch.Generator().manual_seed(size))[:size]
-        assert torch.equal(some(rows), together[rows]), size
-    assert not torch.equal(together[:2], together[2:4])
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3, 8):
-            torch.set_num_threads(threads)
-            assert torch.equal(some(torch.arange(67)), together), threads
-    finally:
-        torch.set_num_threads(before)
+    same_bits(some)
 
 
 @pytest.mark.parametrize("function", ["silu", "tanh"])
