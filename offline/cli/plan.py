@@ -127,9 +127,10 @@ def plan_table(console: Console, summary: dict[str, Any]) -> None:
     share = result["expert_bytes"] / result["dense_expert_bytes"]
     console.print(f"experts alone: {100 * share:.2f} % of their bytes are left", highlight=False)
     disk, least, most = summary["disk_bytes"], summary["least_seconds"], summary["estimated_seconds"]
+    fewer = f" ({in_words(disk['least_work'])} at least, slower)" if disk["least_work"] < disk["work"] else ""
     console.print(
         f"to do it: about {in_words(summary['peak_memory_bytes'])} of memory, {in_words(disk['work'])} of disk while "
-        f"running, {in_words(disk['result'])} for the result, roughly {durations(least, most)}",
+        f"running{fewer}, {in_words(disk['result'])} for the result, roughly {durations(least, most)}",
         highlight=False,
     )
     if least < most:

@@ -17,7 +17,7 @@ from offline.plan.factored import FactoredLayers
 from offline.plan.plan import Layers, Plan
 from offline.plan.priced import PricedLayers
 from offline.plan.recipe import Recipe
-from offline.plan.resources import check_resources, peak_memory, phases
+from offline.plan.resources import check_resources, keeping_states, peak_memory, phases
 from offline.plan.selection import first_selection
 from offline.source.dense import DenseModel
 
@@ -146,7 +146,11 @@ def summary(plan: Plan, seconds: Estimate) -> dict[str, Any]:
         "tokens_at_once": plan.resources.batch_tokens,
         "rows_at_once": plan.resources.rows,
         "products": plan.resources.products,
-        "disk_bytes": {"work": work_bytes(plan), "result": plan.budget.nbytes},
+        "disk_bytes": {
+            "work": work_bytes(plan),
+            "least_work": work_bytes(keeping_states(plan, 0)),
+            "result": plan.budget.nbytes,
+        },
         "estimated_seconds": round(seconds.most, 1),
         "least_seconds": round(seconds.least, 1),
         "recipe": plan.recipe.to_json(),

@@ -56,16 +56,22 @@ def check_resources(plan: Plan, memory: int | None, processes: int, device: str 
     choices = itertools.product((True, False), batches, ROWS)
     sizes_at_once = (Resources(batch, rows, hold, processes, products) for hold, batch, rows in choices)
     fitting = (replace(plan, resources=resources) for resources in sizes_at_once)
-    return _keeping(next(chosen for chosen in fitting if peak_memory(chosen) <= limit))
+    return keeping_states(next(chosen for chosen in fitting if peak_memory(chosen) <= limit), plan.model.reader.nbytes)
 
 
-def _keeping(plan: Plan) -> Plan:
-    """What is kept need not be computed anew; beyond the square root's number it takes room."""
+def keeping_states(plan: Plan, most: int) -> Plan:
+    """The plan with as many of the layers' inputs kept as leave the working folder within `most` bytes, or where none
+    does, with as many as leave it smallest.
+
+    What is kept need not be computed anew: the time depends on it, no byte of the result.
+    """
+    fewest = replace(plan, resources=replace(plan.resources, every=0))
     if not plan.needs_gradient:
-        return plan
-    choices = (replace(plan, resources=replace(plan.resources, every=every)) for every in range(1, plan.states.every))
-    final, most = final_bytes(plan), plan.model.reader.nbytes
-    return next((chosen for chosen in choices if work_bytes(chosen, final) <= most), plan)
+        return fewest
+    more = [replace(plan, resources=replace(plan.resources, every=every)) for every in range(1, fewest.states.every)]
+    final = final_bytes(plan)
+    sizes = [(work_bytes(chosen, final), chosen) for chosen in (*more, fewest)]
+    return next((chosen for size, chosen in sizes if size <= most), min(sizes, key=lambda pair: pair[0])[1])
 
 
 def _products(plan: Plan, device: str) -> Products:

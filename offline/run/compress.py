@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,19 @@ from offline.errors import InputError
 from offline.io.console import plain_console
 from offline.io.folders import check_new_folder
 from offline.io.progress import Steps
+from offline.io.units import size as in_words
 from offline.plan.asked import Asked, plan_asked
 from offline.plan.disk import work_bytes
 from offline.plan.duration import estimate_seconds, total_seconds
 from offline.plan.make import summary
 from offline.plan.plan import Plan
 from offline.plan.recipe import Recipe
-from offline.plan.resources import peak_memory
+from offline.plan.resources import keeping_states, peak_memory
 from offline.run.calibration import compress_layers
 from offline.source.dense import open_dense
 from offline.source.text import Text
 from offline.source.tokens import OWN, TokenizerChoice, choose_windows, open_tokenizer
-from offline.work.distributed import is_first, join
+from offline.work.distributed import Group, is_first, join
 from offline.work.workdir import MARKER_FILE, WorkDir, fingerprint, refuse_changed_source
 
 
@@ -77,9 +78,15 @@ def compress(
     for note in (*plan.model.remarks, *reads.notes):
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     windows = choose_windows(reads, calibration, settings.windows, int(settings.seq_len), settings.seed)
-    if group.first:
-        _check_space(plan, folder, out)
-    machine = {"device": chosen.type, "processes": group.size, "at_once": list(asdict(plan.resources).values())}
+    machine = {"device": chosen.type, "processes": group.size, "at_once": _at_once(plan)}
+    preferred, plan = plan, _with_room(plan, folder, out, group)
+    if plan.states.every > preferred.states.every:
+        console.print(
+            f"the disk has room for fewer hidden states than planned: {in_words(work_bytes(plan))} instead of "
+            f"{in_words(work_bytes(preferred))}, with more layers run twice",
+            highlight=False,
+            soft_wrap=True,
+        )
     mark = fingerprint(plan.model, plan.recipe.to_json(), windows.sha256, machine)
     work = WorkDir(folder, mark, restart=restart, group=group)
     if work.invalidated:
@@ -185,15 +192,27 @@ def _check_places(out: Path, folder: Path) -> None:
         raise InputError(f"--workdir {folder} and the result {out} lie inside one another; choose another --workdir")
 
 
-def _check_space(plan: Plan, folder: Path, out: Path) -> None:
-    """Refuse before the work what would fill the disk hours later."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    left_over = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-    needed = work_bytes(plan) - left_over
-    if there.stat().st_dev == out.parent.stat().st_dev:
-        needed += plan.budget.nbytes
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise InputError(
-            f"No space left for {needed:,} bytes under {there}: {free:,} are free; choose another --workdir"
-        )
+def _at_once(plan: Plan) -> list[Any]:
+    """What the order of sums depends on. How many states are kept is not of it: a run goes on with what room there is
+    by then."""
+    return [value for name, value in asdict(plan.resources).items() if name != "every"]
+
+
+def _with_room(plan: Plan, folder: Path, out: Path, group: Group) -> Plan:
+    """The plan with fewer states kept where the disk has no room for as many. Raises InputError, before the work, for
+    what would fill the disk hours later all the same."""
+    if group.first:
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        left_over = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+        beside = plan.budget.nbytes if there.stat().st_dev == out.parent.stat().st_dev else 0
+        free = shutil.disk_usage(there).free
+        room = free + left_over - beside
+        plan = plan if work_bytes(plan) <= room else keeping_states(plan, room)
+        if (needed := work_bytes(plan)) > room:
+            raise InputError(
+                f"No space left for {needed + beside - left_over:,} bytes under {there}: {free:,} are free; "
+                "choose another --workdir"
+            )
+    agreed = torch.tensor([plan.resources.every if group.first else 0])
+    group.sum([agreed])
+    return replace(plan, resources=replace(plan.resources, every=int(agreed)))

@@ -10,7 +10,7 @@ is there, else in a temporary folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -241,10 +241,14 @@ class Sweep:
         lowest, highest, layers = pending[0], pending[-1], self.model.num_layers
         # Where gradients have to come down from: the lowest that an earlier run left, else the head's.
         known = [layer for layer in range(highest, layers) if self.arrays.has(_name("gradient", layer + 1))]
+        top = min(known, default=layers - 1)
         if not known:
+            self._keep_only(self.states.start | {self._nearest("hidden", layers)})
             self._forwards(Visitor(), (), layers, "hidden", keep=True)
             self._head_gradient()
-        for layer in range(min(known, default=layers - 1), lowest - 1, -1):
+        above = {layer for layer in range(top + 1, layers) if keep and self.states.is_kept(layer)}
+        self._keep_only(self.states.there(top) | above)
+        for layer in range(top, lowest - 1, -1):
             self._recompute(layer)
             into = _name("gradient", layer) if layer > lowest else None
             if layer in pending:
@@ -259,11 +263,20 @@ class Sweep:
         if not keep:
             self.arrays.discard(*(_name("hidden", layer) for layer in range(lowest)))
 
+    def _keep_only(self, layers: Collection[int]) -> None:
+        """Of the layers' inputs; where a run that had more room on its disk began, more are there."""
+        self.arrays.group.barrier()  # every process has seen what is there
+        surplus = (layer for layer in range(self.model.num_layers + 1) if layer not in layers)
+        self.arrays.discard(*(_name("hidden", layer) for layer in surplus))
+        self.arrays.group.barrier()
+
     def _recompute(self, layer: int) -> None:
         """The inputs of the layers from the last one that is there up to `layer`."""
         for number in range(self._nearest("hidden", layer), layer):
             self.label(number, "forward again")
             self._run(number, self.experts, "hidden", _name("hidden", number + 1))
+            if number not in self.states.there(layer):
+                self.arrays.discard(_name("hidden", number))
 
     def _visit(self, visitor: Visitor, layer: int, states: str | None, into: str | None) -> None:
         if visitor.recorded(layer):

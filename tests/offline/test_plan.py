@@ -51,6 +51,12 @@ def test_mixtral_8x7b(mixtral: Path, ratio: float) -> None:
     assert content["disk_bytes"]["work"] <= 95e9
 
 
+def test_a_smaller_disk_does_for_mixtral(mixtral: Path) -> None:
+    """With fewer hidden states kept; what is written piles up all the same."""
+    disk = plan(mixtral, "--ratio", "0.8", bits=None)["disk_bytes"]
+    assert disk["result"] < disk["least_work"] < 0.5 * disk["work"] < 48e9
+
+
 def test_mixtral_8x7b_in_factors_of_four_bits(mixtral: Path, tmp_path: Path) -> None:
     """What rounding takes is float64 moments of down's 14,336 inputs, two at a time."""
     (tmp_path / "recipe.yaml").write_text("delta: {method: whitened}")

@@ -3,6 +3,9 @@ says that it is, with a model of enough layers that hidden states are computed a
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -133,13 +136,77 @@ def test_with_more_states_kept_it_is_the_same_with_less_work(deep: Path, tmp_pat
     assert advanced[1] < advanced[2] < advanced[3]
 
 
+class Broken(Counted):
+    """Breaks off at the step of this number, counted from 1."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(1.0)
+        self.left = at
+
+    def label(self, text: str) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        super().label(text)
+
+
+def test_it_goes_on_with_as_many_states_as_there_is_room_for_by_then(deep: Path, tmp_path: Path) -> None:
+    """Broken off a little further along each time, with another number of states each time it goes on."""
+    plan = planned(deep, {"ratio": 0.3, "base": {"kind": "semi-dynamic"}})
+    assert plan.needs_fisher
+    folder, broken = tmp_path / "broken", 0
+    compress_layers(plan, TOKENS, work := WorkDir(tmp_path / "whole", {}), Counted(1.0), torch.device("cpu"))
+    work.close()
+    for every in itertools.cycle((1, 3, 2, 1, 2, 3)):
+        one = replace(plan, resources=replace(plan.resources, every=every))
+        work = Watched(folder, {})
+        try:
+            compress_layers(one, TOKENS, work, Broken(12), torch.device("cpu"))
+            break
+        except KeyboardInterrupt:
+            broken += 1
+        finally:
+            work.close()
+        assert work.peak <= work_bytes(one), (broken, every)
+    assert 5 <= broken < 40
+    whole, parts = (
+        {path.relative_to(root): path.read_bytes() for path in sorted(root.rglob("*.safetensors"))}
+        for root in (tmp_path / "whole", folder)
+    )
+    assert parts == whole
+    assert not list(folder.glob("*.rows"))
+
+
+def test_a_disk_with_less_room_takes_longer_and_gives_the_same_bytes(
+    deep: Path, few_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = ("--ratio", "0.3", "--windows", "8", "--seq-len", "64")
+    given = (*windows, "--calibration", few_words)
+    assert d2moe_here("compress", deep, tmp_path / "roomy", *given).returncode == 0
+    planned = d2moe_here("plan", deep, *windows, "--json")
+    disk = json.loads(planned.stdout)["disk_bytes"]
+    assert disk["least_work"] < disk["work"]
+
+    def free(size: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2 * size, size, size))
+
+    free(disk["least_work"] + disk["result"] - 1)
+    refused(d2moe_here("compress", deep, tmp_path / "narrow", *given), "No space left", "--workdir")
+    free(disk["least_work"] + disk["result"])
+    done = d2moe_here("compress", deep, tmp_path / "narrow", *given)
+    assert done.returncode == 0, done.stderr
+    assert "room for fewer hidden states" in done.stderr
+    assert digests(tmp_path / "narrow") == digests(tmp_path / "roomy")
+
+
 def test_there_is_room_as_far_as_the_source_takes(deep: Path) -> None:
     few = planned(deep, {"calibration": {"windows": 2}})
     assert few.states.every == 1
     assert work_bytes(few) <= few.model.reader.nbytes
     many = planned(deep, {})
-    assert many.states == States(LAYERS)
-    assert work_bytes(many) > many.model.reader.nbytes
+    sizes = [work_bytes(replace(many, resources=replace(many.resources, every=every))) for every in range(4)]
+    assert work_bytes(many) == min(sizes)
+    assert min(sizes) > many.model.reader.nbytes
 
 
 def test_what_lies_there_in_the_end_is_what_is_stored(deep: Path, tmp_path: Path) -> None:
