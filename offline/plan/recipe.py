@@ -237,6 +237,9 @@ def _explain(error: ValidationError) -> str:
     location = [str(part) for part in finding["loc"]]
     if finding["type"] == "missing" and location == ["ratio"]:
         return "no ratio given; add --ratio 0.4 (or `ratio: 0.4` to the recipe), or --size or --fit"
+    if location == ["ratio"] and finding["type"] in ("less_than", "greater_than"):
+        share = f"; {finding['input']:g} % is {finding['input'] / 100:g}" if 1 <= finding["input"] < 100 else ""
+        return f"ratio {finding['input']:g} is not a share of the bytes, between 0 and 1{share}"
     if finding["type"] != "extra_forbidden":
         return first_error(error)
     fields = {**Recipe.model_fields, **_own_sections().model_fields}

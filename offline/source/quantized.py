@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.config import CheckpointError
+from d2moe_vllm.format.config import QUANT_METHOD, CheckpointError
 from d2moe_vllm.format.kinds import TensorSpec
 from offline.errors import InputError
 
@@ -213,6 +213,8 @@ def read_schemes(folder: Path, config: Mapping[str, Any]) -> tuple[Scheme, ...]:
     if not quantization:
         return ()
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method == QUANT_METHOD:
+        raise InputError("already compressed by d2moe; give the original model")
     reader = METHODS.get(str(method))
     if reader is None or not isinstance(quantization, dict):
         raise InputError(
