@@ -35,10 +35,10 @@ class D2MoEQuantizationConfig(QuantizationConfigMixin):
 def convert(model: Any, settings: Mapping[str, Any]) -> None:
     """Puts D2Experts in the place of a model's dense experts, and makes it a D2Mixin. Its weights come later.
 
-    model: a PreTrainedModel with decoder layers in `base_model.layers`, fresh from its class's `__init__`.
+    model: a PreTrainedModel, perhaps a multimodal one, fresh from its class's `__init__`.
     settings: `quantization_config`. Raises ValueError, in one line, where a layer has no experts to replace.
     """
-    config, layers = model.config, model.base_model.layers
+    config, layers = model.config.get_text_config(), model.get_decoder().layers
     for number, layer in settings["layers"].items():
         _replace_experts(layers[int(number)], number, layer, settings, ACT2FN[getattr(config, "hidden_act", "silu")])
     # Layers that predict further tokens ride along in a checkpoint; transformers has no modules for them.

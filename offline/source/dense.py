@@ -71,14 +71,19 @@ class DenseModel:
     homeless: frozenset[str]
     twice: str | None
 
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """config.json's of the language model."""
+        return self.family.settings(self.config)
+
     @property
     def num_layers(self) -> int:
         """All decoder layers; those with experts are shape.layers."""
-        return int(self.config["num_hidden_layers"])
+        return int(self.settings["num_hidden_layers"])
 
     @property
     def max_positions(self) -> int | None:
-        value = self.config.get("max_position_embeddings")
+        value = self.settings.get("max_position_embeddings")
         return value if isinstance(value, int) else None
 
     def weight(self, layer: int, expert: int, role: Role) -> Tensor:
@@ -100,7 +105,7 @@ class DenseModel:
     def remarks(self) -> list[str]:
         """What a user should know of the source, in lines: what is read, and what a result will not have."""
         told = [self.twice] if self.twice else []
-        if self.family.remark and (remark := self.family.remark(self.config)):
+        if self.family.remark and (remark := self.family.remark(self.settings)):
             told.append(remark)
         if HEAD_BIAS in self.reader.specs and self.reader.tensor(HEAD_BIAS).any():
             told.append(f"vLLM loads {HEAD_BIAS} and leaves it out of its logits; what is measured here has it in them")
@@ -160,7 +165,7 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
         raise InputError(f"{source} is {error}") from None
     family = find_family(config)
     shape = read_shape(family, config)
-    positions = config.get("max_position_embeddings")
+    positions = family.settings(config).get("max_position_embeddings")
     if isinstance(positions, int) and positions < 2:
         raise InputError(
             f"config.json: max_position_embeddings is {positions}, less than two tokens; wrong config.json?"

@@ -219,7 +219,7 @@ def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: 
 
 def _refuse_strangers(family: Family, reader: SourceReader, known: Mapping[str, Any], layers: Iterable[int]) -> None:
     """Raises InputError for a tensor that lies among the experts but is no weight of theirs."""
-    modules = (f"model.layers.{{layer}}.{family.experts_module}", family.experts)
+    modules = (family.experts_path, family.experts)
     prefixes = tuple(module.replace("{layer}", str(layer)) + "." for layer in layers for module in modules)
     for name in reader.specs:
         if name in known or not name.startswith(prefixes):
