@@ -7,6 +7,7 @@ a matrix are equal, so that a mixed-up orientation shows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ class Small(NamedTuple):
     has. released: hidden and intermediate size of the released models' experts. refused_on_cpus: what our plugin or
     vLLM says where vLLM's CPU backend does not serve the family, or not as transformers computes it.
     served: further changes of config, for the tests that serve it in float32 on a CPU.
+    outside: of a multimodal model, what its configuration says beside its text_config, which has all of the above.
+    stacked: the released form is that of transformers' modules; transposed: with each stack's matrices transposed.
+    imports: a module that vLLM's class of the family wants, and that is not part of every installation.
     custom_ops: whether vLLM's own kernels for CPUs serve it eagerly, or misread its strides."""
 
     config: dict[str, Any]
@@ -42,7 +46,26 @@ class Small(NamedTuple):
     released: tuple[tuple[int, int], ...] = ()
     refused_on_cpus: str | None = None
     served: Mapping[str, Any] = MappingProxyType({})
+    outside: Mapping[str, Any] = MappingProxyType({})
+    stacked: bool = False
+    transposed: bool = False
+    imports: str | None = None
     custom_ops: bool = True
+
+    @property
+    def refused_here(self) -> str | None:
+        """What is said where vLLM does not serve it on this machine's CPU."""
+        if self.imports and find_spec(self.imports) is None:
+            return f"No module named '{self.imports}'"
+        return self.refused_on_cpus
+
+
+VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}  # fmt: skip
+"""A vision tower of the Qwen models."""
+TOKENS_OF_IMAGES = {"image_token_id": 11, "video_token_id": 12, "vision_start_token_id": 13, "vision_end_token_id": 14}
 
 
 SMALL = {
@@ -287,6 +310,32 @@ SMALL = {
         ),
         released=((7168, 2048),),
         refused_on_cpus="Sparse Attention is not supported on CPU",
+    ),
+    "qwen3_vl_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+            "head_dim": 32, "mlp_only_layers": [0],
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4], "mrope_interleaved": True,
+            },
+        },
+        written={"norm_topk_prob": True},
+        refused=(
+            {"norm_topk_prob": None},
+            {"attention_bias": True},
+            {"tie_word_embeddings": True},
+            {"architectures": ["Qwen3VLMoeForConditionalGenerationX"]},
+            {"moe_intermediate_size": 64},
+            {"moe_intermediate_size": 32},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mrope_section": [8, 4, 4],
+                                 "mrope_interleaved": True}},
+        ),
+        released=((2048, 768), (4096, 1536)),
+        outside={"vision_config": {**VISION, "deepstack_visual_indexes": [0]}, **TOKENS_OF_IMAGES},
+        stacked=True,
+        transposed=True,
+        imports="torchvision",
     ),
     "granitemoe": Small(
         {

@@ -144,7 +144,9 @@ class DenseModel:
         """A tensor of other_tensors or of some layer's kept_experts. Raises CheckpointError, KeyError."""
         if name in self._others:
             return self.reader.tensor(self._others[name])
-        if name in self.experts.names and self.experts.layout == self.family.layouts[0] and not self.experts.transposed:
+        stored, released = self.experts, self.family.layouts[0]
+        as_released = stored.layout == released and stored.transposed == released.transposed
+        if name in stored.names and as_released:
             return self.reader.tensor(name)
         return self._released[name].assemble(self.weight, TORCH_DTYPES[DTYPES[self.dtype]])
 

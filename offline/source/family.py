@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from d2moe_vllm.format.kinds import Role
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.errors import InputError
 from offline.source.agreement import ALIKE, Check, rope
 
@@ -16,14 +16,15 @@ from offline.source.agreement import ALIKE, Check, rope
 class Layout:
     """One way in which a layer's experts lie on disk: per role the name of the tensor that holds it.
 
-    A name with {expert} is one expert's matrix [out, in]; one without is all experts' stack [experts, out, in]
-    (or [experts, in, out]: the shape tells). Where gate and up have one name they lie in one matrix, gate's
-    output rows first.
+    A name with {expert} is one expert's matrix [out, in]; one without is all experts' stack [experts, out, in], or
+    [experts, in, out] where it is `transposed` (read, it may be either: the shape tells). Where gate and up have one
+    name they lie in one matrix, gate's outputs first.
     """
 
     gate: str
     up: str
     down: str
+    transposed: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -110,6 +111,11 @@ class Family:
         """Whether the language model lies within a multimodal one."""
         return "." in self.decoder
 
+    @property
+    def pipeline(self) -> str:
+        """What the Hub calls the models' task."""
+        return "image-text-to-text" if self.nested else "text-generation"
+
     def settings(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The language model's settings in a config.json: its own, or those under TEXT with what is said OUTSIDE, and
         TEXT itself. Raises InputError where there is no TEXT."""
@@ -147,9 +153,9 @@ class Family:
     @property
     def layouts(self) -> tuple[Layout, ...]:
         """How experts may lie on disk, the released form first; transformers 5 can write its modules' own stack."""
-        names = (f"{self.experts}.{{expert}}.{self.projections[role]}.weight" for role in ("gate", "up", "down"))
+        gate, up, down = (f"{self.experts}.{{expert}}.{self.projections[role]}.weight" for role in ROLES)
         gate_up = f"{self.experts_path}.gate_up_proj"
-        known = (Layout(*names), Layout(gate_up, gate_up, f"{self.experts_path}.down_proj"))
+        known = (Layout(gate, up, down), Layout(gate_up, gate_up, f"{self.experts_path}.down_proj"))
         return (self.released, *known) if self.released else known
 
     def module_name(self, name: str) -> str:

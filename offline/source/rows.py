@@ -20,6 +20,7 @@ from offline.source.agreement import (
     one_window,
     rope,
     said,
+    told_by_shape,
 )
 from offline.source.family import SILU, Family, Layout
 
@@ -353,6 +354,31 @@ ROWS = (
         checks=(rope("default", "yarn"), latent_attention, dense_first, said("index_topk")),
         remark=latent_norms,
         recipe="deepseek_v3",
+    ),
+    Family(
+        model_type="qwen3_vl_moe",
+        decoder="model.language_model",
+        experts="model.language_model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        dense_keys=QWEN.dense_keys,
+        # transformers always normalizes gates, vLLM looks it up.
+        requires={
+            **SILU,
+            **NO_BIAS,
+            **UNTIED,
+            "architectures": (["Qwen3VLMoeForConditionalGeneration"],),
+            "norm_topk_prob": (True,),
+            "shared_expert_intermediate_size": (0, None),
+            "dual_chunk_attention_config": (None,),
+        },
+        checks=(rope("default", sections=True), told_by_shape),
+        released=Layout(
+            gate="model.language_model.layers.{layer}.mlp.experts.gate_up_proj",
+            up="model.language_model.layers.{layer}.mlp.experts.gate_up_proj",
+            down="model.language_model.layers.{layer}.mlp.experts.down_proj",
+            transposed=True,
+        ),
+        recipe="qwen3_moe",
     ),
     Family(
         model_type="granitemoe",

@@ -11,9 +11,8 @@ import torch
 import yaml
 from compression import d2moe_here
 from engine import TWO_RANKS, Results, assert_same, generate, run_engine
-from families import CONFIGS, write_exact, write_family
+from families import CONFIGS, load_stock, write_exact, write_family
 from small_families import SMALL
-from transformers import AutoModelForCausalLM
 
 import d2moe_vllm.hf  # noqa: F401 - DeepSeek v1 and Kimi-K2
 from offline.source.families import FAMILIES
@@ -32,7 +31,7 @@ PROMPTS = (
 )
 MAX_TOKENS = 64
 IN_FAST_TIER = ("qwen2_moe",)
-SERVED = tuple(name for name, small in SMALL.items() if not small.refused_on_cpus)
+SERVED = tuple(name for name, small in SMALL.items() if not small.refused_here)
 EXPERT_PARALLEL = tuple(name for name, small in SMALL.items() if small.expert_parallel)
 CLOSE = 1e-3
 """Of log-probabilities in two programs."""
@@ -45,6 +44,8 @@ Served = Callable[..., Results]
 def settings(family: str) -> dict[str, Any]:
     """What vLLM's CPU backend needs: its MLA knows one block size, and its kernels misread the strides of some."""
     common: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
+    if SMALL[family].outside:
+        common["language_model_only"] = True  # without images it wants no processor of them
     if not SMALL[family].custom_ops:
         common["compilation_config"] = {"custom_ops": ["none"]}
     if FAMILIES[family].attention != "latent":
@@ -119,7 +120,7 @@ def test_stock_vllm_serves_what_transformers_computes(
     family: str, checkpoints: Callable[[str], Path], dense: Callable[[str], Results]
 ) -> None:
     """What is calibrated by one is served by the other: log-probabilities of prompt and completion."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoints(family) / "dense", dtype=torch.float32).eval()
+    model = load_stock(checkpoints(family) / "dense", dtype=torch.float32).eval()
     for result in dense(family):
         tokens = torch.tensor([result["prompt_ids"] + result["ids"]])
         with torch.no_grad():
@@ -152,4 +153,4 @@ def test_refused_where_vllms_cpu_backend_serves_nothing_or_another_model(family:
     latent = {"block_size": 16, "enable_chunked_prefill": False} if "kv_lora_rank" in CONFIGS[family] else {}
     code, log, _ = run_engine(tmp_path, folder, {}, llm={"enforce_eager": True, **latent})
     assert code != 0
-    assert str(SMALL[family].refused_on_cpus) in log
+    assert str(SMALL[family].refused_here) in log
