@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_families import COMMON, SMALL
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, TokenizersBackend
 
 import d2moe_vllm.hf  # noqa: F401 - registers
 from d2moe_vllm.families import (
@@ -36,7 +36,7 @@ from offline.source.family import OUTSIDE
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
 CONFIGS = {name: small.config for name, small in SMALL.items()}
-STACKABLE = sorted(set(CONFIGS) - {"deepseek"})
+STACKABLE = sorted(set(CONFIGS) - {"deepseek", "gemma4"})
 """Families of which transformers writes two forms: the released one, and another."""
 
 
@@ -46,10 +46,12 @@ def stock_name(family: str) -> str:
 
 
 def stock_config(family: str, **changes: Any) -> Any:
-    """transformers' configuration of the small model; `changes` go over CONFIGS."""
-    settings, outside = {**COMMON, **CONFIGS[family], **changes}, SMALL[family].outside
+    """transformers' configuration of the small model; `changes` go over CONFIGS, and over what is outside of it."""
+    outside = copy.deepcopy(dict(SMALL[family].outside))
+    outside |= {key: changes.pop(key) for key in outside if key in changes}
+    settings = {**COMMON, **CONFIGS[family], **changes}
     if outside:
-        settings = {**copy.deepcopy(dict(outside)), "text_config": settings, "tie_word_embeddings": False}
+        settings = {"tie_word_embeddings": False, **outside, "text_config": settings}
     return stock_config_class(stock_name(family))(**settings)
 
 
@@ -68,12 +70,13 @@ def stock_model(config: Any, seed: int = 0) -> Any:
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.dim() > 1:
                 # Routers apart enough that rounding does not change where a token goes.
-                router = name.endswith(("gate.weight", "router.weight"))
+                router = name.endswith(("gate.weight", "router.weight", "router.proj.weight"))
                 tensor.copy_(noise * (0.5 if router else tensor.shape[-1] ** -0.5))
             elif name == "lm_head.bias":
                 tensor.zero_()  # of Phi-3.5-MoE, loaded by vLLM 0.32 and then left out of its logits
             else:
-                tensor.copy_(0.1 * noise + (1 if "norm" in name and name.endswith("weight") else 0))
+                about_one = ("norm" in name and name.endswith("weight")) or name.endswith(("scale", "layer_scalar"))
+                tensor.copy_(0.1 * noise + (1 if about_one else 0))
     return model
 
 
@@ -89,9 +92,18 @@ def write_family(
         stacks = {name: tensor.mT.contiguous() for name, tensor in tensors.items() if ".experts." in name}
         save_file({**tensors, **stacks}, folder / "model.safetensors", metadata={"format": "pt"})
     change_config(folder, **SMALL[family].written)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The bundled model's, as transformers has it of the family: some it reads in a way of its own, whatever files
+    say."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TOKENIZER / name, folder / name)
-    return folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if type(tokenizer) is not TokenizersBackend:
+        tokenizer.save_pretrained(folder)
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -105,6 +117,7 @@ def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         return {**config, **changes}
     outside = {key: value for key, value in changes.items() if key in (*OUTSIDE, "quantization_config")}
     inside = {key: value for key, value in changes.items() if key not in outside}
+    inside |= inside.pop("text_config", {})  # what would be said outside, were it not for this
     return {**config, **outside, "text_config": {**config["text_config"], **inside}}
 
 
@@ -176,5 +189,5 @@ def write_exact(folder: Path, source: Path, dense: Sequence[int] = ()) -> Path:
     (folder / "config.json").write_text(json.dumps(content))
     (folder / MODELING_FILE).write_text(checkpoint_modeling_source())
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(TOKENIZER / name, folder / name)
+        shutil.copyfile(source / name, folder / name)
     return folder

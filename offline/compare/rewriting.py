@@ -29,6 +29,8 @@ ROUTERS = (
     "expert_bias",
     "router.layer.weight",
     "router.gate.weight",
+    "router.proj.weight",
+    "router.per_expert_scale",
 )
 """Tensors beside a layer's experts that have a row (or a number) per expert, or are one row of numbers [1, experts]."""
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+TEXT = "text_config"
+"""Where a multimodal model's config.json has the settings of the language model within it."""
 Config = Mapping[str, Any]
 Check = Callable[[Config], str | None]
 """A config.json -> what in it they read differently, None where they agree."""
@@ -118,6 +120,38 @@ def one_window(config: Config) -> str | None:
         return "sliding_window 0 (null is none)"
     if window is not None and kinds and set(kinds) != {"sliding_attention"}:
         return "layer_types that are not all sliding_attention beside a sliding_window"
+    return None
+
+
+def tied_within(default: bool) -> Check:
+    """Whether a multimodal model's head is its embeddings: transformers asks the whole, vLLM the language model; both
+    take `default` where that is not said."""
+
+    def check(config: Config) -> str | None:
+        whole, within = (one.get("tie_word_embeddings", default) for one in (config, config[TEXT]))
+        return None if whole == within else f"tie_word_embeddings {whole!r}, and {within!r} in {TEXT}"
+
+    return check
+
+
+def rope_of_windows(config: Config) -> str | None:
+    """Gemma 4: layers with a window have rotary embeddings of the whole head, the others proportional ones."""
+    if config.get("rope_scaling") is not None:
+        return "rope_scaling beside rope_parameters"
+    if (settings := config.get("rope_parameters")) is None:
+        return None
+    kinds = {"sliding_attention": "default", "full_attention": "proportional"}
+    if not isinstance(settings, dict) or set(settings) != set(kinds):
+        return f"rope_parameters of other layers than {' and '.join(kinds)}"
+    for layers, kind in kinds.items():
+        rotary = dict(settings[layers] or {})
+        if (found := rotary.pop("rope_type", None)) != kind:
+            return f"rotary embeddings of type {found!r} in layers of {layers} (only {kind} are the same in both)"
+        rotary.pop("rope_theta", None)
+        if kind == "proportional":
+            rotary.pop("partial_rotary_factor", None)
+        if rotary:
+            return f"{next(iter(rotary))} of the rotary embeddings"
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from d2moe_vllm.format.kinds import ROLES, Role
 from offline.errors import InputError
-from offline.source.agreement import ALIKE, Check, rope
+from offline.source.agreement import ALIKE, TEXT, Check, rope
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,6 @@ class Layout:
         return template.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
-TEXT = "text_config"
-"""Where a multimodal model's config.json has the settings of the language model within it."""
 OUTSIDE = ("model_type", "architectures", "tie_word_embeddings")
 """What is the whole model's to say, wherever else it is said."""
 SILU: Mapping[str, tuple[Any, ...]] = MappingProxyType({"hidden_act": ("silu", None)})

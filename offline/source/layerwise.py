@@ -31,10 +31,10 @@ class _Recorder(nn.Module):
     """Stands for one decoder layer: passes hidden states through and keeps what came with them."""
 
     hidden: Tensor
-    arguments: dict[str, Any]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments = hidden_states, arguments
+    def forward(self, hidden_states: Tensor, *unnamed: Any, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden_states, (unnamed, arguments)
         return hidden_states
 
 
@@ -43,7 +43,7 @@ class _Injector(nn.Module):
 
     hidden: Tensor
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *unnamed: Any, **arguments: Any) -> Tensor:
         return self.hidden
 
 
@@ -177,12 +177,13 @@ class LayerwiseModel:
         settings = hf_config.get_text_config()
         self.hidden_size: int = settings.hidden_size
         # Families without such a setting have SiLU in their code.
-        self.activation: Callable[[Tensor], Tensor] = ACT2FN[getattr(settings, "hidden_act", "silu")]
+        activation = getattr(settings, "hidden_act", None) or getattr(settings, "hidden_activation", None)
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[activation or "silu"]
         self._blueprints = list(blueprint(hf_config).get_submodule(family.decoder).layers)
         self._recorders = nn.ModuleList(_Recorder() for _ in self._blueprints)
         self._injector = _Injector()
         self._ends: Any = None
-        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     @property
     def _model(self) -> Any:
@@ -191,10 +192,14 @@ class LayerwiseModel:
         if self._ends is None:
             model = blueprint(self._config)
             decoder = model.get_submodule(self._family.decoder)
-            # Frequencies are computed from the configuration, no checkpoint holds them.
+            # Frequencies are computed from the configuration, no checkpoint holds them, nor scales of embeddings.
             for name, module in list(decoder.named_children()):
-                if "inv_freq" in dict(module.named_buffers()):
+                if any(buffer.endswith("inv_freq") for buffer, _ in module.named_buffers()):
                     setattr(decoder, name, type(module)(config=decoder.config))
+                elif module._non_persistent_buffers_set:
+                    for buffer in module._non_persistent_buffers_set:
+                        setattr(module, buffer, torch.empty_like(getattr(module, buffer), device="cpu"))
+                    model._init_weights(module)
             decoder.layers = nn.ModuleList()
             for name in [name for name, _ in model.model.named_children() if self._family.beside(f"model.{name}.")]:
                 setattr(model.model, name, None)
@@ -252,7 +257,8 @@ class LayerwiseModel:
         shape = (int(hidden.shape[0]), int(hidden.shape[1]))
         if shape not in self._arguments:
             self.embed(torch.zeros(shape, dtype=torch.int64))
-        output = layer(hidden, **self._arguments[shape][number])
+        unnamed, named = self._arguments[shape][number]
+        output = layer(hidden, *unnamed, **named)
         return output[0] if isinstance(output, tuple) else output
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from offline.source.families import FAMILIES
 
 TOKENS = torch.randint(0, 4096, (3, 24), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
+ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight", ".router.proj.weight")
 
 
 def stock(folder: Path) -> nn.Module:
@@ -58,7 +59,7 @@ def masked(model: nn.Module, dropped: dict[int, list[int]], monkeypatch: pytest.
     routers = {}
     for layer, experts in dropped.items():
         for name, parameter in model.get_decoder().layers[layer].state_dict(keep_vars=True).items():
-            if name.endswith((".gate.weight", ".router.weight", ".router.layer.weight")):
+            if f".{name}".endswith(ROUTERS):
                 routers[parameter.data_ptr()] = experts
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 parameter.view(-1)[experts] = float("-inf")

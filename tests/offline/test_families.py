@@ -16,6 +16,7 @@ from families import (
     CONFIGS,
     STACKABLE,
     change_config,
+    load_stock,
     quantize_fp8,
     stock_config,
     stock_model,
@@ -205,6 +206,7 @@ def test_layers_that_predict_further_tokens_ride_along(released: Callable[[str],
     [
         ("qwen3_next", "mtp.layers.0.mlp.experts.0.up_proj.weight"),
         ("ernie4_5_moe", "model.mtp_block.0.mlp.gate.weight"),
+        ("qwen3_5_moe", "mtp.layers.0.mlp.experts.0.up_proj.weight"),
     ],
 )
 @torch.no_grad()
@@ -220,7 +222,7 @@ def test_modules_that_predict_further_tokens_ride_along(
     check_checkpoint(exact)
     assert torch.equal(SourceReader(exact).tensor(name), extra)
     for trust_remote_code in (True, False):
-        loaded = AutoModelForCausalLM.from_pretrained(exact, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        loaded = load_stock(exact, trust_remote_code=trust_remote_code, dtype=torch.float32)
         assert_close(loaded(TOKENS).logits, logits(folder))
 
 

@@ -104,7 +104,7 @@ def test_a_window_that_is_not_switched_on_is_none(switch: bool | None, window: i
     assert kv_cache(FAMILIES["qwen3_moe"], config).window == window
 
 
-NOT_COUNTED = {"qwen3_next", "lfm2_moe", "deepseek_v32", "qwen3_vl_moe"}
+NOT_COUNTED = {"qwen3_next", "lfm2_moe", "deepseek_v32", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text", "gemma4"}
 """Whose layers are of two kinds, or keep an indexer's keys besides, or are within a multimodal model: --fit refuses
 them by name."""
 

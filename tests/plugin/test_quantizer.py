@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -205,6 +206,17 @@ def test_dtypes(family: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
             wanted = expected[name].dtype if name in expected else dtype or torch.bfloat16
             assert (name, tensor.dtype) == (name, wanted)
         assert model(TOKENS).logits.isfinite().all()
+
+
+def test_a_language_model_alone_is_not_made_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
+    """transformers has such a class for Qwen3.5, and finds none of the tensors' names for it where there is a
+    quantizer; with the checkpoint's own code the whole is loaded, whichever is asked for."""
+    folder = write_exact(tmp_path / "exact", write_family(tmp_path / "dense", "qwen3_5_moe"))
+    with pytest.raises(ValueError, match=r"language model alone.*AutoModelForImageTextToText"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        loaded = auto.from_pretrained(folder, trust_remote_code=True)
+        assert type(loaded).__name__ == "D2Qwen3_5MoeForConditionalGeneration"
 
 
 def test_a_config_of_another_shape_is_refused(checkpoint: Path, tmp_path: Path) -> None:
