@@ -21,14 +21,22 @@ from offline.source.families import FAMILIES
 from offline.source.layerwise import LayerwiseModel, read_hf_config
 
 NESTED = [name for name, family in FAMILIES.items() if family.nested]
+PROCESSOR = "preprocessor_config.json"
 FEW = ("--windows", "4", "--seq-len", "32")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A family's small checkpoint, written once. Not to be changed."""
+    """A family's small checkpoint with an image processor's file, written once. Not to be changed."""
     folder = tmp_path_factory.mktemp("nested")
-    return lambda name: folder / name if (folder / name).exists() else write_family(folder / name, name)
+
+    def write(name: str) -> Path:
+        if not (folder / name).exists():
+            write_family(folder / name, name)
+            (folder / name / PROCESSOR).write_text(json.dumps({"size": {"shortest_edge": 64}}))
+        return folder / name
+
+    return write
 
 
 def vision(names: object) -> set[str]:
@@ -76,6 +84,7 @@ def test_the_compressed_has_the_tower_and_the_settings_of_the_source(
     assert config["quantization_config"]["experts"].startswith("model.language_model.layers.{layer}.")
     original = json.loads((source(name) / "config.json").read_text())
     assert {key: value for key, value in config.items() if key in original} == original
+    assert (tmp_path / "ours" / PROCESSOR).read_bytes() == (source(name) / PROCESSOR).read_bytes()
     assert "pipeline_tag: image-text-to-text" in (tmp_path / "ours" / "README.md").read_text()
 
 
