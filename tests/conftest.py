@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,9 @@ sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("benchmarks", 
 MODULES = tempfile.TemporaryDirectory(prefix="d2moe-test-modules-")
 """Where transformers copies modeling files, and reads them again: of this session alone."""
 os.environ["HF_MODULES_CACHE"] = MODULES.name
+# A shell lets what it starts in the background ignore Ctrl-C; what tests interrupt would ignore it too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

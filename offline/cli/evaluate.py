@@ -58,8 +58,9 @@ def evaluate(
 
 def eval_table(console: Console, result: dict[str, Any]) -> None:
     scope = f", scope {result['scope']}" if result["scope"] else ""
+    bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] is not None else ""
     console.print(
-        f"perplexity {result['perplexity']:.4f} ({result['tokens']:,} tokens, {result['windows']} windows of "
+        f"perplexity {result['perplexity']:.4f}{bits} ({result['tokens']:,} tokens, {result['windows']} windows of "
         f"{result['seq_len']}{scope})",
         highlight=False,
     )

@@ -60,7 +60,7 @@ Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory to stay within, e.g. 24GB (default: what the machine has).")
 ]
 AllowLarger = Annotated[
-    bool, typer.Option("--allow-larger", help="Go on where the result would not be smaller than an fp8 source.")
+    bool, typer.Option("--allow-larger", help="Go on where the result would not be smaller than a quantized source.")
 ]
 
 

@@ -62,6 +62,7 @@ class Fit:
             "kv_cache_block_tokens": cache.block_tokens,
             "kv_cache_blocks": cache.blocks(self.needs.kv_cache),
             "sliding_window": cache.window,
+            "state_layers": cache.states,
             "activation_bytes": self.needs.activations,
             "cuda_graph_bytes": self.needs.graphs,
             "cuda_graph_sizes": serving.captured(),
@@ -82,11 +83,12 @@ class Fit:
         yield "reserve", serving.usable_bytes - serving.device_bytes, share
         per_request = cache.request_blocks(serving.max_model_len, serving.max_num_batched_tokens)
         window = f", window {cache.window:,}" if cache.window else ""
+        states = f", and states in {cache.states} layers" if cache.states else ""
         yield (
             "KV cache",
             -self.needs.kv_cache,
             f"{serving.max_num_seqs} requests x {serving.max_model_len:,} tokens{window}: each {per_request:,} blocks "
-            f"of {cache.block_tokens} tokens, {cache.token_bytes:,} bytes a token",
+            f"of {cache.block_tokens} tokens, {cache.token_bytes:,} bytes a token{states}",
         )
         yield (
             "activations",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source
 from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.format.words import describe
-from offline.errors import InputError
+from offline.errors import InputError, UnreachableError
 from offline.io.shards import SHARD_BYTES
 from offline.methods import METHODS
 from offline.plan.budget import Budget, Problem, Ranks
@@ -36,17 +36,17 @@ def make_plan(
     """Decide ranks, columns and how much is in memory at once.
 
     memory: bytes that all processes of this machine may hold together, None for all it has; processes: on this
-    machine; allow_larger: a result no smaller than the source is what the user wants (an fp8 original, under the
-    paper's accounting); device: torch's type of it; first: `first_budget` of the same, where it is there already.
+    machine; allow_larger: a result no smaller than the source is what the user wants (a quantized original, under
+    the paper's accounting); device: torch's type of it; first: `first_budget` of the same, where it is there already.
     Raises InputError where the ratio cannot be reached, the memory does not suffice, or the device lacks the products.
     """
     first = first or first_budget(model, recipe, shard_bytes)
     budget, recipe = first.budget, first.problem.recipe
     if budget.nbytes >= model.reader.nbytes and not allow_larger:
+        widened = f" (its {model.stored_as} are read as {model.dtype})" if model.stored_as else ""
         raise InputError(
             f"ratio {recipe.ratio:g} would not make the model smaller: {budget.nbytes:,} bytes instead of "
-            f"{model.reader.nbytes:,} (an original in fp8 is written in bfloat16); choose a higher ratio, or add "
-            "--allow-larger"
+            f"{model.reader.nbytes:,}{widened}; choose a higher ratio, or add --allow-larger"
         )
     plan = Plan(model, recipe, first.problem, budget, first.caps, first.layers)
     return check_resources(plan, memory, processes, device)
@@ -80,7 +80,17 @@ def first_budget(model: DenseModel, recipe: Recipe, shard_bytes: int = SHARD_BYT
     if choice := problem.method.choice:
         problem = first_selection(problem, model, choice)
     layers: Layers = PricedLayers() if recipe.priced else FactoredLayers()
-    budget, caps = layers.first(problem)
+    try:
+        budget, caps = layers.first(problem)
+    except UnreachableError as error:
+        if not model.stored_as:
+            raise
+        told = str(error).partition(";")[0]
+        raise UnreachableError(
+            f"{told}, as the source's {model.stored_as} are read as {model.dtype}; choose a lower ratio, fewer --bits, "
+            "or give the model that was quantized",
+            error.most,
+        ) from None
     return First(problem, layers, budget, caps)
 
 

@@ -29,9 +29,13 @@ VOCABULARY_MULTIPLE = 64
 VOCABULARY = frozenset({"embed_tokens", "lm_head"})
 KEYS_AND_VALUES = frozenset({"k_proj", "v_proj"})
 """Cut by heads; where there are more ranks than KV heads, several ranks have the same one."""
-COLUMNS = frozenset({"q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "w1", "w3", "gate_up_proj"})
+COLUMNS = frozenset({
+    "q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "w1", "w3", "gate_up_proj",
+    # Of layers that keep a state: projections, convolutions, numbers of each head.
+    "in_proj_qkvz", "in_proj_ba", "in_proj", "conv1d", "conv", "A_log", "dt_bias",
+})  # fmt: skip
 """Cut along their outputs, biases too."""
-ROWS = frozenset({"o_proj", "down_proj", "w2"})
+ROWS = frozenset({"o_proj", "out_proj", "down_proj", "w2"})
 """Cut along their inputs; a bias is whole."""
 STACKS = frozenset({"input_linear", "output_linear"})
 """Of a dense layer's experts in one tensor, cut as each of them is."""
@@ -65,7 +69,7 @@ def other_bytes(
 
 
 def _kv_share(config: Mapping[str, Any], family: Family, tp: int) -> int:
-    return tp if family.attention == "latent" else min(tp, head_sizes(config)[1])
+    return tp if family.latent else min(tp, head_sizes(config)[1])
 
 
 def _rotary_table(config: Mapping[str, Any], family: Family) -> int:
@@ -73,8 +77,16 @@ def _rotary_table(config: Mapping[str, Any], family: Family) -> int:
     positions = config.get("max_position_embeddings")
     if not isinstance(positions, int):
         return 0
-    size = number(config, "qk_rope_head_dim") if family.attention == "latent" else head_sizes(config)[2]
-    return WIDTH * positions * size
+    return WIDTH * positions * (number(config, "qk_rope_head_dim") if family.latent else _rotated(config))
+
+
+def _rotated(config: Mapping[str, Any]) -> int:
+    """Numbers of a head that are rotated."""
+    size, rope = head_sizes(config)[2], config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if isinstance(rotated := config.get("rotary_dim"), int):
+        return rotated
+    share = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1
+    return int(size * share)
 
 
 def expert_bytes(config: CheckpointConfig, tensor_parallel_size: int = 1, *, expert_parallel: bool = False) -> int:
@@ -137,6 +149,8 @@ def parallel_problem(
         "rows of the padded vocabulary": padded,
         "intermediate channels": config.get("intermediate_size"),
         "channels of the shared expert": config.get("shared_expert_intermediate_size"),
+        "key heads of linear attention": config.get("linear_num_key_heads"),
+        "value heads of linear attention": config.get("linear_num_value_heads"),
     }
     if not expert_parallel:
         counts |= {

@@ -143,12 +143,28 @@ def activation_bytes(
 
 def _attention(family: Family, config: Mapping[str, Any], tokens: int, tp: int) -> int:
     """Queries, keys, values and what comes of them; latent attention opens keys and values for its prefill."""
-    if family.attention == "latent":
+    if family.latent:
         heads = number(config, "num_attention_heads") / tp
         query = number(config, "qk_nope_head_dim") + number(config, "qk_rope_head_dim")
         return math.ceil(WIDTH * tokens * heads * (3 * query + 3 * number(config, "v_head_dim")))
     heads, kv_heads, size = head_sizes(config)
-    return math.ceil(WIDTH * tokens * size * (2 * heads / tp + 2 * max(1, kv_heads / tp)))
+    attending = math.ceil(WIDTH * tokens * size * (2 * heads / tp + 2 * max(1, kv_heads / tp)))
+    return max(attending, _keeping(family, config, tokens, tp))
+
+
+def _keeping(family: Family, config: Mapping[str, Any], tokens: int, tp: int) -> int:
+    """Of a layer that keeps a state instead: what its projections give, what is convolved, what comes of it twice."""
+    if family.state is None:
+        return 0
+    if family.state == "convolution":
+        numbers = 6 * number(config, "hidden_size")
+    else:
+        key, value = (
+            number(config, f"linear_num_{kind}_heads") * number(config, f"linear_{kind}_head_dim")
+            for kind in ("key", "value")
+        )
+        numbers = (2 * key + 2 * value) + (2 * key + value) + 2 * value
+    return math.ceil(WIDTH * tokens * numbers / tp)
 
 
 def _experts(serving: Resolved, shape: MoEShape, recipe: Recipe, tokens: int) -> int:

@@ -54,7 +54,8 @@ class Measure:
 class Perplexity:
     """exp of the mean negative log-likelihood over every token but each window's first.
 
-    scope: of the dynamic column selection, None for a dense model; predicted: bytes of memory at the worst moment.
+    bytes: UTF-8, of the text that these tokens stand for; scope: of the dynamic column selection, None for a dense
+    model; predicted: bytes of memory at the worst moment.
     """
 
     perplexity: float
@@ -62,11 +63,20 @@ class Perplexity:
     tokens: int
     windows: int
     seq_len: int
+    bytes: int
     scope: Scope | None
     predicted: int
 
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The negative log-likelihood in bits, over the text's bytes: comparable between tokenizers. None where the
+        tokens stand for no text."""
+        return self.negative_log_likelihood * self.tokens / math.log(2) / self.bytes if self.bytes > 0 else None
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"predicted": {"peak_memory_bytes": self.predicted}}
+        """With `bits_per_byte`."""
+        predicted = {"peak_memory_bytes": self.predicted}
+        return asdict(self) | {"bits_per_byte": self.bits_per_byte, "predicted": predicted}
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,7 @@ def evaluate(
         else:
             tokens = choose_windows(tokenizer, measure.text, measure.windows, length, measure.seed).tokens
         count = len(tokens)
+        size = sum(tokenizer.bytes_behind_first(tokens[n : n + 1][0]) for n in range(count))
         _check_disk(folder, disk_bytes(sizes, count * length))
         with steps((layers + 1) * count) as progress:
 
@@ -130,7 +141,7 @@ def evaluate(
         raise InputError(
             f"{source} gives a negative log-likelihood of {mean} a token on {measure.text}: its weights are broken"
         )
-    return Perplexity(math.exp(mean), mean, count * (length - 1), count, length, opened.scope, at_once.nbytes)
+    return Perplexity(math.exp(mean), mean, count * (length - 1), count, length, size, opened.scope, at_once.nbytes)
 
 
 def check_measure(source: str, measure: Measure) -> None:

@@ -18,13 +18,13 @@ from offline.source.families import MoEShape, find_family, read_shape
 from offline.source.family import Family
 from offline.source.folder import Companions, check_weights, find_companions, locate
 from offline.source.layerwise import check_parameters, read_hf_config
+from offline.source.quantized import read_schemes
 from offline.source.stored import (
     ExpertTensor,
     SourceReader,
     StoredExperts,
     expert_tensors,
     find_experts,
-    read_fp8_blocks,
 )
 
 
@@ -54,8 +54,8 @@ HEAD_BIAS = "lm_head.bias"
 class DenseModel:
     """A dense MoE checkpoint, checked: every expert weight is there, with the shape config.json says.
 
-    name: a Hub id, or the name of its folder; reader: its tensors as they are computed with, fp8 ones dequantised to
-    bfloat16; dtype: config.json's name of the experts' dtype ("bfloat16"); homeless: tensors that lie beside the model,
+    name: a Hub id, or the name of its folder; reader: its tensors as they are computed with, quantized ones as 16-bit
+    floats; dtype: config.json's name of the experts' dtype ("bfloat16"); homeless: tensors that lie beside the model,
     which has no place for them; twice: what to say where its weights are there twice.
     """
 
@@ -96,6 +96,11 @@ class DenseModel:
         beside = self.experts.names | self.homeless
         return {self.family.disk_name(name): name for name in self.reader.specs if name not in beside}
 
+    @property
+    def stored_as(self) -> str:
+        """In what numbers weights lie on disk besides plain floats, for a user; empty where there are none."""
+        return " and ".join(dict.fromkeys(weight.scheme.what for weight in self.reader.quantized.values()))
+
     @cached_property
     def companions(self) -> Companions:
         """The files beside the weights."""
@@ -105,6 +110,8 @@ class DenseModel:
     def remarks(self) -> list[str]:
         """What a user should know of the source, in lines: what is read, and what a result will not have."""
         told = [self.twice] if self.twice else []
+        if self.stored_as:
+            told.append(f"the source's weights are {self.stored_as}; they are read as {self.dtype}")
         if self.family.remark and (remark := self.family.remark(self.settings)):
             told.append(remark)
         if HEAD_BIAS in self.reader.specs and self.reader.tensor(HEAD_BIAS).any():
@@ -130,7 +137,7 @@ class DenseModel:
 
     @property
     def expert_bytes(self) -> int:
-        """Of the experts' weights, in `dtype`: those of an fp8 original as they are read."""
+        """Of the experts' weights, in `dtype`: those of a quantized original as they are read."""
         experts = len(self.shape.layers) * self.shape.num_experts
         return experts * self.shape.expert_parameters * DTYPE_BYTES[DTYPES[self.dtype]]
 
@@ -162,7 +169,7 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
     folder = located.folder
     config = read_model_config(folder)
     try:
-        fp8_blocks = read_fp8_blocks(config)
+        schemes = read_schemes(folder, config)
     except InputError as error:
         raise InputError(f"{source} is {error}") from None
     family = find_family(config)
@@ -173,7 +180,8 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
             f"config.json: max_position_embeddings is {positions}, less than two tokens; wrong config.json?"
         )
     twice = check_weights(folder)
-    reader = SourceReader(folder, fp8_blocks)
+    half = "float16" in (config.get("dtype"), config.get("torch_dtype"))
+    reader = SourceReader(folder, schemes, dtype="F16" if half else "BF16")
     experts = find_experts(family, shape, reader, shape.layers)
     dtype: Dtype = next(name for name, stored in DTYPES.items() if stored == experts.dtype)
     homeless = check_parameters(family, read_hf_config(folder), reader, shape.layers, experts.names)

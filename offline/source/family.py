@@ -43,8 +43,11 @@ class Layout:
 OUTSIDE = ("model_type", "architectures", "tie_word_embeddings")
 """What is the whole model's to say, wherever else it is said."""
 SILU: Mapping[str, tuple[Any, ...]] = MappingProxyType({"hidden_act": ("silu", None)})
-Attention = Literal["heads", "latent"]
-"""What attention keeps of a token: keys and values of every KV head; one latent vector and a rotated key (MLA)."""
+Attention = Literal["heads", "latent", "indexed"]
+"""What attention keeps of a token: keys and values of every KV head; one latent vector and a rotated key (MLA); these,
+and a key of the indexer that chooses what is attended to (DeepSeek V3.2)."""
+State = Literal["delta", "convolution"]
+"""What layers without attention keep of a whole request: a gated delta net's state; a short convolution's inputs."""
 
 
 def predicts_further(name: str) -> bool:
@@ -74,8 +77,9 @@ class Family:
     renames: substrings of disk names -> transformers' module names.
     released: how experts lie in released checkpoints where that is not one tensor per expert.
     stock: transformers' model_type where it has none of this name.
-    attention: what vLLM's KV cache holds of a token; None where that is not known here. window_keys: config.json's keys
-        that are all set where layers look back on a window of tokens, its size first; (): they never do.
+    attention: what vLLM's KV cache holds of a token; None where that is not known here. state: what it holds of a
+        request in the layers that do not attend; None where all do. window_keys: config.json's keys that are all set
+        where layers look back on a window of tokens, its size first; (): they never do.
     recipe: the family whose shipped recipe is this one's too; None where it has one of its own.
     """
 
@@ -97,8 +101,14 @@ class Family:
     released: Layout | None = None
     stock: str | None = None
     attention: Attention | None = None
+    state: State | None = None
     window_keys: tuple[str, ...] = ()
     recipe: str | None = None
+
+    @property
+    def latent(self) -> bool:
+        """Whether all heads share one latent vector."""
+        return self.attention in ("latent", "indexed")
 
     def experts_prefix(self, layer: int) -> str:
         """`experts` of one layer."""

@@ -318,6 +318,8 @@ ROWS = (
         model_type="qwen3_next",
         experts=QWEN.experts,
         projections=PROJ,
+        attention="heads",
+        state="delta",
         dense_keys=QWEN.dense_keys,
         requires={
             **SILU,
@@ -338,6 +340,8 @@ ROWS = (
         model_type="lfm2_moe",
         experts="model.layers.{layer}.feed_forward.experts",
         projections=W,
+        attention="heads",
+        state="convolution",
         experts_module="feed_forward.experts",
         dense_keys=("num_dense_layers",),
         # vLLM's head is always the embeddings.
@@ -355,6 +359,7 @@ ROWS = (
         model_type="deepseek_v32",
         experts=DEEPSEEK_V3.experts,
         projections=PROJ,
+        attention="indexed",
         num_experts_keys=DEEPSEEK_V3.num_experts_keys,
         dense_keys=("first_k_dense_replace", "mlp_layer_types"),
         # transformers has an indexer in every layer, whose rotary embeddings are not interleaved.

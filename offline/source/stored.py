@@ -13,98 +13,63 @@ from torch import Tensor
 from d2moe_vllm.format.config import CheckpointError
 from d2moe_vllm.format.kinds import ROLES, Role, TensorSpec
 from offline.errors import InputError
-from offline.io.shards import Reader
+from offline.io.shards import TORCH_DTYPES, Reader
 from offline.source.families import MoEShape
 from offline.source.family import Family, Layout
 from offline.source.missing import remedy
-
-SCALE = "_scale_inv"
-"""What an fp8 weight's name is followed by in its scales' name."""
-
-
-def read_fp8_blocks(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share one scale in a config.json's fp8 weights; None for an unquantized model.
-
-    Raises InputError for any other quantization.
-    """
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "fp8":
-        raise InputError(f"already compressed or quantized ({method}); give the original model")
-    block = quantization.get("weight_block_size")
-    if (
-        not isinstance(block, list)
-        or len(block) != 2
-        or not all(isinstance(size, int) and 1 <= size <= 65536 for size in block)
-    ):
-        raise InputError(f"quantized to fp8 with weight_block_size {block!r}, not two numbers; give the original model")
-    return block[0], block[1]
+from offline.source.quantized import Quantized, Scheme, beside, find_quantized
 
 
 class SourceReader(Reader):
-    """A checkpoint's files with fp8 weights dequantised to bfloat16 while reading, as in DeepSeek-V3.
+    """A checkpoint's files, whose quantized weights are dequantised while reading.
 
-    An fp8 weight is [..., rows, columns] float8_e4m3fn; its scales, by the same name and SCALE, are
-    [..., ceil(rows/block), ceil(columns/block)]: weight = fp8 * scale of its block, computed in float32.
-    specs are those of the dequantised weights, without any scales. ours: tensors of a compressed checkpoint, which
+    schemes: how weights may be stored besides plain floats; dtype: safetensors' name of what they are read as. specs
+    are those of the dequantised weights, without what belongs to them. ours: tensors of a compressed checkpoint, which
     stay as they are stored. Raises CheckpointError.
     """
 
     def __init__(
-        self, folder: Path, fp8_blocks: tuple[int, int] | None = None, ours: Collection[str] = frozenset()
+        self, folder: Path, schemes: tuple[Scheme, ...] = (), ours: Collection[str] = frozenset(), dtype: str = "BF16"
     ) -> None:
         super().__init__(folder)
-        self._blocks = fp8_blocks
-        self._scales: dict[str, str] = {}
-        for name, spec in list(self.specs.items()):
-            if spec.dtype == "F8_E4M3" and fp8_blocks is not None:
-                self._scales[name] = self._check_scale(name, spec, fp8_blocks)
-                self.specs[name] = TensorSpec("BF16", spec.shape)
-            elif spec.dtype.startswith("F8_") and not name.endswith(SCALE) and name not in ours:
+        self._dtype = TORCH_DTYPES[dtype]
+        try:
+            self.quantized: Mapping[str, Quantized] = {one.name: one for one in find_quantized(self.specs, schemes)}
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+        if schemes and not self.quantized:
+            told = " or ".join(dict.fromkeys(scheme.what for scheme in schemes))
+            raise CheckpointError(f"{folder}: config.json says that weights are {told}; none is; wrong config.json?")
+        for weight in self.quantized.values():
+            for name in (*weight.tensors, *beside(weight.name)):
+                self.specs.pop(name, None)
+        self.weight_map |= {weight.name: self.weight_map[weight.tensors[0]] for weight in self.quantized.values()}
+        self.specs |= {weight.name: TensorSpec(dtype, weight.shape) for weight in self.quantized.values()}
+        for name, spec in self.specs.items():
+            if spec.dtype.startswith("F8_") and name not in ours:
                 raise CheckpointError(f"{folder}: {name} is stored as {spec.dtype}; give the model in bfloat16")
-        for name in self._scales.values():
-            del self.specs[name]
-
-    def _check_scale(self, name: str, spec: TensorSpec, blocks: tuple[int, int]) -> str:
-        scale = self.specs.get(name + SCALE)
-        if scale is None:
-            raise CheckpointError(f"{self.folder}: no scales {name}{SCALE} for an fp8 weight; download it again")
-        *stack, rows, columns = spec.shape if len(spec.shape) > 1 else (1, *spec.shape)
-        expected = (*stack, -(-rows // blocks[0]), -(-columns // blocks[1]))
-        if scale.shape != expected:
-            raise CheckpointError(f"{self.folder}: {name}{SCALE} is {list(scale.shape)}, expected {list(expected)}")
-        return name + SCALE
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, dequantised where it is fp8. Raises CheckpointError where the file is damaged."""
-        stored = super().tensor(name)
-        return self._dequantise(stored, super().tensor(self._scales[name])) if name in self._scales else stored
+        """One tensor, dequantised where it is quantized. Raises CheckpointError where the file is damaged."""
+        weight = self.quantized.get(name)
+        return super().tensor(name) if weight is None else weight.dequantise(super().tensor, self._dtype)
 
     def part(self, name: str, where: tuple[int | slice, ...]) -> Tensor:
         """tensor(name)[where] without reading the rest; `where` starts with a number only in a stack of matrices.
 
         Raises CheckpointError where it holds a NaN or infinity.
         """
-        stored = super().tensor(name)
-        if name in self._scales:
-            stack = where[:1] if isinstance(where[0], int) else (slice(None),)
-            matrix = self._dequantise(stored[stack], super().tensor(self._scales[name])[stack])
-            part = matrix[where[1:] if isinstance(where[0], int) else where]
+        weight = self.quantized.get(name)
+        if weight is None:
+            part = super().tensor(name)[where]
+        elif isinstance(where[0], int):
+            part = weight.dequantise(super().tensor, self._dtype, where[0])[where[1:]]
         else:
-            part = stored[where]
+            part = weight.dequantise(super().tensor, self._dtype)[where]
         if not torch.isfinite(part).all():
             path = self.folder / self.weight_map[name]
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values; download the file again")
         return part
-
-    def _dequantise(self, weight: Tensor, scale: Tensor) -> Tensor:
-        assert self._blocks is not None
-        wide = scale.float()
-        for dim, block in ((-2, self._blocks[0]), (-1, self._blocks[1])):
-            wide = wide.repeat_interleave(block, dim).narrow(dim, 0, weight.shape[dim])
-        return wide.mul_(weight.float()).to(torch.bfloat16)
 
 
 @dataclass(frozen=True)

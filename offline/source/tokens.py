@@ -164,6 +164,13 @@ class Tokenizer:
             self._last[text] = torch.tensor(ids, dtype=torch.int64)
         return self._last[text]
 
+    def bytes_behind_first(self, window: Tensor) -> int:
+        """UTF-8 bytes of the text that a window's tokens but the first stand for; window: int64 [tokens]. A character
+        that the window's ends cut counts as three."""
+        ids = window.tolist()
+        whole, first = (_called(self.folder, self.codec.decode, part) for part in (ids, ids[:1]))
+        return len(whole.encode()) - len(first.encode())
+
     def _check(self, text: str, decoded: str) -> None:
         """Raises InputError where text came back as another one."""
         if decoded == text:

@@ -22,14 +22,14 @@ DAMAGED = "damaged"
 TEXTS = ("text.txt", "my-text.txt", "calibration.txt")
 OTHER_TEXTS = ("other-text.txt", "held-out.txt", "wiki.txt", "code.txt")
 
-WORDS = {"M": "moe-svd", "R": "0.2"}
-"""What stands in a document for a value of the reader's choice."""
+WINDOW = 128
+"""Tokens that the stand-in for Mixtral says to take at most: `auto` windows are of 2,048 otherwise."""
+
+WORDS = {"M": "moe-svd", "R": "0.2", "8192": str(WINDOW), "24GB": "25MB"}
+"""What stands in a document for a value of the reader's choice, or for more than the stand-in takes."""
 
 PORT = "localhost:8000"
 """Where the documents' servers listen; ours take any free port."""
-
-WINDOW = 128
-"""Tokens that the stand-in for Mixtral says to take at most: `auto` windows are of 2,048 otherwise."""
 
 
 @dataclass(frozen=True)

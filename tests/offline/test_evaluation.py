@@ -50,6 +50,23 @@ def test_dense(short: Path) -> None:
     assert result["scope"] is None
 
 
+def test_bits_per_byte_are_of_the_bytes_that_the_tokens_come_from(short: Path, tmp_path: Path) -> None:
+    """By the places in the text that the tokenizer itself says its tokens have."""
+    text = tmp_path / "text.txt"
+    text.write_text(short.read_text()[:2_000] + " Gödel, Čapek, 東京. " + short.read_text()[2_000:4_000], "utf-8")
+    read = AutoTokenizer.from_pretrained(TINY)(text.read_text("utf-8"), add_special_tokens=False,
+                                               return_offsets_mapping=True)  # fmt: skip
+    result = evaluate(TINY, text)
+    ends = [end for _, end in read["offset_mapping"]]
+    parts = [slice(ends[n * LENGTH], ends[(n + 1) * LENGTH - 1]) for n in range(result["windows"])]
+    size = sum(len(text.read_text("utf-8")[part].encode()) for part in parts)
+    assert result["bytes"] == pytest.approx(size, abs=3 * result["windows"])
+    nats = result["negative_log_likelihood"] * result["tokens"]
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / result["bytes"], rel=1e-12)
+    # More words to a token, and the bits of a byte stay of one size.
+    assert 1 < result["bits_per_byte"] < 3
+
+
 @pytest.mark.parametrize("scope", ["off", "token"])
 def test_compressed(pruned: Path, short: Path, scope: str) -> None:
     result = evaluate(pruned, short, "--scope", scope)

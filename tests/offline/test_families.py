@@ -96,8 +96,9 @@ def test_the_documents_name_every_family() -> None:
         .partition("|---")[2]
     )
     rows = re.findall(r"^\| `([a-z0-9_]+)` \|[^|]+\| ([^|]+) \|", section, re.M)
-    kept = {"heads": "keys and values", "latent": "latent", None: "not known"}
-    assert sorted(rows) == sorted((name, kept[family.attention]) for name, family in FAMILIES.items())
+    kept = {"heads": "keys and values", "latent": "latent", "indexed": "latent, indexer's key", None: "not known"}
+    expected = [(name, kept[one.attention] + (", states" if one.state else "")) for name, one in FAMILIES.items()]
+    assert sorted(rows) == sorted(expected)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

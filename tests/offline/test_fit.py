@@ -104,16 +104,68 @@ def test_a_window_that_is_not_switched_on_is_none(switch: bool | None, window: i
     assert kv_cache(FAMILIES["qwen3_moe"], config).window == window
 
 
-NOT_COUNTED = {"qwen3_next", "lfm2_moe", "deepseek_v32", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text", "gemma4"}
-"""Whose layers are of two kinds, or keep an indexer's keys besides, or are within a multimodal model: --fit refuses
-them by name."""
+NOT_COUNTED = ["qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text", "gemma4"]
+"""Of and within multimodal models: --fit refuses them by name."""
 
 
 def test_every_other_family_says_what_its_attention_keeps() -> None:
-    assert {name for name, family in FAMILIES.items() if family.attention is None} == NOT_COUNTED
+    assert [name for name, family in FAMILIES.items() if family.attention is None] == NOT_COUNTED
     for name in NOT_COUNTED:
         with pytest.raises(InputError, match=r"not known here.*use --size or --ratio"):
             kv_cache(FAMILIES[name], MIXTRAL)
+
+
+QWEN3_NEXT = {
+    "num_hidden_layers": 48, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
+    "full_attention_interval": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.25,
+}  # fmt: skip
+"""Qwen3-Next-80B-A3B's."""
+
+
+def test_qwen3_nexts_cache() -> None:
+    """A state of 1.1 MB, a block of as many bytes in each of 12 layers: vLLM's log says 544 tokens, too."""
+    cache = kv_cache(FAMILIES["qwen3_next"], QWEN3_NEXT)
+    assert cache.block_tokens == 544
+    assert cache.token_bytes == 2 * 2 * 256 * 2 * 12
+    assert (cache.layers, cache.states, cache.groups) == (12, 36, (1, 3))
+    assert cache.block_bytes == 544 * cache.token_bytes
+    # Blocks of its tokens, and in each of three groups a state as it is and one as it was.
+    assert cache.request_blocks(8192, 2048) == 16 + 3 * 2
+    listed = {**QWEN3_NEXT, "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12}
+    assert kv_cache(FAMILIES["qwen3_next"], listed) == cache
+    # Shared out, a state is half as large, keys and values too: one of two heads.
+    assert kv_cache(FAMILIES["qwen3_next"], QWEN3_NEXT, tensor_parallel_size=2).block_tokens == 544
+    assert kv_cache(FAMILIES["qwen3_next"], QWEN3_NEXT, tensor_parallel_size=4).block_tokens == 272
+
+
+@pytest.mark.parametrize(
+    ("attending", "states", "groups"), [(6, 18, (1, 3)), (10, 14, (1, 1)), (6, 10, (1, 2)), (18, 6, (3, 1))]
+)
+def test_layers_of_two_kinds_are_put_into_groups_of_as_many(
+    attending: int, states: int, groups: tuple[int, int]
+) -> None:
+    """Of about as many as there are of the rarer kind; of the larger number where they hardly differ."""
+    config = {**MIXTRAL, "num_hidden_layers": attending + states, "conv_L_cache": 3}
+    config["layer_types"] = ["conv"] * states + ["full_attention"] * attending
+    cache = kv_cache(FAMILIES["lfm2_moe"], config)
+    assert cache.groups == groups
+    each = max(-(-attending // groups[0]), -(-states // groups[1]))
+    assert cache.block_bytes == each * cache.block_tokens * cache.layer_bytes
+
+
+@pytest.mark.parametrize("kinds", ["conv", ["conv"] * 24, ["conv", "full_attention"]])
+def test_kinds_of_layers_that_do_not_work_out(kinds: object) -> None:
+    config = {**MIXTRAL, "num_hidden_layers": 24, "conv_L_cache": 3, "layer_types": kinds}
+    with pytest.raises(InputError, match=r"layer_types.*use --size"):
+        kv_cache(FAMILIES["lfm2_moe"], config)
+
+
+def test_an_indexers_keys_count() -> None:
+    """DeepSeek V3.2's: 128 numbers of a byte and a scale beside the latent."""
+    config = {**DEEPSEEK_V3, "index_head_dim": 128}
+    assert kv_cache(FAMILIES["deepseek_v32"], config).token_bytes == (2 * (512 + 64) + 132) * 61
+    assert kv_cache(FAMILIES["deepseek_v32"], config, dtype="fp8").token_bytes == (656 + 132) * 61
 
 
 def test_a_cache_that_is_not_known_is_refused() -> None:

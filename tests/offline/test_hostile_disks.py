@@ -153,15 +153,19 @@ SPOIL: dict[str, Callable[[Path], object]] = {
 }
 
 
+WHEN = {"layers/*/facts.safetensors": 0.5, "layers/*/0000*.safetensors": 0.75, "hidden-00000.rows": 0.5}
+"""Files, and a share of a run after which they lie there: final tensors are written in its second half."""
+
+
 @pytest.mark.parametrize("damage", SPOIL)
-@pytest.mark.parametrize("pattern", ["layers/*/facts.safetensors", "layers/*/0000*.safetensors", "hidden-00000.rows"])
+@pytest.mark.parametrize("pattern", WHEN)
 def test_a_damaged_working_folder_is_recognised(
     pattern: str, damage: str, olmoe: Path, few_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No crash of ours leaves such files: each gets its name when it is whole and on disk. Others may."""
     disk, work = Disk(monkeypatch), tmp_path / "out.d2moe-work"
     assert compress(olmoe, tmp_path / "whole", few_words).returncode == 0
-    disk.fill(at=disk.calls // 2)
+    disk.fill(at=int(WHEN[pattern] * disk.calls))
     refused(compress(olmoe, tmp_path / "out", few_words))
     disk.fill(at=0)
     (victim, *_) = work.glob(pattern)

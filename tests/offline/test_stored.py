@@ -91,7 +91,6 @@ def test_fp8_without_its_scales(tmp_path: Path) -> None:
         ("mixtral", {"model_type": "granitemoehybrid"}, "vLLM's loader"),
         ("mixtral", {"model_type": "cohere2_moe"}, "windows"),
         ("mixtral", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-        ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size None"),
         ("phimoe", {"router_jitter_noise": 0.02}, "router_jitter_noise"),
         ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob True"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),

@@ -65,14 +65,17 @@ def kv_cache(llm: Any) -> dict[str, Any]:
     max_model_len tokens; the engine is in this process."""
     core = llm.llm_engine.engine_core.engine_core
     made, config = core.scheduler.kv_cache_config, llm.llm_engine.vllm_config
-    specs = [group.kv_cache_spec for group in made.kv_cache_groups for _ in group.layer_names]
+    groups = made.kv_cache_groups
+    specs = [group.kv_cache_spec for group in groups]
     return {
         "memory": config.cache_config.kv_cache_memory_bytes,
         "kinds": sorted({type(spec).__name__ for spec in specs}),
-        "block_tokens": sorted({spec.block_size for spec in specs}),
+        "block_tokens": sorted({spec.block_size for spec in specs if type(spec).__name__ != "MambaSpec"}),
         "blocks": made.num_blocks,
-        "block_bytes": sum(spec.page_size_bytes for spec in specs),
-        "request_bytes": sum(spec.max_memory_usage_bytes(config) for spec in specs),
+        # All groups draw from one pool.
+        "block_bytes": max(len(group.layer_names) * group.kv_cache_spec.page_size_bytes for group in groups),
+        "request_blocks": sum(-(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in specs),
+        "state_blocks": 2 if config.cache_config.mamba_cache_mode == "align" else 1,
         "batched_tokens": config.scheduler_config.max_num_batched_tokens,
         "concurrent_batches": config.max_concurrent_batches,
     }
