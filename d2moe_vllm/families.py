@@ -29,11 +29,19 @@ _INLINED = (
 
 
 def auto_map(family: str) -> dict[str, str]:
-    """`auto_map` of config.json: D2 and the dense class's name. Raises KeyError for a family that has no such class."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """`auto_map` of config.json: D2 and the dense class's name. Raises KeyError for a family that has no such class.
+
+    A multimodal model's class is found as a causal language model too.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     if own := OWN_CLASSES.get(family):
         classes = {"AutoModelForCausalLM": f"D2{own}ForCausalLM", "AutoConfig": f"{own}Config"}
+    elif whole := MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(family):
+        classes = dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), f"D2{whole}")
     else:
         classes = {"AutoModelForCausalLM": f"D2{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}"}
     return {auto: f"{Path(MODELING_FILE).stem}.{name}" for auto, name in classes.items()}
@@ -81,10 +89,13 @@ def stock_config_class(model_type: str) -> Any:
 
 
 def stock_model_class(config: Any) -> Any:
-    """The dense causal language model of a configuration. Raises KeyError."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    """The dense causal language model of a configuration, a multimodal one's whole class. Raises KeyError."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     from d2moe_vllm.hf.modeling_deepseek import DeepseekForCausalLM
 
     ours = isinstance(config, DeepseekForCausalLM.config_class)
-    return DeepseekForCausalLM if ours else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if ours:
+        return DeepseekForCausalLM
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if multimodal else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]

@@ -6,9 +6,10 @@ kernel for CPUs misreads their strides.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_families import COMMON, SMALL
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, TokenizersBackend
 
 import d2moe_vllm.hf  # noqa: F401 - registers
 from d2moe_vllm.families import (
@@ -30,11 +32,12 @@ from d2moe_vllm.format.kinds import ROLES
 from offline.io.shards import plan_shards, write_shards
 from offline.source.dense import open_dense
 from offline.source.families import FAMILIES
+from offline.source.family import OUTSIDE
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
 CONFIGS = {name: small.config for name, small in SMALL.items()}
-STACKABLE = sorted(set(CONFIGS) - {"deepseek"})
-"""Families of which transformers can also write its own modules' stacked experts."""
+STACKABLE = sorted(set(CONFIGS) - {"deepseek", "gemma4"})
+"""Families of which transformers writes two forms: the released one, and another."""
 
 
 def stock_name(family: str) -> str:
@@ -43,8 +46,19 @@ def stock_name(family: str) -> str:
 
 
 def stock_config(family: str, **changes: Any) -> Any:
-    """transformers' configuration of the small model; `changes` go over CONFIGS."""
-    return stock_config_class(stock_name(family))(**{**COMMON, **CONFIGS[family], **changes})
+    """transformers' configuration of the small model; `changes` go over CONFIGS, and over what is outside of it."""
+    outside = copy.deepcopy(dict(SMALL[family].outside))
+    outside |= {key: changes.pop(key) for key in outside if key in changes}
+    settings = {**COMMON, **CONFIGS[family], **changes}
+    if outside:
+        settings = {"tie_word_embeddings": False, **outside, "text_config": settings}
+    return stock_config_class(stock_name(family))(**settings)
+
+
+def load_stock(folder: Path, **options: Any) -> Any:
+    """By the class that transformers has for the whole of a model."""
+    nested = "text_config" in json.loads((folder / "config.json").read_text())
+    return (AutoModelForImageTextToText if nested else AutoModelForCausalLM).from_pretrained(folder, **options)
 
 
 def stock_model(config: Any, seed: int = 0) -> Any:
@@ -56,30 +70,55 @@ def stock_model(config: Any, seed: int = 0) -> Any:
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.dim() > 1:
                 # Routers apart enough that rounding does not change where a token goes.
-                router = name.endswith(("gate.weight", "router.weight"))
+                router = name.endswith(("gate.weight", "router.weight", "router.proj.weight"))
                 tensor.copy_(noise * (0.5 if router else tensor.shape[-1] ** -0.5))
             elif name == "lm_head.bias":
                 tensor.zero_()  # of Phi-3.5-MoE, loaded by vLLM 0.32 and then left out of its logits
             else:
-                tensor.copy_(0.1 * noise + (1 if "norm" in name and name.endswith("weight") else 0))
+                about_one = ("norm" in name and name.endswith("weight")) or name.endswith(("scale", "layer_scalar"))
+                tensor.copy_(0.1 * noise + (1 if about_one else 0))
     return model
 
 
 def write_family(
     folder: Path, family: str, *, stacked: bool = False, dtype: torch.dtype = torch.bfloat16, **changes: Any
 ) -> Path:
-    """Writes the family's small checkpoint with a tokenizer; stacked: by transformers' modules, not as released."""
+    """Writes the family's small checkpoint with a tokenizer; stacked: in the other form that transformers can write, of
+    most families its modules' own stacks."""
     model = stock_model(stock_config(family, **changes)).to(dtype)
-    model.save_pretrained(folder, save_original_format=not stacked)
+    model.save_pretrained(folder, save_original_format=stacked == SMALL[family].stacked)
+    if SMALL[family].transposed and not stacked:
+        tensors = load_file(folder / "model.safetensors")
+        stacks = {name: tensor.mT.contiguous() for name, tensor in tensors.items() if ".experts." in name}
+        save_file({**tensors, **stacks}, folder / "model.safetensors", metadata={"format": "pt"})
     change_config(folder, **SMALL[family].written)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The bundled model's, as transformers has it of the family: some it reads in a way of its own, whatever files
+    say."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TOKENIZER / name, folder / name)
-    return folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if type(tokenizer) is not TokenizersBackend:
+        tokenizer.save_pretrained(folder)
 
 
 def change_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=1))
+    path.write_text(json.dumps(changed(json.loads(path.read_text()), changes), indent=1))
+
+
+def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with other settings, of a multimodal model within its text_config where they belong there."""
+    if "text_config" not in config:
+        return {**config, **changes}
+    outside = {key: value for key, value in changes.items() if key in (*OUTSIDE, "quantization_config")}
+    inside = {key: value for key, value in changes.items() if key not in outside}
+    inside |= inside.pop("text_config", {})  # what would be said outside, were it not for this
+    return {**config, **outside, "text_config": {**config["text_config"], **inside}}
 
 
 def quantize_fp8(folder: Path, block: int = 128) -> None:
@@ -131,9 +170,11 @@ def write_exact(folder: Path, source: Path, dense: Sequence[int] = ()) -> Path:
     def produce(name: str) -> Tensor:
         if name in others:
             return model.other_tensor(name)
-        _, layer, _, _, expert, projection, kind = name.removeprefix("model.").split(".")
+        *_, expert, projection, kind = name.split(".")
+        layer = family.layer_of(name)
+        assert layer is not None
         role = next(role for role in ROLES if family.projections[role] == projection)
-        weight = model.weight(int(layer), int(expert), role)
+        weight = model.weight(layer, int(expert), role)
         identity = torch.eye(min(weight.shape), dtype=weight.dtype)
         wide = weight.shape[0] < weight.shape[1]
         return (
@@ -148,5 +189,5 @@ def write_exact(folder: Path, source: Path, dense: Sequence[int] = ()) -> Path:
     (folder / "config.json").write_text(json.dumps(content))
     (folder / MODELING_FILE).write_text(checkpoint_modeling_source())
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(TOKENIZER / name, folder / name)
+        shutil.copyfile(source / name, folder / name)
     return folder

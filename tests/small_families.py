@@ -7,6 +7,7 @@ a matrix are equal, so that a mixed-up orientation shows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -32,7 +33,10 @@ class Small(NamedTuple):
     model of it in vLLM than in transformers. expert_parallel: served on two such ranks too, for what only it
     has. released: hidden and intermediate size of the released models' experts. refused_on_cpus: what our plugin or
     vLLM says where vLLM's CPU backend does not serve the family, or not as transformers computes it.
-    served: further changes of config, for the tests that serve it in float32 on a CPU.
+    served: further changes of config, and of outside, for the tests that serve it in float32 on a CPU.
+    outside: of a multimodal model, what its configuration says beside its text_config, which has all of the above.
+    stacked: the released form is that of transformers' modules; transposed: with each stack's matrices transposed.
+    imports: a module that vLLM's class of the family wants, and that is not part of every installation.
     custom_ops: whether vLLM's own kernels for CPUs serve it eagerly, or misread its strides."""
 
     config: dict[str, Any]
@@ -42,7 +46,46 @@ class Small(NamedTuple):
     released: tuple[tuple[int, int], ...] = ()
     refused_on_cpus: str | None = None
     served: Mapping[str, Any] = MappingProxyType({})
+    outside: Mapping[str, Any] = MappingProxyType({})
+    stacked: bool = False
+    transposed: bool = False
+    imports: str | None = None
     custom_ops: bool = True
+
+    @property
+    def refused_here(self) -> str | None:
+        """What is said where vLLM does not serve it on this machine's CPU."""
+        if self.imports and find_spec(self.imports) is None:
+            return f"No module named '{self.imports}'"
+        return self.refused_on_cpus
+
+
+QWEN3_5 = {
+    "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80, "num_experts": 8, "num_experts_per_tok": 3,
+    "head_dim": 32, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}  # fmt: skip
+QWEN3_5_REFUSED: tuple[dict[str, Any], ...] = (
+    {"attention_bias": True},
+    {"attn_output_gate": False},
+    {"output_gate_type": "sigmoid"},
+    {"layer_scale": True},
+    {"norm_topk_prob": False},
+    {"is_causal": False},
+    {"tie_word_embeddings": True},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+    {"rope_parameters": {**QWEN3_5["rope_parameters"], "mrope_interleaved": False}},
+)
+VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}  # fmt: skip
+"""A vision tower of the Qwen models."""
+TOKENS_OF_IMAGES = {"image_token_id": 11, "video_token_id": 12, "vision_start_token_id": 13, "vision_end_token_id": 14}
 
 
 SMALL = {
@@ -287,6 +330,92 @@ SMALL = {
         ),
         released=((7168, 2048),),
         refused_on_cpus="Sparse Attention is not supported on CPU",
+    ),
+    "qwen3_vl_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+            "head_dim": 32, "mlp_only_layers": [0],
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4], "mrope_interleaved": True,
+            },
+        },
+        written={"norm_topk_prob": True},
+        refused=(
+            {"norm_topk_prob": None},
+            {"attention_bias": True},
+            {"tie_word_embeddings": True},
+            {"architectures": ["Qwen3VLMoeForConditionalGenerationX"]},
+            {"moe_intermediate_size": 64},
+            {"moe_intermediate_size": 32},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mrope_section": [8, 4, 4],
+                                 "mrope_interleaved": True}},
+        ),
+        released=((2048, 768), (4096, 1536)),
+        outside={"vision_config": {**VISION, "deepstack_visual_indexes": [0]}, **TOKENS_OF_IMAGES},
+        stacked=True,
+        transposed=True,
+        imports="torchvision",
+    ),
+    "qwen3_5_moe": Small(
+        QWEN3_5,
+        refused=(
+            *QWEN3_5_REFUSED,
+            {"architectures": ["Qwen3_5MoeForCausalLM"]},
+            {"text_config": {"tie_word_embeddings": True}},
+        ),
+        released=((2048, 512), (3072, 1024), (4096, 1024)),
+        served={"layer_types": ["full_attention"] * 3},  # linear attention takes bfloat16 alone there
+        outside={"vision_config": VISION, **TOKENS_OF_IMAGES},
+        stacked=True,
+        imports="torchvision",
+    ),
+    "qwen3_5_moe_text": Small(
+        QWEN3_5,
+        refused=(*QWEN3_5_REFUSED, {"architectures": ["Qwen3_5MoeForConditionalGeneration"]}),
+        released=((2048, 512), (3072, 1024), (4096, 1024)),
+        served={"layer_types": ["full_attention"] * 3},
+        imports="torchvision",
+    ),
+    "gemma4": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "top_k_experts": 3,
+            "enable_moe_block": True, "head_dim": 32, "global_head_dim": 64, "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "pad_token_id": 0,
+            "vocab_size_per_layer_input": 64, "tie_word_embeddings": True, "final_logit_softcapping": 30.0,
+            "use_bidirectional_attention": "vision",
+        },
+        refused=(
+            {"attention_bias": True},
+            {"hidden_activation": "silu"},
+            {"hidden_activation": None},
+            {"enable_moe_block": False},
+            {"hidden_size_per_layer_input": 16},
+            {"num_kv_shared_layers": 1},
+            {"use_double_wide_mlp": True},
+            {"attn_logit_softcapping": 50.0},
+            {"use_bidirectional_attention": "all"},
+            {"tie_word_embeddings": False},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0},
+                                 "full_attention": {"rope_type": "proportional"}}},
+            {"rope_parameters": {"sliding_attention": {"rope_type": "default", "partial_rotary_factor": 0.5},
+                                 "full_attention": {"rope_type": "proportional"}}},
+        ),
+        released=((2816, 704),),
+        outside={
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 16,
+            },
+            "audio_config": None, "tie_word_embeddings": True,
+            "image_token_id": 4093, "video_token_id": 4094, "audio_token_id": 4095,
+        },
+        # transformers has padding in the place of such a token, also of one that a random model makes up.
+        served={"image_token_id": 5000, "video_token_id": 5001, "audio_token_id": 5002},
+        stacked=True,
+        imports="torchvision",
     ),
     "granitemoe": Small(
         {

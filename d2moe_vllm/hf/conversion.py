@@ -35,12 +35,19 @@ class D2MoEQuantizationConfig(QuantizationConfigMixin):
 def convert(model: Any, settings: Mapping[str, Any]) -> None:
     """Puts D2Experts in the place of a model's dense experts, and makes it a D2Mixin. Its weights come later.
 
-    model: a PreTrainedModel with decoder layers in `base_model.layers`, fresh from its class's `__init__`.
+    model: a PreTrainedModel, perhaps a multimodal one, fresh from its class's `__init__`.
     settings: `quantization_config`. Raises ValueError, in one line, where a layer has no experts to replace.
     """
-    config, layers = model.config, model.base_model.layers
+    within = settings["experts"].partition(".layers.")[0]
+    if "." in within and model.base_model.get_decoder() is model.base_model:
+        raise ValueError(
+            f"{type(model).__name__} is the language model alone of a multimodal checkpoint; load it with "
+            "AutoModelForImageTextToText"
+        )
+    config, layers = model.config.get_text_config(), model.get_decoder().layers
+    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     for number, layer in settings["layers"].items():
-        _replace_experts(layers[int(number)], number, layer, settings, ACT2FN[getattr(config, "hidden_act", "silu")])
+        _replace_experts(layers[int(number)], number, layer, settings, ACT2FN[activation or "silu"])
     # Layers that predict further tokens ride along in a checkpoint; transformers has no modules for them.
     for number in range(len(layers), len(layers) + (getattr(config, "num_nextn_predict_layers", 0) or 0)):
         model._keys_to_ignore_on_load_unexpected.add(rf"model\.layers\.{number}\.")

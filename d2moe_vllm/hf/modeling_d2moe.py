@@ -17,6 +17,8 @@ from d2moe_vllm.hf.modeling_deepseek import DeepseekForCausalLM
 
 OWN = ("D2DeepseekForCausalLM", "D2KimiK2ForCausalLM")
 """Of families that transformers lacks."""
+WHOLE = ("ForCausalLM", "ForConditionalGeneration")
+"""How the names of classes with a head end: of language models, and of multimodal ones."""
 
 
 def __getattr__(name: str) -> Any:
@@ -32,7 +34,7 @@ def __getattr__(name: str) -> Any:
         made = d2_class(DeepseekForCausalLM)
     elif name == "D2KimiK2ForCausalLM":
         made = d2_class(__getattr__("KimiK2ForCausalLM"))
-    elif name.startswith("D2") and name.endswith("ForCausalLM") and hasattr(transformers, name.removeprefix("D2")):
+    elif name.startswith("D2") and name.endswith(WHOLE) and hasattr(transformers, name.removeprefix("D2")):
         made = d2_class(getattr(transformers, name.removeprefix("D2")))
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -79,7 +79,7 @@ def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str
     metadata: dict[str, object] = {
         **({"base_model": source.name, "base_model_relation": "quantized"} if is_repository(source.name) else {}),
         "library_name": "vllm",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": plan.model.family.pipeline,
         "tags": ["d2moe", "moe", "compressed", "vllm"],
     }
     carried = source_metadata(plan.model.folder).items()

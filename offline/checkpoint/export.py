@@ -22,7 +22,7 @@ from offline.io.progress import Steps
 from offline.io.shards import TORCH_DTYPES, Reader, plan_shards, write_file, write_shards
 from offline.methods import find_method
 from offline.source.dense import open_dense, read_model_config
-from offline.source.families import find_family, read_shape
+from offline.source.families import FAMILIES, find_family, read_shape
 from offline.source.folder import find_companions, is_repository
 from offline.source.stored import expert_tensors
 
@@ -111,7 +111,7 @@ def _card(folder: Path, config: CheckpointConfig, reader: Reader, parameters: in
     metadata: dict[str, object] = {
         **({"base_model": config.source.name} if is_repository(config.source.name) else {}),
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": FAMILIES[config.family].pipeline,
         "tags": ["d2moe", "moe"],
     }
     metadata |= {

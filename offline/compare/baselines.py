@@ -61,11 +61,11 @@ def stored_ratio(model: DenseModel, experts: int) -> float:
 
 def _group_step(model: DenseModel) -> int:
     """Groups of experts that the router chooses among first keep equal sizes."""
-    return int(model.config.get("n_group") or 1)
+    return int(model.settings.get("n_group") or 1)
 
 
 def _least(model: DenseModel) -> int:
-    groups, chosen = _group_step(model), int(model.config.get("topk_group") or 1)
+    groups, chosen = _group_step(model), int(model.settings.get("topk_group") or 1)
     # A group is judged by its two best experts (DeepSeek-V3), and the chosen groups must hold enough experts.
     each = max(-(-model.shape.experts_per_token // (chosen if groups > 1 else 1)), 2)
     return groups * each

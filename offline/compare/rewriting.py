@@ -29,6 +29,8 @@ ROUTERS = (
     "expert_bias",
     "router.layer.weight",
     "router.gate.weight",
+    "router.proj.weight",
+    "router.per_expert_scale",
 )
 """Tensors beside a layer's experts that have a row (or a number) per expert, or are one row of numbers [1, experts]."""
 
@@ -56,7 +58,8 @@ class Rewrite:
         with new_folder(out) as folder:
             write_shards(folder, shards, self._tensor)
             config = {key: value for key, value in model.config.items() if key != "quantization_config"}
-            config |= {key: self.experts for key in model.family.num_experts_keys if key in config}
+            experts = {key: self.experts for key in model.family.num_experts_keys if key in model.settings}
+            config = model.family.changed(config, experts)
             write_file(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
             write_file(folder / RECORD_FILE, json.dumps(record) + "\n")
             model.companions.copy(model.folder, folder)

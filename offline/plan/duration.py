@@ -40,7 +40,7 @@ def running(plan: Plan) -> Work:
     """A layer forwards over all windows."""
     shape = plan.model.shape
     rows = plan.tokens * shape.experts_per_token
-    _, inside, _ = outside_and_inside(plan.model.other_tensors, plan.model.num_layers)
+    _, inside, _ = outside_and_inside(plan.model.other_tensors, plan.model.family, plan.model.num_layers)
     attention = 2 * plan.tokens * (inside + 2 * plan.windows[1] * shape.hidden_size)
     products = 2 * rows * 3 * shape.hidden_size * shape.intermediate_size + attention
     batches = -(-plan.tokens // plan.resources.batch_tokens)

@@ -12,18 +12,20 @@ from offline.io.units import FLOAT32
 from offline.plan.plan import BATCH_TOKENS
 from offline.plan.resources import PROCESS_BYTES, machine_memory, outside_and_inside, scores
 from offline.source.families import MoEShape
+from offline.source.family import Family
 
 
 @dataclass(frozen=True)
 class Evaluated:
     """What an evaluation's memory depends on.
 
-    config: config.json; others: every tensor but routed experts'; stored: parameters of a compressed layer's experts
-    at most, which run in float32, 0 where none is compressed; dense: of a layer that holds them dense, safetensors'
-    name of their dtype, None where none does; length: tokens in a window.
+    settings: the language model's in config.json; others: every tensor but routed experts'; stored: parameters of a
+    compressed layer's experts at most, which run in float32, 0 where none is compressed; dense: of a layer that holds
+    them dense, safetensors' name of their dtype, None where none does; length: tokens in a window.
     """
 
-    config: Mapping[str, Any]
+    family: Family
+    settings: Mapping[str, Any]
     shape: MoEShape
     others: Mapping[str, TensorSpec]
     stored: int
@@ -66,11 +68,12 @@ def _phases(evaluated: Evaluated, batch: int, *, hold: bool) -> dict[str, int]:
     shape = evaluated.shape
     hidden, middle = shape.hidden_size, shape.intermediate_size
     matrix = hidden * middle
-    outside, inside, widest = outside_and_inside(evaluated.others, int(evaluated.config["num_hidden_layers"]))
+    layers = int(evaluated.settings["num_hidden_layers"])
+    outside, inside, widest = outside_and_inside(evaluated.others, evaluated.family, layers)
     states = FLOAT32 * batch * (hidden * 12 + 3 * widest)
-    states += scores(evaluated.config, evaluated.length, batch, backwards=False)
+    states += scores(evaluated.settings, evaluated.length, batch, backwards=False)
     states += FLOAT32 * batch * (4 * middle + 3 * hidden)
-    vocabulary = int(evaluated.config.get("vocab_size", 0))
+    vocabulary = int(evaluated.settings.get("vocab_size", 0))
     phases = {
         "embeddings": FLOAT32 * (outside + 2 * batch * hidden),
         # Logits, those of all but the last token, their logarithms.

@@ -115,10 +115,10 @@ def solve_fit(model: DenseModel, recipe: Recipe, asked: Serving) -> tuple[Fit, F
     Raises InputError, with the mend: where weights fit uncompressed, where not even the smallest do, where the cache is
     not known, and where the ranks do not divide the model.
     """
-    wanted = needs(model, recipe, asked.resolve(model.config))
+    wanted = needs(model, recipe, asked.resolve(model.settings))
     serving, room = wanted.serving, wanted.weights
     ranks = serving.tensor_parallel_size
-    others = other_bytes(model.other_tensors, model.config, model.family, ranks)
+    others = other_bytes(model.other_tensors, model.settings, model.family, ranks)
     if room >= (whole := uncompressed(model, ranks)):
         raise InputError(
             f"--fit {size(serving.device_bytes)} is enough for {model.name} as it is: its weights are "
@@ -204,7 +204,7 @@ def _fitting(model: DenseModel, recipe: Recipe, wanted: Needs, smallest: Held) -
     serving = wanted.serving
 
     def fits(**changes: int) -> bool:
-        return needs(model, recipe, serving.changed(model.config, **changes)).weights >= smallest.weights
+        return needs(model, recipe, serving.changed(model.settings, **changes)).weights >= smallest.weights
 
     for requests in _halves(serving.max_num_seqs):
         if fits(max_num_seqs=requests):

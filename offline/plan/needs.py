@@ -56,7 +56,7 @@ class Needs:
 
 def needs(model: DenseModel, recipe: Recipe, serving: Resolved) -> Needs:
     """Raises InputError where the cache is not known, or the ranks do not divide the model."""
-    config, family = model.config, model.family
+    config, family = model.settings, model.family
     cache = serving.cache(family, config)
     ranks, whole = serving.tensor_parallel_size, serving.expert_parallel
     check_parallel(config, family, recipe.base.groups, ranks, expert_parallel=whole)
@@ -87,7 +87,7 @@ class Held:
 def held(model: DenseModel, problem: Problem, budget: Budget, serving: Resolved) -> Held:
     """What a budget's files become on one device."""
     ranks, whole = serving.tensor_parallel_size, serving.expert_parallel
-    others = other_bytes(problem.other_tensors, model.config, model.family, ranks)
+    others = other_bytes(problem.other_tensors, model.settings, model.family, ranks)
     return Held(budget.nbytes, others, expert_bytes(budget.config, ranks, expert_parallel=whole))
 
 
@@ -98,5 +98,5 @@ def beside(model: DenseModel) -> int:
 
 def uncompressed(model: DenseModel, ranks: int) -> int:
     """Bytes of the original's weights on one device; of an fp8 original about."""
-    others = other_bytes(model.other_tensors, model.config, model.family, ranks)
+    others = other_bytes(model.other_tensors, model.settings, model.family, ranks)
     return others - (-min(model.expert_bytes, model.reader.nbytes - beside(model)) // ranks)

@@ -48,13 +48,13 @@ def neighbours(
         wishes.append(("--kv-cache-dtype fp8", {"kv_cache_dtype": "fp8"}))
     ranks = 2 * serving.tensor_parallel_size
     whole = serving.expert_parallel
-    if not parallel_problem(model.config, model.family, recipe.base.groups, ranks, expert_parallel=whole):
+    if not parallel_problem(model.settings, model.family, recipe.base.groups, ranks, expert_parallel=whole):
         wishes.append((f"--tensor-parallel-size {ranks}", {"tensor_parallel_size": ranks}))
     for device in DEVICES:
         if device * 10**9 != serving.device_bytes:
             wishes.append((f"--fit {device}GB", {"device_bytes": device * 10**9}))
     for what, changes in wishes:
-        other_serving = serving.changed(model.config, **changes)
+        other_serving = serving.changed(model.settings, **changes)
         ranks = other_serving.tensor_parallel_size
         # Experts' bytes on a rank for each byte of files.
         share = expert_bytes(config, ranks, expert_parallel=whole) / (files - beside(model))
@@ -64,7 +64,7 @@ def neighbours(
 def _neighbour(model: DenseModel, recipe: Recipe, serving: Resolved, what: str, share: float, least: int) -> Neighbour:
     ranks, source = serving.tensor_parallel_size, model.reader.nbytes
     room = needs(model, recipe, serving).weights
-    others = other_bytes(model.other_tensors, model.config, model.family, ranks)
+    others = other_bytes(model.other_tensors, model.settings, model.family, ranks)
     if room >= uncompressed(model, ranks):
         return Neighbour(what, serving.device_bytes, None, None, "fits uncompressed")
     files = beside(model) + int((room - others) / share)

@@ -51,8 +51,8 @@ def other_bytes(
     layers, tp = number(config, "num_hidden_layers"), tensor_parallel_size
     found = _rotary_table(config, family)
     for name, spec in tensors.items():
-        parts = name.split(".")
-        if predicts_further(name) or (parts[:2] == ["model", "layers"] and int(parts[2]) >= layers):
+        parts, layer = name.split("."), family.layer_of(name)
+        if predicts_further(name) or (layer is not None and layer >= layers):
             continue
         bias = parts[-1] == "bias"
         module = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]

@@ -20,7 +20,7 @@ from offline.errors import InputError
 from offline.io.units import FLOAT32
 from offline.plan.disk import final_bytes, work_bytes
 from offline.plan.plan import Plan, Resources
-from offline.source.family import predicts_further
+from offline.source.family import Family, predicts_further
 
 ROWS = (4096, 2048, 1024, 512, 256)
 """Of one expert at once, by how much memory there is."""
@@ -100,24 +100,24 @@ def _too_small(plan: Plan, memory: int | None, available: int, needed: int) -> s
     )
 
 
-def outside_and_inside(tensors: Mapping[str, TensorSpec], num_layers: int) -> tuple[int, int, int]:
+def outside_and_inside(tensors: Mapping[str, TensorSpec], family: Family, num_layers: int) -> tuple[int, int, int]:
     """Of all tensors but routed experts': parameters outside of the decoder layers; the most that one layer has; the
-    widest of its tensors' outputs. What predicts further tokens never runs."""
+    widest of its tensors' outputs. What predicts further tokens, or is beside the language model, never runs."""
     outside, widest = 0, 0
     inside: dict[int, int] = {}
     for name, spec in tensors.items():
-        if predicts_further(name):
+        if predicts_further(name) or family.beside(name):
             continue
-        if not name.startswith("model.layers."):
+        if (layer := family.layer_of(name)) is None:
             outside += spec.numel
-        elif (layer := int(name.split(".")[2])) < num_layers:
+        elif layer < num_layers:
             inside[layer] = inside.get(layer, 0) + spec.numel
             widest = max(widest, spec.shape[0] if spec.shape else 0)
     return outside, max(inside.values(), default=0), widest
 
 
 def _outside_and_inside(plan: Plan) -> tuple[int, int, int]:
-    return outside_and_inside(plan.model.other_tensors, plan.model.num_layers)
+    return outside_and_inside(plan.model.other_tensors, plan.model.family, plan.model.num_layers)
 
 
 def scores(config: Mapping[str, Any], length: int, batch: int, *, backwards: bool) -> int:
@@ -134,7 +134,7 @@ def scores(config: Mapping[str, Any], length: int, batch: int, *, backwards: boo
 def phases(plan: Plan) -> dict[str, int]:
     """Bytes resident on one process at the worst moment of each phase of a run."""
     backwards = plan.needs_gradient
-    hidden, vocabulary = plan.model.shape.hidden_size, int(plan.model.config.get("vocab_size", 0))
+    hidden, vocabulary = plan.model.shape.hidden_size, int(plan.model.settings.get("vocab_size", 0))
     outside, _, _ = _outside_and_inside(plan)
     length = plan.windows[1]
     result = {"embeddings": FLOAT32 * (outside + 2 * plan.resources.batch_tokens * hidden), **_running(plan)}
@@ -152,7 +152,7 @@ def _running(plan: Plan) -> dict[str, int]:
     _, inside, widest = _outside_and_inside(plan)
     # A decoder layer's own tensors: normed, projected and attended states, and their gradients.
     states = FLOAT32 * batch * (hidden * (20 if backwards else 12) + 3 * widest)
-    states += scores(plan.model.config, plan.windows[1], batch, backwards=backwards)
+    states += scores(plan.model.settings, plan.windows[1], batch, backwards=backwards)
     # Autograd keeps three tensors of an expert's width per routed token; then the mix, and one expert at work.
     kept = shape.experts_per_token * (3 * middle + 2 * hidden) if backwards else 0
     routed = FLOAT32 * batch * (kept + 4 * middle + 3 * hidden)

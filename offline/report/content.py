@@ -143,7 +143,8 @@ def _perplexities(
     request: Request, steps: Callable[[float], Steps], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Per text: of the checkpoint, of the source where it is given, and how much of the way was kept."""
-    vocabulary = read_model_config(request.checkpoint).get("vocab_size")
+    model = read_model_config(request.checkpoint)
+    vocabulary = find_family(model).settings(model).get("vocab_size")
     found = []
     for label, text in zip(labels(request.texts), request.texts, strict=True):
         say(f"perplexity on {label}")

@@ -21,7 +21,7 @@ from offline.io.progress import Steps
 from offline.plan.evaluation import Evaluated, disk_bytes, fit
 from offline.run.sweep import Scratch, StoredWindows, Sweep, Visitor, Windows
 from offline.source.dense import open_dense, read_model_config
-from offline.source.families import FAMILIES, read_shape
+from offline.source.families import FAMILIES, find_family, read_shape
 from offline.source.family import Family
 from offline.source.folder import locate
 from offline.source.layerwise import LayerwiseModel, read_hf_config
@@ -109,7 +109,7 @@ def evaluate(
     Raises InputError or CheckpointError.
     """
     opened = open_evaluated(source, scope, trim)
-    length = _length(opened.sizes.config, measure.seq_len)
+    length = _length(opened.sizes.settings, measure.seq_len)
     sizes = replace(opened.sizes, length=length)
     at_once = fit(sizes, measure.memory)
     tokenizer = open_tokenizer(opened.folder, measure.tokenizer)
@@ -148,7 +148,8 @@ def check_measure(source: str, measure: Measure) -> None:
     """All that `evaluate` refuses without computing anything but the tokens of one window: the whole text is read.
     Raises InputError."""
     folder = locate(source).folder
-    length = _length(read_model_config(folder), measure.seq_len)
+    config = read_model_config(folder)
+    length = _length(find_family(config).settings(config), measure.seq_len)
     tokenizer = open_tokenizer(folder, measure.tokenizer)
     found = 0
     for piece in measure.text.pieces():
@@ -223,7 +224,7 @@ def open_evaluated(source: str, scope: Scope | None = None, trim: Mapping[int, S
 
     beside = {name: spec for name, spec in reader.specs.items() if not (name in ours or (kept and name in kept.names))}
     stored = max(sum(one.spec.numel for one in config.stored(layer).values()) for layer in config.layers)
-    sizes = Evaluated(content, shape, beside, stored, kept.dtype if kept else None, 0)
+    sizes = Evaluated(family, family.settings(content), shape, beside, stored, kept.dtype if kept else None, 0)
     return Opened(folder, layerwise, experts, scope, sizes)
 
 
@@ -234,7 +235,8 @@ def _open_dense(source: str) -> Opened:
     def experts(layer: int, hold: bool = True) -> nn.Module | None:
         return _dense_experts(model.experts, layer, layerwise.activation, hold) if layer in model.shape.layers else None
 
-    sizes = Evaluated(model.config, model.shape, model.other_tensors, 0, model.experts.dtype, 0)
+    others, dense = model.other_tensors, model.experts.dtype
+    sizes = Evaluated(model.family, model.settings, model.shape, others, 0, dense, 0)
     return Opened(model.folder, layerwise, experts, None, sizes, model.remarks)
 
 

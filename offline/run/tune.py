@@ -66,7 +66,8 @@ def what(
 
 def _experts_per_token(checkpoint: Path) -> int:
     found = json.loads((checkpoint / "config.json").read_text())
-    key = find_family(found).experts_per_token_key
-    if not isinstance(top_k := found.get(key), int) or top_k < 1:
+    family = find_family(found)
+    key = family.experts_per_token_key
+    if not isinstance(top_k := family.settings(found).get(key), int) or top_k < 1:
         raise InputError(f"{checkpoint}: config.json has no {key}; restore the original one")
     return top_k

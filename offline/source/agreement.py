@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+TEXT = "text_config"
+"""Where a multimodal model's config.json has the settings of the language model within it."""
 Config = Mapping[str, Any]
 Check = Callable[[Config], str | None]
 """A config.json -> what in it they read differently, None where they agree."""
@@ -18,11 +20,12 @@ ALIKE = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding that both compute in the same way."""
 PARTIAL = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
 OWN_SIZES = ("rope_dim", "mrope_section", "alpha", "max_trained_positions")
-"""What vLLM alone looks at."""
+"""What vLLM alone looks at, but for the sections of a multimodal model's."""
 
 
-def rope(*kinds: str, partial: bool = False) -> Check:
-    """Rotary embeddings of one of these kinds, of the whole head; partial: or of its beginning."""
+def rope(*kinds: str, partial: bool = False, sections: bool = False) -> Check:
+    """Rotary embeddings of one of these kinds, of the whole head; partial: or of its beginning; sections: of a
+    multimodal model's three positions, interleaved, for which text has one number."""
 
     def check(config: Config) -> str | None:
         settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -35,7 +38,10 @@ def rope(*kinds: str, partial: bool = False) -> Check:
             return f"{cut[0]} {cut[1]!r}"
         if partial and (len(set(parts)) > 1 or any(key != PARTIAL[0] for key, _ in parts)):
             return f"rotary embeddings whose part of the head is said otherwise than by one {PARTIAL[0]}"
-        if own := next((key for key in OWN_SIZES if settings.get(key) is not None), None):
+        if sections and (settings.get("mrope_interleaved") is not True or not settings.get("mrope_section")):
+            return "rotary embeddings without mrope_section, or with mrope_interleaved other than true"
+        allowed = ("mrope_section",) if sections else ()
+        if own := next((key for key in OWN_SIZES if settings.get(key) is not None and key not in allowed), None):
             return f"{own} of the rotary embeddings"
         named = {settings[key] for key in ("rope_type", "type") if settings.get(key) is not None}
         if len(named) > 1:
@@ -115,6 +121,46 @@ def one_window(config: Config) -> str | None:
     if window is not None and kinds and set(kinds) != {"sliding_attention"}:
         return "layer_types that are not all sliding_attention beside a sliding_window"
     return None
+
+
+def tied_within(default: bool) -> Check:
+    """Whether a multimodal model's head is its embeddings: transformers asks the whole, vLLM the language model; both
+    take `default` where that is not said."""
+
+    def check(config: Config) -> str | None:
+        whole, within = (one.get("tie_word_embeddings", default) for one in (config, config[TEXT]))
+        return None if whole == within else f"tie_word_embeddings {whole!r}, and {within!r} in {TEXT}"
+
+    return check
+
+
+def rope_of_windows(config: Config) -> str | None:
+    """Gemma 4: layers with a window have rotary embeddings of the whole head, the others proportional ones."""
+    if config.get("rope_scaling") is not None:
+        return "rope_scaling beside rope_parameters"
+    if (settings := config.get("rope_parameters")) is None:
+        return None
+    kinds = {"sliding_attention": "default", "full_attention": "proportional"}
+    if not isinstance(settings, dict) or set(settings) != set(kinds):
+        return f"rope_parameters of other layers than {' and '.join(kinds)}"
+    for layers, kind in kinds.items():
+        rotary = dict(settings[layers] or {})
+        if (found := rotary.pop("rope_type", None)) != kind:
+            return f"rotary embeddings of type {found!r} in layers of {layers} (only {kind} are the same in both)"
+        rotary.pop("rope_theta", None)
+        if kind == "proportional":
+            rotary.pop("partial_rotary_factor", None)
+        if rotary:
+            return f"{next(iter(rotary))} of the rotary embeddings"
+    return None
+
+
+def told_by_shape(config: Config) -> str | None:
+    """Stacks of experts that are transposed on disk: vLLM takes them so, transformers by their shape."""
+    hidden, size = config.get("hidden_size"), config.get("moe_intermediate_size")
+    if not isinstance(size, int) or hidden not in (size, 2 * size):
+        return None
+    return f"hidden_size {hidden} and moe_intermediate_size {size}, of which stacks of experts may be square"
 
 
 def no_window(config: Config) -> str | None:

@@ -71,14 +71,19 @@ class DenseModel:
     homeless: frozenset[str]
     twice: str | None
 
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """config.json's of the language model."""
+        return self.family.settings(self.config)
+
     @property
     def num_layers(self) -> int:
         """All decoder layers; those with experts are shape.layers."""
-        return int(self.config["num_hidden_layers"])
+        return int(self.settings["num_hidden_layers"])
 
     @property
     def max_positions(self) -> int | None:
-        value = self.config.get("max_position_embeddings")
+        value = self.settings.get("max_position_embeddings")
         return value if isinstance(value, int) else None
 
     def weight(self, layer: int, expert: int, role: Role) -> Tensor:
@@ -107,7 +112,7 @@ class DenseModel:
         told = [self.twice] if self.twice else []
         if self.stored_as:
             told.append(f"the source's weights are {self.stored_as}; they are read as {self.dtype}")
-        if self.family.remark and (remark := self.family.remark(self.config)):
+        if self.family.remark and (remark := self.family.remark(self.settings)):
             told.append(remark)
         if HEAD_BIAS in self.reader.specs and self.reader.tensor(HEAD_BIAS).any():
             told.append(f"vLLM loads {HEAD_BIAS} and leaves it out of its logits; what is measured here has it in them")
@@ -146,7 +151,9 @@ class DenseModel:
         """A tensor of other_tensors or of some layer's kept_experts. Raises CheckpointError, KeyError."""
         if name in self._others:
             return self.reader.tensor(self._others[name])
-        if name in self.experts.names and self.experts.layout == self.family.layouts[0] and not self.experts.transposed:
+        stored, released = self.experts, self.family.layouts[0]
+        as_released = stored.layout == released and stored.transposed == released.transposed
+        if name in stored.names and as_released:
             return self.reader.tensor(name)
         return self._released[name].assemble(self.weight, TORCH_DTYPES[DTYPES[self.dtype]])
 
@@ -167,7 +174,7 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
         raise InputError(f"{source} is {error}") from None
     family = find_family(config)
     shape = read_shape(family, config)
-    positions = config.get("max_position_embeddings")
+    positions = family.settings(config).get("max_position_embeddings")
     if isinstance(positions, int) and positions < 2:
         raise InputError(
             f"config.json: max_position_embeddings is {positions}, less than two tokens; wrong config.json?"

@@ -62,6 +62,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
 
 def check_settings(family: Family, config: Mapping[str, Any]) -> None:
     """Raises InputError for a config.json that transformers and vLLM make different models of."""
+    config = family.settings(config)
     for key, values in family.requires.items():
         value = config.get(key)
         if not any(
@@ -91,6 +92,7 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
         return value
 
     check_settings(family, config)
+    config = family.settings(config)
     keys = family.num_experts_keys
     num_experts = number(next((key for key in keys if key in config), keys[0]))
     if num_experts < 2:

@@ -7,22 +7,24 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from d2moe_vllm.format.kinds import Role
-from offline.source.agreement import ALIKE, Check, rope
+from d2moe_vllm.format.kinds import ROLES, Role
+from offline.errors import InputError
+from offline.source.agreement import ALIKE, TEXT, Check, rope
 
 
 @dataclass(frozen=True)
 class Layout:
     """One way in which a layer's experts lie on disk: per role the name of the tensor that holds it.
 
-    A name with {expert} is one expert's matrix [out, in]; one without is all experts' stack [experts, out, in]
-    (or [experts, in, out]: the shape tells). Where gate and up have one name they lie in one matrix, gate's
-    output rows first.
+    A name with {expert} is one expert's matrix [out, in]; one without is all experts' stack [experts, out, in], or
+    [experts, in, out] where it is `transposed` (read, it may be either: the shape tells). Where gate and up have one
+    name they lie in one matrix, gate's outputs first.
     """
 
     gate: str
     up: str
     down: str
+    transposed: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -38,6 +40,8 @@ class Layout:
         return template.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
+OUTSIDE = ("model_type", "architectures", "tie_word_embeddings")
+"""What is the whole model's to say, wherever else it is said."""
 SILU: Mapping[str, tuple[Any, ...]] = MappingProxyType({"hidden_act": ("silu", None)})
 Attention = Literal["heads", "latent", "indexed"]
 """What attention keeps of a token: keys and values of every KV head; one latent vector and a rotated key (MLA); these,
@@ -58,6 +62,9 @@ class Family:
 
     experts: prefix of a layer's experts, with {layer}, as vLLM's own loader of the family routes it; a
         compressed expert's tensors are `<experts>.<expert>.<projection>.<kind>`.
+    decoder: path of the module that holds the decoder layers, in transformers' class and in the names of tensors; one
+        that is longer than "model" lies within a multimodal class, whose language model alone is calibrated and
+        compressed.
     experts_module: path of the experts inside transformers' decoder layer; its forward takes
         (hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k]).
     num_experts_keys: config.json's names of the number of experts; the first that is there counts.
@@ -79,6 +86,7 @@ class Family:
     model_type: str
     experts: str
     projections: Mapping[Role, str]
+    decoder: str = "model"
     experts_module: str = "mlp.experts"
     num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
     experts_per_token_key: str = "num_experts_per_tok"
@@ -107,12 +115,55 @@ class Family:
         return self.experts.replace("{layer}", str(layer))
 
     @property
+    def nested(self) -> bool:
+        """Whether the language model lies within a multimodal one."""
+        return "." in self.decoder
+
+    @property
+    def pipeline(self) -> str:
+        """What the Hub calls the models' task."""
+        return "image-text-to-text" if self.nested else "text-generation"
+
+    def settings(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The language model's settings in a config.json: its own, or those under TEXT with what is said OUTSIDE, and
+        TEXT itself. Raises InputError where there is no TEXT."""
+        if not self.nested:
+            return config
+        text = config.get(TEXT)
+        if not isinstance(text, dict):
+            raise InputError(f"config.json: {TEXT} is {text!r}, a {self.model_type} model needs an object of settings")
+        return {**text, **{key: config[key] for key in OUTSIDE if key in config}, TEXT: text}
+
+    def changed(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json with other settings of the language model."""
+        return {**config, TEXT: {**config[TEXT], **changes}} if self.nested else {**config, **changes}
+
+    @property
+    def layers_prefix(self) -> str:
+        """How the names of the decoder layers' tensors begin."""
+        return f"{self.decoder}.layers."
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the decoder layer that a tensor is in; None for one outside of them."""
+        number = name.removeprefix(self.layers_prefix).partition(".")[0]
+        return int(number) if name.startswith(self.layers_prefix) and number.isdigit() else None
+
+    def beside(self, name: str) -> bool:
+        """Whether a tensor is of what a multimodal model has beside its language model, such as its vision tower."""
+        holder = self.decoder.rpartition(".")[0]
+        return bool(holder) and name.startswith(f"{holder}.") and not name.startswith(f"{self.decoder}.")
+
+    @property
+    def experts_path(self) -> str:
+        """`experts_module` of one layer within transformers' model, with {layer}."""
+        return f"{self.layers_prefix}{{layer}}.{self.experts_module}"
+
+    @property
     def layouts(self) -> tuple[Layout, ...]:
         """How experts may lie on disk, the released form first; transformers 5 can write its modules' own stack."""
-        names = (f"{self.experts}.{{expert}}.{self.projections[role]}.weight" for role in ("gate", "up", "down"))
-        module = "model.layers.{layer}." + self.experts_module
-        gate_up = f"{module}.gate_up_proj"
-        known = (Layout(*names), Layout(gate_up, gate_up, f"{module}.down_proj"))
+        gate, up, down = (f"{self.experts}.{{expert}}.{self.projections[role]}.weight" for role in ROLES)
+        gate_up = f"{self.experts_path}.gate_up_proj"
+        known = (Layout(gate, up, down), Layout(gate_up, gate_up, f"{self.experts_path}.down_proj"))
         return (self.released, *known) if self.released else known
 
     def module_name(self, name: str) -> str:

@@ -22,7 +22,6 @@ from offline.source.families import find_family
 from offline.source.family import Family, predicts_further
 from offline.source.missing import remedy
 
-LAYER_PREFIX = "model.layers."
 UNUSED = (".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".prob_scale", ".output_scale", ".rotary_emb.inv_freq")
 """How tensors within a model end that are nothing it computes with: scales of a quantized cache, frequencies that are
 computed from the configuration."""
@@ -32,10 +31,10 @@ class _Recorder(nn.Module):
     """Stands for one decoder layer: passes hidden states through and keeps what came with them."""
 
     hidden: Tensor
-    arguments: dict[str, Any]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments = hidden_states, arguments
+    def forward(self, hidden_states: Tensor, *unnamed: Any, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden_states, (unnamed, arguments)
         return hidden_states
 
 
@@ -44,7 +43,7 @@ class _Injector(nn.Module):
 
     hidden: Tensor
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *unnamed: Any, **arguments: Any) -> Tensor:
         return self.hidden
 
 
@@ -74,8 +73,9 @@ def blueprint(hf_config: Any) -> Any:
     for attribute in ("quantization_config", "auto_map"):
         if hasattr(config, attribute):
             delattr(config, attribute)
-    config.use_cache = False
-    config.output_router_logits = False
+    for one in (config, config.get_text_config()):
+        one.use_cache = False
+        one.output_router_logits = False
     try:
         with torch.device("meta"):
             model = stock_model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
@@ -96,7 +96,8 @@ def check_parameters(
     in moe_layers, or the other way round.
     """
     model = blueprint(hf_config)
-    for number, layer in enumerate(model.model.layers):
+    layers = model.get_submodule(family.decoder).layers
+    for number, layer in enumerate(layers):
         if (family.experts_module in dict(layer.named_modules())) != (number in moe_layers):
             keys = " and ".join(family.dense_keys) or "num_hidden_layers"
             raise InputError(f"config.json leaves open whether layer {number} has experts; set {keys}")
@@ -116,9 +117,12 @@ def check_parameters(
             )
     for name in tied & set(others):
         _check_tied(reader, others[name], others[_tied_to(model, name)])
-    further = int(getattr(hf_config, "num_nextn_predict_layers", 0) or 0)
+    further = int(getattr(hf_config.get_text_config(), "num_nextn_predict_layers", 0) or 0)
+    behind = range(len(layers), len(layers) + further)
     strange = {
-        disk: name for name, disk in others.items() if name not in state and not _is_further(name, model, further)
+        disk: name
+        for name, disk in others.items()
+        if name not in state and not _is_further(name, model) and family.layer_of(name) not in behind
     }
     for disk, name in strange.items():
         if name.startswith(("model.", "lm_head.")) and not name.endswith(UNUSED):
@@ -129,14 +133,11 @@ def check_parameters(
     return frozenset(strange)
 
 
-def _is_further(name: str, model: Any, count: int) -> bool:
-    """Whether a tensor is of one of the `count` layers behind the last, or of a module of its own that transformers
-    leaves out, which predict further tokens, and which neither transformers nor vLLM load unless they are asked to."""
+def _is_further(name: str, model: Any) -> bool:
+    """Whether a tensor is of a module of its own that predicts further tokens, which transformers leaves out, as it
+    does the layers behind the last that do so; neither it nor vLLM loads them unless asked to."""
     left_out = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    if predicts_further(name) and any(re.search(pattern, name) for pattern in left_out):
-        return True
-    parts, layers = name.split("."), len(model.model.layers)
-    return name.startswith(LAYER_PREFIX) and parts[2].isdigit() and layers <= int(parts[2]) < layers + count
+    return predicts_further(name) and any(re.search(pattern, name) for pattern in left_out)
 
 
 def _check_tied(reader: Reader, head: str, embeddings: str) -> None:
@@ -173,31 +174,46 @@ class LayerwiseModel:
 
         self._reader, self._family, self._config = reader, family, hf_config
         self.device = device or torch.device("cpu")
-        self.hidden_size: int = hf_config.hidden_size
+        settings = hf_config.get_text_config()
+        self.hidden_size: int = settings.hidden_size
         # Families without such a setting have SiLU in their code.
-        self.activation: Callable[[Tensor], Tensor] = ACT2FN[getattr(hf_config, "hidden_act", "silu")]
-        self._blueprints = list(blueprint(hf_config).model.layers)
+        activation = getattr(settings, "hidden_act", None) or getattr(settings, "hidden_activation", None)
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[activation or "silu"]
+        self._blueprints = list(blueprint(hf_config).get_submodule(family.decoder).layers)
         self._recorders = nn.ModuleList(_Recorder() for _ in self._blueprints)
         self._injector = _Injector()
         self._ends: Any = None
-        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     @property
     def _model(self) -> Any:
-        """The model without its decoder layers."""
+        """The model without its decoder layers, and without what a multimodal one has beside its language model: tokens
+        of text never come to it."""
         if self._ends is None:
             model = blueprint(self._config)
-            # Frequencies are computed from the configuration, no checkpoint holds them.
-            for name, module in list(model.model.named_children()):
-                if "inv_freq" in dict(module.named_buffers()):
-                    setattr(model.model, name, type(module)(config=model.config))
-            model.model.layers = nn.ModuleList()
-            tied = _tied(model)
-            self._load(model, lambda name: not name.startswith(LAYER_PREFIX), lambda name: name, tied)
+            decoder = model.get_submodule(self._family.decoder)
+            # Frequencies are computed from the configuration, no checkpoint holds them, nor scales of embeddings.
+            for name, module in list(decoder.named_children()):
+                if any(buffer.endswith("inv_freq") for buffer, _ in module.named_buffers()):
+                    setattr(decoder, name, type(module)(config=decoder.config))
+                elif module._non_persistent_buffers_set:
+                    for buffer in module._non_persistent_buffers_set:
+                        setattr(module, buffer, torch.empty_like(getattr(module, buffer), device="cpu"))
+                    model._init_weights(module)
+            decoder.layers = nn.ModuleList()
+            for name in [name for name, _ in model.model.named_children() if self._family.beside(f"model.{name}.")]:
+                setattr(model.model, name, None)
+            tied, prefix = _tied(model), self._family.layers_prefix
+            self._load(model, lambda name: not name.startswith(prefix), lambda name: name, tied)
             if tied:
                 model.tie_weights()
             self._ends = model.to(self.device)
         return self._ends
+
+    @property
+    def _decoder(self) -> Any:
+        """Of `_model`, what its layers are in."""
+        return self._model.get_submodule(self._family.decoder)
 
     @property
     def num_layers(self) -> int:
@@ -206,7 +222,7 @@ class LayerwiseModel:
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states before the first layer; tokens [batch, seq] -> float32 [batch, seq, hidden]."""
         shape = (int(tokens.shape[0]), int(tokens.shape[1]))
-        self._model.model.layers = self._recorders
+        self._decoder.layers = self._recorders
         with torch.no_grad():
             self._model.model(input_ids=tokens.to(self.device))
         hidden = self._recorders[0].hidden
@@ -226,7 +242,7 @@ class LayerwiseModel:
         layer = copy.deepcopy(self._blueprints[number])
         if experts is not None:
             layer.set_submodule(self._family.experts_module, nn.Identity())
-        prefix = f"{LAYER_PREFIX}{number}."
+        prefix = f"{self._family.layers_prefix}{number}."
         self._load(
             layer,
             lambda name: name.startswith(prefix),
@@ -241,13 +257,14 @@ class LayerwiseModel:
         shape = (int(hidden.shape[0]), int(hidden.shape[1]))
         if shape not in self._arguments:
             self.embed(torch.zeros(shape, dtype=torch.int64))
-        output = layer(hidden, **self._arguments[shape][number])
+        unnamed, named = self._arguments[shape][number]
+        output = layer(hidden, *unnamed, **named)
         return output[0] if isinstance(output, tuple) else output
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: hidden [batch, seq, hidden] -> float32 [batch, seq, vocabulary]."""
         self._injector.hidden = hidden
-        self._model.model.layers = nn.ModuleList([self._injector])
+        self._decoder.layers = nn.ModuleList([self._injector])
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
         return self._model(input_ids=tokens).logits.float()
 

@@ -19,7 +19,10 @@ from offline.source.agreement import (
     no_window,
     one_window,
     rope,
+    rope_of_windows,
     said,
+    tied_within,
+    told_by_shape,
 )
 from offline.source.family import SILU, Family, Layout
 
@@ -70,6 +73,20 @@ DEEPSEEK_V3 = Family(
     absent=("index_topk",),
     checks=(rope("default", "yarn"), latent_attention),
     remark=latent_norms,
+)
+QWEN3_5: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        **SILU,
+        **NO_BIAS,
+        **UNTIED,
+        "qkv_bias": (False, None),
+        "attn_output_gate": (True, None),
+        "output_gate_type": ("silu", "swish", None),
+        "layer_scale": (False, None),
+        "norm_topk_prob": (True, None),
+        "is_causal": (True, None),
+        "dual_chunk_attention_config": (None,),
+    }
 )
 ROWS = (
     Family(
@@ -357,6 +374,84 @@ ROWS = (
         not_null=(*DEEPSEEK_V3.not_null, "index_topk_freq"),
         checks=(rope("default", "yarn"), latent_attention, dense_first, said("index_topk")),
         remark=latent_norms,
+        recipe="deepseek_v3",
+    ),
+    Family(
+        model_type="qwen3_vl_moe",
+        decoder="model.language_model",
+        experts="model.language_model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        dense_keys=QWEN.dense_keys,
+        # transformers always normalizes gates, vLLM looks it up.
+        requires={
+            **SILU,
+            **NO_BIAS,
+            **UNTIED,
+            "architectures": (["Qwen3VLMoeForConditionalGeneration"],),
+            "norm_topk_prob": (True,),
+            "shared_expert_intermediate_size": (0, None),
+            "dual_chunk_attention_config": (None,),
+        },
+        checks=(rope("default", sections=True), told_by_shape),
+        released=Layout(
+            gate="model.language_model.layers.{layer}.mlp.experts.gate_up_proj",
+            up="model.language_model.layers.{layer}.mlp.experts.gate_up_proj",
+            down="model.language_model.layers.{layer}.mlp.experts.down_proj",
+            transposed=True,
+        ),
+        recipe="qwen3_moe",
+    ),
+    Family(
+        model_type="qwen3_5_moe",
+        decoder="model.language_model",
+        experts="model.language_model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        requires={**QWEN3_5, "architectures": (["Qwen3_5MoeForConditionalGeneration"],)},
+        not_null=("attn_output_gate", "output_gate_type", "norm_topk_prob", "is_causal"),
+        checks=(rope("default", partial=True, sections=True), tied_within(default=False)),
+        released=Layout(
+            gate="model.language_model.layers.{layer}.mlp.experts.gate_up_proj",
+            up="model.language_model.layers.{layer}.mlp.experts.gate_up_proj",
+            down="model.language_model.layers.{layer}.mlp.experts.down_proj",
+        ),
+        recipe="granitemoe",
+    ),
+    Family(
+        model_type="qwen3_5_moe_text",
+        experts=QWEN.experts,
+        projections=PROJ,
+        requires={**QWEN3_5, "architectures": (["Qwen3_5MoeForCausalLM"],)},
+        not_null=("attn_output_gate", "output_gate_type", "norm_topk_prob", "is_causal"),
+        checks=(rope("default", partial=True, sections=True),),
+        recipe="granitemoe",
+    ),
+    Family(
+        model_type="gemma4",
+        decoder="model.language_model",
+        experts="model.language_model.layers.{layer}.experts",
+        projections=PROJ,
+        experts_module="experts",
+        experts_per_token_key="top_k_experts",
+        # Layers with inputs of their own, or with others' keys and values, cannot run one by one. vLLM takes a model
+        # with num_experts for one with experts, and has their activation in its code.
+        requires={
+            **NO_BIAS,
+            "architectures": (["Gemma4ForConditionalGeneration"],),
+            "hidden_activation": ("gelu_pytorch_tanh", None),
+            "enable_moe_block": (True,),
+            "hidden_size_per_layer_input": (0,),
+            "num_kv_shared_layers": (0, None),
+            "use_double_wide_mlp": (False, None),
+            "attn_logit_softcapping": (None,),
+            "use_bidirectional_attention": ("vision", None),
+        },
+        not_null=("hidden_activation", "num_kv_shared_layers"),
+        checks=(rope_of_windows, tied_within(default=True)),
+        released=Layout(
+            gate="model.language_model.layers.{layer}.experts.gate_up_proj",
+            up="model.language_model.layers.{layer}.experts.gate_up_proj",
+            down="model.language_model.layers.{layer}.experts.down_proj",
+        ),
         recipe="deepseek_v3",
     ),
     Family(

@@ -76,8 +76,8 @@ class SourceReader(Reader):
 class StoredExperts:
     """Where a checkpoint's dense expert weights lie, and how to read one.
 
-    transposed: stacks are [experts, in, out]. dtype: safetensors' name of what they are read as. names: the
-    tensors that hold them.
+    transposed: stacks are [experts, in, out], whatever the layout says of them. dtype: safetensors' name of what they
+    are read as. names: the tensors that hold them.
     """
 
     reader: SourceReader
@@ -114,21 +114,23 @@ class StoredExperts:
 @dataclass(frozen=True)
 class ExpertTensor:
     """A tensor of a layout: the matrices of these experts, which lie in a stack, or of one, which does not; the output
-    rows of the first role first. shape: [experts,] rows, in."""
+    rows of the first role first. shape: [experts,] rows, in; transposed: [experts,] in, rows."""
 
     layer: int
     experts: range
     roles: tuple[Role, ...]
     shape: tuple[int, ...]
+    transposed: bool
 
     def assemble(self, weight: Callable[[int, int, Role], Tensor], dtype: torch.dtype) -> Tensor:
         """Of (layer, expert, role) -> [out, in], rounded to `dtype`; one matrix in memory beside the result."""
         tensor, row = torch.empty(self.shape, dtype=dtype), 0
+        rows_first = tensor.mT if self.transposed else tensor
         # Role by role: what the experts share is then read once.
         for role in self.roles:
             for expert in self.experts:
                 matrix = weight(self.layer, expert, role)
-                (tensor[expert] if len(self.shape) == 3 else tensor)[row : row + len(matrix)] = matrix
+                (rows_first[expert] if len(self.shape) == 3 else rows_first)[row : row + len(matrix)] = matrix
             row += len(matrix)
         return tensor
 
@@ -144,8 +146,9 @@ def expert_tensors(shape: MoEShape, layout: Layout, layers: Iterable[int]) -> It
                 held[name] = (*held.get(name, ()), role)
             for name, roles in held.items():
                 matrix = (sum(shape.projection(role)[0] for role in roles), shape.projection(roles[0])[1])
+                matrix = matrix[::-1] if layout.transposed else matrix
                 size = (len(experts), *matrix) if layout.stacked else matrix
-                yield name, ExpertTensor(layer, experts, roles, size)
+                yield name, ExpertTensor(layer, experts, roles, size, layout.transposed)
 
 
 def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: Iterable[int]) -> StoredExperts:
@@ -163,12 +166,11 @@ def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: 
         expected[name] = tensor.shape
     _refuse_strangers(family, reader, expected, layers)
     shapes = {name: specs[name].shape for name in expected}
-    transposed = False
+    flipped = False
     if layout.stacked and shapes != expected:
-        flipped = {name: (count, inputs, out) for name, (count, out, inputs) in expected.items()}
-        transposed = shapes == flipped
+        flipped = shapes == {name: (count, last, second) for name, (count, second, last) in expected.items()}
     for name, size in expected.items():
-        if shapes[name] != size and not transposed:
+        if shapes[name] != size and not flipped:
             raise InputError(f"{name} is {list(shapes[name])}, config.json says {list(size)}; wrong config.json?")
     dtypes: dict[str, str] = {}
     for name in expected:
@@ -179,12 +181,13 @@ def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: 
     (dtype,) = dtypes
     if dtype not in ("BF16", "F16", "F32"):
         raise InputError(f"experts stored as {dtype} are not supported; save the model in bfloat16 first")
+    transposed = layout.transposed != flipped
     return StoredExperts(reader, shape, layout, transposed, dtype, frozenset(expected))
 
 
 def _refuse_strangers(family: Family, reader: SourceReader, known: Mapping[str, Any], layers: Iterable[int]) -> None:
     """Raises InputError for a tensor that lies among the experts but is no weight of theirs."""
-    modules = (f"model.layers.{{layer}}.{family.experts_module}", family.experts)
+    modules = (family.experts_path, family.experts)
     prefixes = tuple(module.replace("{layer}", str(layer)) + "." for layer in layers for module in modules)
     for name in reader.specs:
         if name in known or not name.startswith(prefixes):

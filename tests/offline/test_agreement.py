@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from compression import d2moe_here
-from families import change_config, write_family
+from families import change_config, changed, write_family
 from hostile import edit, refused
 from small_families import SMALL
 from transformers import AutoModelForCausalLM
@@ -37,7 +37,7 @@ def test_f9_no_model_is_served_as_another(name: str, family: Callable[[str], Pat
     assert d2moe_here("plan", folder, "--ratio", "0.1").returncode == 0
     assert SMALL[name].refused
     for changes in SMALL[name].refused:
-        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        (folder / "config.json").write_text(json.dumps(changed(config, changes)))
         done = d2moe_here("plan", folder, "--ratio", "0.1")
         refused(done, "config.json")
         assert any(word in done.stderr for word in (*changes, "rotary", "mscale")), done.stderr

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from compression import TINY
-from families import CONFIGS, quantize_fp8, write_family
+from families import CONFIGS, load_stock, quantize_fp8, write_family
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from d2moe_vllm.format.kinds import ROLES
 from offline.compare.baselines import (
@@ -33,11 +32,12 @@ from offline.source.families import FAMILIES
 
 TOKENS = torch.randint(0, 4096, (3, 24), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
+ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight", ".router.proj.weight")
 
 
 def stock(folder: Path) -> nn.Module:
     """As a user would load it, without anything of ours."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_stock(folder, dtype=torch.float32).eval()
 
 
 def made_up_usage(folder: Path) -> dict[int, Usage]:
@@ -58,8 +58,8 @@ def masked(model: nn.Module, dropped: dict[int, list[int]], monkeypatch: pytest.
     """The whole model, whose routers find some of their experts impossible."""
     routers = {}
     for layer, experts in dropped.items():
-        for name, parameter in model.model.layers[layer].state_dict(keep_vars=True).items():
-            if name.endswith((".gate.weight", ".router.weight", ".router.layer.weight")):
+        for name, parameter in model.get_decoder().layers[layer].state_dict(keep_vars=True).items():
+            if f".{name}".endswith(ROUTERS):
                 routers[parameter.data_ptr()] = experts
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 parameter.view(-1)[experts] = float("-inf")
@@ -123,7 +123,7 @@ def test_usage_is_what_the_whole_model_does(tmp_path: Path) -> None:
                     (module.down_proj[expert] @ (module.act_fn(first) * second)).norm()
                 )
 
-    for number, layer in enumerate(whole.model.layers):
+    for number, layer in enumerate(whole.get_decoder().layers):
         layer.mlp.experts.register_forward_pre_hook(lambda module, inputs, number=number: hook(number, module, inputs))
     whole(TOKENS)
     found = count_usage(model, TOKENS, CPU, tmp_path, Steps(100))

@@ -60,7 +60,7 @@ def generate(
     **llm: Any,
 ) -> Results:
     """job: other prompts or another number of tokens than PROMPTS and MAX_TOKENS, or `batches` of prompts that share
-    forward passes. llm: arguments of vllm.LLM."""
+    forward passes, or the file of an `image` that goes with each. llm: arguments of vllm.LLM."""
     folder.mkdir()
     code, log, output = run_engine(folder, model, env or {}, one_by_one=one_by_one, **(job or {}), llm=llm)
     assert code == 0, log[-5000:]

@@ -33,6 +33,11 @@ def main(path: str) -> None:
     lora = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
     batches = [[prompt] for prompt in job["prompts"]] if job["one_by_one"] else [job["prompts"]]
     batches = job.get("batches", batches)
+    if image := job.get("image"):
+        from PIL import Image
+
+        seen = Image.open(image)
+        batches = [[{"prompt": prompt, "multi_modal_data": {"image": seen}} for prompt in batch] for batch in batches]
     results = []
     for output in (o for batch in batches for o in llm.generate(batch, sampling, use_tqdm=False, lora_request=lora)):
         completion = output.outputs[0]

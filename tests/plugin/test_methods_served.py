@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "moe-svd-everywhere": {"ratio": 0.08, "method": "moe-svd", "moe_svd": {"layer_ratio": 0.2}},
 }
 METHODS = ("moe-svd", "mobe")
-SERVED = tuple(name for name, small in SMALL.items() if not small.refused_on_cpus)
+SERVED = tuple(name for name, small in SMALL.items() if not small.refused_here)
 CASES = [pytest.param(family, method, id=f"{family}-{method}") for family in SERVED for method in METHODS]
 TWO_RANK_CASES = list(zip(SERVED, itertools.cycle(METHODS), strict=False))
 """Every family with one of the methods: how ranks divide a method's tensors is not the families' affair."""

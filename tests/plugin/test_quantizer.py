@@ -16,12 +16,13 @@ import huggingface_hub.constants
 import pytest
 import torch
 from compression import ROOT
-from families import CONFIGS, stock_name, write_exact, write_family
+from families import CONFIGS, load_stock, stock_name, write_exact, write_family
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -51,7 +52,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     loses nothing. Dense checkpoints of the family load as before."""
     source = write_family(tmp_path / "dense", family, dtype=torch.float32)
     folder = write_exact(tmp_path / "exact", source)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = load_stock(folder)
     assert f"modeling_d2moe.{type(model).__name__}" == auto_map(family)["AutoModelForCausalLM"]
     assert type(model).__module__ == "d2moe_vllm.hf.conversion"
     assert len(experts_of(model)) == len(
@@ -64,7 +65,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     config = stock_config_class(stock_name(family)).from_pretrained(source)
     stock = stock_model_class(config).from_pretrained(source, config=config)(TOKENS).logits
     torch.testing.assert_close(logits, stock, rtol=0, atol=1e-4)
-    dense = AutoModelForCausalLM.from_pretrained(source)
+    dense = load_stock(source)
     assert experts_of(dense) == []
     torch.testing.assert_close(dense(TOKENS).logits, stock, rtol=0, atol=1e-5)
 
@@ -197,14 +198,25 @@ def test_dtypes(family: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
     """Of a bfloat16 checkpoint, by both ways in: what transformers makes of the dense one's tensors."""
     source = write_family(tmp_path / "dense", family)
     folder = write_exact(tmp_path / "exact", source)
-    expected = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).state_dict()
+    expected = load_stock(source, dtype=dtype).state_dict()
     traveller = get_class_from_dynamic_module(auto_map(family)["AutoModelForCausalLM"], folder)
-    for loader in (AutoModelForCausalLM, traveller):
-        model = loader.from_pretrained(folder, dtype=dtype)
+    for load in (load_stock, traveller.from_pretrained):
+        model = load(folder, dtype=dtype)
         for name, tensor in model.state_dict().items():
             wanted = expected[name].dtype if name in expected else dtype or torch.bfloat16
             assert (name, tensor.dtype) == (name, wanted)
         assert model(TOKENS).logits.isfinite().all()
+
+
+def test_a_language_model_alone_is_not_made_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
+    """transformers has such a class for Qwen3.5, and finds none of the tensors' names for it where there is a
+    quantizer; with the checkpoint's own code the whole is loaded, whichever is asked for."""
+    folder = write_exact(tmp_path / "exact", write_family(tmp_path / "dense", "qwen3_5_moe"))
+    with pytest.raises(ValueError, match=r"language model alone.*AutoModelForImageTextToText"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        loaded = auto.from_pretrained(folder, trust_remote_code=True)
+        assert type(loaded).__name__ == "D2Qwen3_5MoeForConditionalGeneration"
 
 
 def test_a_config_of_another_shape_is_refused(checkpoint: Path, tmp_path: Path) -> None:
