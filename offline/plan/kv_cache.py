@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from offline.errors import InputError
+from offline.io.units import FLOAT32
 from offline.source.family import Family, State
 
 KVCacheDtype = Literal["auto", "fp8"]
@@ -27,7 +28,7 @@ STATE_BLOCKS = 2
 """Of a request in layers that keep a state: one as it is, one as it was where a block ended, for prefix caching, which
 is vLLM's default on GPUs."""
 STATE_BYTES = 2
-"""Of one number of a state, by default the model's dtype."""
+"""Of one number of a state, by default the model's dtype; Qwen3.5's config.json says float32 of what recurs."""
 PADDED = 1.5
 """Kinds of layers whose counts differ by less are put into groups of the larger count."""
 CONCURRENT_BATCHES = 2
@@ -162,7 +163,8 @@ def state_bytes(state: State, config: Mapping[str, Any], ranks: int) -> int:
     sizes = {kind: number(config, f"linear_{kind}_head_dim") for kind in ("key", "value")}
     channels = (2 * heads["key"] * sizes["key"] + heads["value"] * sizes["value"]) // ranks
     recurrent = heads["value"] // ranks * sizes["value"] * sizes["key"]
-    return STATE_BYTES * (channels * (number(config, "linear_conv_kernel_dim") - 1) + recurrent)
+    width = FLOAT32 if config.get("mamba_ssm_dtype") == "float32" else STATE_BYTES
+    return STATE_BYTES * channels * (number(config, "linear_conv_kernel_dim") - 1) + width * recurrent
 
 
 def _window(family: Family, config: Mapping[str, Any]) -> int | None:

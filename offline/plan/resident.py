@@ -32,7 +32,8 @@ KEYS_AND_VALUES = frozenset({"k_proj", "v_proj"})
 COLUMNS = frozenset({
     "q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "w1", "w3", "gate_up_proj",
     # Of layers that keep a state: projections, convolutions, numbers of each head.
-    "in_proj_qkvz", "in_proj_ba", "in_proj", "conv1d", "conv", "A_log", "dt_bias",
+    "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj", "conv1d", "conv",
+    "A_log", "dt_bias",
 })  # fmt: skip
 """Cut along their outputs, biases too."""
 ROWS = frozenset({"o_proj", "out_proj", "down_proj", "w2"})

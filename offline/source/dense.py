@@ -180,7 +180,8 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
             f"config.json: max_position_embeddings is {positions}, less than two tokens; wrong config.json?"
         )
     twice = check_weights(folder)
-    half = "float16" in (config.get("dtype"), config.get("torch_dtype"))
+    said = (settings.get(key) for settings in (config, family.settings(config)) for key in ("dtype", "torch_dtype"))
+    half = "float16" in said
     reader = SourceReader(folder, schemes, dtype="F16" if half else "BF16")
     experts = find_experts(family, shape, reader, shape.layers)
     dtype: Dtype = next(name for name, stored in DTYPES.items() if stored == experts.dtype)

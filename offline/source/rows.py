@@ -420,6 +420,8 @@ ROWS = (
         model_type="qwen3_5_moe_text",
         experts=QWEN.experts,
         projections=PROJ,
+        attention="heads",
+        state="delta",
         requires={**QWEN3_5, "architectures": (["Qwen3_5MoeForCausalLM"],)},
         not_null=("attn_output_gate", "output_gate_type", "norm_topk_prob", "is_causal"),
         checks=(rope("default", partial=True, sections=True),),

@@ -104,8 +104,8 @@ def test_a_window_that_is_not_switched_on_is_none(switch: bool | None, window: i
     assert kv_cache(FAMILIES["qwen3_moe"], config).window == window
 
 
-NOT_COUNTED = ["qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text", "gemma4"]
-"""Of and within multimodal models: --fit refuses them by name."""
+NOT_COUNTED = ["qwen3_vl_moe", "qwen3_5_moe", "gemma4"]
+"""Multimodal, with towers that are not counted: --fit refuses them by name."""
 
 
 def test_every_other_family_says_what_its_attention_keeps() -> None:
@@ -134,6 +134,9 @@ def test_qwen3_nexts_cache() -> None:
     assert cache.request_blocks(8192, 2048) == 16 + 3 * 2
     listed = {**QWEN3_NEXT, "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12}
     assert kv_cache(FAMILIES["qwen3_next"], listed) == cache
+    # Qwen3.5's recurrent part is in float32.
+    wide = kv_cache(FAMILIES["qwen3_5_moe_text"], {**QWEN3_NEXT, "mamba_ssm_dtype": "float32"})
+    assert wide.block_tokens == 16 * -(-(49_152 + 4 * 32 * 128 * 128) // (16 * 2048))
     # Shared out, a state is half as large, keys and values too: one of two heads.
     assert kv_cache(FAMILIES["qwen3_next"], QWEN3_NEXT, tensor_parallel_size=2).block_tokens == 544
     assert kv_cache(FAMILIES["qwen3_next"], QWEN3_NEXT, tensor_parallel_size=4).block_tokens == 272
