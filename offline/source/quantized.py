@@ -237,7 +237,7 @@ def _size(value: object) -> int | None:
 
 def _fp8(quantization: Mapping[str, Any]) -> tuple[Scheme, ...]:
     """DeepSeek-V3's blocks; without any, one scale for each matrix or each of its rows (AutoFP8's and others')."""
-    what = "8-bit floats"
+    what = "fp8"
     block = quantization.get("weight_block_size")
     if block is None:
         return tuple(Scheme(what, "F8_E4M3", _float, block=(height, WHOLE)) for height in (WHOLE, 1))
@@ -280,7 +280,7 @@ def _compressed_group(form: str, weights: Mapping[str, Any]) -> Scheme:
         )  # fmt: skip
     if form in ("naive-quantized", "float-quantized", "int-quantized") and bits == 8 and block:
         if kind == "float":
-            return Scheme("8-bit floats", "F8_E4M3", _float, block=block)
+            return Scheme("fp8", "F8_E4M3", _float, block=block)
         return Scheme("8-bit integers", "I8", _float, block=block, zero=zero)
     if form == "nvfp4-pack-quantized" and block and zero is None:
         return Scheme(
