@@ -16,11 +16,13 @@ from offline.compare.server import Server
 
 PROMPTS = ("The `for` statement is used to", "import", "A class definition is an executable statement.")
 MAX_TOKENS = 24
-RANKS = {
+WAYS = {
     "one": (),
+    "reference": ("--additional-config", '{"d2moe": {"backend": "reference"}}'),
     "tensor parallel": ("--tensor-parallel-size", "2"),
     "expert parallel": ("--tensor-parallel-size", "2", "--enable-expert-parallel"),
 }
+"""Arguments: our kernels for CPUs serve all but one of them."""
 
 
 class Answer(NamedTuple):
@@ -33,7 +35,7 @@ class Answer(NamedTuple):
 def answers(model: Path, folder: Path, arguments: Sequence[str], plugins: str) -> list[Answer]:
     """Of a server that is started for it."""
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": plugins}
-    if arguments:
+    if "--tensor-parallel-size" in arguments:
         env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     every = ["--dtype", "float32", "--max-model-len", "256", "--served-model-name", "m", "--enforce-eager", *arguments]
     with Server(model, every, log=folder / "log", env=env) as server:
@@ -64,13 +66,13 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "ranks"), [*((0, ranks) for ranks in RANKS), (1, "one")])
+@pytest.mark.parametrize(("number", "way"), [*((0, way) for way in WAYS), (1, "one")])
 def test_vllm_serve_answers_as_with_the_dense_model(
-    stock: Callable[[int], tuple[Path, list[Answer]]], tmp_path: Path, number: int, ranks: str
+    stock: Callable[[int], tuple[Path, list[Answer]]], tmp_path: Path, number: int, way: str
 ) -> None:
     checkpoint, expected = stock(number)
-    found = answers(checkpoint, tmp_path, RANKS[ranks], "d2moe")
+    found = answers(checkpoint, tmp_path, WAYS[way], "d2moe")
     assert [one.tokens for one in found] == [one.tokens for one in expected]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=0, atol=1e-4)
-    assert "the slow backend 'reference' is used" in (tmp_path / "log").read_text()
+    assert "the slow backend" not in (tmp_path / "log").read_text()
