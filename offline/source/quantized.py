@@ -145,6 +145,12 @@ class Quantized:
     def tensors(self) -> tuple[str, ...]:
         return tuple(self.name + part for part in self.parts)
 
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """What its numbers depend on: of one row, a scale for each row is one for all."""
+        sides = zip(self.scheme.block, (1, *self.shape)[-2:], strict=True)
+        return self.scheme.what, self.parts, tuple(min(side, size) if side else size for side, size in sides)
+
     def dequantise(self, read: Callable[[str], Tensor], dtype: torch.dtype, at: int | None = None) -> Tensor:
         """read: a tensor by its name; at: which matrix of a stack, None for all that there is. Raises CheckpointError
         where the parts do not go together."""
@@ -165,12 +171,12 @@ def find_quantized(specs: Mapping[str, TensorSpec], schemes: tuple[Scheme, ...])
             scheme.find(weight, specs) for scheme in schemes if (weight := scheme.weight_of(name, spec)) is not None
         ]
         fitting = [one for one in found if isinstance(one, Quantized)]
-        if len(fitting) > 1:
+        if len({one.meaning for one in fitting}) > 1:
             told = " or ".join(one.scheme.what for one in fitting)
             raise CheckpointError(f"{name} may be {told}, by config.json; give the original model")
         if found and not fitting:
             raise CheckpointError(f"{found[0]}; download it again")
-        yield from fitting
+        yield from fitting[:1]
 
 
 def beside(name: str) -> tuple[str, ...]:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2moe_vllm.format.config import CheckpointError
-from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.format.kinds import ROLES, TensorSpec
 from offline.errors import InputError
 from offline.source.dense import open_dense
+from offline.source.quantized import find_quantized, read_schemes
 
 INT, FLOAT = {"type": "int", "symmetric": True}, {"type": "float", "symmetric": True}
 NVFP4 = {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn}
@@ -202,6 +203,15 @@ def test_two_sorts_of_integers_are_told_apart_or_refused(tmp_path: Path) -> None
     change_config(folder, quantization_config={**four.config, "config_groups": both})
     with pytest.raises(CheckpointError, match="may be 4-bit integers or 8-bit integers"):
         open_dense(str(folder))
+
+
+def test_a_matrix_of_one_row_has_one_scale_either_way() -> None:
+    """A shared expert's gate: one scale for each row, and one for the matrix, are the same."""
+    specs = {"gate.weight": TensorSpec("F8_E4M3", (1, 64)), "gate.weight_scale": TensorSpec("F32", (1,))}
+    (found,) = find_quantized(specs, read_schemes(Path("none"), {"quantization_config": {"quant_method": "fp8"}}))
+    codes, scale = torch.randn(1, 64).to(torch.float8_e4m3fn), torch.tensor([0.5])
+    read = {"gate.weight": codes, "gate.weight_scale": scale}
+    assert torch.equal(found.dequantise(read.__getitem__, torch.bfloat16), (codes.float() / 2).bfloat16())
 
 
 def test_what_modelopt_says_beside_config_json(tmp_path: Path) -> None:
