@@ -1,7 +1,8 @@
 """Trains a Mixtral's experts and routers apart, on a processor, for a time; an interrupted training goes on.
 
-All else stays as it is. What is trained is kept in float32, all is multiplied in bfloat16. AdamW moves a parameter as
-soon as its gradient is there, which is then let go: 12 bytes a number, and what the backward pass needs.
+All else stays as it is. What is trained is kept in float32, all is multiplied in bfloat16 where the processor has it
+(one with AVX2 alone takes seven times as long for it). AdamW moves a parameter as soon as its gradient is there, which
+is then let go: 12 bytes a number, and what the backward pass needs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from offline.algebra.products import has_bfloat16
+
 BATCH = 8
 """Windows of a step."""
 RATE, ROUTER_RATE = 5e-4, 1e-3
@@ -26,6 +29,8 @@ SAVED_EVERY = 600.0
 """Seconds between two states that a killed training goes on from."""
 APART = "apart"
 """What our way of running experts is called where transformers looks for it."""
+MULTIPLIED = torch.bfloat16 if has_bfloat16() else torch.float32
+"""In what all is multiplied."""
 
 
 @dataclass
@@ -50,18 +55,18 @@ def choose_windows(tokenizer: Any, texts: Sequence[str], length: int, seed: int 
 
 
 def run_apart(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """transformers' MixtralExperts in bfloat16, expert by expert, for training on a processor: rows are sorted by their
-    experts once, and a stack of matrices is widened and taken apart once, so that one gradient comes back for each.
+    """transformers' MixtralExperts in MULTIPLIED, expert by expert, for training on a processor: rows are sorted by
+    their experts once, a stack of matrices is converted and taken apart once, so that one gradient comes back for each.
 
-    hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. Returns bfloat16 [tokens, hidden]."""
+    hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. Returns MULTIPLIED [tokens, hidden]."""
     chosen = top_k_index.flatten()
     order = chosen.argsort()
-    rows = hidden_states.bfloat16()[order // top_k_index.shape[1]]
+    rows = hidden_states.to(MULTIPLIED)[order // top_k_index.shape[1]]
     found = []
     for mine, gate_up, down in zip(
         rows.split(chosen.bincount(minlength=len(experts.down_proj)).tolist()),
-        experts.gate_up_proj.bfloat16().unbind(0),
-        experts.down_proj.bfloat16().unbind(0),
+        experts.gate_up_proj.to(MULTIPLIED).unbind(0),
+        experts.down_proj.to(MULTIPLIED).unbind(0),
         strict=True,
     ):
         gate, up = F.linear(mine, gate_up).chunk(2, dim=-1)
@@ -71,13 +76,13 @@ def run_apart(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_we
 
 
 def _prepare(model: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Experts and routers, the only ones that are trained from now on; all else becomes bfloat16, which it was."""
+    """Experts and routers, the only ones that are trained from now on; all else becomes MULTIPLIED, its values kept."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(APART, run_apart)
     model.set_experts_implementation(APART)
     model.requires_grad_(False)
-    model.bfloat16()
+    model.to(MULTIPLIED)
     experts = [one for layer in model.model.layers for one in layer.mlp.experts.parameters()]
     routers = [layer.mlp.gate.weight for layer in model.model.layers]
     for parameter in (*experts, *routers):
@@ -118,7 +123,7 @@ def train(model: Any, windows: Tensor, seconds: float, state: Path, say: Any = p
         at = torch.arange(done.steps * BATCH, (done.steps + 1) * BATCH) % len(windows)
         for optimizer, most in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = most * max(rate_at(done.seconds / seconds), 0.01)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
             loss = model(windows[at], labels=windows[at], output_router_logits=True, use_cache=False).loss
         loss.backward()
         done.seconds += time.process_time() - started
