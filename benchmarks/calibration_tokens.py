@@ -23,7 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from measuring import measure_all, perplexity, put_tables, silent
 from places import ROOT, SHARED, code_hash
 
-from offline.algebra.products import Products
+from offline.algebra.products import Products, has_bfloat16
 from offline.plan.recipe import Recipe
 from offline.run.compress import compress
 from offline.source.dense import open_dense
@@ -70,17 +70,19 @@ class Job:
             return perplexity(Path(folder) / "model", TEXT)
 
 
-def jobs(models: Sequence[str]) -> list[Job]:
-    found = [Job(model) for model in models]
-    found += [
+def product_jobs(models: Sequence[str]) -> list[Job]:
+    return [Job(model, ratio, USUAL, 0, how) for ratio in TRIED for model in models for how in PRODUCTS]
+
+
+def token_jobs(models: Sequence[str]) -> list[Job]:
+    found = [
         Job(model, ratio, windows, seed)
         for windows, draws in WINDOWS.items()
         for model in models
         for ratio in RATIOS
         for seed in range(draws)
     ]
-    compared = [Job(model, ratio, USUAL, 0, how) for ratio in TRIED for model in models for how in PRODUCTS]
-    return list(dict.fromkeys([*compared, *found]))
+    return [*(Job(model) for model in models), *found]
 
 
 def rows_for_each_input(model: str, windows: int) -> float:
@@ -126,18 +128,24 @@ def products_table(models: Sequence[str], results: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--products", action="store_true", help="only what products in bfloat16 cost")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--products", action="store_true", help="only what products in bfloat16 cost")
+    only.add_argument("--tokens", action="store_true", help="only the loss over the number of tokens")
     parser.add_argument("--processes", type=int, help="at a time; as many as there are cores by default")
     options = parser.parse_args()
     if not SHARED.is_dir():
         raise SystemExit("make calibration-tokens needs the models and texts of ../shared")
+    if not options.tokens and not has_bfloat16():
+        # It would compute in float32, and the table say that rounding costs nothing.
+        raise SystemExit("this processor multiplies no bfloat16, whose cost is to be measured: give --tokens")
     FOLDER.mkdir(parents=True, exist_ok=True)
     code = code_hash(["d2moe_vllm", "offline"])
-    wanted = [
-        job for job in jobs(options.models) if not options.products or (job.ratio in TRIED and job.windows == USUAL)
-    ]
-    results = measure_all(wanted, FOLDER / "results.json", code, options.processes)
-    found = {"calibration-products": products_table(options.models, results)}
+    wanted = [] if options.tokens else product_jobs(options.models)
+    wanted += [] if options.products else token_jobs(options.models)
+    results = measure_all(list(dict.fromkeys(wanted)), FOLDER / "results.json", code, options.processes)
+    found = {}
+    if not options.tokens:
+        found["calibration-products"] = products_table(options.models, results)
     if not options.products:
         found["calibration-tokens"] = table(options.models, results)
     if options.models != list(MODELS):
