@@ -18,6 +18,7 @@ class Case:
 
     delta_u: by expert, or by u_index where a role has one. delta_v: by expert; for roles in delta_columns these
     columns by expert instead, for roles in shared_v one V. trimmed: experts whose deltas are not to be used.
+    bias: by expert; swiglu: limit, alpha and beta, or ().
     """
 
     x: np.ndarray
@@ -40,10 +41,24 @@ class Case:
     shared_v: dict[str, np.ndarray] = field(default_factory=dict)
     u_index: dict[str, np.ndarray] = field(default_factory=dict)
     trimmed: tuple[int, ...] = ()
+    bias: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    swiglu: tuple[float, ...] = ()
 
 
 def silu(value: float) -> float:
     return value / (1 + math.exp(-value)) if value > -700 else 0.0
+
+
+def gated(gate: np.ndarray, up: np.ndarray, swiglu: tuple[float, ...]) -> np.ndarray:
+    """silu(gate) * up, or the clamped SwiGLU as gpt-oss has it, number by number."""
+    if not swiglu:
+        return np.array([silu(g) for g in gate]) * up
+    limit, alpha, beta = swiglu
+    found = np.empty(len(gate))
+    for i, (g, u) in enumerate(zip(gate, up, strict=True)):
+        g, u = min(g, limit), max(-limit, min(u, limit))
+        found[i] = g * (1 / (1 + math.exp(-alpha * g)) if alpha * g > -700 else 0.0) * (u + beta)
+    return found
 
 
 def select(kept: np.ndarray, norms: np.ndarray, used: int, groups: int, scope: str, padding: Any) -> np.ndarray:
@@ -116,9 +131,13 @@ def forward(case: Case) -> np.ndarray:
             for role in ("gate", "up"):
                 shared = z[role][t] if isinstance(z[role], np.ndarray) else 0.0
                 parts[role] = shared + _delta(case, role, expert, case.x[t]) + np.zeros(case.intermediate_size)
-            h = np.array([silu(g) for g in parts["gate"]]) * parts["up"]
+                if case.bias:
+                    parts[role] = parts[role] + case.bias[role][expert]
+            h = gated(parts["gate"], parts["up"], case.swiglu)
             mix[t] += gate_value * h
             output[t] += gate_value * _delta(case, "down", expert, h)
+            if case.bias:
+                output[t] += gate_value * case.bias["down"][expert]
     return output + _base(case, "down", mix, case.norms.get("down"))
 
 
@@ -133,7 +152,8 @@ def kernel_arguments(case: Case, dtype: torch.dtype) -> tuple[list[Any], LayerSp
         None if case.padding is None else torch.from_numpy(case.padding),
     ]
     halves = (_half(case, "gate", "up"), _half(case, "down"))
-    return arguments, LayerSpec(case.num_experts, case.intermediate_size, *halves, "silu", case.scope)
+    spec = LayerSpec(case.num_experts, case.intermediate_size, *halves, "silu", case.scope, swiglu=case.swiglu)
+    return arguments, spec
 
 
 def _half(case: Case, *roles: str) -> HalfSpec:
@@ -170,6 +190,8 @@ def _weights(case: Case, roles: tuple[str, ...], dtype: torch.dtype) -> Weights:
             fields["u_index"] = tensor(own, torch.int32)
         if case.trimmed and "shared_v" not in fields:
             fields["v_index"] = tensor(own, torch.int32)
+    if case.bias:
+        fields["bias"] = tensor(np.stack([join(case.bias, 0, expert) for expert in range(case.num_experts)]))
     if any(role in case.base_u for role in roles):
         fields |= {"base_u": tensor(join(case.base_u, 1)), "base_v": tensor(join(case.base_v, 0))}
     if case.base[roles[0]] is not None:

@@ -94,7 +94,7 @@ class Projection(_Model):
     itself, at rank 0.
     shared_v: one V for all experts (METHODS 1.7). distinct_u: how many U's are stored, shared by all experts; 0
     means that every expert has its own. base_storage, delta_storage: of the matrices of base and deltas; None: in the
-    checkpoint's dtype.
+    checkpoint's dtype. bias: whether every expert has a bias of this projection.
     """
 
     rank: int = Field(default=0, ge=0)
@@ -109,6 +109,7 @@ class Projection(_Model):
     function: Function | None = None
     base_storage: Storage | None = None
     delta_storage: Storage | None = None
+    bias: bool = False
 
     @property
     def has_base(self) -> bool:
@@ -183,7 +184,7 @@ class Layer(_Model):
         columns = [(one.full_base, one.kept_columns, one.used_columns) for one in (gate, up)]
         if columns[0] != columns[1]:
             raise ValueError("gate and up share one selection of base columns, their column counts must agree")
-        for field in ("delta", "shared_v", "distinct_u", "bases", "function", "base_storage", "delta_storage"):
+        for field in ("delta", "shared_v", "distinct_u", "bases", "function", "base_storage", "delta_storage", "bias"):
             if getattr(gate, field) != getattr(up, field):
                 raise ValueError(f"gate and up have different {field}; they must agree")
         if self.down.delta == "bases":
@@ -238,6 +239,15 @@ class Source(_Model):
     bytes: int = Field(ge=1)
 
 
+class Swiglu(_Model):
+    """A clamped SwiGLU, in place of activation(gate) * up: with g = min(gate, limit) and u = up within -limit..limit it is
+    g * sigmoid(alpha * g) * (u + beta)."""
+
+    limit: float = Field(gt=0, allow_inf_nan=False)
+    alpha: float = Field(gt=0, allow_inf_nan=False)
+    beta: float = Field(allow_inf_nan=False)
+
+
 class CheckpointConfig(_Model):
     """`quantization_config` of a compressed checkpoint's config.json."""
 
@@ -253,6 +263,7 @@ class CheckpointConfig(_Model):
     intermediate_size: int = Field(ge=1, le=1_000_000)
     dtype: Dtype
     pruning: Pruning = Pruning()
+    swiglu: Swiglu | None = None
     layers: dict[int, Layer] = Field(min_length=1, max_length=10_000)
     source: Source
 

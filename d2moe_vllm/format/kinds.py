@@ -166,6 +166,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("a", "delta", "expert", ("out", "rank"), {"delta": "bases"}, joined="rank"),
     Kind("alpha", "delta", "expert", ("bases",), {"delta": "bases"}, "plain", joined="bases"),
     Kind("dense", "delta", "expert", ("out", "in"), {"delta": "dense"}, joined="out"),
+    Kind("bias", "delta", "every", ("out",), {"bias": True}, "plain", joined="out"),
     Kind("channels", "delta", "every", ("mask",), {}, "mask", ragged="experts", roles=("down",)),
     Kind("base_channels", "base", "layer", ("mask",), {}, "mask", ragged="base", roles=("down",)),
 )
@@ -185,7 +186,7 @@ def is_cut(role: str, size: str) -> bool:
 
 PROJECTION_DEFAULTS: Mapping[str, Any] = {
     "rank": 0, "full_base": False, "kept_columns": 0, "used_columns": 0, "base_rank": 0, "delta": "factors",
-    "shared_v": False, "distinct_u": 0, "bases": 0, "function": None, "base_storage": None, "delta_storage": None,
+    "shared_v": False, "distinct_u": 0, "bases": 0, "function": None, "base_storage": None, "delta_storage": None, "bias": False,
 }  # fmt: skip
 """A projection's fields in config.json, and what an absent one means."""
 

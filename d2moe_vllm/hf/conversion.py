@@ -79,6 +79,7 @@ def _replace_experts(
         projections=settings["projections"],
         dtype=settings["dtype"],
         activation=activation,
+        swiglu=settings.get("swiglu"),
         scope=settings["pruning"].get("scope", "off"),
     )
     experts.in_place = True

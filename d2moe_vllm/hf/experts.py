@@ -93,7 +93,7 @@ class D2Experts(nn.Module):
     layer: its entry of `quantization_config`, per role ("gate", "up", "down") and with `trimmed`. dtype: the
     checkpoint's.
     projections: role -> submodule name (Mixtral: w1, w3, w2); state-dict names are `{expert}.{name}.{kind}`.
-    activation: a name of `ops.reference.ACTIVATIONS` or a callable. scope: "batch", "token" or "off".
+    activation: a name of `ops.reference.ACTIVATIONS` or a callable. swiglu: of `quantization_config`. scope: "batch", "token" or "off".
 
     Attributes that may be changed between calls: scope; padding_mask, bool [T] or None; static_shapes, as in
     fused_experts, at the price of a copy of all deltas in every call; in_place: gate's and up's weights are joined in
@@ -113,6 +113,7 @@ class D2Experts(nn.Module):
         projections: Mapping[Role, str],
         dtype: Dtype,
         activation: str | Callable[[Tensor], Tensor] = "silu",
+        swiglu: Mapping[str, float] | None = None,
         scope: str = "off",
     ) -> None:
         super().__init__()
@@ -120,6 +121,7 @@ class D2Experts(nn.Module):
         self.layer = layer_of(layer)
         self.groups, self.projections = groups, dict(projections)
         self.activation, self.scope = activation, scope
+        self.swiglu = () if swiglu is None else tuple(swiglu[name] for name in ("limit", "alpha", "beta"))
         self.trimmed = self.layer.trimmed
         self.padding_mask: Tensor | None = None
         self.static_shapes = self.in_place = False
@@ -185,6 +187,7 @@ class D2Experts(nn.Module):
                 widths=widths,
                 skipped=(0,) * len(widths),
                 without=self.trimmed if widths else (),
+                swiglu=self.swiglu,
             ),
         )
         return output.reshape(hidden_states.shape)

@@ -6,6 +6,8 @@ checkpoint for plain transformers. For the latter it imports torch, and of ours 
     z   = W_b^{gate,up}[:, J] x[J]                                       once per token
     h_e = act(z^gate + U_e^gate V_e^gate x) * (z^up + U_e^up V_e^up x)   per routed expert
     y   = W_b^down[:, J2] (sum_e g_e h_e)[J2] + sum_e g_e U_e^down V_e^down h_e
+
+Experts may have biases, which are added to what act is given, to what it is multiplied with, and, g_e times, to y.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch import Tensor
 from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights, opened_half
 
 Activation = Callable[[Tensor], Tensor]
+Gated = Callable[[Tensor, Tensor], Tensor]
+"""Of what gate and up give."""
 Product = Callable[[Tensor, Tensor], Tensor]
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -50,6 +54,19 @@ def _row_by_row(act: Activation, x: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1).view(padded.shape)[:, : x.shape[1]]
 
 
+def gated(act: Activation, swiglu: Sequence[float] = ()) -> Gated:
+    """act(gate) * up; or, with limit, alpha and beta, the clamped SwiGLU of LayerSpec.swiglu, whose sigmoid is act's."""
+    if not swiglu:
+        return lambda gate, up: act(gate) * up
+    limit, alpha, beta = swiglu
+
+    def clamped(gate: Tensor, up: Tensor) -> Tensor:
+        # g * sigmoid(alpha * g) is silu(alpha * g) / alpha.
+        return act(gate.clamp(max=limit) * alpha) / alpha * (up.clamp(-limit, limit) + beta)
+
+    return clamped
+
+
 def fused_experts(
     x: Tensor,
     topk_weights: Tensor,
@@ -72,6 +89,7 @@ def fused_experts(
     product: Product = widened_product
     if spec.batch_invariant and not spec.static_shapes:
         product, act = tiled_product, partial(_row_by_row, act)
+    gate_up = gated(act, spec.swiglu)
     w13, w2 = (opened_half(one, half, spec, x.shape[1], x.dtype) for one, half in ((w13, spec.w13), (w2, spec.w2)))
     z = base_product(x, w13, spec.w13, padding_mask, spec.scope, product, x.dtype)
     # A V that all experts share needs each token once, however many experts it goes to.
@@ -83,13 +101,18 @@ def fused_experts(
     output = torch.zeros_like(x, dtype=accumulate)
     visits = _visit_all if spec.static_shapes else _visit_routed
     for expert, rows, gates in visits(topk_ids, topk_weights.to(accumulate), spec.num_experts):
+        if w2.bias is not None:
+            _add(output, rows, gates, w2.bias[expert].to(accumulate).expand(len(gates), -1))
         if spec.widths and not spec.widths[expert]:
             continue
         own_x, own_z, own_shrunk = (t if spec.static_shapes or t is None else t[rows] for t in (x, z, shrunk))
         channels = _channels(w2.channels[expert], spec.widths[expert]) if w2.channels is not None and ragged else None
         if own_z is not None and channels is not None:
             own_z = own_z.unflatten(-1, (2, -1)).index_select(-1, channels).flatten(-2)
-        hidden = _hidden(own_x, own_z, own_shrunk, factors13(expert), spec.w13.ranks[0], act, accumulate, product)
+        biases = None if w13.bias is None else w13.bias[expert].to(accumulate).chunk(2)
+        hidden = _hidden(
+            own_x, own_z, own_shrunk, factors13(expert), spec.w13.ranks[0], biases, gate_up, accumulate, product
+        )
         if mix is not None:
             own = (
                 hidden
@@ -294,7 +317,8 @@ def _hidden(
     shrunk: Tensor | None,
     factors: _Factors | None,
     gate_rank: int,
-    act: Activation,
+    biases: Sequence[Tensor] | None,
+    gate_up: Gated,
     accumulate: torch.dtype,
     product: Product,
 ) -> Tensor:
@@ -312,7 +336,9 @@ def _hidden(
             found = _expand(shrunk, factors.u, gate_rank, product)
         deltas = [factors.where_present(delta.to(accumulate)) for delta in found]
         parts = [part + delta for part, delta in zip(parts, deltas, strict=True)] if parts else deltas
-    return act(parts[0]) * parts[1]
+    if biases is not None:
+        parts = [part + bias for part, bias in zip(parts, biases, strict=True)]
+    return gate_up(parts[0], parts[1])
 
 
 def _add(total: Tensor, rows: Tensor, gates: Tensor, value: Tensor) -> None:

@@ -39,7 +39,7 @@ class Weights(NamedTuple):
     and then of up's where both lie side by side along it, and `..._scales` has the scales in the same way; the base is
     [out, in] then. Where experts keep some channels only (LayerSpec.widths), a matrix whose size depends on it is
     flat: one expert's after the other, row by row. channels (down's): uint8 [E, ceil(I / 8)], then, beside a base:
-    which of its channels an expert has, least significant bits first.
+    which of its channels an expert has, least significant bits first. bias: [E, 2 I], gate's before up's, or [E, H].
     """
 
     delta_u: Tensor | Sequence[Tensor] | None = None
@@ -58,6 +58,7 @@ class Weights(NamedTuple):
     a: Tensor | Sequence[Tensor] | None = None
     dense: Tensor | Sequence[Tensor] | None = None
     channels: Tensor | None = None
+    bias: Tensor | Sequence[Tensor] | None = None
     base_scales: Tensor | None = None
     base_u_scales: Tensor | None = None
     base_v_scales: Tensor | None = None
@@ -99,7 +100,8 @@ class LayerSpec(NamedTuple):
     static_shapes: visit every expert with all rows instead of its own rows: more work, but no shape and no control flow
     depends on data (CUDA graphs, tracing).
     widths, skipped: how many channels each expert keeps here, and how many before them elsewhere; () where all keep I.
-    without: which experts have no deltas, there.
+    without: which experts have no deltas, there. swiglu: limit, alpha and beta of a clamped SwiGLU (config.Swiglu), which
+    stands in place of activation(gate) * up; () without one.
     """
 
     num_experts: int
@@ -114,6 +116,7 @@ class LayerSpec(NamedTuple):
     widths: tuple[int, ...] = ()
     skipped: tuple[int, ...] = ()
     without: tuple[int, ...] = ()
+    swiglu: tuple[float, ...] = ()
 
 
 def opened_half(weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int, dtype: torch.dtype) -> Weights:
@@ -156,6 +159,8 @@ def opened_half(weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int, 
         scales = getattr(weights, f"{name}_scales")
         found[name] = StoredMatrices(values, scales, half.delta, heights, every, first, dtype)
 
+    if isinstance(weights.bias, Tensor) and spec.widths and joint:
+        found["bias"] = weights.bias.split([2 * width for width in spec.widths])
     channels = spec.intermediate_size
     if joint:
         experts("delta_u", 1 if spec.widths else channels, half.ranks, tall=True)

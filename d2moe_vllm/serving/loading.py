@@ -94,7 +94,7 @@ class LayerLoader(Share):
         if one.kind.owner == "layer" or one.kind.content == "slots":
             return param
         if not self.varies(one.kind, one.role):
-            return param[one.expert if self.slots(one.kind, one.role) else self.places[one.expert]]
+            return param[one.expert if self.slots(one.kind, one.role) else self.owning(one.kind)[one.expert]]
         half = "w2" if one.role == "down" else "w13"
         if (half, one.name) not in self._flat:
             self._flat[half, one.name] = self._flat_places(half, one)
@@ -105,7 +105,7 @@ class LayerLoader(Share):
         """Where in a flat parameter each expert's matrix begins, and its shape."""
         how, suffix = packing(one.kind.storage(self.layer[one.role])), one.name.removeprefix(one.kind.name)
         found, begin = {}, 0
-        for expert in self.places:
+        for expert in self.owning(one.kind):
             shape = self._shapes(one.kind, HALVES[half], expert, how)[suffix]
             found[expert] = begin, shape
             begin += math.prod(shape)
@@ -156,6 +156,8 @@ class LayerLoader(Share):
         """What a rank has of a tensor; numbers of inputs are counted from its own first one."""
         if one.kind.content == "slots":
             return tensor[self.experts]
+        if one.kind.name == "bias" and one.role == "down" and self.tp_rank:
+            return torch.zeros_like(tensor)  # what ranks give is added up
         last = len(one.kind.sizes) - 1
         for axis, size in enumerate(one.kind.sizes):
             if not is_cut(one.role, size) or (self.tp_size == 1):

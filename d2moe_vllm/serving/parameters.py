@@ -91,6 +91,12 @@ class Share:
         cut = any(size in ("out", "in") and is_cut(role, size) for size in kind.sizes)
         return self.ragged and kind.owner != "layer" and cut
 
+    def owning(self, kind: Kind) -> dict[int, int]:
+        """Where in a kind's parameters each expert's own lies, of those that have one."""
+        if kind.owner == "every":
+            return {expert: place for place, expert in enumerate(self.experts) if expert >= 0}
+        return self.places
+
     def slots(self, kind: Kind, role: Role) -> int:
         """How many of a kind experts share, which are on every rank; 0 where each expert has its own."""
         return self.layer[role].distinct_u if kind.owner == "slot" else 0
@@ -117,7 +123,7 @@ class Share:
         """A kind's parameters: gate's and up's side by side, one entry for each owner that is here."""
         if kind.content == "mask":
             return {"": self._empty_mask(kind)}
-        lead = () if kind.owner == "layer" else (self.slots(kind, roles[0]) or len(self.places),)
+        lead = () if kind.owner == "layer" else (self.slots(kind, roles[0]) or self._count(kind),)
         each = roles if kind.joined else roles[:1]
         if kind.content == "inputs":
             columns = torch.cat([self._spread(role, self.size(kind.sizes[0], role)) for role in each])
@@ -127,10 +133,13 @@ class Share:
         how = packing(kind.storage(self.layer[roles[0]]))
         if not self.varies(kind, roles[0]):
             return self._allocated(kind, roles[0], lead, self._shapes(kind, roles, None, how), dtype)
-        shapes = [self._shapes(kind, roles, expert, how) for expert in self.places]
+        shapes = [self._shapes(kind, roles, expert, how) for expert in self.owning(kind)]
         names = ("", SCALES) if how else ("",)
         flat = {name: [sum(math.prod(shape[name]) for shape in shapes)] for name in names}
         return self._allocated(kind, roles[0], (), flat, dtype)
+
+    def _count(self, kind: Kind) -> int:
+        return len(self.experts if kind.owner == "every" else self.places)
 
     def _shapes(
         self, kind: Kind, roles: tuple[Role, ...], expert: int | None, how: Packing | None

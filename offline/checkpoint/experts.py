@@ -29,6 +29,7 @@ def compressed_experts(
             projections=dict(config.projections.items()),
             dtype=config.dtype,
             activation=activation,
+            swiglu=None if config.swiglu is None else config.swiglu.model_dump(),
             scope=scope,
         )
     prefix = config.experts_prefix(layer) + "."

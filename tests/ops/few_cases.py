@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from few_bits import HIGHEST, ZERO, Storage, _bytes
 from hypothesis import strategies as st
-from moe_oracle import select, silu
+from moe_cases import SWIGLU
+from moe_oracle import gated, select
 from torch import Tensor
 
 from d2moe_vllm.ops.packing import Packing
@@ -48,6 +49,8 @@ class Few:
     delta_first: int = 0
     absent: float = 0.2
     padding: int = 0
+    biased: bool = False
+    swiglu: tuple[float, ...] = ()
     generator: torch.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -91,6 +94,7 @@ class Made:
     norms: dict[str, np.ndarray]
     deltas: list[dict[str, Tensor | None]]
     channels: list[np.ndarray]
+    biases: list[dict[str, Tensor]]
 
 
 def packing(how: Storage | None) -> Packing | None:
@@ -106,6 +110,8 @@ def make(few: Few) -> Made:
     base: dict[str, Tensor | None] = dict.fromkeys(("gate", "up", "down"))
     deltas: list[dict[str, Tensor | None]] = [dict.fromkeys(base) for _ in widths]
     columns, norms, halves = {}, {}, []
+    sizes = [{"gate": width, "up": width, "down": hidden} for width in widths if few.biased]
+    biases = [{role: few.random(size).to(few.dtype) for role, size in of.items()} for of in sizes]
     for half, roles in enumerate((("gate", "up"), ("down",))):
         found = _deltas(few, half, roles, widths, deltas)
         found |= _base(few, half, roles, base, columns, norms)
@@ -114,6 +120,9 @@ def make(few: Few) -> Made:
             for one, own in zip(bits, channels, strict=True):
                 one[own] = 1
             found["channels"] = _bytes(bits, 1) if few.base else torch.empty(0, dtype=torch.uint8)
+        if few.biased:
+            each = [torch.cat([of[role] for role in roles]) for of in biases]
+            found["bias"] = torch.cat(each) if few.widths and not half else torch.stack(each)
         halves.append(Weights(**found))
     ids = torch.rand(few.tokens, few.experts, generator=few.generator).argsort(dim=1)[:, : few.top_k].int()
     ids = ids.masked_fill(torch.rand(ids.shape, generator=few.generator) < few.absent, -1)
@@ -134,9 +143,10 @@ def make(few: Few) -> Made:
         )
         for half, part in enumerate((slice(0, 2), slice(2, 3)))
     ]
-    narrow = {"widths": few.widths, "skipped": few.skipped, "without": few.without} if few.widths else {}
+    narrow: dict[str, Any] = {"widths": few.widths, "skipped": few.skipped, "without": few.without} if few.widths else {}
     spec = LayerSpec(few.experts, inner if few.base or not few.widths else 0, *specs, "silu", few.scope, **narrow)
-    return Made([x, gates, ids, *halves, padding], spec, base, columns, norms, deltas, channels)
+    spec = spec._replace(swiglu=few.swiglu)
+    return Made([x, gates, ids, *halves, padding], spec, base, columns, norms, deltas, channels, biases)
 
 
 def _deltas(few: Few, half: int, roles: Any, widths: tuple[int, ...], deltas: list[Any]) -> dict[str, Tensor]:
@@ -252,8 +262,11 @@ def forward(few: Few, made: Made) -> np.ndarray:
             parts = []
             for role in ("gate", "up"):
                 value = z[role][t, own] if role in z else np.zeros(len(own))
-                parts.append(value if delta[role] is None else value + delta[role].numpy() @ x[t])  # type: ignore[union-attr]
-            h = np.array([silu(g) for g in parts[0]]) * parts[1]
+                value = value if delta[role] is None else value + delta[role].numpy() @ x[t]  # type: ignore[union-attr]
+                parts.append(value + made.biases[expert][role].double().numpy() if few.biased else value)
+            h = gated(parts[0], parts[1], few.swiglu)
+            if few.biased:
+                output[t] += gate_value * made.biases[expert]["down"].double().numpy()
             if few.base:
                 mix[t, own] += gate_value * h
             if delta["down"] is not None:
@@ -293,4 +306,6 @@ def few_cases(draw: st.DrawFn) -> Few:
         delta_first=draw(st.integers(0, 150)),
         absent=draw(st.sampled_from([0.0, 0.3])),
         padding=draw(st.integers(0, tokens)),
+        biased=draw(st.booleans()),
+        swiglu=draw(st.sampled_from([(), SWIGLU])),
     )

@@ -26,10 +26,12 @@ def random_case(
     delta: tuple[str, str] = ("factors", "factors"),
     distinct_u: tuple[int, int] = (0, 0),
     trimmed: tuple[int, ...] = (),
+    biased: bool = False,
+    swiglu: tuple[float, ...] = (),
 ) -> Case:
     """rank: of gate, up, down. kept, used: per group, of gate/up and of down; kept 0 means no such base.
     absent: share of routed experts that are -1. padding: rows at the end that are no tokens. delta: of gate/up and
-    of down, "factors", "columns" or "shared V". distinct_u: of gate/up and of down."""
+    of down, "factors", "columns" or "shared V". distinct_u: of gate/up and of down. biased: whether experts have biases."""
     rng = np.random.default_rng(seed)
     sizes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
     case = Case(
@@ -47,6 +49,7 @@ def random_case(
         scope=scope,
         padding=np.arange(tokens) >= tokens - padding if padding else None,
         trimmed=trimmed,
+        swiglu=swiglu,
     )
     index = {half: rng.integers(0, max(distinct, 1), num_experts) for half, distinct in enumerate(distinct_u)}
     case.topk_ids[rng.random(case.topk_ids.shape) < absent] = -1
@@ -79,7 +82,13 @@ def random_case(
             )
         case.base[role] = rng.standard_normal((out, per_group * groups)) * inputs**-0.5
         case.norms[role] = np.linalg.norm(case.base[role], axis=0).astype(np.float32).astype(np.float64)
+    if biased:
+        case.bias = {role: list(rng.standard_normal((num_experts, out))) for role, (out, _) in sizes.items()}
     return case
+
+
+SWIGLU = (0.9, 1.702, 1.0)
+"""As gpt-oss's, of a limit that many numbers exceed."""
 
 
 @st.composite
@@ -117,6 +126,8 @@ def cases(draw: st.DrawFn) -> Case:
         delta=delta,
         distinct_u=distinct_u,
         trimmed=tuple(sorted(trimmed)),
+        biased=draw(st.booleans()),
+        swiglu=draw(st.sampled_from([(), SWIGLU, (0.5, 1.0, 0.0)])),
     )
 
 
@@ -128,6 +139,7 @@ CROWDED = {
     "shared V": {"delta": ("shared V", "shared V"), "kept": (0, 0), "used": (0, 0)},
     "column deltas": {"delta": ("columns", "columns"), "kept": (12, 16), "used": (5, 8)},
     "trimmed": {"trimmed": (1, 5), "kept": (48, 80), "used": (24, 40)},
+    "biases": {"biased": True, "swiglu": SWIGLU, "trimmed": (1, 5), "kept": (48, 80), "used": (24, 40)},
 }
 
 

@@ -13,6 +13,7 @@ from few_cases import Few, few_cases, forward, make, packing
 from hypothesis import given, settings
 from mixed_cases import forward as mixed_forward
 from mixed_cases import mixed_case
+from moe_cases import SWIGLU
 from test_cpu import DTYPES, run
 
 from d2moe_vllm.ops import choose_backend, cpu
@@ -50,6 +51,10 @@ LAYERS: dict[str, Few] = {
     "factors, unequal widths": replace(BIG, delta="factors", storages=((8, 64), (3, 64)), **UNEQUAL),
     "shared V": replace(BIG, delta="shared V", storages=((2, 64), (8, 128))),
     "columns": replace(BIG, delta="columns", storages=((4, 32), (8, 64)), delta_first=45),
+    "biases": replace(BIG, storages=((4, 64), (3, 64)), biased=True, swiglu=SWIGLU),
+    "biases, on a base, unequal widths": replace(
+        BIG, storages=((2, 64), (3, 64)), base="full", without=(3,), biased=True, swiglu=SWIGLU, **UNEQUAL
+    ),
 }
 """Sizes that are multiples of nothing, experts with no tokens among them."""
 

@@ -50,9 +50,11 @@ def fused_experts(
     """`reference.fused_experts` for halves that `pack` returned, x on the CPU in float32, float16 or bfloat16.
 
     It is always batch-invariant, and static_shapes has no meaning here. Raises ValueError for an unknown scope or
-    activation, and for weights that no checkpoint has.
+    activation, for a clamped SwiGLU of another than silu, and for weights that no checkpoint has.
     """
     refuse_unknown(w13, w2)
+    if spec.swiglu and spec.activation != "silu":
+        raise ValueError(f"a clamped SwiGLU has silu in it, not {spec.activation!r}")
     x = x.contiguous()
     gates, ids = topk_weights.float().contiguous(), topk_ids.int().contiguous()
     mask = None if padding_mask is None else padding_mask.contiguous()
@@ -78,6 +80,7 @@ def fused_experts(
         dtype=DTYPES.index(x.dtype),
         scope=SCOPES.index(spec.scope),
         activation=ACTIVATIONS.index(spec.activation),
+        swiglu=(ctypes.c_float * 3)(*spec.swiglu),
     )
     if x.shape[0]:
         load().d2moe_fused_experts(ctypes.byref(call))
@@ -145,6 +148,8 @@ def _half(weights: Weights, half: HalfSpec, spec: LayerSpec, whole: tuple[int, .
         v_index=_pointer(weights.v_index if widths is None else widths.places),
         base_columns=_pointer(weights.base_columns),
         base_norms=_pointer(weights.base_norms),
+        bias=_pointer(weights.bias),
+        bias_step=0 if weights.bias is None else weights.bias.shape[1],
         u_bytes=0 if u is None else u.nbytes,
         kept=kept,
         used=half.used,

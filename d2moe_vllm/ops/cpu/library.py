@@ -32,9 +32,9 @@ class Half(ctypes.Structure):
     _fields_ = [
         *((name, Matrices) for name in ("u", "v", "base", "base_u", "base_v", "bases")),
         ("alpha", POINTER),
-        *((name, POINTER) for name in ("columns", "u_index", "v_index", "base_columns", "base_norms")),
+        *((name, POINTER) for name in ("columns", "u_index", "v_index", "base_columns", "base_norms", "bias")),
         *((name, I64) for name in ("u_bytes", "kept", "used", "groups", "shared_v", "by_columns", "selects")),
-        *((name, I64) for name in ("whole", "mixed", "function")),
+        *((name, I64) for name in ("whole", "mixed", "function", "bias_step")),
         ("rank", I64 * 2),
         ("base_rank", I64 * 2),
     ]
@@ -49,6 +49,7 @@ class Call(ctypes.Structure):
         *((name, POINTER) for name in ("x", "gates", "ids", "padding", "y", "widths", "skipped", "channels")),
         *((name, I64) for name in ("tokens", "top_k", "experts", "hidden", "intermediate")),
         *((name, I64) for name in ("dtype", "scope", "activation")),
+        ("swiglu", ctypes.c_float * 3),
     ]
 
 

@@ -17,6 +17,8 @@ from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """By their numbers in api.cpp."""
+SLICE = 64
+"""Outputs that the kernels compute at once (csrc/kernels.h)."""
 
 
 class _Factors(NamedTuple):
@@ -85,6 +87,7 @@ class _Half:
         self.parts = len(half.ranks)
         self.down = self.parts == 1
         self.inputs = spec.intermediate_size if self.down else hidden
+        self.every = spec.widths
         own = [expert for expert in range(len(spec.widths)) if expert not in spec.without]
         self.widths, self.skipped = [spec.widths[e] for e in own], [spec.skipped[e] for e in own]
 
@@ -131,7 +134,21 @@ class _Half:
         elif weights.base is not None:
             kept = self.inputs if weights.base_columns is None else len(weights.base_columns)
             found |= self._of_layer("base", half.base, (kept,), half.base_first, self.parts)
+        if isinstance(weights.bias, Tensor):
+            found["bias"] = self._biases(weights.bias)
         return weights._replace(**found)
+
+    def _biases(self, bias: Tensor) -> Tensor:
+        """[E, parts * n], float32, n a multiple of SLICE: part by part, zero behind each expert's own."""
+        if self.down or not self.every:
+            each = list(bias)
+        else:
+            each = list(bias.split([self.parts * width for width in self.every]))
+        longest = max((len(one) // self.parts for one in each), default=0)
+        found = torch.zeros(len(each), self.parts, -(-longest // SLICE) * SLICE)
+        for one, to in zip(each, found, strict=True):
+            to[:, : len(one) // self.parts] = one.view(self.parts, -1)
+        return found.flatten(1)
 
     def _flat(
         self, values: Tensor, scales: Tensor | None, rows: int, parts: int, inputs: Sequence[int], first: int

@@ -216,15 +216,20 @@ class Batch:
         places: Tensor | None,
         columns: Tensor | None,
         column_places: Tensor | None,
+        bias: Tensor | None,
         activation: str,
+        swiglu: tuple[float, ...],
     ) -> Tensor:
-        """h [pairs, width] from s [tokens or pairs, k], u [D, width, k] and z [parts, tokens, 2 width]."""
+        """h [pairs, width] from s [tokens or pairs, k], u [D, width, k], z [parts, tokens, 2 width] and bias [E, 2
+        width]."""
+        limit, alpha, beta = swiglu or (0.0, 0.0, 0.0)
         tile, pairs = self.tile("expand_gate_up"), self.tokens * self.top_k
         h = self.empty(pairs, width, dtype=self.dtype)
         products.expand_and_activate[(len(self.block_experts) * ceil_div(width, tile.block_n),)](
             s,
             u,
             z,
+            bias,
             h,
             self.pairs,
             self.block_experts,
@@ -240,6 +245,9 @@ class Batch:
             1 if s is None or len(s) == pairs else self.top_k,
             self.top_k,
             ACTIVATION=activation,
+            LIMIT=limit,
+            ALPHA=alpha,
+            BETA=beta,
             Z_PARTS=1 if z is None else len(z),
             **_matrix(tile),
         )
@@ -331,14 +339,16 @@ class Batch:
         )
         return out
 
-    def combine(self, base: Tensor | None, deltas: Tensor | None, width: int) -> Tensor:
-        """y [tokens, width] from float32 base [parts, tokens, width] and deltas [parts, pairs, width]."""
+    def combine(self, base: Tensor | None, deltas: Tensor | None, bias: Tensor | None, width: int) -> Tensor:
+        """y [tokens, width] from float32 base [parts, tokens, width] and deltas [parts, pairs, width], and bias [E,
+        width]."""
         tile = self.tile("combine")
         y = self.empty(self.tokens, width, dtype=self.dtype)
         grid = (ceil_div(self.tokens, tile.block_m), ceil_div(width, tile.block_n))
         sums.combine[grid](
             base,
             deltas,
+            bias,
             self.gates,
             self.ids,
             y,

@@ -34,6 +34,8 @@ def fused_experts(
             raise ValueError(f"{name} is {value!r}, not one of {', '.join(map(str, known))}")
     if spec.scope not in SCOPES:
         raise ValueError(f"scope is {spec.scope!r}, not batch, token or off")
+    if spec.swiglu and spec.activation != "silu":
+        raise ValueError(f"a clamped SwiGLU has silu in it, not {spec.activation!r}")
     if w13.bases is not None and spec.function not in FUNCTIONS:
         raise ValueError(f"function is {spec.function!r}, not one of {', '.join(FUNCTIONS)}")
     if not len(x):
@@ -59,7 +61,9 @@ def fused_experts(
         places=w13.u_index,
         columns=w13.delta_columns,
         column_places=w13.v_index,
+        bias=w13.bias,
         activation=str(spec.activation),
+        swiglu=spec.swiglu,
     )
     base = _base_down(batch, h, w2, spec.w2, padding, spec.scope)
     deltas = None
@@ -76,7 +80,7 @@ def fused_experts(
             column_places=w2.v_index,
             exact=True,
         )
-    return batch.combine(base, deltas, x.shape[1])
+    return batch.combine(base, deltas, w2.bias, x.shape[1])
 
 
 def _has_deltas(weights: Weights) -> bool:

@@ -128,11 +128,20 @@ def activate(value, ACTIVATION: tl.constexpr):
     return value
 
 
+@triton.jit
+def clamped(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
+    """The clamped SwiGLU of LayerSpec.swiglu, of float32."""
+    gate = tl.where(gate > LIMIT, LIMIT, gate)
+    up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + BETA)
+
+
 @triton.jit(do_not_specialize=["z_rows"])
 def expand_and_activate(
     s,
     u,
     z,
+    bias,
     h,
     pairs,
     block_experts,
@@ -149,12 +158,16 @@ def expand_and_activate(
     s_divisor,
     top_k,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
     Z_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """h[pair] = act(z^gate[token] + U^gate s^gate) * (z^up[token] + U^up s^up), gate and up in one program.
+    """h[pair] = act(z^gate[token] + U^gate s^gate) * (z^up[token] + U^up s^up), gate and up in one program, each with the
+    expert's own of bias [experts, 2 width] where there is one; LIMIT: 0, or it is the clamped SwiGLU.
 
     s: [s's rows, s_stride], row pair // s_divisor, gate's columns first; where `columns` is given they name
     columns of s instead. u: [D, width, u_stride], gate's columns first; None: no expert has deltas. z: [Z_PARTS,
@@ -200,5 +213,13 @@ def expand_and_activate(
         z_part = tl.cast(z_rows, tl.int64) * (2 * width)
         gate += load_parts(z_start, z_part, there & in_width, Z_PARTS)
         up += load_parts(z_start + width, z_part, there & in_width, Z_PARTS)
+    if bias is not None:
+        own_bias = bias + expert.to(tl.int64) * (2 * width) + outputs
+        gate += tl.load(own_bias, mask=outputs < width, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(own_bias + width, mask=outputs < width, other=0.0).to(tl.float32)[None, :]
+    if LIMIT:
+        hidden = clamped(gate, up, LIMIT, ALPHA, BETA)
+    else:
+        hidden = activate(gate, ACTIVATION) * up
     pointers = h + own.to(tl.int64)[:, None] * width + outputs[None, :]
-    tl.store(pointers, (activate(gate, ACTIVATION) * up).to(h.dtype.element_ty), mask=there & in_width)
+    tl.store(pointers, hidden.to(h.dtype.element_ty), mask=there & in_width)

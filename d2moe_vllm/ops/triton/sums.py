@@ -46,6 +46,7 @@ def mix(
 def combine(
     base,
     deltas,
+    bias,
     gates,
     ids,
     y,
@@ -58,24 +59,31 @@ def combine(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y [rows, width] = sum of base's parts + sum_k gates[:, k] times the sum of deltas' parts, rounded once.
+    """y [rows, width] = sum of base's parts + sum_k gates[:, k] times the sum of deltas' parts and bias, rounded once.
 
-    base: [BASE_PARTS, rows, width] and deltas: [DELTA_PARTS, rows * TOP_K, width], either None where there is none.
+    base: [BASE_PARTS, rows, width], deltas: [DELTA_PARTS, rows * TOP_K, width], bias: [num_experts, width], each None
+    where there is none.
     """
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there, in_width = own < rows, (columns < width)[None, :]
     long_rows = tl.cast(rows, tl.int64)
     acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-    if deltas is not None:
+    if deltas is not None or bias is not None:
         for choice in tl.static_range(TOP_K):
             pair = own * TOP_K + choice
             expert = tl.load(ids + pair, mask=there, other=-1)
             here = there & (expert >= 0) & (expert < num_experts)
             gate = tl.load(gates + pair, mask=here, other=0.0)
-            pointers = deltas + pair.to(tl.int64)[:, None] * width + columns[None, :]
-            delta = load_parts(pointers, TOP_K * long_rows * width, here[:, None] & in_width, DELTA_PARTS)
-            acc += gate[:, None] * delta
+            here = here[:, None] & in_width
+            gives = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+            if deltas is not None:
+                pointers = deltas + pair.to(tl.int64)[:, None] * width + columns[None, :]
+                gives += load_parts(pointers, TOP_K * long_rows * width, here, DELTA_PARTS)
+            if bias is not None:
+                pointers = bias + expert.to(tl.int64)[:, None] * width + columns[None, :]
+                gives += tl.load(pointers, mask=here, other=0.0).to(tl.float32)
+            acc += gate[:, None] * gives
     if base is not None:
         pointers = base + own.to(tl.int64)[:, None] * width + columns[None, :]
         acc += load_parts(pointers, long_rows * width, there[:, None] & in_width, BASE_PARTS)

@@ -24,8 +24,8 @@ struct HalfC {
   MatricesC u, v, base, base_u, base_v, bases;
   const void* alpha;
   const i32 *columns, *u_index, *v_index, *base_columns;
-  const float* base_norms;
-  i64 u_bytes, kept, used, groups, shared_v, by_columns, selects, whole, mixed, function;  // u_bytes: of all of u
+  const float *base_norms, *bias;
+  i64 u_bytes, kept, used, groups, shared_v, by_columns, selects, whole, mixed, function, bias_step;  // u_bytes: of all of u
   i64 rank[2], base_rank[2];
 };
 
@@ -39,6 +39,7 @@ struct CallC {
   const i32 *widths, *skipped;  // [experts] or null: channels of each that are here, and that are elsewhere before them
   const std::uint8_t* channels;
   i64 tokens, top_k, experts, hidden, intermediate, dtype, scope, activation;
+  float swiglu[3];
 };
 
 enum Dtype : i64 { FLOAT32, FLOAT16, BFLOAT16 };
@@ -137,6 +138,8 @@ Weights<P> weights(const CallC& call, const HalfC& half, int parts, i64 out, i64
   w.alpha = static_cast<const E*>(half.alpha);
   w.mixed = half.mixed;
   w.function = Function(half.function);
+  w.bias = half.bias;
+  w.bias_step = half.bias_step;
   return w;
 }
 
@@ -154,6 +157,7 @@ void d2moe_fused_experts(const CallC* call) {
     layer.intermediate = call->intermediate;
     layer.scope = Scope(call->scope);
     layer.activation = Activation(call->activation);
+    layer.swiglu = {call->swiglu[0], call->swiglu[1], call->swiglu[2]};
     layer.widths = call->widths;
     layer.channels = call->channels;
     layer.w13 = weights<P>(*call, call->w13, 2, call->intermediate, call->hidden);

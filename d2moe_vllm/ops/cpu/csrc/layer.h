@@ -34,7 +34,10 @@ struct Weights {
   const Element* alpha = nullptr; // [experts, 2 * mixed]
   i64 mixed = 0;
   Function function = Function::silu;
+  const float* bias = nullptr;  // [experts, bias_step]: of gate's outputs and then, half a step on, of up's; or of down's
+  i64 bias_step = 0;
 
+  const float* bias_of(i64 e, int j) const { return bias + e * bias_step + j * (bias_step / 2); }
   i64 ranks() const { return rank[0] + rank[1]; }
   i64 base_ranks() const { return base_rank[0] + base_rank[1]; }
   bool based() const { return base[0].w || base_u[0].w || base_u[1].w; }
@@ -45,6 +48,8 @@ struct Weights {
 
 enum class Scope { off, token, batch };
 enum class Activation { silu, gelu, gelu_tanh };
+// With g = min(gate, limit) and u = up within -limit .. limit: g * sigmoid(alpha * g) * (u + beta). Limit 0: not this.
+struct Swiglu { float limit, alpha, beta; };
 
 template <class P>
 struct Layer {
@@ -55,6 +60,7 @@ struct Layer {
   const std::uint8_t* channels = nullptr;  // [experts, intermediate / 8], beside a base: which of its, lowest bits first
   Scope scope = Scope::off;
   Activation activation = Activation::silu;
+  Swiglu swiglu = {};  // in place of activation(gate) * up
 
   i64 width(i64 e) const { return widths ? widths[e] : intermediate; }
   i64 widest() const {
@@ -92,6 +98,13 @@ inline Floats activate(Activation kind, Floats x) {
   if (kind == Activation::silu) return silu(x);
   for (int i = 0; i < LANES; ++i) x[i] = activate(kind, x[i]);
   return x;
+}
+
+inline Floats clamped(const Swiglu& s, Floats gate, Floats up) {
+  // What is no number stays none.
+  for (int i = 0; i < LANES; ++i) gate[i] = gate[i] > s.limit ? s.limit : gate[i];
+  for (int i = 0; i < LANES; ++i) up[i] = up[i] > s.limit ? s.limit : up[i] < -s.limit ? -s.limit : up[i];
+  return gate / (1.0f + exp(-s.alpha * gate)) * (up + s.beta);
 }
 
 }  // namespace d2moe

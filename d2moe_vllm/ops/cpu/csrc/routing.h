@@ -24,13 +24,14 @@ struct Routing {
     return factor_rows<P>(of.data() + starts[e] * packed_inputs<P>(room ? room : k), count(e), k);
   }
 
-  // Experts without channels add nothing, and so have no pairs.
+  // Experts without channels add no more than a bias, and without one have no pairs.
   template <class P>
   void sort(const Batch<P>& batch, const Layer<P>& layer) {
     const i64 experts = layer.experts;
     starts.assign(experts + 1, 0);
     const i64 routed = batch.tokens * batch.top_k;
-    auto here = [&](i64 i) { return batch.ids[i] >= 0 && batch.ids[i] < experts && layer.width(batch.ids[i]); };
+    auto gives = [&](i64 e) { return layer.w2.bias || layer.width(e); };
+    auto here = [&](i64 i) { return batch.ids[i] >= 0 && batch.ids[i] < experts && gives(batch.ids[i]); };
     for (i64 i = 0; i < routed; ++i) if (here(i)) ++starts[batch.ids[i] + 1];
     for (i64 e = 0; e < experts; ++e) starts[e + 1] += starts[e];
     active.clear();

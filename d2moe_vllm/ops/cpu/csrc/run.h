@@ -1,10 +1,10 @@
 // The steps of a layer (METHODS 1.5 and 1.6), each a set of tasks that write what no other task of the step writes:
 //   1  sort (token, expert) pairs by expert; select gate's and up's columns and gather the base's inputs
 //   2  shrink:        s = V x                                   per expert and 64 ranks; mixed V's of all experts at once
-//   3  gate and up:   z = B x; h = act(z + U s) * (z + U s);    per 64 channels, the mix sum_e g_e h_e on the way
+//   3  gate and up:   z = B x + b; h = act(z + U s) * (z + U s);  per 64 channels, the mix sum_e g_e h_e on the way
 //   4  select down's columns of the mix, gather them
 //   5  shrink:        s = V h
-//   6  down:          y = B mix + sum_e g_e U s                 per 64 outputs
+//   6  down:          y = B mix + sum_e g_e (U s + b)                 per 64 outputs
 #pragma once
 
 #include <atomic>
@@ -160,7 +160,7 @@ class Run {
 
   // d [rows of e, SLICE]: U s of part j; false where the expert has none.
   bool delta_slice(const Weights<P>& w, Half<P>& half, i64 e, int j, i64 first, Next after, float* d) const {
-    if (!w.rank[j] || !w.has_delta(e)) return false;
+    if (!w.rank[j] || !w.has_delta(e) || !layer_.width(e)) return false;
     const Factor<P> u = w.u[j].at(w.u_place(e));
     // Rows lie as far apart as the widest expert's.
     const Rows<P> rows = r_.rows_of<P>(w.whole ? half.pairs : half.s[j], e, u.in, w.rank[j]);
@@ -240,8 +240,10 @@ class Run {
           for (int j = 0; j < 2; ++j) {
             part[j] = load(z[j] + i);
             if (found[j]) part[j] += load(&d[j][(p - r_.starts[e]) * SLICE + i]);
+            if (w.bias) part[j] += load(w.bias_of(e, j) + first + i);
           }
-          const Floats value = activate(layer_.activation, part[0]) * part[1];
+          const Floats value = layer_.swiglu.limit ? clamped(layer_.swiglu, part[0], part[1])
+                                                   : activate(layer_.activation, part[0]) * part[1];
           store(h + i, value);
           if (mixing) {
             float* sum = &b_.mix[pair.token * mix_step_ + first + i];
@@ -271,12 +273,16 @@ class Run {
     for (i64 number = 0; number < i64(r_.active.size()); ++number) {
       const i64 e = r_.active[number];
       d.resize(r_.count(e) * SLICE);
-      if (!delta_slice(w, b_.half2, e, 0, first, u_of(w, number + 1, 0, first), d.data())) continue;
+      const bool found = delta_slice(w, b_.half2, e, 0, first, u_of(w, number + 1, 0, first), d.data());
+      if (!found && !w.bias) continue;
       for (i64 r = 0; r < r_.count(e); ++r) {
         const Pair& pair = r_.pairs[r_.starts[e] + r];
         for (i64 i = 0; i < SLICE; i += LANES) {
           float* sum = &y[pair.token * SLICE + i];
-          store(sum, load(sum) + pair.gate * load(&d[r * SLICE + i]));
+          Floats gives = {};
+          if (found) gives = load(&d[r * SLICE + i]);
+          if (w.bias) gives += load(w.bias_of(e, 0) + first + i);
+          store(sum, load(sum) + pair.gate * gives);
         }
       }
     }
