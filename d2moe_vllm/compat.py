@@ -5,6 +5,7 @@ Supported: vLLM 0.32 and 0.33. tests/plugin/test_contract.py names each of these
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ __all__ = [
     "load_format",
     "local_expert",
     "lora_on_experts",
+    "model_class",
     "model_source",
     "on_cpu",
     "padding_mask",
@@ -49,6 +51,7 @@ __all__ = [
     "served",
     "set_weight_attrs",
     "shares_out_experts",
+    "swiglu_of",
     "tokens_from_other_ranks",
 ]
 
@@ -142,6 +145,21 @@ def lora_on_experts() -> bool:
     if lora is None:
         return False
     return not lora.target_modules or any("experts" in name.split(".") for name in lora.target_modules)
+
+
+def model_class(module: str, name: str) -> Any:
+    """A class of vLLM's models, by the name of its module among them."""
+    return getattr(import_module(f"vllm.model_executor.models.{module}"), name)
+
+
+def swiglu_of(moe: FusedMoEConfig) -> tuple[float, ...]:
+    """Limit, alpha and beta of a layer's clamped SwiGLU (vLLM's activation.py); () where it has another activation."""
+    activation, limit = moe.activation.value, moe.swiglu_limit
+    if activation == "swigluoai":
+        return (7.0, 1.702, 1.0)
+    if limit is None or activation not in ("silu", "swigluoai_uninterleave"):
+        return ()
+    return float(limit), 1.0 if moe.swiglu_alpha is None else float(moe.swiglu_alpha), float(moe.swiglu_beta or 0.0)
 
 
 def model_source() -> tuple[str, str | None, str | None, bool]:

@@ -27,7 +27,7 @@ from d2moe_vllm.families import (
     stock_config_class,
     stock_model_class,
 )
-from d2moe_vllm.format.config import CheckpointConfig, Layer, Manifest, Projection, Source
+from d2moe_vllm.format.config import CheckpointConfig, Layer, Manifest, Projection, Source, swiglu_of
 from d2moe_vllm.format.kinds import ROLES
 from offline.io.shards import plan_shards, write_shards
 from offline.source.dense import open_dense
@@ -36,7 +36,7 @@ from offline.source.family import OUTSIDE
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
 CONFIGS = {name: small.config for name, small in SMALL.items()}
-STACKABLE = sorted(set(CONFIGS) - {"deepseek", "gemma4"})
+STACKABLE = sorted(set(CONFIGS) - {"deepseek", "gemma4", "gpt_oss"})
 """Families of which transformers writes two forms: the released one, and another."""
 
 
@@ -68,7 +68,9 @@ def stock_model(config: Any, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             noise = torch.randn(tensor.shape, generator=generator)
-            if tensor.dim() > 1:
+            if name.endswith("gate_up_proj_bias"):
+                tensor.copy_(4 * noise)  # some of what gate and up give is clamped
+            elif tensor.dim() > 1:
                 # Routers apart enough that rounding does not change where a token goes.
                 router = name.endswith(("gate.weight", "router.weight", "router.proj.weight"))
                 tensor.copy_(noise * (0.5 if router else tensor.shape[-1] ** -0.5))
@@ -156,11 +158,15 @@ def write_exact(folder: Path, source: Path, dense: Sequence[int] = ()) -> Path:
     """
     model = open_dense(str(source))
     shape, family = model.shape, model.family
-    projections = {role: Projection(rank=min(shape.projection(role)), kept_columns=0, used_columns=0) for role in ROLES}
+    projections = {
+        role: Projection(rank=min(shape.projection(role)), kept_columns=0, used_columns=0, bias=shape.biased)
+        for role in ROLES
+    }
     config = CheckpointConfig(
         family=family.model_type, experts=family.experts, projections=dict(family.projections),
         num_experts=shape.num_experts, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
-        dtype=model.dtype, layers={layer: Layer(**projections) for layer in shape.layers if layer not in dense},
+        dtype=model.dtype, swiglu=swiglu_of(family.swiglu),
+        layers={layer: Layer(**projections) for layer in shape.layers if layer not in dense},
         source=Source(name=source.name, parameters=model.reader.parameters, bytes=model.reader.nbytes),
     )  # fmt: skip
     others = dict(model.other_tensors)
@@ -174,6 +180,8 @@ def write_exact(folder: Path, source: Path, dense: Sequence[int] = ()) -> Path:
         layer = family.layer_of(name)
         assert layer is not None
         role = next(role for role in ROLES if family.projections[role] == projection)
+        if kind == "bias":
+            return model.bias(layer, int(expert), role)
         weight = model.weight(layer, int(expert), role)
         identity = torch.eye(min(weight.shape), dtype=weight.dtype)
         wide = weight.shape[0] < weight.shape[1]

@@ -55,8 +55,8 @@ def gated(gate: np.ndarray, up: np.ndarray, swiglu: tuple[float, ...]) -> np.nda
         return np.array([silu(g) for g in gate]) * up
     limit, alpha, beta = swiglu
     found = np.empty(len(gate))
-    for i, (g, u) in enumerate(zip(gate, up, strict=True)):
-        g, u = min(g, limit), max(-limit, min(u, limit))
+    for i in range(len(gate)):
+        g, u = min(gate[i], limit), max(-limit, min(up[i], limit))
         found[i] = g * (1 / (1 + math.exp(-alpha * g)) if alpha * g > -700 else 0.0) * (u + beta)
     return found
 

@@ -417,6 +417,27 @@ SMALL = {
         stacked=True,
         imports="torchvision",
     ),
+    "gpt_oss": Small(
+        {
+            "intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32,
+            "num_attention_heads": 4, "sliding_window": 16, "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 15e4, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                "truncate": False, "original_max_position_embeddings": 128,
+            },
+        },
+        refused=(
+            {"swiglu_limit": 5.0},
+            {"swiglu_alpha": 1.0},
+            {"attention_bias": False},
+            {"rms_norm_eps": 1e-6},
+            {"hidden_act": "gelu"},
+            {"layer_types": ["full_attention"] * 3},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        ),
+        expert_parallel=True,
+        released=((2880, 2880),),
+        stacked=True,
+    ),
     "granitemoe": Small(
         {
             "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,

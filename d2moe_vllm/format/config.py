@@ -240,12 +240,17 @@ class Source(_Model):
 
 
 class Swiglu(_Model):
-    """A clamped SwiGLU, in place of activation(gate) * up: with g = min(gate, limit) and u = up within -limit..limit it is
+    """A clamped SwiGLU, in place of activation(gate) * up: with g = min(gate, limit) and u = up within -limit..limit,
     g * sigmoid(alpha * g) * (u + beta)."""
 
     limit: float = Field(gt=0, allow_inf_nan=False)
     alpha: float = Field(gt=0, allow_inf_nan=False)
     beta: float = Field(allow_inf_nan=False)
+
+
+def swiglu_of(values: Sequence[float]) -> Swiglu | None:
+    """Of limit, alpha and beta; None of ()."""
+    return Swiglu(**dict(zip(Swiglu.model_fields, values, strict=True))) if values else None
 
 
 class CheckpointConfig(_Model):

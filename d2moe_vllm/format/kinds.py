@@ -186,7 +186,8 @@ def is_cut(role: str, size: str) -> bool:
 
 PROJECTION_DEFAULTS: Mapping[str, Any] = {
     "rank": 0, "full_base": False, "kept_columns": 0, "used_columns": 0, "base_rank": 0, "delta": "factors",
-    "shared_v": False, "distinct_u": 0, "bases": 0, "function": None, "base_storage": None, "delta_storage": None, "bias": False,
+    "shared_v": False, "distinct_u": 0, "bases": 0, "function": None, "base_storage": None, "delta_storage": None,
+    "bias": False,
 }  # fmt: skip
 """A projection's fields in config.json, and what an absent one means."""
 

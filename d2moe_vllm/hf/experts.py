@@ -93,7 +93,8 @@ class D2Experts(nn.Module):
     layer: its entry of `quantization_config`, per role ("gate", "up", "down") and with `trimmed`. dtype: the
     checkpoint's.
     projections: role -> submodule name (Mixtral: w1, w3, w2); state-dict names are `{expert}.{name}.{kind}`.
-    activation: a name of `ops.reference.ACTIVATIONS` or a callable. swiglu: of `quantization_config`. scope: "batch", "token" or "off".
+    activation: a name of `ops.reference.ACTIVATIONS` or a callable. swiglu: of `quantization_config`. scope: "batch",
+    "token" or "off".
 
     Attributes that may be changed between calls: scope; padding_mask, bool [T] or None; static_shapes, as in
     fused_experts, at the price of a copy of all deltas in every call; in_place: gate's and up's weights are joined in

@@ -55,7 +55,7 @@ def _row_by_row(act: Activation, x: Tensor) -> Tensor:
 
 
 def gated(act: Activation, swiglu: Sequence[float] = ()) -> Gated:
-    """act(gate) * up; or, with limit, alpha and beta, the clamped SwiGLU of LayerSpec.swiglu, whose sigmoid is act's."""
+    """act(gate) * up; or, with limit, alpha and beta, the clamped SwiGLU of LayerSpec.swiglu, act being silu."""
     if not swiglu:
         return lambda gate, up: act(gate) * up
     limit, alpha, beta = swiglu

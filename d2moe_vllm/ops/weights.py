@@ -100,8 +100,8 @@ class LayerSpec(NamedTuple):
     static_shapes: visit every expert with all rows instead of its own rows: more work, but no shape and no control flow
     depends on data (CUDA graphs, tracing).
     widths, skipped: how many channels each expert keeps here, and how many before them elsewhere; () where all keep I.
-    without: which experts have no deltas, there. swiglu: limit, alpha and beta of a clamped SwiGLU (config.Swiglu), which
-    stands in place of activation(gate) * up; () without one.
+    without: which experts have no deltas, there. swiglu: limit, alpha and beta of a clamped SwiGLU (config.Swiglu),
+    which stands in place of activation(gate) * up; () without one.
     """
 
     num_experts: int

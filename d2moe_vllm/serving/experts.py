@@ -23,6 +23,7 @@ from d2moe_vllm.compat import (
     padding_mask,
     routing_that_cpus_lack,
     set_weight_attrs,
+    swiglu_of,
     tokens_from_other_ranks,
 )
 from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, Scope
@@ -90,7 +91,7 @@ class D2MoEMethod(FusedMoEMethodBase):
             logger.info_once("d2moe: no dynamic column selection on down projections under expert parallelism")
         self.spec = self.loader.spec(
             self.scope,
-            activation=self.moe.activation.value,
+            activation="silu" if self.config.swiglu else self.moe.activation.value,
             prune_down=not distributed,
             # Scope "token" promises that a request's output never depends on its neighbours: to the last bit.
             batch_invariant=self.scope == "token" or batch_invariant(),
@@ -176,10 +177,19 @@ def _refuse_unsupported(
             f"layer {layer}: experts, hidden and intermediate size are {model_sizes} in the model and {sizes} in "
             "quantization_config; restore the original config.json"
         )
-    if moe.has_bias:
-        raise ValueError("d2moe does not support experts with biases")
+    if any(config.layers[layer][role].bias != moe.has_bias for role in ROLES):
+        raise CheckpointError(
+            f"layer {layer}: experts have {'' if moe.has_bias else 'no '}biases in the model, and "
+            f"{'not all of them' if moe.has_bias else 'some'} in quantization_config; restore the original config.json"
+        )
+    swiglu = () if config.swiglu is None else tuple(config.swiglu.model_dump().values())
+    if swiglu != (found := swiglu_of(moe)):
+        raise CheckpointError(
+            f"limit, alpha and beta of the experts' clamped SwiGLU are {found or 'none'} in the model and "
+            f"{swiglu or 'none'} in quantization_config; restore the original config.json"
+        )
     clamped = any(getattr(moe, name, None) is not None for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"))
-    if moe.activation.value not in ACTIVATIONS or clamped:
+    if not swiglu and (moe.activation.value not in ACTIVATIONS or clamped):
         raise ValueError(
             f"d2moe does not support the experts' activation {moe.activation.value!r}{' with clamping' * clamped}; "
             f"supported: {', '.join(ACTIVATIONS)}"

@@ -96,6 +96,7 @@ class D2MoEConfig(QuantizationConfig):
         from d2moe_vllm import compat
         from d2moe_vllm.observability import recorder
         from d2moe_vllm.serving.experts import D2MoEMethod
+        from d2moe_vllm.serving.own_loaders import take_ours_first
 
         # The first layer to ask is the embedding, before its weights are allocated.
         self._check_once()
@@ -105,6 +106,7 @@ class D2MoEConfig(QuantizationConfig):
             number = compat.extract_layer_index(prefix)
             if number in self.config.layers:
                 recorder.start(self.metrics_folder, self.config)
+                take_ours_first(self.config.family)
                 return D2MoEMethod(layer.moe_config, self.config, number, scope, self._settle_backend(number))
             if compat.on_cpu() and compat.shares_out_experts():
                 raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from d2moe_vllm.format.kinds import ROLES, Stored
+from d2moe_vllm.ops.packing import from_bits
 from offline.io.shards import TORCH_DTYPES
 from offline.methods.bases import SENSITIVITY_PART
 from offline.methods.selection import sensitivities
@@ -34,6 +35,8 @@ class Assembly:
         """One tensor of the checkpoint. Raises KeyError for a name that is no expert tensor, InputError where its part
         is damaged."""
         layer, one = self._origins[name]
+        if one.kind.name == "bias":
+            return self._bias(layer, one).to(TORCH_DTYPES[one.spec.dtype]).contiguous()
         place = self.plan.layers.place(self.plan, layer, one)
         if place is None:
             found = self.plan.model.weight(layer, one.expert, one.role)
@@ -41,6 +44,16 @@ class Assembly:
             part, key = place
             found = self.work.load_part(layer, part, key)[key]
         return found.to(TORCH_DTYPES[one.spec.dtype]).contiguous()
+
+    def _bias(self, layer: int, one: Stored) -> Tensor:
+        """As it is in the source, of the channels that the expert keeps."""
+        found = self.plan.model.bias(layer, one.expert, one.role)
+        if found is None:
+            raise ValueError(f"layer {layer}: the source's experts have no biases")
+        if self.config.layers[layer].channels is None or one.role == "down":
+            return found
+        kept = self.tensor(self.config.tensor_name(layer, one.expert, "down", "channels"))
+        return found[from_bits(kept, self.config.intermediate_size)]
 
     def reports(self) -> dict[str, Any]:
         """What d2moe_stats.json tells, per layer."""

@@ -77,7 +77,7 @@ def export(folder: Path, out: Path, steps: Callable[[float], Steps]) -> dict[str
 
         def produce(name: str) -> Tensor:
             progress.advance(specs[name].nbytes)
-            return experts[name].assemble(rounded, dtype) if name in experts else reader.tensor(name)
+            return experts[name].assemble(rounded, rebuilt.bias, dtype) if name in experts else reader.tensor(name)
 
         progress.label("writing the checkpoint")
 

@@ -41,6 +41,14 @@ class Reconstruction:
             weight.masked_fill_(~(kept if role == "down" else kept[:, None]), 0)
         return weight
 
+    def bias(self, layer: int, expert: int, role: Role) -> Tensor | None:
+        """[out], zero at channels that the expert does not keep; None where experts have none."""
+        if not self._config.layers[layer][role].bias:
+            return None
+        stored = self.numbers(layer, expert, role, "bias")
+        kept = self._channels(layer, expert) if role != "down" else None
+        return stored if kept is None else torch.zeros(len(kept), dtype=self._dtype).masked_scatter_(kept, stored)
+
     def base(self, layer: int, role: Role) -> Tensor | None:
         """The shared base [out, in], zero at columns and channels that are pruned; None where there is none. Not to be
         changed."""

@@ -186,11 +186,22 @@ def write_fewer(
     def weight(layer: int, expert: int, role: Role) -> Tensor:
         return _average(made[layer][expert], lambda old: model.weight(layer, old, role))
 
+    def bias(layer: int, expert: int, role: Role) -> Tensor | None:
+        if not model.shape.biased:
+            return None
+        return _average(made[layer][expert], lambda old: _there(model.bias(layer, old, role)))
+
     def router(layer: int, rows: Tensor) -> Tensor:
         return torch.stack([_average(shares, rows.__getitem__) for shares in made[layer]])
 
     record = {"baseline": name, "layers": {layer: [sorted(one) for one in found] for layer, found in made.items()}}
-    Rewrite(model, experts, weight, router).write(out, record)
+    Rewrite(model, experts, weight, router, bias).write(out, record)
+
+
+def _there(bias: Tensor | None) -> Tensor:
+    if bias is None:
+        raise ValueError("experts of a model that has biases have them all")
+    return bias
 
 
 def _shares(usage: Usage, members: Sequence[int]) -> dict[int, float]:

@@ -38,7 +38,8 @@ ROUTERS = (
 @dataclass(frozen=True)
 class Rewrite:
     """What is to be written. experts: in every layer; weight: (layer, expert, role) -> [out, in]; router: (layer, a
-    tensor with a row per expert of the source) -> that with a row per expert; None where all experts stay.
+    tensor with a row per expert of the source) -> that with a row per expert; None where all experts stay. bias: as
+    weight, -> [out] or, where experts have none, None; None where those of the source stay.
 
     Raises InputError where a layer has no router of the right size.
     """
@@ -47,6 +48,7 @@ class Rewrite:
     experts: int
     weight: Callable[[int, int, Role], Tensor]
     router: Callable[[int, Tensor], Tensor] | None = None
+    bias: Callable[[int, int, Role], Tensor | None] | None = None
 
     def write(self, out: Path, record: Mapping[str, Any]) -> None:
         """Writes the new folder `out`, with `record` beside the weights. Raises InputError where `out` exists or the
@@ -80,7 +82,9 @@ class Rewrite:
             return self.router(layer, tensor.T).T.contiguous() if _is_row(tensor) else self.router(layer, tensor)
         if name not in self._parts:
             return self.model.other_tensor(name)
-        return self._parts[name].assemble(self.weight, TORCH_DTYPES[DTYPES[self.model.dtype]])
+        return self._parts[name].assemble(
+            self.weight, self.bias or self.model.bias, TORCH_DTYPES[DTYPES[self.model.dtype]]
+        )
 
 
 def _expert_tensors(model: DenseModel, experts: int) -> Iterator[tuple[str, ExpertTensor]]:

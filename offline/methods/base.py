@@ -105,6 +105,7 @@ class Method:
             distinct_u=delta.distinct_u,
             base_storage=None if option == "none" else storage,
             delta_storage=storage if rank else None,
+            bias=shape.biased,
         )
 
     def whole(self, recipe: Settings, shape: MoEShape, role: Role) -> bool:

@@ -77,7 +77,7 @@ def _add_expert(job: LayerJob, expert: int, merges: Mapping[Role, Merge], sensit
             weights,
             job.routing,
             expert,
-            job.activation,
+            job.gated,
             fisher=bool(merges) and needs.needs_fisher,
             gate_weighted=recipe.delta.gate_weighted,
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.ops.reference import Gated
 from offline.algebra.factorization import shrink_gram
 from offline.errors import InputError
 from offline.methods.options import Option
@@ -17,7 +18,7 @@ from offline.methods.settings import Settings
 from offline.methods.storing import Storing
 from offline.source.dense import DenseModel
 from offline.source.sites import SELECTIONS, Site
-from offline.work.statistics import Activation, Routing, Weights, mean_gram
+from offline.work.statistics import Routing, Weights, mean_gram
 from offline.work.workdir import WorkDir
 
 
@@ -99,7 +100,7 @@ class LayerJob:
     tokens: Tensor
     trimmed: tuple[int, ...]
     energy: Mapping[Site, Tensor]
-    activation: Activation
+    gated: Gated
     options: Mapping[Site, tuple[Option, ...]]
     _bases: dict[tuple[Option, Role], Mapping[str, Tensor]] = field(default_factory=dict)
 
@@ -123,14 +124,15 @@ class LayerJob:
 
     def weights(self, expert: int) -> Weights:
         model, device = self.plan.model, self.routing.device
-        return {role: model.weight(self.number, expert, role).to(device) for role in ROLES}
+        matrices = {role: model.weight(self.number, expert, role).to(device) for role in ROLES}
+        return Weights(matrices, model.experts.biases(self.number, device)(expert))
 
     def gram(self, expert: int, weights: Weights, site: Site) -> Tensor:
         """G of what one expert reads at a site, float32 [n, n]. Raises InputError where it overflows."""
         if self.work.has_part(self.number, part := _gram_part(expert, site)):
             return self.work.load_part(self.number, part)["gram"].to(self.routing.device)
         weighted = self.plan.recipe.delta.gate_weighted
-        gram = mean_gram(weights, self.routing, expert, site, self.activation, gate_weighted=weighted)
+        gram = mean_gram(weights, self.routing, expert, site, self.gated, gate_weighted=weighted)
         return self.finite(gram)
 
     def keep_gram(self, expert: int, site: Site, gram: Tensor) -> None:

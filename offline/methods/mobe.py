@@ -244,7 +244,7 @@ class _Method(Method):
     def projection(self, recipe: Settings, shape: MoEShape, role: Role, option: Option, rank: int) -> Projection:
         storage = storage_of(int(recipe.bits), recipe.group_size)
         if role not in ROLES:
-            return Projection(delta="dense", delta_storage=storage)
+            return Projection(delta="dense", delta_storage=storage, bias=shape.biased)
         settings = recipe.own(MoBE)
         return Projection(
             rank=rank,
@@ -252,6 +252,7 @@ class _Method(Method):
             delta_storage=storage,
             bases=int(settings.bases),
             function=settings.function,
+            bias=shape.biased,
         )
 
     def phases(self, plan: Plan) -> dict[str, int]:

@@ -99,7 +99,7 @@ def sensitivity(job: LayerJob) -> float:
     total, routed = 0.0, max(int(job.tokens.sum()), 1)
     for expert in job.own:
         weights = job.weights(expert)
-        shares = outlier_shares(weights, job.routing, expert, job.activation, settings.outlier_threshold)
+        shares = outlier_shares(weights, job.routing, expert, job.gated, settings.outlier_threshold)
         for role in ROLES:
             rank = principal_rank(weights[role], settings.rank_threshold)
             total += int(job.tokens[expert]) / routed * rank * shares[SITES[role]]

@@ -140,7 +140,7 @@ class _Writer:
         grams: Mapping[Site, Tensor] = {}
         if MERGES[recipe.base.merge].needs_fisher:
             told = gradients(
-                weights, job.routing, expert, job.activation, fisher=HALVES[half],
+                weights, job.routing, expert, job.gated, fisher=HALVES[half],
                 gate_weighted=recipe.delta.gate_weighted, sites=sites,
             )  # fmt: skip
             fisher, grams = told.fisher, told.grams
@@ -238,7 +238,8 @@ class _Writer:
             found = job.work.load_part(job.number, _outputs_part(expert))
             moment, cross = (found[name].to(job.routing.device) for name in ("moment", "cross"))
             return Outputs(moment, cross, float(found["energy"]))
-        stored: dict[Role, Tensor] = {}
+        biases = {role: bias[kept] for role, bias in weights.biases.items() if role != "down"}
+        stored = Weights({}, biases)
         for role in HALVES["w13"]:
             base, hidden = self._base("w13", role), job.plan.model.shape.hidden_size
             own = None if base is None else base[kept[self.union]]
@@ -248,7 +249,7 @@ class _Writer:
             assert own is not None, "a half has a base or deltas"
             stored[role] = own
         weighted = job.plan.recipe.delta.gate_weighted
-        seen = outputs(weights, stored, job.routing, expert, job.activation, gate_weighted=weighted)
+        seen = outputs(weights, stored, job.routing, expert, job.gated, gate_weighted=weighted)
         job.finite(seen.moment)
         job.finite(seen.cross)
         return seen

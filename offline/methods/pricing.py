@@ -89,7 +89,7 @@ def _look_at(job: LayerJob, expert: int, merges: Mapping[Role, Merge], pooled: M
     recipe, weights, tokens = job.plan.recipe, job.weights(expert), int(job.tokens[expert])
     total = max(int(job.tokens.sum()), 1)
     found = gradients(
-        weights, job.routing, expert, job.activation, fisher=bool(merges) and MERGES[recipe.base.merge].needs_fisher,
+        weights, job.routing, expert, job.gated, fisher=bool(merges) and MERGES[recipe.base.merge].needs_fisher,
         gate_weighted=recipe.delta.gate_weighted, sites=list(SELECTIONS),
     )  # fmt: skip
     for role, merge in merges.items():

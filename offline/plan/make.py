@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source
+from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source, swiglu_of
 from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.format.words import describe
 from offline.errors import InputError, UnreachableError
@@ -117,6 +117,7 @@ def _problem(model: DenseModel, recipe: Recipe, shard_bytes: int) -> Problem:
         intermediate_size=shape.intermediate_size,
         dtype=model.dtype,
         pruning=Pruning(scope=recipe.scope, groups=recipe.base.groups),
+        swiglu=swiglu_of(model.family.swiglu),
         layers={},
         source=Source(
             name=model.name, revision=model.revision, parameters=model.reader.parameters, bytes=model.reader.nbytes

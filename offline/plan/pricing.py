@@ -118,6 +118,7 @@ def layer_of(problem: Problem, one: Settled) -> Layer:
             delta="dense" if way.delta else "factors",
             base_storage=storage_of(way.base, group_size),
             delta_storage=storage_of(way.delta, group_size),
+            bias=problem.shape.biased,
         )
         for half, way in one.ways.items()
         for role in HALVES[half]

@@ -87,7 +87,8 @@ def dense_experts(plan: Plan, model: LayerwiseModel, layer: int, recorder: Recor
     """A layer's experts: held in memory where there is room, else read when they are needed."""
     stored = plan.model.experts
     take = stored.held if plan.resources.hold_layer else stored.fetched
-    return DenseExperts(plan.model.shape, take(layer, model.device), model.activation, recorder)
+    biases = stored.biases(layer, model.device)
+    return DenseExperts(plan.model.shape, take(layer, model.device), model.gated, recorder, biases)
 
 
 class LayerProgress:
@@ -188,8 +189,8 @@ class Calibration(Visitor):
         facts = self.work.load_part(layer, FACTS_PART)
         energy: dict[Site, Tensor] = {"input": facts["energy.input"], "middle": facts["energy.middle"]}
         trimmed = self.trimmed(layer, facts)
-        kinds, activation = self.options(layer), model.activation
-        return LayerJob(layer, self.plan, self.work, routing, facts["tokens"], trimmed, energy, activation, kinds)
+        kinds, gated = self.options(layer), model.gated
+        return LayerJob(layer, self.plan, self.work, routing, facts["tokens"], trimmed, energy, gated, kinds)
 
     def trimmed(self, layer: int, facts: Mapping[str, Tensor]) -> tuple[int, ...]:
         """The experts that get no delta."""

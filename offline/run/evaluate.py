@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from d2moe_vllm.format.config import CheckpointConfig, Layer, Scope
 from d2moe_vllm.format.files import check_checkpoint
+from d2moe_vllm.ops.reference import Gated
 from offline.checkpoint.experts import compressed_experts
 from offline.errors import InputError
 from offline.io.progress import Steps
@@ -220,7 +221,7 @@ def open_evaluated(source: str, scope: Scope | None = None, trim: Mapping[int, S
     def experts(layer: int, hold: bool = True) -> nn.Module | None:
         if layer in config.layers:
             return compressed_experts(config, layer, reader.finite, layerwise.activation, scope)
-        return _dense_experts(kept, layer, layerwise.activation, hold) if kept and layer in left else None
+        return _dense_experts(kept, layer, layerwise.gated, hold) if kept and layer in left else None
 
     beside = {name: spec for name, spec in reader.specs.items() if not (name in ours or (kept and name in kept.names))}
     stored = max(sum(one.spec.numel for one in config.stored(layer).values()) for layer in config.layers)
@@ -233,18 +234,16 @@ def _open_dense(source: str) -> Opened:
     layerwise = LayerwiseModel(model.reader, model.family, read_hf_config(model.folder))
 
     def experts(layer: int, hold: bool = True) -> nn.Module | None:
-        return _dense_experts(model.experts, layer, layerwise.activation, hold) if layer in model.shape.layers else None
+        return _dense_experts(model.experts, layer, layerwise.gated, hold) if layer in model.shape.layers else None
 
     others, dense = model.other_tensors, model.experts.dtype
     sizes = Evaluated(model.family, model.settings, model.shape, others, 0, dense, 0)
     return Opened(model.folder, layerwise, experts, None, sizes, model.remarks)
 
 
-def _dense_experts(
-    stored: StoredExperts, layer: int, activation: Callable[[Tensor], Tensor], hold: bool
-) -> DenseExperts:
-    read = stored.held if hold else stored.fetched
-    return DenseExperts(stored.shape, read(layer, torch.device("cpu")), activation)
+def _dense_experts(stored: StoredExperts, layer: int, gated: Gated, hold: bool) -> DenseExperts:
+    read, device = stored.held if hold else stored.fetched, torch.device("cpu")
+    return DenseExperts(stored.shape, read(layer, device), gated, biases=stored.biases(layer, device))
 
 
 def _trimmed(config: CheckpointConfig, trim: Mapping[int, Sequence[int]]) -> CheckpointConfig:

@@ -30,8 +30,8 @@ class Usage:
 class CountedExperts(DenseExperts):
     """The dense experts of one layer, which also count what each of them does."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
         self.usage = Usage(*torch.zeros(2, self._shape.num_experts, dtype=torch.float64))
 
     def gave(self, expert: int, output: Tensor) -> None:
@@ -50,7 +50,8 @@ class Counting(Visitor):
 
     def experts(self, layer: int) -> CountedExperts:
         held = self.source.experts.held(layer, self.model.device)
-        experts = CountedExperts(self.source.shape, held, self.model.activation)
+        biases = self.source.experts.biases(layer, self.model.device)
+        experts = CountedExperts(self.source.shape, held, self.model.gated, biases=biases)
         self.found[layer] = experts.usage
         return experts
 

@@ -72,6 +72,26 @@ def latent_attention(config: Config) -> str | None:
     return f"mscale {scale!r} with mscale_all_dim {all_dims!r}"
 
 
+def plain_yarn(config: Config) -> str | None:
+    """vLLM's gpt-oss takes these of YaRN's settings, all of them but truncate, and no others."""
+    settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    taken = ("rope_type", "type", "rope_theta", "factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
+    if other := sorted(set(settings) - {*taken, "truncate"}):
+        return f"{other[0]} of yarn rotary embeddings"
+    if missing := [key for key in taken[3:] if settings.get(key) is None]:
+        return f"yarn rotary embeddings without {missing[0]}"
+    return None
+
+
+def every_other_window(config: Config) -> str | None:
+    """vLLM's gpt-oss looks back on a window in every other layer from the first on, transformers where it is said."""
+    kinds, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if kinds is None:
+        return None
+    usual = [("sliding_attention", "full_attention")[number % 2] for number in range(layers or 0)]
+    return None if kinds == usual else "layer_types other than sliding_attention and full_attention in turns"
+
+
 def _nulls(settings: Config) -> list[str]:
     return [key for key, value in settings.items() if value is None]
 

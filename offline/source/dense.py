@@ -90,6 +90,10 @@ class DenseModel:
         """One expert weight [out, in], in `dtype`. Raises CheckpointError where it is not finite."""
         return self.experts.weight(layer, expert, role)
 
+    def bias(self, layer: int, expert: int, role: Role) -> Tensor | None:
+        """One expert's bias [out], in `dtype`; None where experts have none. Raises CheckpointError likewise."""
+        return self.experts.bias(layer, expert, role)
+
     @cached_property
     def _others(self) -> Mapping[str, str]:
         """Name as it will be written -> stored name, of all that is not an expert weight and has a place."""
@@ -155,7 +159,7 @@ class DenseModel:
         as_released = stored.layout == released and stored.transposed == released.transposed
         if name in stored.names and as_released:
             return self.reader.tensor(name)
-        return self._released[name].assemble(self.weight, TORCH_DTYPES[DTYPES[self.dtype]])
+        return self._released[name].assemble(self.weight, self.bias, TORCH_DTYPES[DTYPES[self.dtype]])
 
     @cached_property
     def _released(self) -> Mapping[str, ExpertTensor]:

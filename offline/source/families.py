@@ -15,7 +15,6 @@ from offline.source.rows import ROWS
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in ROWS})
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        "gpt_oss": "its experts have biases, which the compressed form has no place for; serve it as it is",
         "granitemoehybrid": "vLLM's loader of this family knows no other tensors of experts than its own; serve it as "
         "it is",
         "cohere2_moe": "vLLM's windows of attention are one token longer than those of transformers, which calibrates; "
@@ -27,13 +26,14 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class MoEShape:
-    """Sizes of a model's MoE layers; `layers` are the decoder layers that have experts."""
+    """Sizes of a model's MoE layers; `layers` are the decoder layers that have experts, biased: with biases."""
 
     num_experts: int
     experts_per_token: int
     hidden_size: int
     intermediate_size: int
     layers: tuple[int, ...]
+    biased: bool = False
 
     def projection(self, role: Role) -> tuple[int, int]:
         """(out, in) features."""
@@ -43,7 +43,7 @@ class MoEShape:
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters of one expert: gate, up and down."""
+        """Parameters of one expert's gate, up and down, but for biases."""
         return 3 * self.hidden_size * self.intermediate_size
 
 
@@ -108,6 +108,7 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
         hidden_size=number("hidden_size"),
         intermediate_size=number(family.intermediate_size_key),
         layers=moe_layers(family, config, number("num_hidden_layers")),
+        biased=family.biased,
     )
 
 

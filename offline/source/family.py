@@ -18,13 +18,16 @@ class Layout:
 
     A name with {expert} is one expert's matrix [out, in]; one without is all experts' stack [experts, out, in], or
     [experts, in, out] where it is `transposed` (read, it may be either: the shape tells). Where gate and up have one
-    name they lie in one matrix, gate's outputs first.
+    name they lie in one matrix, gate's outputs first, or, `interleaved`, each of gate's before up's of its number.
+    bias: what a name is followed by in that of its biases, [out] or [experts, out]; "": there are none.
     """
 
     gate: str
     up: str
     down: str
     transposed: bool = False
+    interleaved: bool = False
+    bias: str = ""
 
     @property
     def stacked(self) -> bool:
@@ -38,6 +41,14 @@ class Layout:
         """The tensor that holds one expert's matrix."""
         template: str = getattr(self, role)
         return template.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+    def outputs(self, role: Role, size: int) -> slice:
+        """Which outputs of the tensor that holds a projection are its own, of which there are so many."""
+        if not self.fused or role == "down":
+            return slice(0, size)
+        if self.interleaved:
+            return slice(int(role == "up"), 2 * size, 2)
+        return slice(0, size) if role == "gate" else slice(size, 2 * size)
 
 
 OUTSIDE = ("model_type", "architectures", "tie_word_embeddings")
@@ -77,6 +88,7 @@ class Family:
     renames: substrings of disk names -> transformers' module names.
     released: how experts lie in released checkpoints where that is not one tensor per expert.
     stock: transformers' model_type where it has none of this name.
+    swiglu: limit, alpha and beta of the experts' clamped SwiGLU (format.config.Swiglu); () for another activation.
     attention: what vLLM's KV cache holds of a token; None where that is not known here. state: what it holds of a
         request in the layers that do not attend; None where all do. window_keys: config.json's keys that are all set
         where layers look back on a window of tokens, its size first; (): they never do.
@@ -100,6 +112,7 @@ class Family:
     renames: Mapping[str, str] = field(default_factory=dict)
     released: Layout | None = None
     stock: str | None = None
+    swiglu: tuple[float, ...] = ()
     attention: Attention | None = None
     state: State | None = None
     window_keys: tuple[str, ...] = ()
@@ -154,6 +167,11 @@ class Family:
         return bool(holder) and name.startswith(f"{holder}.") and not name.startswith(f"{self.decoder}.")
 
     @property
+    def biased(self) -> bool:
+        """Whether experts have biases."""
+        return self.released is not None and bool(self.released.bias)
+
+    @property
     def experts_path(self) -> str:
         """`experts_module` of one layer within transformers' model, with {layer}."""
         return f"{self.layers_prefix}{{layer}}.{self.experts_module}"
@@ -162,6 +180,9 @@ class Family:
     def layouts(self) -> tuple[Layout, ...]:
         """How experts may lie on disk, the released form first; transformers 5 can write its modules' own stack."""
         gate, up, down = (f"{self.experts}.{{expert}}.{self.projections[role]}.weight" for role in ROLES)
+        if self.biased and self.released:
+            # A projection without its bias is none: no other form is known of them.
+            return (self.released,)
         gate_up = f"{self.experts_path}.gate_up_proj"
         known = (Layout(gate, up, down), Layout(gate_up, gate_up, f"{self.experts_path}.down_proj"))
         return (self.released, *known) if self.released else known

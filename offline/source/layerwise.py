@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from d2moe_vllm.families import stock_config_class, stock_model_class
+from d2moe_vllm.ops.reference import gated
 from offline.errors import InputError
 from offline.io.shards import Reader
 from offline.source.families import find_family
@@ -78,7 +79,9 @@ def blueprint(hf_config: Any) -> Any:
         one.output_router_logits = False
     try:
         with torch.device("meta"):
-            model = stock_model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            built = stock_model_class(config)
+            attention = "sdpa" if built._supports_sdpa else "eager"
+            model = built._from_config(config, dtype=torch.float32, attn_implementation=attention)
     except Exception as error:  # sizes that do not go together
         raise InputError(f"config.json: transformers cannot build this model: {' '.join(str(error).split())}") from None
     return model.eval().requires_grad_(False)
@@ -165,7 +168,8 @@ def _tied_to(model: Any, name: str) -> str:
 class LayerwiseModel:
     """Runs a causal language model of `reader`'s checkpoint in float32 on `device`, layer by layer.
 
-    Embeddings and head are read when they are first needed and dropped by `prepare`. activation: of the experts.
+    Embeddings and head are read when they are first needed and dropped by `prepare`. activation: of the experts' gate;
+    gated: of what gate and up give.
     Raises InputError where transformers has no such model or a tensor is missing.
     """
 
@@ -179,6 +183,7 @@ class LayerwiseModel:
         # Families without such a setting have SiLU in their code.
         activation = getattr(settings, "hidden_act", None) or getattr(settings, "hidden_activation", None)
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[activation or "silu"]
+        self.gated = gated(self.activation, family.swiglu)
         self._blueprints = list(blueprint(hf_config).get_submodule(family.decoder).layers)
         self._recorders = nn.ModuleList(_Recorder() for _ in self._blueprints)
         self._injector = _Injector()

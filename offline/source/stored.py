@@ -74,7 +74,7 @@ class SourceReader(Reader):
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """Where a checkpoint's dense expert weights lie, and how to read one.
+    """Where a checkpoint's dense expert weights lie, and biases with them, and how to read one.
 
     transposed: stacks are [experts, in, out], whatever the layout says of them. dtype: safetensors' name of what they
     are read as. names: the tensors that hold them.
@@ -89,16 +89,31 @@ class StoredExperts:
 
     def weight(self, layer: int, expert: int, role: Role) -> Tensor:
         """[out, in], contiguous. Raises CheckpointError where it holds a NaN or infinity."""
-        rows = slice(None)
-        if self.layout.fused and role != "down":
-            size = self.shape.intermediate_size
-            rows = slice(0, size) if role == "gate" else slice(size, 2 * size)
-        name = self.layout.name(layer, expert, role)
+        rows, name = self._outputs(role), self.layout.name(layer, expert, role)
         if not self.layout.stacked:
             return self.reader.part(name, (rows,))
         if self.transposed:
             return self.reader.part(name, (expert, slice(None), rows)).T.contiguous()
-        return self.reader.part(name, (expert, rows))
+        return self.reader.part(name, (expert, rows)).contiguous()
+
+    def bias(self, layer: int, expert: int, role: Role) -> Tensor | None:
+        """[out]; None where experts have none. Raises CheckpointError where it holds a NaN or infinity."""
+        if not self.layout.bias:
+            return None
+        name, rows = self.layout.name(layer, expert, role) + self.layout.bias, self._outputs(role)
+        return self.reader.part(name, (expert, rows) if self.layout.stacked else (rows,)).contiguous()
+
+    def biases(self, layer: int, device: torch.device) -> Callable[[int], dict[Role, Tensor]]:
+        """Of an expert of one layer, those that it has."""
+
+        def of(expert: int) -> dict[Role, Tensor]:
+            found = ((role, self.bias(layer, expert, role)) for role in ROLES)
+            return {role: bias.to(device) for role, bias in found if bias is not None}
+
+        return of
+
+    def _outputs(self, role: Role) -> slice:
+        return self.layout.outputs(role, self.shape.projection(role)[0])
 
     def held(self, layer: int, device: torch.device) -> Callable[[int, Role], Tensor]:
         """`weight` of one layer from memory: all of it is read now."""
@@ -113,30 +128,43 @@ class StoredExperts:
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """A tensor of a layout: the matrices of these experts, which lie in a stack, or of one, which does not; the output
-    rows of the first role first. shape: [experts,] rows, in; transposed: [experts,] in, rows."""
+    """A tensor of a layout: the matrices of these experts, which lie in a stack, or of one, which does not, or their
+    biases. shape: [experts,] rows, in; transposed: [experts,] in, rows; of biases [experts,] rows."""
 
     layer: int
     experts: range
     roles: tuple[Role, ...]
     shape: tuple[int, ...]
-    transposed: bool
+    layout: Layout
+    bias: bool = False
 
-    def assemble(self, weight: Callable[[int, int, Role], Tensor], dtype: torch.dtype) -> Tensor:
-        """Of (layer, expert, role) -> [out, in], rounded to `dtype`; one matrix in memory beside the result."""
-        tensor, row = torch.empty(self.shape, dtype=dtype), 0
-        rows_first = tensor.mT if self.transposed else tensor
+    @property
+    def turned(self) -> tuple[int, ...]:
+        """Its shape where matrices lie the other way round."""
+        return self.shape if self.bias else (*self.shape[:-2], *self.shape[:-3:-1])
+
+    def assemble(
+        self,
+        weight: Callable[[int, int, Role], Tensor],
+        bias: Callable[[int, int, Role], Tensor | None],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Of (layer, expert, role) -> [out, in], or [out], rounded to `dtype`; one in memory beside the result."""
+        tensor = torch.empty(self.shape, dtype=dtype)
+        rows_first = tensor.mT if self.layout.transposed and not self.bias else tensor
         # Role by role: what the experts share is then read once.
         for role in self.roles:
             for expert in self.experts:
-                matrix = weight(self.layer, expert, role)
-                (rows_first[expert] if len(self.shape) == 3 else rows_first)[row : row + len(matrix)] = matrix
-            row += len(matrix)
+                found = (bias if self.bias else weight)(self.layer, expert, role)
+                if found is None:
+                    raise ValueError(f"layer {self.layer}, expert {expert}, {role}: no bias for a layout that has them")
+                own = rows_first[expert] if self.layout.stacked else rows_first
+                own[self.layout.outputs(role, len(found))] = found
         return tensor
 
 
 def expert_tensors(shape: MoEShape, layout: Layout, layers: Iterable[int]) -> Iterator[tuple[str, ExpertTensor]]:
-    """Every tensor that holds expert weights in this layout, by its name."""
+    """Every tensor that holds expert weights in this layout, or biases, by its name."""
     every = range(shape.num_experts)
     for layer in layers:
         for experts in (every,) if layout.stacked else (range(expert, expert + 1) for expert in every):
@@ -145,10 +173,13 @@ def expert_tensors(shape: MoEShape, layout: Layout, layers: Iterable[int]) -> It
                 name = layout.name(layer, experts[0], role)
                 held[name] = (*held.get(name, ()), role)
             for name, roles in held.items():
-                matrix = (sum(shape.projection(role)[0] for role in roles), shape.projection(roles[0])[1])
+                rows = sum(shape.projection(role)[0] for role in roles)
+                matrix = (rows, shape.projection(roles[0])[1])
                 matrix = matrix[::-1] if layout.transposed else matrix
-                size = (len(experts), *matrix) if layout.stacked else matrix
-                yield name, ExpertTensor(layer, experts, roles, size, layout.transposed)
+                lead = (len(experts),) if layout.stacked else ()
+                yield name, ExpertTensor(layer, experts, roles, (*lead, *matrix), layout)
+                if layout.bias:
+                    yield name + layout.bias, ExpertTensor(layer, experts, roles, (*lead, rows), layout, bias=True)
 
 
 def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: Iterable[int]) -> StoredExperts:
@@ -159,19 +190,20 @@ def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: 
     """
     layers, specs = tuple(layers), reader.specs
     layout = next((one for one in family.layouts if one.name(layers[0], 0, "gate") in specs), family.layouts[0])
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, ExpertTensor] = {}
     for name, tensor in expert_tensors(shape, layout, layers):
         if name not in specs:  # at once: absurd sizes in config.json must not fill the memory
             raise InputError(f"the source has no tensor {name}; {remedy(reader, name)}")
-        expected[name] = tensor.shape
+        expected[name] = tensor
     _refuse_strangers(family, reader, expected, layers)
     shapes = {name: specs[name].shape for name in expected}
-    flipped = False
-    if layout.stacked and shapes != expected:
-        flipped = shapes == {name: (count, last, second) for name, (count, second, last) in expected.items()}
-    for name, size in expected.items():
-        if shapes[name] != size and not flipped:
-            raise InputError(f"{name} is {list(shapes[name])}, config.json says {list(size)}; wrong config.json?")
+    strange = [name for name, tensor in expected.items() if shapes[name] != tensor.shape]
+    flipped = layout.stacked and bool(strange) and all(shapes[name] == one.turned for name, one in expected.items())
+    if strange and not flipped:
+        name = strange[0]
+        raise InputError(
+            f"{name} is {list(shapes[name])}, config.json says {list(expected[name].shape)}; wrong config.json?"
+        )
     dtypes: dict[str, str] = {}
     for name in expected:
         dtypes.setdefault(specs[name].dtype, name)

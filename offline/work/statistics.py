@@ -17,16 +17,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import HALVES, ROLES, Role
+from d2moe_vllm.ops.reference import Gated
 from offline.algebra.moments import Moment
 from offline.algebra.products import Products, multiplying
 from offline.source.families import MoEShape
 from offline.source.sites import SELECTIONS, Site
 from offline.work.activations import Rows
 
-Weights = Mapping[Role, Tensor]
-"""One expert's projections, [out, in] each, in their stored dtype."""
-Activation = Callable[[Tensor], Tensor]
+
+class Weights(dict[Role, Tensor]):
+    """One expert's projections, [out, in] each, in their stored dtype; biases: [out], of those that have one."""
+
+    def __init__(self, matrices: Mapping[Role, Tensor], biases: Mapping[Role, Tensor] | None = None) -> None:
+        super().__init__(matrices)
+        self.biases: Mapping[Role, Tensor] = biases or {}
+
+    def gives(self, role: Role, rows: Tensor) -> Tensor:
+        """What a projection gives for rows [n, in], in float32."""
+        bias = self.biases.get(role)
+        return linear(rows, self[role].float(), None if bias is None else bias.float())
+
+
+def _no_biases(expert: int) -> dict[Role, Tensor]:
+    return {}
 
 
 class Recorder:
@@ -81,19 +95,21 @@ class DenseExperts(nn.Module):
     """The dense experts of one layer in float32, optionally watched by a recorder.
 
     fetch: (expert, role) -> weight [out, in] in its stored dtype, from memory or from disk; it is asked for one
-    matrix at a time, which is widened then. Fits where transformers' decoder layers of all families call their
-    experts.
+    matrix at a time, which is widened then. biases: of an expert, those that it has. Fits where transformers' decoder
+    layers of all families call their experts.
     """
 
     def __init__(
         self,
         shape: MoEShape,
         fetch: Callable[[int, Role], Tensor],
-        activation: Activation,
+        gated: Gated,
         recorder: Recorder | None = None,
+        biases: Callable[[int], Mapping[Role, Tensor]] = _no_biases,
     ) -> None:
         super().__init__()
-        self._shape, self._fetch, self._activation, self._recorder = shape, fetch, activation, recorder
+        self._shape, self._fetch, self._gated, self._recorder = shape, fetch, gated, recorder
+        self._biases = biases
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden]."""
@@ -108,8 +124,10 @@ class DenseExperts(nn.Module):
             if not len(token):
                 continue
             rows, gates = hidden_states[token], top_k_weights[token, slot, None]
-            middle = self._activation(self._project(expert, "gate", rows)) * self._project(expert, "up", rows)
-            weighted = gates * self._project(expert, "down", middle)
+            biases = self._biases(expert)
+            gate, up = (self._project(expert, role, rows, biases) for role in HALVES["w13"])
+            middle = self._gated(gate, up)
+            weighted = gates * self._project(expert, "down", middle, biases)
             self.gave(expert, weighted)
             output = output.index_add(0, token, weighted)
             if mix is not None:
@@ -122,8 +140,9 @@ class DenseExperts(nn.Module):
     def gave(self, expert: int, output: Tensor) -> None:
         """Told what each expert gives, times the gates: [rows routed to it, hidden]."""
 
-    def _project(self, expert: int, role: Role, rows: Tensor) -> Tensor:
-        return _Project.apply(rows, partial(self._fetch, expert, role))
+    def _project(self, expert: int, role: Role, rows: Tensor, biases: Mapping[Role, Tensor]) -> Tensor:
+        found = _Project.apply(rows, partial(self._fetch, expert, role))
+        return found + biases[role].float() if role in biases else found
 
 
 @dataclass(frozen=True)
@@ -182,7 +201,7 @@ def gradients(
     weights: Weights,
     routing: Routing,
     expert: int,
-    activation: Activation,
+    gated: Gated,
     *,
     fisher: bool | Collection[Role],
     gate_weighted: bool,
@@ -202,15 +221,13 @@ def gradients(
     with multiplying(routing.products):
         for token, x, gates in routing.batches(expert):
             upstream = routing.upstream.read(token).to(routing.device)
-            gate, up = linear(x, weights["gate"].float()), linear(x, weights["up"].float())
+            gate, up = weights.gives("gate", x), weights.gives("up", x)
             back = upstream @ weights["down"].float()
             with torch.enable_grad():
-                gate.requires_grad_()
-                activated = activation(gate)
-                (gate_back,) = torch.autograd.grad(activated, gate, back * up)
-            activated = activated.detach()
-            inputs: dict[Role, Tensor] = {"gate": x, "up": x, "down": activated * up}
-            outputs: dict[Role, Tensor] = {"gate": gate_back, "up": back * activated, "down": upstream}
+                middle = gated(gate.requires_grad_(), up.requires_grad_())
+                gate_back, up_back = torch.autograd.grad(middle, (gate, up), back)
+            inputs: dict[Role, Tensor] = {"gate": x, "up": x, "down": middle.detach()}
+            outputs: dict[Role, Tensor] = {"gate": gate_back, "up": up_back, "down": upstream}
             channels += (gates * back * inputs["down"]).square_().sum(dim=0, dtype=torch.float64)
             for role in ROLES:
                 squares = outputs[role].square_()
@@ -228,14 +245,14 @@ def gradients(
 
 @torch.no_grad()
 def mean_gram(
-    weights: Weights, routing: Routing, expert: int, site: Site, activation: Activation, *, gate_weighted: bool
+    weights: Weights, routing: Routing, expert: int, site: Site, gated: Gated, *, gate_weighted: bool
 ) -> Tensor:
     """G = X Xᵀ / tokens of what one expert reads at a site, float32 [n, n]; tokens weighted by their squared gate
     if so asked. Zero where no token was routed to it."""
     total, count = Moment(_size(weights, site), routing.device), 0
     with multiplying(routing.products):
         for token, x, gates in routing.batches(expert):
-            rows = x if site == "input" else _middle(weights, x, activation)
+            rows = x if site == "input" else _middle(weights, x, gated)
             total.add(rows * gates if gate_weighted else rows)
             count += len(token)
     return total.mean(count)
@@ -271,12 +288,12 @@ def outputs(
     stored: Weights,
     routing: Routing,
     expert: int,
-    activation: Activation,
+    gated: Gated,
     *,
     gate_weighted: bool,
 ) -> Outputs:
-    """One expert's outputs and what its channels have become; stored: gate and up [kept, hidden] as they will be
-    stored, float32; tokens weighted by their squared gate if so asked."""
+    """One expert's outputs, but for down's bias, and what its channels have become; stored: gate and up [kept, hidden]
+    as they will be stored, float32, with the kept channels' biases; tokens weighted by their squared gate if asked."""
     kept, hidden = len(stored["gate"]), len(weights["down"])
     moment = Moment(kept, routing.device)
     cross = torch.zeros(hidden, kept, device=routing.device)
@@ -284,8 +301,8 @@ def outputs(
     with multiplying(routing.products):
         for _, x, gates in routing.batches(expert):
             factor = gates if gate_weighted else torch.ones_like(gates)
-            gave = linear(_middle(weights, x, activation), weights["down"].float()).mul_(factor)
-            became = (activation(linear(x, stored["gate"])) * linear(x, stored["up"])).mul_(factor)
+            gave = linear(_middle(weights, x, gated), weights["down"].float()).mul_(factor)
+            became = _middle(stored, x, gated).mul_(factor)
             moment.add(became)
             cross.addmm_(gave.T, became)
             energy += float(gave.square().sum(dtype=torch.float64))
@@ -293,14 +310,14 @@ def outputs(
     return Outputs(moment.mean(count), cross.div_(max(count, 1)), energy / max(count, 1))
 
 
-def _middle(weights: Weights, x: Tensor, activation: Activation) -> Tensor:
+def _middle(weights: Weights, x: Tensor, gated: Gated) -> Tensor:
     """What down reads where gate and up read the rows x [n, hidden]."""
-    return activation(linear(x, weights["gate"].float())) * linear(x, weights["up"].float())
+    return gated(weights.gives("gate", x), weights.gives("up", x))
 
 
 @torch.no_grad()
 def outlier_shares(
-    weights: Weights, routing: Routing, expert: int, activation: Activation, threshold: float
+    weights: Weights, routing: Routing, expert: int, gated: Gated, threshold: float
 ) -> dict[Site, float]:
     """Share of the elements of what one expert reads whose magnitude exceeds `threshold` times their mean one.
 
@@ -312,7 +329,7 @@ def outlier_shares(
     with multiplying(routing.products):
         for number in range(2):
             for _, x, _ in routing.batches(expert):
-                rows: dict[Site, Tensor] = {"input": x, "middle": _middle(weights, x, activation)}
+                rows: dict[Site, Tensor] = {"input": x, "middle": _middle(weights, x, gated)}
                 for site, values in rows.items():
                     magnitudes = values.abs()
                     if number == 0:

@@ -73,8 +73,11 @@ def stock_experts(layer: Any, family: str) -> Any | None:
 def stock_weight(experts: Any, expert: int, role: str) -> Tensor:
     if not hasattr(experts, "gate_up_proj"):
         return getattr(experts[expert], f"{role}_proj").weight
+    transposed = getattr(experts, "is_transposed", False)
     if role == "down":
-        return experts.down_proj[expert]
+        return experts.down_proj[expert].mT if transposed else experts.down_proj[expert]
+    if transposed:  # gpt-oss's
+        return experts.gate_up_proj[expert].mT[int(role == "up") :: 2]
     return experts.gate_up_proj[expert].chunk(2)[0 if role == "gate" else 1]
 
 
@@ -134,7 +137,9 @@ def test_gradients_are_the_stock_models(family: str, released: Callable[[str], P
     hidden = first = layerwise.embed(TOKENS).requires_grad_()
     for number in range(layerwise.num_layers):
         fetch = model.experts.fetched(number, torch.device("cpu"))
-        experts = DenseExperts(model.shape, fetch, layerwise.activation) if number in model.shape.layers else None
+        biases = model.experts.biases(number, torch.device("cpu"))
+        experts = DenseExperts(model.shape, fetch, layerwise.gated, biases=biases)
+        experts = experts if number in model.shape.layers else None
         hidden = layerwise.run_layer(number, layerwise.load_layer(number, experts), hidden)
     (found,) = torch.autograd.grad(next_token_loss(layerwise.logits(hidden), TOKENS), first)
     # Granite scales its embeddings before the first layer.

@@ -143,7 +143,9 @@ def make(few: Few) -> Made:
         )
         for half, part in enumerate((slice(0, 2), slice(2, 3)))
     ]
-    narrow: dict[str, Any] = {"widths": few.widths, "skipped": few.skipped, "without": few.without} if few.widths else {}
+    narrow: dict[str, Any] = (
+        {"widths": few.widths, "skipped": few.skipped, "without": few.without} if few.widths else {}
+    )
     spec = LayerSpec(few.experts, inner if few.base or not few.widths else 0, *specs, "silu", few.scope, **narrow)
     spec = spec._replace(swiglu=few.swiglu)
     return Made([x, gates, ids, *halves, padding], spec, base, columns, norms, deltas, channels, biases)

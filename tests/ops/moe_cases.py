@@ -31,7 +31,8 @@ def random_case(
 ) -> Case:
     """rank: of gate, up, down. kept, used: per group, of gate/up and of down; kept 0 means no such base.
     absent: share of routed experts that are -1. padding: rows at the end that are no tokens. delta: of gate/up and
-    of down, "factors", "columns" or "shared V". distinct_u: of gate/up and of down. biased: whether experts have biases."""
+    of down, "factors", "columns" or "shared V". distinct_u: of gate/up and of down. biased: whether experts have
+    biases."""
     rng = np.random.default_rng(seed)
     sizes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
     case = Case(

@@ -166,8 +166,8 @@ def expand_and_activate(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """h[pair] = act(z^gate[token] + U^gate s^gate) * (z^up[token] + U^up s^up), gate and up in one program, each with the
-    expert's own of bias [experts, 2 width] where there is one; LIMIT: 0, or it is the clamped SwiGLU.
+    """h[pair] = act(z^gate[token] + U^gate s^gate) * (z^up[token] + U^up s^up), gate and up in one program, each with
+    the expert's of bias [experts, 2 width] where there is one. LIMIT: 0, or `clamped` takes the place of act and *.
 
     s: [s's rows, s_stride], row pair // s_divisor, gate's columns first; where `columns` is given they name
     columns of s instead. u: [D, width, u_stride], gate's columns first; None: no expert has deltas. z: [Z_PARTS,
@@ -217,7 +217,7 @@ def expand_and_activate(
         own_bias = bias + expert.to(tl.int64) * (2 * width) + outputs
         gate += tl.load(own_bias, mask=outputs < width, other=0.0).to(tl.float32)[None, :]
         up += tl.load(own_bias + width, mask=outputs < width, other=0.0).to(tl.float32)[None, :]
-    if LIMIT:
+    if LIMIT:  # noqa: SIM108 - Triton has no such expression for what is known ahead
         hidden = clamped(gate, up, LIMIT, ALPHA, BETA)
     else:
         hidden = activate(gate, ACTIVATION) * up
