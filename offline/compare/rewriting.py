@@ -27,6 +27,8 @@ ROUTERS = (
     "moe_statics.e_score_correction_bias",
     "e_score_correction_bias",
     "expert_bias",
+    "router.weight",
+    "router.bias",
     "router.layer.weight",
     "router.gate.weight",
     "router.proj.weight",
