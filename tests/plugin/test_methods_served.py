@@ -1,4 +1,5 @@
-"""MoE-SVD and MoBE served by vLLM as what they stand for: stock vLLM on the dense export says the same."""
+"""MoE-SVD, MoBE, and few bits of unequal widths in every family, served by vLLM as what they stand for: stock vLLM on
+the dense export says the same."""
 
 from __future__ import annotations
 
@@ -17,12 +18,18 @@ from small_families import SMALL
 from test_families_served import PROMPTS, settings
 from transformers import AutoModelForCausalLM
 
+from d2moe_vllm.format.files import read_config
+from d2moe_vllm.format.kinds import ROLES
+from offline.source.dense import open_dense
+
 pytest.importorskip("vllm")
 
 RECIPES: dict[str, dict[str, Any]] = {
     # One dense layer at least, and fewer U's than experts.
     "moe-svd": {"ratio": 0.08, "method": "moe-svd", "delta": {"distinct_u": 3}, "moe_svd": {"layer_ratio": 0.7}},
     "mobe": {"ratio": 0.08, "method": "mobe", "mobe": {"max_steps": 5}},
+    # Less than 4 bits for all channels.
+    "few-bits": {"bits": 4, "group_size": 32},
     "moe-svd-everywhere": {"ratio": 0.08, "method": "moe-svd", "moe_svd": {"layer_ratio": 0.2}},
 }
 METHODS = ("moe-svd", "mobe")
@@ -45,7 +52,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> 
         folder = root / f"{family}-{method}"
         if not folder.exists():
             source = write_family(folder / "source", family, dtype=torch.float32, **SMALL[family].served)
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPES[method]))
+            model = open_dense(str(source))
+            ratio = 0.95 * model.expert_bytes / model.reader.nbytes
+            (folder / "recipe.yaml").write_text(yaml.safe_dump({"ratio": ratio, **RECIPES[method]}))
             given = ("--recipe", folder / "recipe.yaml", "--windows", "4", "--seq-len", "32")
             for arguments in (
                 ("compress", source, folder / "ours", *given, "--calibration", texts[0]),
@@ -103,6 +112,20 @@ def test_served_as_transformers_computes_the_export(family: str, method: str, ma
 def test_served_as_the_dense_export(family: str, method: str, made: Made, dense: Callable[[str, str], Results]) -> None:
     folder = made(family, method)
     assert_same(run(folder / "tp1", folder / "ours", {}, family), dense(family, method))
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name == "gpt_oss" else [pytest.mark.slow]) for name in SERVED]
+)
+def test_few_bits_and_unequal_widths_in_every_family(
+    family: str, made: Made, dense: Callable[[str, str], Results]
+) -> None:
+    folder = made(family, "few-bits")
+    layers = read_config(folder / "ours").layers.values()
+    assert all(layer[role].delta_storage.type == "int4" for layer in layers for role in ROLES)
+    assert any(layer.channels and len(set(map(sum, layer.channels.experts))) > 1 for layer in layers)
+    assert_same(run(folder / "tp1", folder / "ours", {}, family), dense(family, "few-bits"))
+    assert "the slow backend" not in (folder / "tp1" / "log").read_text()
 
 
 @pytest.mark.slow
