@@ -47,7 +47,8 @@ class Scheme:
     [..., rows, n] -> float32 [..., rows, n * numbers]; codes, scale: what is added to the weight's name; scales: dtypes
     that scales may have; block: rows and columns that share one; second: what is added for a scale of the matrix,
     which divides or multiplies the others; zero: for the codes that stand for 0, if it is not code 0, by block, packed
-    like codes but down a column; order: for the block of each column, if blocks are not in order of columns: this one
+    like codes but down a column; named: how weights' names end that codes are of; blocked: whether codes have a dimension
+    for blocks, [..., rows, blocks, n of each]; order: for the block of each column, if blocks are not in order of columns: this one
     need not be there; shape: for rows and columns, of which padding is no part.
     """
 
@@ -64,18 +65,24 @@ class Scheme:
     zero: str | None = None
     order: str | None = None
     shape: str | None = None
+    named: str = "weight"
+    blocked: bool = False
 
     def weight_of(self, name: str, spec: TensorSpec) -> str | None:
         """The weight whose codes a tensor may be."""
         if spec.dtype != self.dtype or len(spec.shape) < 1:
             return None
         if self.codes:
-            return name.removesuffix(self.codes) if name.endswith(f"weight{self.codes}") else None
+            return name.removesuffix(self.codes) if name.endswith(self.named + self.codes) else None
         return None if name.endswith(("_scale", "_scale_inv", "_zero_point")) else name
 
     def find(self, weight: str, specs: Mapping[str, TensorSpec]) -> Quantized | str:
         """A weight whose codes are there, or what is wrong with it."""
         stored_shape = specs[weight + self.codes].shape
+        if self.blocked:
+            if len(stored_shape) < 3:
+                return f"{weight}{self.codes} is {list(stored_shape)}, expected rows of blocks"
+            stored_shape = (*stored_shape[:-2], stored_shape[-2] * stored_shape[-1])
         *stack, rows, stored = stored_shape if len(stored_shape) > 1 else (1, *stored_shape)
         scales = specs.get(weight + self.scale)
         if scales is None:
@@ -120,7 +127,8 @@ class Scheme:
                 return values.index_select(-1, order.long())
             return values.repeat_interleave(width, -1).narrow(-1, 0, columns) if width > 1 else values
 
-        values = self.decode(parts[self.codes])[..., :columns]
+        codes = parts[self.codes]
+        values = self.decode(codes.flatten(-2) if self.blocked else codes)[..., :columns]
         if self.zero is not None:
             zero = parts[self.zero]
             values = values - spread(self.decode(zero.T.contiguous()).T[:rows] if self.numbers > 1 else zero.float())
@@ -327,7 +335,17 @@ def _modelopt(quantization: Mapping[str, Any]) -> tuple[Scheme, ...]:
     return known[algorithm]
 
 
+def _mxfp4(quantization: Mapping[str, Any]) -> tuple[Scheme, ...]:
+    """gpt-oss's stacks of experts."""
+    return (
+        Scheme(
+            "mxfp4", "U8", _four_bit_floats, 2, "_blocks", "_scales", ("U8", "F8_E8M0"), (1, 32), named="_proj",
+            blocked=True,
+        ),
+    )  # fmt: skip
+
+
 METHODS: Mapping[str, Callable[[Mapping[str, Any]], tuple[Scheme, ...]]] = MappingProxyType(
-    {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "modelopt": _modelopt}
+    {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "modelopt": _modelopt, "mxfp4": _mxfp4}
 )
 """By config.json's `quant_method`."""

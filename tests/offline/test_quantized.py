@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hostile import refused
 from published import Form, compressed_tensors, modelopt, publish
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from d2moe_vllm.format.config import CheckpointError
 from d2moe_vllm.format.kinds import ROLES, TensorSpec
@@ -68,6 +70,69 @@ def test_it_is_read_as_by_who_defined_it(name: str, tmp_path: Path) -> None:
         weight = model.family.layouts[0].name(1, 3, role)
         assert torch.equal(model.weight(1, 3, role), stands[weight].bfloat16())
     assert model.stored_as in model.remarks[0]
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """gpt-oss as it is published, stacks in blocks of mxfp4; and each as transformers reads it, [experts, in, out]."""
+    folder = write_family(tmp_path_factory.mktemp("published") / "gpt-oss", "gpt_oss")
+    path, generator = folder / "model.safetensors", torch.Generator().manual_seed(0)
+    tensors, stands = {}, {}
+    for name, tensor in load_file(path).items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            tensors[name] = tensor
+            continue
+        experts, inputs, outputs = tensor.shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(119, 125, blocks.shape[:-1], generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        stands[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    save_file(tensors, path, metadata={"format": "pt"})
+    change_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    return folder, stands
+
+
+def test_stacks_of_blocks_are_read_as_by_transformers(gpt_oss: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, stands = gpt_oss
+    model = open_dense(str(folder))
+    assert model.stored_as == "mxfp4"
+    for layer in model.shape.layers:
+        gate_up, down = (stands[f"model.layers.{layer}.mlp.experts.{name}_proj"].mT for name in ("gate_up", "down"))
+        for expert in range(model.shape.num_experts):
+            expected = {"gate": gate_up[expert][::2], "up": gate_up[expert][1::2], "down": down[expert]}
+            for role in ROLES:
+                assert torch.equal(model.weight(layer, expert, role), expected[role])
+
+
+def test_gpt_oss_through_every_command(
+    gpt_oss: tuple[Path, dict[str, Tensor]], few_words: Path, tmp_path: Path
+) -> None:
+    """What comes of it is exported in the layout of transformers' own, without blocks."""
+    source, out, dense = gpt_oss[0], tmp_path / "out", tmp_path / "dense"
+    sizes = ("--windows", "4", "--seq-len", "32")
+    for arguments in (
+        ("compress", source, out, "--bits", "2", "--ratio", "0.12", *sizes, "--calibration", few_words),
+        ("verify", out, "--source", source),
+        ("export", out, dense),
+        ("eval", dense, "--text", few_words, *sizes),
+    ):
+        done = d2moe_here(*arguments)
+        assert done.returncode == 0, done.stderr
+    exported = load_file(dense / "model-00001-of-00001.safetensors")
+    assert {name: exported[name].shape for name in gpt_oss[1]} == {n: tensor.shape for n, tensor in gpt_oss[1].items()}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.endswith("down_proj_bias"):
+            assert torch.equal(exported[name], tensor)
+
+
+def test_blocks_of_another_number(gpt_oss: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    shutil.copytree(gpt_oss[0], tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    tensors[name] = tensors[name][..., :1].contiguous()
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"down_proj_scales is \[8, 64, 1\], expected \[8, 64, 3\]; download"):
+        open_dense(str(tmp_path / "m"))
 
 
 def test_through_every_command(few_words: Path, tmp_path: Path) -> None:
