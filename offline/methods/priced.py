@@ -238,8 +238,7 @@ class _Writer:
             found = job.work.load_part(job.number, _outputs_part(expert))
             moment, cross = (found[name].to(job.routing.device) for name in ("moment", "cross"))
             return Outputs(moment, cross, float(found["energy"]))
-        biases = {role: bias[kept] for role, bias in weights.biases.items() if role != "down"}
-        stored = Weights({}, biases)
+        stored = Weights({}, {role: weights.biases[role][kept] for role in HALVES["w13"] if role in weights.biases})
         for role in HALVES["w13"]:
             base, hidden = self._base("w13", role), job.plan.model.shape.hidden_size
             own = None if base is None else base[kept[self.union]]

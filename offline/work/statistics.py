@@ -231,10 +231,10 @@ def gradients(
             channels += (gates * back * inputs["down"]).square_().sum(dim=0, dtype=torch.float64)
             for role in ROLES:
                 squares = outputs[role].square_()
-                gated = squares * gates.square()
-                sums[role] += (squares if gate_weighted else gated).sum(dim=0, dtype=torch.float64)
+                weighted = squares * gates.square()
+                sums[role] += (squares if gate_weighted else weighted).sum(dim=0, dtype=torch.float64)
                 if role in total:
-                    total[role].addmm_(gated.T, inputs[role].square())
+                    total[role].addmm_(weighted.T, inputs[role].square())
             for site, moment in moments.items():
                 rows = inputs[SELECTIONS[site][0]]
                 moment.add(rows * gates if gate_weighted else rows)

@@ -149,7 +149,7 @@ def _half(weights: Weights, half: HalfSpec, spec: LayerSpec, whole: tuple[int, .
         base_columns=_pointer(weights.base_columns),
         base_norms=_pointer(weights.base_norms),
         bias=_pointer(weights.bias),
-        bias_step=0 if weights.bias is None else weights.bias.shape[1],
+        bias_step=weights.bias.shape[1] if isinstance(weights.bias, Tensor) else 0,
         u_bytes=0 if u is None else u.nbytes,
         kept=kept,
         used=half.used,
