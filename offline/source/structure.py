@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import inspect
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ PER_TOKEN = (
 SIZES = ("moe_intermediate_size", "expert_intermediate_size", "moe_ffn_hidden_size", "intermediate_size")
 CLAMPS = ("swiglu_limit", "swiglu_limits", "swiglu_limits_shared", "moe_swiglu_limit")
 """Settings by which an expert's inner values are cut off."""
+BIAS = re.compile(r"(^|\.)experts\.(\d+\.(.*\.)?bias|\w+_proj_bias|\w+_proj\.bias)$")
+"""Names of experts' biases; routers have some too, by which they choose."""
 FORWARD = ["hidden_states", "top_k_index", "top_k_weights"]
 """What transformers' experts are called with."""
 
@@ -99,10 +102,13 @@ def _look(reader: SourceReader, config: Mapping[str, Any]) -> tuple[FamilyRow, l
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise _LackError("config.json says no model_type")
+    if bias := next((name for name in reader.specs if BIAS.search(name)), None):
+        raise _LackError(f"its experts have biases ({bias})")
+    for settings in (config, config.get(TEXT)):
+        _refuse_settings(settings if isinstance(settings, dict) else {})
     hf_config, model = _stock(reader, model_type)
     modules = _modules(model)
     settings = config[TEXT] if "." in modules.decoder and isinstance(config.get(TEXT), dict) else config
-    _refuse_settings(settings)
     _check_module(modules)
     hidden, num_layers = _number(settings, "hidden_size"), _number(settings, "num_hidden_layers")
     disk = _tensors(reader.specs, modules, hidden, num_layers)
@@ -179,12 +185,16 @@ def _stock(reader: SourceReader, model_type: str) -> tuple[Any, Any]:
     except KeyError:
         raise _LackError(f"{release} has no class of it, and code that comes with a model is not run") from None
     try:
-        stock_model_class(config)
+        stock = stock_model_class(config)
         names = auto_map(model_type)
     except KeyError:
         raise _LackError(f"{release} has no causal language model of it") from None
     if not names["AutoModelForCausalLM"].endswith(("ForCausalLM", "ForConditionalGeneration")):
         raise _LackError(f"transformers' class of it is called {names['AutoModelForCausalLM'].rpartition('.D2')[2]}")
+    if not stock._supports_sdpa:
+        raise _LackError(
+            f"transformers' {stock.__name__} does not attend by scaled_dot_product_attention, as we run it"
+        )
     return config, blueprint(config)
 
 
@@ -293,8 +303,6 @@ def _tensors(specs: Mapping[str, TensorSpec], modules: _Modules, hidden: int, nu
         # A convolution's weights have a dimension of one.
         elif len(spec.shape) == 3 and 1 not in spec.shape:
             stacks[rest][layer] = name
-        elif "bias" in parts[-1] and "expert" in rest and "shared" not in rest and len(spec.shape) == 2:
-            raise _LackError(f"its experts have biases ({name})")
     if not rests:
         raise _LackError(
             f"its tensors are not named {prefix}<number>... as transformers' modules are ({next(iter(specs), '')})"
@@ -331,8 +339,6 @@ def _of_matrices(
     first = group[layers[0]][0]
     for layer, expert in itertools.product(layers, range(len(group[layers[0]]))):
         here = group[layer][expert]
-        if bias := next((name for end, name in here.items() if "bias" in end), None):
-            raise _LackError(f"its experts have biases ({bias})")
         if odd := set(here) ^ set(first):
             raise _LackError(f"expert {expert} of layer {layer} and the first one do not both have {min(odd)}")
         for end, name in here.items():
