@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import stock_model, write_tokenizer
+from families import change_config, stock_model, write_tokenizer
 from small_families import COMMON
 from transformers import CONFIG_MAPPING
 
@@ -34,11 +34,16 @@ UNLISTED: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_SIZES, "num_local_experts": 8, "head_dim": 32, "layer_types": ["full_attention"] * 3},
     "llama": {**COMMON, "intermediate_size": 96},
 }  # fmt: skip
+WRITTEN: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+}
+"""What released config.json files say beside, which transformers does not write but vLLM reads."""
 
 
 def write_unlisted(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     """As transformers writes it, with a tokenizer; `changes` go over UNLISTED."""
     config = CONFIG_MAPPING[family](**{**UNLISTED[family], **changes})
     stock_model(config).to(dtype).save_pretrained(folder)
+    change_config(folder, **WRITTEN.get(family, {}))
     write_tokenizer(folder)
     return folder

@@ -54,7 +54,7 @@ CalibrationText = Annotated[
 
 def _use_family_file(context: typer.Context, path: Path | None) -> Path | None:
     """The family that it describes is known until the command ends."""
-    if path is not None:
+    if path is not None and not context.resilient_parsing:
         from offline.source.families import known
         from offline.source.familyfile import read_family_file
 
