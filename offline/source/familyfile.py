@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 from d2moe_vllm.format.config import first_error
 from d2moe_vllm.format.familyrow import FamilyRow, ReleasedRow
+from d2moe_vllm.format.files import refuse_special
+from d2moe_vllm.format.recipefile import NoAliases
 from offline.errors import InputError
 from offline.source.families import FAMILIES, UNSUPPORTED, from_row
 from offline.source.family import Family
@@ -21,13 +23,8 @@ LARGEST = 100_000
 """Bytes of such a file."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Without what makes a small file large, or one key two."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it refers to another part of itself (*); write that out")
-        return super().compose_node(parent, index)
+class _KeysOnce(NoAliases):
+    """YAML itself takes the last of two."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -39,12 +36,9 @@ class _Loader(yaml.SafeLoader):
 def read_family_file(path: Path) -> Family:
     """The family that a file describes. Raises InputError, one line that names the key and the mend."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise InputError(f"--family-file {path} has {path.stat().st_size:,} bytes, more than any row; wrong file?")
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        refuse_special(path, LARGEST)
+        content = yaml.load(path.read_text(encoding="utf-8"), _KeysOnce)
         text = json.dumps(content)
-    except InputError:
-        raise
     except Exception as error:  # YAML's tags make its reader raise nearly everything there is
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"--family-file {path} cannot be read: {reason}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -361,12 +362,12 @@ def test_a_row_that_cannot_be_is_refused(changes: dict[str, Any], words: str, tm
         (b"a: [", "cannot be read"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"a: !!python/object/apply:os.system [ls]", "cannot be read"),
-        (b"a: &a [x]\nb: *a", "it refers to another part of itself"),
+        (b"a: &a [x]\nb: *a", "aliases are not read here"),
         (b"model_type: a\nmodel_type: b", "it says model_type twice"),
         (b"model_type: 2026-01-01", "cannot be read"),
         (b"? {a: b}\n: c", "cannot be read"),
         (b"[" * 5000, "cannot be read"),
-        (b"a" * 200_000, "has 200,000 bytes, more than any row"),
+        (b"a" * 200_000, "200,000 bytes, more than the 100,000 that it may have"),
     ],
 )
 def test_what_is_no_row_at_all_is_refused(text: bytes, words: str, tmp_path: Path, afmoe: Path) -> None:
@@ -374,6 +375,8 @@ def test_what_is_no_row_at_all_is_refused(text: bytes, words: str, tmp_path: Pat
     path.write_bytes(text)
     refused(d2moe_here("plan", afmoe, "--ratio", "0.1", "--family-file", path), f"--family-file {path}", words)
     refused(d2moe_here("plan", afmoe, "--ratio", "0.1", "--family-file", tmp_path / "none"), "No such file")
+    os.mkfifo(tmp_path / "pipe")
+    refused(d2moe_here("plan", afmoe, "--ratio", "0.1", "--family-file", tmp_path / "pipe"), "no regular file")
 
 
 def test_plan_proposes(afmoe: Path, tmp_path: Path) -> None:
