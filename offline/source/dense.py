@@ -194,7 +194,10 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
     if family is None:
         if reason := UNSUPPORTED.get(str(config.get("model_type"))):
             raise unsupported(config, reason)
-        check_weights(folder)
+        try:
+            check_weights(folder)
+        except InputError as error:
+            raise unsupported(config, f"it has no row, and cannot be looked at ({error})") from None
         raise propose(SourceReader(folder, schemes, dtype=_floats(config, config)), config)
     shape = read_shape(family, config)
     positions = family.settings(config).get("max_position_embeddings")
