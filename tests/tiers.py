@@ -143,6 +143,7 @@ TOGETHER: Mapping[str, str] = {
             "tests/plugin/test_offline_llm.py",
             "tests/plugin/test_register.py",
             "tests/plugin/test_storage.py",
+            "tests/plugin/test_unlisted_served.py",
         ),
         "engine",
     ),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from d2moe_vllm.format.familyrow import FamilyRow
 from d2moe_vllm.format.kinds import (
     DTYPE_BYTES,
     DTYPES,
@@ -260,6 +261,7 @@ class CheckpointConfig(_Model):
     format_version: int = FORMAT_VERSION
     method: str = Field(default="d2", pattern="^[a-z0-9][a-z0-9-]{0,63}$", description="what made it; nobody needs it")
     family: str
+    family_row: FamilyRow | None = Field(default=None, description="of a family that d2moe has no row of itself")
     experts: str = Field(description="prefix of a layer's experts, with {layer}")
     projections: dict[Role, str]
     # Bounds far above any model, so that an absurd size is refused before anything of it is computed.
@@ -278,6 +280,12 @@ class CheckpointConfig(_Model):
             raise ValueError("projections must name gate, up and down, each differently")
         if "{layer}" not in self.experts:
             raise ValueError(f"experts prefix {self.experts!r} lacks {{layer}}")
+        if self.family_row and (self.family, self.experts, self.projections) != (
+            self.family_row.model_type,
+            self.family_row.experts,
+            self.family_row.projections,
+        ):
+            raise ValueError("family_row is another family's: its model_type, experts or projections differ")
         for role in ROLES:
             if (inputs := self.shape(role)[1]) % self.pruning.groups:
                 raise ValueError(f"{self.pruning.groups} groups do not divide {role}'s {inputs} columns")

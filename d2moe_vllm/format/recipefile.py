@@ -15,8 +15,8 @@ MAX_RECIPE = 1 << 20
 """Bytes; ours have two thousand."""
 
 
-class _NoAliases(yaml.SafeLoader):
-    """A few lines of aliases of aliases are gigabytes once they are written as JSON; no recipe of ours has any."""
+class NoAliases(yaml.SafeLoader):
+    """A few lines of aliases of aliases are gigabytes once they are written as JSON; no file of ours has any."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -29,7 +29,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     path = folder / RECIPE_FILE
     try:
         refuse_special(path, MAX_RECIPE)
-        content = yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
+        content = yaml.load(path.read_text(encoding="utf-8"), NoAliases)
         plain = json.dumps(content, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except Exception as error:  # YAML's tags make its reader raise nearly everything there is
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -22,7 +22,7 @@ from offline.io.progress import Steps
 from offline.io.shards import TORCH_DTYPES, Reader, plan_shards, write_file, write_shards
 from offline.methods import find_method
 from offline.source.dense import open_dense, read_model_config
-from offline.source.families import FAMILIES, find_family, read_shape
+from offline.source.families import family_of, known, read_shape
 from offline.source.folder import find_companions, is_repository
 from offline.source.stored import expert_tensors
 
@@ -55,7 +55,7 @@ def export(folder: Path, out: Path, steps: Callable[[float], Steps]) -> dict[str
     find_method(config.method)
     reader = Reader(folder)
     original = _original_config(folder)
-    family = find_family(original)
+    family = family_of(config)
     stored = DTYPES[config.dtype]
     dtype = TORCH_DTYPES[stored]
     experts = dict(expert_tensors(read_shape(family, original), family.layouts[0], config.layers))
@@ -86,7 +86,8 @@ def export(folder: Path, out: Path, steps: Callable[[float], Steps]) -> dict[str
         parameters = sum(spec.numel for spec in specs.values())
         write_file(target / "README.md", _card(folder, config, reader, parameters))
         find_companions(folder, reader.files).copy(folder, target)
-        open_dense(str(target))  # whole and loadable, or it is not published
+        with known(family):
+            open_dense(str(target))  # whole and loadable, or it is not published
     return {
         "path": str(out),
         "source": config.source.model_dump(),
@@ -111,7 +112,7 @@ def _card(folder: Path, config: CheckpointConfig, reader: Reader, parameters: in
     metadata: dict[str, object] = {
         **({"base_model": config.source.name} if is_repository(config.source.name) else {}),
         "library_name": "transformers",
-        "pipeline_tag": FAMILIES[config.family].pipeline,
+        "pipeline_tag": family_of(config).pipeline,
         "tags": ["d2moe", "moe"],
     }
     metadata |= {

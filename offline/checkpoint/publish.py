@@ -77,6 +77,8 @@ def _entry(layer: Layer) -> dict[str, Any]:
 
 def _model_config(plan: Plan, budget: Budget) -> dict[str, Any]:
     quantization = budget.config.model_dump(mode="json")
+    if quantization["family_row"] is None:
+        del quantization["family_row"]
     quantization["layers"] = {str(number): _entry(layer) for number, layer in budget.config.layers.items()}
     return {
         **plan.model.config,

@@ -40,9 +40,9 @@ def check_code(folder: Path, config: CheckpointConfig | None, manifest: Manifest
                 f"{modeling} is not this d2moe-vllm's: another release wrote it, or somebody changed it; "
                 "trust_remote_code would run it"
             )
-    if config and config.family in FAMILIES:
+    if config and (ours := _written(config)):
         named = _auto_map(folder / "config.json")
-        if named is not None and named != auto_map(config.family):
+        if named is not None and named != ours:
             problems.append(
                 f"{folder / 'config.json'}: auto_map is not d2moe's, and trust_remote_code would run what it names; "
                 "restore the original config.json"
@@ -58,6 +58,16 @@ def check_code(folder: Path, config: CheckpointConfig | None, manifest: Manifest
     if others := sorted(str(path) for path in code if path != Path(MODELING_FILE)):
         notes.append(f"{folder}: {', '.join(others)}: code that d2moe did not write; trust_remote_code may run it")
     return problems, notes
+
+
+def _written(config: CheckpointConfig) -> dict[str, str] | None:
+    """auto_map as d2moe writes it; None for a family that this release, or this transformers, does not know."""
+    if not config.family_row and config.family not in FAMILIES:
+        return None
+    try:
+        return auto_map(config.family)
+    except KeyError:
+        return None
 
 
 def _auto_map(path: Path) -> Any:

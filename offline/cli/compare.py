@@ -12,6 +12,7 @@ import typer
 
 from offline.cli.options import (
     CalibrationText,
+    FamilyFile,
     Json,
     Memory,
     Revision,
@@ -69,6 +70,7 @@ def compare(
     seq_len: SeqLen = None,
     seed: Seed = None,
     revision: Revision = None,
+    family_file: FamilyFile = None,
     workdir: Annotated[
         Path | None,
         typer.Option(help="For finished rows (default: HTML.d2moe-compare, or without --html in the user's cache)."),

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from offline.cli.options import (
+    FamilyFile,
     Json,
     Memory,
     ScopeOption,
@@ -36,6 +37,7 @@ def evaluate(
     tokenizer: TokenizerOption = None,
     trust_remote_code: TrustRemoteCode = False,
     memory: Memory = None,
+    family_file: FamilyFile = None,
     as_json: Json = False,
 ) -> None:
     """Token perplexity over non-overlapping windows, layer by layer, for dense and compressed models alike."""

@@ -50,6 +50,26 @@ CalibrationText = Annotated[
     list[Path] | None,
     typer.Option(help="Calibration text: UTF-8, or JSON Lines or an array with `text`; several are read in order."),
 ]
+
+
+def _use_family_file(context: typer.Context, path: Path | None) -> Path | None:
+    """The family that it describes is known until the command ends."""
+    if path is not None and not context.resilient_parsing:
+        from offline.source.families import known
+        from offline.source.familyfile import read_family_file
+
+        context.with_resource(known(read_family_file(path)))
+    return path
+
+
+FamilyFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        callback=_use_family_file,
+        help="The row of a family that d2moe has none of, in YAML; `plan` without it proposes one.",
+    ),
+]
 TokenizerOption = Annotated[
     str | None, typer.Option(metavar="DIR", help="Folder of the tokenizer to read texts with (default: the model's).")
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from offline.cli.options import (
     AllowLarger,
     Bits,
     ExpertParallel,
+    FamilyFile,
     FitOption,
     GpuMemoryUtilization,
     Json,
@@ -40,6 +41,9 @@ from offline.io.console import plain_console
 from offline.io.units import durations
 from offline.io.units import size as in_words
 
+if TYPE_CHECKING:
+    from offline.source.structure import ProposalError
+
 TYPICAL = (
     "These are a typical model's layers, without a base; calibration decides bits, channels and bases layer by layer, "
     "in no more bytes."
@@ -61,6 +65,7 @@ def plan(
     allow_larger: AllowLarger = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes on one machine, as torchrun would start.")] = 1,
     revision: Revision = None,
+    family_file: FamilyFile = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
@@ -75,6 +80,7 @@ def plan(
     from offline.plan.duration import estimate_seconds
     from offline.plan.make import summary as summarize
     from offline.source.dense import open_dense
+    from offline.source.structure import ProposalError
 
     asked = read_asked(
         ratio,
@@ -96,12 +102,26 @@ def plan(
         "calibration": {"windows": windows, "seq_len": seq_len},
     }
     options: dict[str, Any] = {"processes": processes, "allow_larger": allow_larger, "memory": parse_size(memory)}
-    planned, fitted = plan_asked(open_dense(source, revision), read_recipe(recipe, overrides), asked, **options)
+    try:
+        model = open_dense(source, revision)
+    except ProposalError as proposal:
+        _propose(proposal, as_json)
+        raise
+    planned, fitted = plan_asked(model, read_recipe(recipe, overrides), asked, **options)
     console = plain_console(stderr=True)
     for remark in planned.model.remarks:
         console.print(remark, highlight=False, soft_wrap=True)
     found = summarize(planned, estimate_seconds(planned))
     show(found | ({"fit": fitted.to_json()} if fitted else {}), as_json, plan_table)
+
+
+def _propose(proposal: ProposalError, as_json: bool) -> None:
+    """On stdout, as a file that --family-file takes; what is to be done with it the error says."""
+    from offline.source.familyfile import written
+
+    text = written(proposal.row, proposal.notes)
+    content = {"proposed_family": proposal.row.model_dump(mode="json", exclude_none=True), "notes": proposal.notes}
+    show(content, as_json, lambda console, _: console.print(text, end="", highlight=False, soft_wrap=True))
 
 
 def plan_table(console: Console, summary: dict[str, Any]) -> None:

@@ -110,6 +110,7 @@ def _problem(model: DenseModel, recipe: Recipe, shard_bytes: int) -> Problem:
     draft = CheckpointConfig.model_construct(
         method=recipe.method,
         family=model.family.model_type,
+        family_row=model.family.row,
         experts=model.family.experts,
         projections=dict(model.family.projections),
         num_experts=shape.num_experts,

@@ -22,8 +22,7 @@ from offline.io.progress import Steps
 from offline.plan.evaluation import Evaluated, disk_bytes, fit
 from offline.run.sweep import Scratch, StoredWindows, Sweep, Visitor, Windows
 from offline.source.dense import open_dense, read_model_config
-from offline.source.families import FAMILIES, find_family, read_shape
-from offline.source.family import Family
+from offline.source.families import family_of, find_family, read_shape
 from offline.source.folder import locate
 from offline.source.layerwise import LayerwiseModel, read_hf_config
 from offline.source.stored import SourceReader, StoredExperts, find_experts
@@ -211,7 +210,7 @@ def open_evaluated(source: str, scope: Scope | None = None, trim: Mapping[int, S
             raise InputError(f"--scope {scope} makes no sense for the dense model {source}")
         return _open_dense(source)
     config = _trimmed(check_checkpoint(folder), trim or {})
-    ours, family = config.expert_tensors(), _family(config)
+    ours, family = config.expert_tensors(), family_of(config)
     reader, scope = SourceReader(folder, ours=ours), scope or config.pruning.scope
     layerwise = LayerwiseModel(reader, family, read_hf_config(folder))
     shape = read_shape(family, content)
@@ -253,9 +252,3 @@ def _trimmed(config: CheckpointConfig, trim: Mapping[int, Sequence[int]]) -> Che
         trimmed = sorted({*layers[number].trimmed, *experts})
         layers[number] = Layer.model_validate(layers[number].model_dump() | {"trimmed": trimmed})
     return config.model_copy(update={"layers": layers})
-
-
-def _family(config: CheckpointConfig) -> Family:
-    if config.family not in FAMILIES:
-        raise InputError(f"family {config.family!r} is not supported; this d2moe-vllm is older than the checkpoint")
-    return FAMILIES[config.family]

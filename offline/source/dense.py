@@ -14,11 +14,12 @@ from torch import Tensor
 from d2moe_vllm.format.kinds import DTYPE_BYTES, DTYPES, Dtype, Role, TensorSpec
 from offline.errors import InputError
 from offline.io.shards import TORCH_DTYPES
-from offline.source.families import MoEShape, find_family, read_shape
+from offline.source.families import UNSUPPORTED, MoEShape, lookup, read_shape, unsupported
 from offline.source.family import Family
 from offline.source.folder import Companions, check_weights, find_companions, locate
 from offline.source.layerwise import check_parameters, read_hf_config
 from offline.source.quantized import read_schemes
+from offline.source.served import served_by
 from offline.source.stored import (
     ExpertTensor,
     SourceReader,
@@ -26,6 +27,7 @@ from offline.source.stored import (
     expert_tensors,
     find_experts,
 )
+from offline.source.structure import propose
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -48,6 +50,12 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 HEAD_BIAS = "lm_head.bias"
+UNCHECKED = (
+    "{family}: its row was given by --family-file, and nobody has checked that vLLM, which serves, computes the model "
+    "that transformers does, which calibrates: before you rely on it, compare what `d2moe eval` says of the result's "
+    "`d2moe export` with what vLLM says of the same text (docs/methods.md, A family without a row)"
+)
+"""What a user's own row cannot promise."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,9 @@ class DenseModel:
     def remarks(self) -> list[str]:
         """What a user should know of the source, in lines: what is read, and what a result will not have."""
         told = [self.twice] if self.twice else []
+        if self.family.row:
+            told.append(UNCHECKED.format(family=self.family.model_type))
+            told.append(served_by(self.config))
         if self.stored_as:
             told.append(f"the source's weights are {self.stored_as}; they are read as {self.dtype}")
         if self.family.remark and (remark := self.family.remark(self.settings)):
@@ -167,8 +178,15 @@ class DenseModel:
         return dict(expert_tensors(self.shape, self.family.layouts[0], self.shape.layers))
 
 
+def _floats(*settings: Mapping[str, Any]) -> str:
+    """What quantized weights are read as."""
+    half = "float16" in (one.get(key) for one in settings for key in ("dtype", "torch_dtype"))
+    return "F16" if half else "BF16"
+
+
 def open_dense(source: str, revision: str | None = None) -> DenseModel:
-    """Open SRC. Raises InputError or CheckpointError for anything that is not a whole, supported dense MoE."""
+    """Open SRC. Raises InputError or CheckpointError for anything that is not a whole, supported dense MoE, and
+    ProposalError where its family has no row and could have one."""
     located = locate(source, revision)
     folder = located.folder
     config = read_model_config(folder)
@@ -176,7 +194,15 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
         schemes = read_schemes(folder, config)
     except InputError as error:
         raise InputError(f"{source} is {error}") from None
-    family = find_family(config)
+    family = lookup(config)
+    if family is None:
+        if reason := UNSUPPORTED.get(str(config.get("model_type"))):
+            raise unsupported(config, reason)
+        try:
+            check_weights(folder)
+        except InputError as error:
+            raise unsupported(config, f"it has no row, and cannot be looked at ({error})") from None
+        raise propose(SourceReader(folder, schemes, dtype=_floats(config, config)), config)
     shape = read_shape(family, config)
     positions = family.settings(config).get("max_position_embeddings")
     if isinstance(positions, int) and positions < 2:
@@ -184,9 +210,7 @@ def open_dense(source: str, revision: str | None = None) -> DenseModel:
             f"config.json: max_position_embeddings is {positions}, less than two tokens; wrong config.json?"
         )
     twice = check_weights(folder)
-    said = (settings.get(key) for settings in (config, family.settings(config)) for key in ("dtype", "torch_dtype"))
-    half = "float16" in said
-    reader = SourceReader(folder, schemes, dtype="F16" if half else "BF16")
+    reader = SourceReader(folder, schemes, dtype=_floats(config, family.settings(config)))
     experts = find_experts(family, shape, reader, shape.layers)
     dtype: Dtype = next(name for name, stored in DTYPES.items() if stored == experts.dtype)
     homeless = check_parameters(family, read_hf_config(folder), reader, shape.layers, experts.names)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import ValidationError
+
+from d2moe_vllm.format.config import QUANT_METHOD, CheckpointConfig, first_error
+from d2moe_vllm.format.familyrow import FamilyRow
 from d2moe_vllm.format.kinds import Role
 from offline.errors import InputError
-from offline.source.family import Family
+from offline.source.family import Family, Layout
 from offline.source.rows import ROWS
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in ROWS})
@@ -47,17 +52,98 @@ class MoEShape:
         return 3 * self.hidden_size * self.intermediate_size
 
 
-def find_family(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises InputError where it is not one of ours."""
+_given: list[Family] = []
+"""Families that are known for now, beside ours; the last counts."""
+
+
+@contextlib.contextmanager
+def known(family: Family | None) -> Iterator[None]:
+    """Until the end of the block, `find_family` finds a family that a user described, and no other; with None, or a
+    family of ours, nothing changes."""
+    if family is None or family.row is None:
+        yield
+        return
+    _given.append(family)
+    try:
+        yield
+    finally:
+        _given.pop()
+
+
+def from_row(row: FamilyRow) -> Family:
+    """A family as a user described it: with nothing required of config.json but an activation that is known. Raises
+    InputError for dense_keys that nobody can read."""
+    if strange := [key for key in row.dense_keys if key not in DENSE_KEYS]:
+        raise InputError(f"dense_keys: {strange[0]!r} is none of {', '.join(DENSE_KEYS)}; leave it out")
+    stored = row.released
+    released = Layout(stored.gate, stored.up, stored.down, stored.transposed) if stored else None
+    return Family(
+        model_type=row.model_type,
+        experts=row.experts,
+        projections=row.projections,
+        decoder=row.decoder,
+        experts_module=row.experts_module,
+        num_experts_keys=(row.num_experts_key,),
+        experts_per_token_key=row.experts_per_token_key,
+        intermediate_size_key=row.intermediate_size_key,
+        dense_keys=row.dense_keys,
+        checks=(),
+        renames=row.renames,
+        released=released,
+        row=row,
+    )
+
+
+def lookup(config: Mapping[str, Any]) -> Family | None:
+    """The family of a config.json: the one that a compressed checkpoint carries, one that is `known`, or one of ours;
+    None where there is none. Raises InputError where these contradict one another."""
     model_type = config.get("model_type")
-    family = FAMILIES.get(str(model_type))
+    carried = _carried(config)
+    given = _given[-1] if _given else None
+    if given and given.model_type != model_type:
+        raise InputError(f"model_type {model_type!r} is not {given.model_type!r}, which the given family row is for")
+    if given and carried and given.row != carried:
+        raise InputError("--family-file says otherwise than the checkpoint, which has its own row; leave it out")
+    return from_row(carried) if carried else given or FAMILIES.get(str(model_type))
+
+
+def _carried(config: Mapping[str, Any]) -> FamilyRow | None:
+    """The row in a compressed checkpoint's config.json. Raises InputError where it cannot be one."""
+    content = config.get("quantization_config")
+    if not isinstance(content, Mapping) or content.get("quant_method") != QUANT_METHOD or not content.get("family_row"):
+        return None
+    try:
+        row = FamilyRow.model_validate(content["family_row"])
+    except ValidationError as error:
+        raise InputError(f"config.json: bad family_row: {first_error(error)}; restore the original") from None
+    if row.model_type != config.get("model_type"):
+        raise InputError(f"config.json: family_row is of {row.model_type!r}, not of the model; restore the original")
+    return row
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises InputError where it is not known."""
+    family = lookup(config)
     if family is None:
-        reason = UNSUPPORTED.get(str(model_type))
-        raise InputError(
-            f"model_type {model_type!r} is not supported{f': {reason}' if reason else ''}; "
-            f"supported families: {', '.join(sorted(FAMILIES))}"
-        )
+        raise unsupported(config, UNSUPPORTED.get(str(config.get("model_type"))))
     return family
+
+
+def unsupported(config: Mapping[str, Any], reason: str | None) -> InputError:
+    """What is said of a config.json whose family is not known."""
+    return InputError(
+        f"model_type {config.get('model_type')!r} is not supported{f': {reason}' if reason else ''}; "
+        f"supported families: {', '.join(sorted(FAMILIES))}"
+    )
+
+
+def family_of(config: CheckpointConfig) -> Family:
+    """The family of a compressed checkpoint. Raises InputError."""
+    if config.family_row:
+        return from_row(config.family_row)
+    if config.family not in FAMILIES:
+        raise InputError(f"family {config.family!r} is not supported; this d2moe-vllm is older than the checkpoint")
+    return FAMILIES[config.family]
 
 
 def check_settings(family: Family, config: Mapping[str, Any]) -> None:
@@ -119,6 +205,8 @@ STEP = ("decoder_sparse_step", "moe_layer_interval")
 LEAST: Mapping[str, int] = MappingProxyType({**dict.fromkeys(FIRST, 0), "moe_layer_end_index": -1})
 """Of a setting's value; 1 of all others."""
 MLP_KINDS = {"dense": False, "sparse": True}
+DENSE_KEYS = (*FIRST, *STEP, "moe_layer_end_index", "moe_layer_freq", "mlp_only_layers", "mlp_layer_types")
+"""All that `moe_layers` can read."""
 
 
 def moe_layers(family: Family, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from d2moe_vllm.format.familyrow import FamilyRow
 from d2moe_vllm.format.kinds import ROLES, Role
 from offline.errors import InputError
 from offline.source.agreement import ALIKE, TEXT, Check, rope
@@ -93,6 +94,7 @@ class Family:
         request in the layers that do not attend; None where all do. window_keys: config.json's keys that are all set
         where layers look back on a window of tokens, its size first; (): they never do.
     recipe: the family whose shipped recipe is this one's too; None where it has one of its own.
+    row: what a user described it by; None for a family of ours.
     """
 
     model_type: str
@@ -117,6 +119,7 @@ class Family:
     state: State | None = None
     window_keys: tuple[str, ...] = ()
     recipe: str | None = None
+    row: FamilyRow | None = None
 
     @property
     def latent(self) -> bool:

@@ -54,12 +54,21 @@ def read_hf_config(folder: Path) -> Any:
     Never runs code that came with the model: a family that transformers does not know is built from what it
     does know, or from ours (DeepSeek v1).
     """
+    return _read_config(folder, lambda content: (family := find_family(content)).stock or family.model_type)
+
+
+def read_unknown_config(folder: Path, model_type: str) -> Any:
+    """Likewise, of a family that has no row. Raises InputError, KeyError where transformers does not know it either."""
+    stock_config_class(model_type)
+    return _read_config(folder, lambda content: model_type)
+
+
+def _read_config(folder: Path, stock_of: Callable[[dict[str, Any]], str]) -> Any:
     from transformers import PreTrainedConfig
 
     try:
         content, _ = PreTrainedConfig.get_config_dict(folder)
-        family = find_family(content)
-        stock = family.stock or family.model_type
+        stock = stock_of(content)
         return stock_config_class(stock).from_dict({**content, "model_type": stock})
     except InputError:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from d2moe_vllm.format.config import CheckpointConfig
 from offline.errors import InputError
 from offline.source.dense import DenseModel, open_dense
+from offline.source.families import from_row, known
 
 
 def open_original(source: str, config: CheckpointConfig) -> DenseModel:
@@ -12,7 +13,8 @@ def open_original(source: str, config: CheckpointConfig) -> DenseModel:
 
     Raises InputError where family, sizes or number of parameters differ, and all that `open_dense` raises.
     """
-    model = open_dense(source)
+    with known(from_row(config.family_row) if config.family_row else None):
+        model = open_dense(source)
     shape = model.shape
     figures = {
         "family": (model.family.model_type, config.family),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from offline.errors import InputError
-from offline.source.families import FAMILIES
+from offline.source.families import lookup
 from offline.source.text import Cursor, Text
 
 _A = TypeVar("_A")
@@ -216,7 +216,7 @@ def open_tokenizer(model: Path, choice: TokenizerChoice = OWN) -> Tokenizer:
     state = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())
                   if path.suffix != ".safetensors" and path.is_file())  # fmt: skip
     config = _json(model / "config.json")
-    family = FAMILIES.get(str(config.get("model_type")))
+    family = lookup(config)
     vocabulary = (family.settings(config) if family else config).get("vocab_size")
     known = vocabulary if isinstance(vocabulary, int) else None
     return _open(folder, state, known, choice.trust, choice.folder is not None)

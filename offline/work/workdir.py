@@ -42,9 +42,11 @@ def fingerprint(
     hundreds of gigabytes at every start would cost more than it protects. machine: what else decides the order of
     sums (token batches, processes, device)."""
     files = {file: _weight_file(model.folder / file) for file in model.reader.files}
+    row = model.family.row
     return {
         "tool": d2moe_vllm.__version__,
         "source": {"config": hashlib.sha256(json.dumps(model.config).encode()).hexdigest(), "files": files},
+        **({"family_row": row.model_dump(mode="json")} if row else {}),
         "recipe": recipe,
         "calibration": calibration_sha256,
         "machine": {

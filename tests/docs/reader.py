@@ -12,11 +12,14 @@ from pathlib import Path
 
 import typer
 from compression import ROOT, TINY
+from unlisted import write_unlisted
 
 from offline.cli.app import app
 from offline.cli.compare import spread
 
 ORIGINALS = ("Mixtral-8x7B-v0.1", "tiny-mixtral")
+UNLISTED = "Trinity-Mini"
+"""Of a family that d2moe has no row of."""
 COMPRESSED = ("mixtral-d2-40", "tiny-d2-40")
 DAMAGED = "damaged"
 TEXTS = ("text.txt", "my-text.txt", "calibration.txt")
@@ -34,9 +37,10 @@ PORT = "localhost:8000"
 
 @dataclass(frozen=True)
 class Models:
-    """The originals of every name above: a dense model with short windows, a compressed one, a damaged one, texts."""
+    """The originals of every name above: dense models with short windows, a compressed one, a damaged one, texts."""
 
     dense: Path
+    unlisted: Path
     compressed: Path
     damaged: Path
     text: Path
@@ -45,6 +49,7 @@ class Models:
     def by_name(self) -> dict[str, Path]:
         return {
             **dict.fromkeys(ORIGINALS, self.dense),
+            UNLISTED: self.unlisted,
             **dict.fromkeys(COMPRESSED, self.compressed),
             DAMAGED: self.damaged,
             **dict.fromkeys(TEXTS, self.text),
@@ -57,6 +62,7 @@ def make_models(folder: Path, compressed: Path, texts: tuple[Path, Path]) -> Mod
     dense = shutil.copytree(TINY, folder / "tiny-mixtral")
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps({**config, "max_position_embeddings": WINDOW}))
+    unlisted = write_unlisted(folder / UNLISTED, "afmoe", moe_intermediate_size=480, max_position_embeddings=WINDOW)
     damaged = shutil.copytree(compressed, folder / DAMAGED)
     (weights,) = damaged.glob("*.safetensors")
     content = bytearray(weights.read_bytes())
@@ -64,7 +70,7 @@ def make_models(folder: Path, compressed: Path, texts: tuple[Path, Path]) -> Mod
     weights.write_bytes(content)
     short = folder / "other-text.txt"
     short.write_text(texts[1].read_text(encoding="utf-8")[:8000], encoding="utf-8")
-    return Models(dense, compressed, damaged, texts[0], short)
+    return Models(dense, unlisted, compressed, damaged, texts[0], short)
 
 
 def written(arguments: list[str]) -> set[str]:

@@ -24,6 +24,7 @@ from service import DocumentedServer
 from syntax import NEEDS, check, make, valid_shell
 
 from d2moe_vllm.format.config import Manifest, parse_config
+from d2moe_vllm.format.familyrow import FamilyRow
 from offline.plan.recipe import Recipe
 
 BLOCKS = [block for file in DOCUMENTS for block in blocks(file)]
@@ -135,9 +136,11 @@ def test_json(block: Block) -> None:
 
 @pytest.mark.parametrize("block", chosen("yaml"))
 def test_yaml(block: Block) -> None:
-    """A recipe is one for the product's own model; else it is Compose's or Kubernetes', and says so."""
+    """A recipe is one for the product's own model; else it is a family's row, Compose's or Kubernetes', and says so."""
     for content in yaml.safe_load_all(block.text):
-        if not {"services", "apiVersion"} & set(content):
+        if "model_type" in content:
+            FamilyRow.model_validate(content)
+        elif not {"services", "apiVersion"} & set(content):
             Recipe.model_validate({"ratio": 0.4, **content})
 
 

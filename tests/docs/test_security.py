@@ -23,8 +23,8 @@ CALLS = {
     "os.system", "os.popen", "torch.load", "torch.hub.load", "torch.jit.load", "numpy.load", "np.load",
     "yaml.unsafe_load", "yaml.full_load", "subprocess.getoutput", "subprocess.getstatusoutput",
 }  # fmt: skip
-LOADERS = {"SafeLoader", "_NoAliases"}
-"""Of yaml.load; the second is ours and a SafeLoader too."""
+LOADERS = {"SafeLoader", "NoAliases", "_KeysOnce"}
+"""Of yaml.load; the others are ours and SafeLoaders too."""
 
 PERMITTED = {"offline/source/tokens.py": ["trust_remote_code="]}
 """A tokenizer that is code, run where the user says `--trust-remote-code` (test_field.py has it refused without)."""

@@ -1,0 +1,48 @@
+"""Small random checkpoints of families that transformers knows and d2moe has no row of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import change_config, stock_model, write_tokenizer
+from small_families import COMMON
+from transformers import CONFIG_MAPPING
+
+_SIZES = {**COMMON, "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
+UNLISTED: dict[str, dict[str, Any]] = {
+    "afmoe": {
+        **_SIZES, "num_experts": 8, "num_dense_layers": 1, "num_shared_experts": 1, "head_dim": 32, "route_scale": 1.5,
+        "sliding_window": 16, "mup_enabled": True,
+    },
+    "hunyuan_v1_moe": {**COMMON, "intermediate_size": 48, "num_experts": 8, "moe_topk": 2, "head_dim": 32},
+    "granitemoeshared": {
+        **COMMON, "intermediate_size": 48, "shared_intermediate_size": 80, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "laguna": {**_SIZES, "num_experts": 8, "head_dim": 32, "num_attention_heads_per_layer": [2, 2, 2]},
+    "jamba": {
+        **COMMON, "intermediate_size": 48, "num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 2,
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "mamba_dt_rank": 4, "mamba_d_state": 4,
+    },
+    "nemotron_h": {
+        **_SIZES, "layers_block_type": ["moe", "attention", "moe"], "n_routed_experts": 8,
+        "moe_shared_expert_intermediate_size": 48,
+    },
+    "llama": {**COMMON, "intermediate_size": 96},
+}  # fmt: skip
+WRITTEN: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+}
+"""What released config.json files say beside, which transformers does not write but vLLM reads."""
+
+
+def write_unlisted(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    """As transformers writes it, with a tokenizer; `changes` go over UNLISTED."""
+    config = CONFIG_MAPPING[family](**{**UNLISTED[family], **changes})
+    stock_model(config).to(dtype).save_pretrained(folder)
+    change_config(folder, **WRITTEN.get(family, {}))
+    write_tokenizer(folder)
+    return folder
