@@ -47,9 +47,9 @@ class Scheme:
     [..., rows, n] -> float32 [..., rows, n * numbers]; codes, scale: what is added to the weight's name; scales: dtypes
     that scales may have; block: rows and columns that share one; second: what is added for a scale of the matrix,
     which divides or multiplies the others; zero: for the codes that stand for 0, if it is not code 0, by block, packed
-    like codes but down a column; named: how weights' names end that codes are of; blocked: whether codes have a dimension
-    for blocks, [..., rows, blocks, n of each]; order: for the block of each column, if blocks are not in order of columns: this one
-    need not be there; shape: for rows and columns, of which padding is no part.
+    like codes but down a column; order: for the block of each column, if blocks are not in order of columns: this one
+    need not be there; shape: for rows and columns, of which padding is no part; named: how names of weights end; blocked:
+    whether codes have a dimension for blocks, [..., rows, blocks, n of each].
     """
 
     what: str
