@@ -48,8 +48,8 @@ class Scheme:
     that scales may have; block: rows and columns that share one; second: what is added for a scale of the matrix,
     which divides or multiplies the others; zero: for the codes that stand for 0, if it is not code 0, by block, packed
     like codes but down a column; order: for the block of each column, if blocks are not in order of columns: this one
-    need not be there; shape: for rows and columns, of which padding is no part; named: how names of weights end; blocked:
-    whether codes have a dimension for blocks, [..., rows, blocks, n of each].
+    need not be there; shape: for rows and columns, of which padding is no part; named: how names of weights end;
+    blocked: whether codes have a dimension for blocks, [..., rows, blocks, n of each].
     """
 
     what: str
