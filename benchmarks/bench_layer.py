@@ -2,9 +2,10 @@
 layer, interleaved in one run.
 
 Random bfloat16 weights and routing. A table on stdout, all rows in build/bench/layer.json. byte_ratio is what the dense
-layer's experts in use weigh over what ours read for the same routing: the limit of the speed-up where reading weights
-is what takes the time. After the rows of low-rank deltas in bfloat16, by ratio and scope, those of whole matrices of
-few bits, by storage: ratio then is what of the dense layer's bytes is gone.
+layer's experts in use weigh over what ours read for the same routing; limit the speed-up that is possible: the lower of
+byte_ratio and of the dense layer's time over that of our multiplications at the peak rate, which is measured first.
+After the rows of low-rank deltas in bfloat16, by ratio and scope, those of whole matrices of few bits, by storage:
+ratio then is what of the dense layer's bytes is gone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import layer_gpu
 import torch
-from layer_shapes import GROUPS, SCOPES, SHAPES, Shape, dense_expert_bytes, sizes
+from layer_shapes import BYTES, GROUPS, SCOPES, SHAPES, Shape, dense_expert_bytes, sizes
 from torch import Tensor
 
 from d2moe_vllm.format.config import PACKED
@@ -30,6 +31,7 @@ from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = BACKENDS["triton" if DEVICE == "cuda" else "cpu"]
+PRECISIONS = (torch.bfloat16,) if DEVICE == "cuda" else (torch.bfloat16, torch.float32)
 OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "layer.json"
 
 
@@ -61,6 +63,8 @@ class Ours:
             scope=scope,
         )
         self.base_bytes, self.expert_bytes = found.base_bytes, found.expert_bytes
+        self.base_products = found.base_bytes // BYTES
+        self.expert_products = found.expert_bytes // BYTES
 
         halves = []
         for inputs, outputs, parts, columns in ((hidden, inner, 2, kept[0]), (inner, hidden, 1, kept[1])):
@@ -98,6 +102,8 @@ class Few:
         hidden, inner, experts, _ = shape
         base, delta = (None if bits is None else Packing(bits, ZERO[bits], GROUP) for bits in STORAGES[storage])
         halves, self.base_bytes, self.expert_bytes = [], 0, 0
+        self.expert_products = 3 * hidden * inner
+        self.base_products = 0 if base is None else self.expert_products
         for inputs, outputs, parts in ((hidden, inner, 2), (inner, hidden, 1)):
             dense, dense_scales = self._matrices(delta, experts, parts * outputs, inputs)
             self.expert_bytes += (dense.nbytes + dense_scales.nbytes) // experts
@@ -144,6 +150,18 @@ class Dense:
         return out
 
 
+def peak_rate(seconds: float = 3.0) -> float:
+    """Multiplications a second of a large matrix product: in bfloat16, or in float32 where a processor has none."""
+    best, end = math.inf, time.perf_counter() + seconds
+    size = 8192 if DEVICE == "cuda" else 1024
+    pairs = [(torch.randn(size, size).to(kind), torch.randn(size, size).to(kind)) for kind in PRECISIONS]
+    while time.perf_counter() < end:
+        for x, w in pairs:
+            milliseconds = interleaved({"product": lambda x=x, w=w: x @ w}, 0)["product"]
+            best = min(best, min(milliseconds) / 1000)
+    return size**3 / best
+
+
 def interleaved(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
     """Milliseconds of each, turn by turn, after one turn to warm up."""
     if DEVICE == "cuda":
@@ -174,8 +192,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_default_device(DEVICE)
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    titles = ("dense ms", "ours ms", "speed-up", "bytes", "of limit", "GB/s")
+    rows, peak = [], peak_rate()
+    print(f"peak rate measured: {2 * peak / 1e9:.0f} GFLOP/s")
+    titles = ("dense ms", "ours ms", "speed-up", "bytes", "limit", "of it", "GB/s")
     print(f"{'shape':16} {'storage':21} {'ratio':>5} {'scope':>5} {'tokens':>6}", *(f"{title:>8}" for title in titles))
     for name in arguments.shapes:
         shape = SHAPES[name]
@@ -184,13 +203,13 @@ def main() -> None:
             for scope in arguments.scopes:
                 ours = Ours(shape, ratio, scope)
                 for tokens in arguments.tokens:
-                    rows.append(measure(name, shape, dense, ours, ratio, scope, tokens, arguments.seconds))
+                    rows.append(measure(name, shape, dense, ours, ratio, scope, tokens, peak, arguments.seconds))
                     OUT.write_text(json.dumps(rows, indent=1))
         for storage in arguments.storages:
             few = Few(shape, storage)
             ratio = 1 - (few.base_bytes / shape.experts + few.expert_bytes) / dense_expert_bytes(shape)
             for tokens in arguments.tokens:
-                rows.append(measure(name, shape, dense, few, ratio, "off", tokens, arguments.seconds, storage))
+                rows.append(measure(name, shape, dense, few, ratio, "off", tokens, peak, arguments.seconds, storage))
                 OUT.write_text(json.dumps(rows, indent=1))
 
 
@@ -202,6 +221,7 @@ def measure(
     ratio: float,
     scope: str,
     tokens: int,
+    peak: float,
     seconds: float,
     storage: str = "bfloat16",
 ) -> dict[str, Any]:
@@ -212,6 +232,8 @@ def measure(
     active = ids.unique().numel()
     dense_bytes = active * dense_expert_bytes(shape)
     our_bytes = ours.base_bytes + active * ours.expert_bytes
+    # A base is multiplied with each token once, however many experts it goes to.
+    products = tokens * (ours.base_products + shape.top_k * ours.expert_products)
     median = {key: statistics.median(values) for key, values in times.items()}
     row = {
         "shape": name, "tokens": tokens, "ratio": ratio, "scope": scope, "storage": storage,
@@ -221,8 +243,9 @@ def measure(
         "runs": len(times["ours"]), "ours_ms_min_max": [min(times["ours"]), max(times["ours"])],
         "dense_ms_min_max": [min(times["dense"]), max(times["dense"])],
     }  # fmt: skip
-    row["limit_reached"] = row["speedup"] / row["byte_ratio"]
-    figures = (row[key] for key in ("dense_ms", "ours_ms", "speedup", "byte_ratio", "limit_reached", "gb_per_s"))
+    row["limit"] = min(row["byte_ratio"], row["dense_ms"] / (1000 * products / peak))
+    row["of_limit"] = row["speedup"] / row["limit"]
+    figures = (row[key] for key in ("dense_ms", "ours_ms", "speedup", "byte_ratio", "limit", "of_limit", "gb_per_s"))
     print(
         f"{name:16} {storage:21} {ratio:5.0%} {scope:>5} {tokens:6}",
         *(f"{figure:8.2f}" for figure in figures),

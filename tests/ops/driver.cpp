@@ -223,6 +223,18 @@ bool one(int number) {
   std::vector<std::uint8_t> channels(layer.experts * ceil_div(layer.intermediate, 8));
   for (i64 e = 0; narrow && e < layer.experts; ++e)
     for (i64 c = 0; c < widths[e]; ++c) channels[e * ceil_div(layer.intermediate, 8) + c / 8] |= 1 << c % 8;
+  std::unique_ptr<float[]> biases[2];
+  if (number % 5 < 2) {
+    const i64 steps[] = {2 * ceil_div(layer.widest(), SLICE) * SLICE, ceil_div(layer.hidden, SLICE) * SLICE};
+    for (int half = 0; half < 2; ++half) {
+      const i64 n = layer.experts * steps[half];
+      biases[half].reset(new float[n]);
+      for (i64 i = 0; i < n; ++i) biases[half][i] = 0.1f * float(below(20));
+      Weights<P>& w = half ? layer.w2 : layer.w13;
+      w.bias = biases[half].get(), w.bias_step = steps[half];
+    }
+  }
+  if (number % 5 == 1) layer.swiglu = {1.5f, 1.702f, 1.0f};
   if (narrow && based) layer.channels = channels.data();
   else if (narrow) layer.intermediate = 0;
   Batch<P> batch;
