@@ -62,6 +62,7 @@ class Fit:
             "kv_cache_block_tokens": cache.block_tokens,
             "kv_cache_blocks": cache.blocks(self.needs.kv_cache),
             "sliding_window": cache.window,
+            "window_layers": cache.windowed or (cache.layers if cache.window else 0),
             "state_layers": cache.states,
             "activation_bytes": self.needs.activations,
             "cuda_graph_bytes": self.needs.graphs,
@@ -83,6 +84,7 @@ class Fit:
         yield "reserve", serving.usable_bytes - serving.device_bytes, share
         per_request = cache.request_blocks(serving.max_model_len, serving.max_num_batched_tokens)
         window = f", window {cache.window:,}" if cache.window else ""
+        window += f" in {cache.windowed} layers" if cache.windowed else ""
         states = f", and states in {cache.states} layers" if cache.states else ""
         yield (
             "KV cache",

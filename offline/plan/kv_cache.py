@@ -40,8 +40,9 @@ NULL_BLOCKS = 1
 @dataclass(frozen=True)
 class KVCache:
     """Of one rank. layers: that attend; layer_bytes: that one of them keeps of a token; window: tokens that a layer
-    looks back on, None for all; block_tokens: tokens of a block; states: layers that keep a state of a request, whose
-    size a block of one layer has then at least; state_blocks: that a request has of a group of these.
+    looks back on, None for all; block_tokens: tokens of a block; windowed: layers with a window beside those that look
+    back on all, 0: it is that of all layers; states: layers that keep a state of a request, whose size a block of one
+    layer has then at least; state_blocks: that a request has of a group of these.
 
     A block is one of the pool, which all kinds of layers draw from: it holds as many tokens, or one state, of a group
     of layers, and a request has blocks of every group.
@@ -51,27 +52,33 @@ class KVCache:
     layer_bytes: int
     window: int | None
     block_tokens: int
+    windowed: int = 0
     states: int = 0
     state_blocks: int = STATE_BLOCKS
 
     @property
     def token_bytes(self) -> int:
         """Of one token in all layers that attend."""
-        return self.layers * self.layer_bytes
+        return (self.layers + self.windowed) * self.layer_bytes
+
+    @property
+    def kinds(self) -> tuple[int, int]:
+        """Layers that attend, and those of another kind: with a window, or a state."""
+        return self.layers, self.windowed or self.states
 
     @property
     def groups(self) -> tuple[int, int]:
-        """Of layers that attend, and of layers that keep a state, each group of as many layers."""
-        if not self.states:
+        """Of either kind of layers, each group of as many layers."""
+        counts = self.kinds
+        if not counts[1]:
             return 1, 0
-        counts = (self.layers, self.states)
         size = max(counts) if max(counts) < PADDED * min(counts) else min(counts)
-        return -(-self.layers // size), -(-self.states // size)
+        return -(-counts[0] // size), -(-counts[1] // size)
 
     @property
     def block_bytes(self) -> int:
         """Of one block, in all layers of the largest group."""
-        counts = zip((self.layers, self.states), self.groups, strict=True)
+        counts = zip(self.kinds, self.groups, strict=True)
         return max(-(-count // groups) for count, groups in counts if groups) * self.block_tokens * self.layer_bytes
 
     def blocks(self, nbytes: int) -> int:
@@ -83,11 +90,13 @@ class KVCache:
 
         A window's layers give back what they have passed, but for the tokens under way, and begin within a block.
         """
+        attending, others = self.groups
+        whole = -(-length // self.block_tokens)
         if self.window is None:
-            attending, keeping = self.groups
-            return attending * -(-length // self.block_tokens) + keeping * self.state_blocks
+            return attending * whole + others * self.state_blocks
         held = min(self.window - 1 + CONCURRENT_BATCHES * batched_tokens, length)
-        return -(-held // self.block_tokens) + 1
+        of_window = -(-held // self.block_tokens) + 1
+        return attending * whole + others * of_window if self.windowed else of_window
 
     def nbytes(self, requests: int, length: int, batched_tokens: int) -> int:
         """What the pool needs for so many requests at once, each of `length` tokens."""
@@ -136,11 +145,14 @@ def kv_cache(
     if family.attention == "indexed":
         key = number(config, "index_head_dim")
         layer_bytes = (SPARSE_FP8_BYTES if dtype == "fp8" else layer_bytes) + key + 4 * (key // INDEX_BLOCK)
-    tokens, layers, states = block_tokens or BLOCK_TOKENS[family.attention], number(config, "num_hidden_layers"), 0
+    tokens, layers = block_tokens or BLOCK_TOKENS[family.attention], number(config, "num_hidden_layers")
+    states, windowed, window = 0, 0, _window(family, config)
     if family.state:
         states = layers - attending_layers(config, layers)
         tokens *= -(-state_bytes(family.state, config, tensor_parallel_size) // (tokens * layer_bytes))
-    return KVCache(layers - states, layer_bytes, _window(family, config), tokens, states)
+    if window is not None and family.window_every > 1:
+        windowed = -(-layers // family.window_every)
+    return KVCache(layers - states - windowed, layer_bytes, window, tokens, windowed, states)
 
 
 def attending_layers(config: Mapping[str, Any], layers: int) -> int:
@@ -168,7 +180,8 @@ def state_bytes(state: State, config: Mapping[str, Any], ranks: int) -> int:
 
 
 def _window(family: Family, config: Mapping[str, Any]) -> int | None:
-    """config.json's sliding window where it is in use: every layer has it then (offline/source/agreement.py)."""
+    """config.json's sliding window where it is in use: every layer has it then, or one of every so many
+    (offline/source/agreement.py)."""
     if not family.window_keys or not all(config.get(key) for key in family.window_keys):
         return None
     return number(config, family.window_keys[0])

@@ -92,7 +92,8 @@ class Family:
     swiglu: limit, alpha and beta of the experts' clamped SwiGLU (format.config.Swiglu); () for another activation.
     attention: what vLLM's KV cache holds of a token; None where that is not known here. state: what it holds of a
         request in the layers that do not attend; None where all do. window_keys: config.json's keys that are all set
-        where layers look back on a window of tokens, its size first; (): they never do.
+        where layers look back on a window of tokens, its size first; (): they never do. window_every: the first of so
+        many layers in turn does.
     recipe: the family whose shipped recipe is this one's too; None where it has one of its own.
     row: what a user described it by; None for a family of ours.
     """
@@ -118,6 +119,7 @@ class Family:
     attention: Attention | None = None
     state: State | None = None
     window_keys: tuple[str, ...] = ()
+    window_every: int = 1
     recipe: str | None = None
     row: FamilyRow | None = None
 

@@ -462,6 +462,9 @@ ROWS = (
         model_type="gpt_oss",
         experts="model.layers.{layer}.mlp.experts",
         projections=PROJ,
+        attention="heads",
+        window_keys=("sliding_window",),
+        window_every=2,
         intermediate_size_key="intermediate_size",
         # vLLM has these numbers in its code, and biases of q, k, v and o.
         requires={
@@ -474,7 +477,7 @@ ROWS = (
             "swiglu_alpha": (1.702, None),
         },
         not_null=("attention_bias", "rms_norm_eps", "swiglu_limit", "swiglu_alpha"),
-        checks=(rope("yarn"), plain_yarn, every_other_window),
+        checks=(rope("yarn"), plain_yarn, every_other_window, said("sliding_window", "head_dim")),
         swiglu=(7.0, 1.702, 1.0),
         released=Layout(
             gate="model.layers.{layer}.mlp.experts.gate_up_proj",

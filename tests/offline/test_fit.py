@@ -98,6 +98,22 @@ def test_a_window_gives_back_what_it_has_passed() -> None:
     assert kv_cache(FAMILIES["mixtral"], MIXTRAL).request_blocks(32768, 512) == 2048
 
 
+def test_every_other_layer_with_a_window_is_a_group() -> None:
+    """gpt-oss-20b: 12 layers of either kind, which share blocks; 2 x 8 KV heads of 64 numbers in 16 bits a token."""
+    config = {
+        "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+        "hidden_size": 2880, "sliding_window": 128,
+    }  # fmt: skip
+    cache = kv_cache(FAMILIES["gpt_oss"], config)
+    assert (cache.layers, cache.windowed, cache.groups) == (12, 12, (1, 1))
+    assert cache.token_bytes == 24 * 2048
+    assert cache.block_bytes == 12 * 16 * 2048
+    # All of 8,192 tokens, and 127 and two steps' of the window, in blocks that begin anywhere.
+    assert cache.request_blocks(8192, 64) == 8192 // 16 + (127 + 2 * 64 + 15) // 16 + 1
+    odd = kv_cache(FAMILIES["gpt_oss"], {**config, "num_hidden_layers": 3})
+    assert (odd.layers, odd.windowed, odd.groups) == (1, 2, (1, 2))
+
+
 @pytest.mark.parametrize(("switch", "window"), [(True, 64), (False, None), (None, None)])
 def test_a_window_that_is_not_switched_on_is_none(switch: bool | None, window: int | None) -> None:
     config = {**MIXTRAL, "sliding_window": 64, "use_sliding_window": switch}

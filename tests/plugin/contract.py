@@ -164,7 +164,10 @@ CONTRACT = (
         f"{LAYERS}.fused_moe.config.FusedMoEParallelConfig",
         attributes=("tp_size", "tp_rank", "ep_size", "use_ep"),
     ),
-    Use(f"{LAYERS}.fused_moe.activation.MoEActivation", values=("silu", "gelu", "gelu_tanh")),
+    Use(f"{LAYERS}.fused_moe.activation.MoEActivation", values=("silu", "gelu", "gelu_tanh", "swigluoai")),
+    # Its loader drops names of experts that it does not know: we take ours before it.
+    Use("vllm.model_executor.models.gpt_oss.GptOssForCausalLM", methods={"load_weights": ("self", "weights")}),
+    Use("vllm.model_executor.models.gpt_oss.MLPBlock", behaves=("__init__",)),
     Use(f"{LAYERS}.linear.LinearBase"),
     Use(f"{LAYERS}.linear.UnquantizedLinearMethod", methods={"__init__": ("self",)}),
     Use("vllm.model_executor.models.utils.extract_layer_index", parameters=("layer_name",), behaves=("",)),

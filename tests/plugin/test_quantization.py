@@ -54,6 +54,9 @@ def moe(**changes: Any) -> Any:
         "intermediate_size": 256,
         "activation": MoEActivation.SILU,
         "has_bias": False,
+        "swiglu_limit": None,
+        "swiglu_alpha": None,
+        "swiglu_beta": None,
         "dp_size": 1,
         "pcp_size": 1,
         "is_sequence_parallel": False,
@@ -313,9 +316,14 @@ def test_a_hub_id_is_checked_in_its_snapshot(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"has_bias": True}, "biases"),
-        ({"activation": MoEActivation.SWIGLUOAI}, "activation 'swigluoai'"),
-        ({"swiglu_limit": 7.0}, "with clamping"),
+        ({"has_bias": True}, "experts have biases in the model, and not all of them in quantization_config"),
+        ({"activation": MoEActivation.SWIGLUSTEP}, "activation 'swiglustep'"),
+        ({"activation": MoEActivation.GELU, "swiglu_limit": 7.0}, "activation 'gelu' with clamping"),
+        (
+            {"activation": MoEActivation.SWIGLUOAI},
+            r"clamped SwiGLU are \(7.0, 1.702, 1.0\) in the model and none in quantization_config",
+        ),
+        ({"swiglu_limit": 7.0}, r"are \(7.0, 1.0, 0.0\) in the model and none in quantization_config"),
         ({"num_experts": 16}, r"\(16, 128, 256\) in the model"),
         ({"dp_size": 2}, "scope 'batch' does not work"),
         ({"is_sequence_parallel": True}, "scope 'batch' does not work"),
