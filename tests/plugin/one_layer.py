@@ -78,13 +78,28 @@ def compute(
     return BACKENDS[backend].fused_experts(x, weights, local, *halves, None, spec)
 
 
-def dense_layer(tensors: dict[str, Tensor], layer: int, x: Tensor, ids: Tensor) -> Tensor:
-    """What `compute` has to come to, in float64 from the dense reconstruction."""
+def dense_layer(
+    tensors: dict[str, Tensor],
+    layer: int,
+    x: Tensor,
+    ids: Tensor,
+    biases: list[list[Tensor]] | None = None,
+    swiglu: tuple[float, ...] = (),
+) -> Tensor:
+    """What `compute` has to come to, in float64 from the dense reconstruction. biases: of every expert gate's, up's and
+    down's, in their whole size; swiglu: limit, alpha and beta."""
     weights = torch.linspace(0.2, 0.8, ids.numel()).view(ids.shape)
     expected = torch.zeros_like(x, dtype=torch.float64)
     for t in range(len(x)):
         for e, g in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
-            gate, up, down = (dense_expert(tensors, layer, e, role) for role in NAMES)
-            h = torch.nn.functional.silu(gate @ x[t].double()) * (up @ x[t].double())
-            expected[t] += g * (down @ h)
+            weights_of = [dense_expert(tensors, layer, e, role) for role in NAMES]
+            own = [b.double() for b in biases[e]] if biases else [torch.zeros(len(w)).double() for w in weights_of]
+            gate, up = (w @ x[t].double() + b for w, b in zip(weights_of[:2], own[:2], strict=True))
+            if swiglu:
+                limit, alpha, beta = swiglu
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+                h = gate / (1 + (-alpha * gate).exp()) * (up + beta)
+            else:
+                h = torch.nn.functional.silu(gate) * up
+            expected[t] += g * (weights_of[2] @ h + own[2])
     return expected

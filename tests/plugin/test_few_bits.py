@@ -19,7 +19,7 @@ from test_format import edit
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.format.config import CheckpointError
+from d2moe_vllm.format.config import CheckpointConfig, CheckpointError
 from d2moe_vllm.format.files import check_checkpoint, read_config
 from d2moe_vllm.format.kinds import DTYPE_BYTES
 from d2moe_vllm.hf.checks import check_files
@@ -58,6 +58,45 @@ def test_ranks_together_are_what_the_layer_means(
         total += compute(loader, fill(loader, tensors), *batch, backend=backend)
         assert loader.missing() == []
     torch.testing.assert_close(total.double(), dense_layer(meaning, layer, *batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_together_add_a_bias_once(
+    made: Made, batch: tuple[Tensor, Tensor], backend: str, name: str, ranks: dict[str, int]
+) -> None:
+    """Those of experts without deltas and without channels too; of gate and up those of an expert's own channels."""
+    number, layer = PLACES[name]
+    folder, meaning = made[number]
+    content, swiglu = read_config(folder).model_dump(), (0.8, 1.702, 1.0)
+    content["swiglu"] = dict(zip(("limit", "alpha", "beta"), swiglu, strict=True))
+    for role in NAMES:
+        content["layers"][layer][role]["bias"] = True
+    config, tensors, generator = (
+        CheckpointConfig.model_validate(content),
+        layer_tensors(folder, layer),
+        torch.Generator(),
+    )
+    biases: list[list[Tensor]] = []
+    for expert in range(8):
+        prefix = f"{PREFIX.format(layer=layer)}.{expert}"
+        kept = meaning.get(f"{prefix}.kept", torch.ones(256, dtype=torch.bool))
+        biases.append([])
+        for role, projection in NAMES.items():
+            whole = torch.randn(config.shape(role)[0], generator=generator)  # type: ignore[arg-type]
+            if role != "down":
+                whole[~kept] = 0
+            biases[-1].append(whole)
+            tensors[f"{prefix}.{projection}.bias"] = whole if role == "down" else whole[kept]
+    kind, size = next(iter(ranks.items()), ("tp", 1))
+    total = torch.zeros_like(batch[0])
+    for rank in range(size):
+        loader = make_loader(config, layer=layer, **{kind: (rank, size)})
+        total += compute(loader, fill(loader, tensors), *batch, backend=backend)
+        assert loader.missing() == []
+    expected = dense_layer(meaning, layer, *batch, biases=biases, swiglu=swiglu)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scope", ["token", "batch"])
