@@ -451,5 +451,23 @@ SMALL = {
         ),
         released=((1024, 512), (1536, 512)),
     ),
+    "granitemoehybrid": Small(
+        {
+            "intermediate_size": 48, "shared_intermediate_size": 80, "num_local_experts": 8, "num_experts_per_tok": 3,
+            "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"], "mamba_n_heads": 4,
+            "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16,
+        },
+        refused=(
+            {"mamba_n_groups": 2},
+            {"time_step_limit": [0.0, 1.0]},
+            {"attention_multiplier": None},
+            {"time_step_limit": None},
+            {"head_dim": 64},
+            {"hidden_act": "gelu"},
+        ),
+        expert_parallel=True,
+        released=((1536, 512), (4096, 768)),
+    ),
 }  # fmt: skip
 """By model_type: all that the tests have to be told of a family."""

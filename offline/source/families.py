@@ -20,8 +20,6 @@ from offline.source.rows import ROWS
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in ROWS})
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        "granitemoehybrid": "vLLM's loader of this family knows no other tensors of experts than its own; serve it as "
-        "it is",
         "cohere2_moe": "vLLM's windows of attention are one token longer than those of transformers, which calibrates; "
         "serve it as it is",
     }

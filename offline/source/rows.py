@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -511,5 +512,29 @@ ROWS = (
             up="model.layers.{layer}.block_sparse_moe.input_linear.weight",
             down="model.layers.{layer}.block_sparse_moe.output_linear.weight",
         ),
+    ),
+    Family(
+        model_type="granitemoehybrid",
+        experts="model.layers.{layer}.block_sparse_moe.experts",
+        projections=PROJ,
+        experts_module="block_sparse_moe.experts",
+        num_experts_keys=("num_local_experts",),
+        intermediate_size_key="intermediate_size",
+        # vLLM's layers of Mamba limit no time step, and norm each group of channels for itself.
+        requires={
+            **SILU,
+            "architectures": (["GraniteMoeHybridForCausalLM"], None),
+            "mamba_n_groups": (1, None),
+            "time_step_limit": ([0.0, math.inf], [0.0, {"__float__": "Infinity"}], None),  # as transformers writes it
+        },
+        not_null=("attention_multiplier", "head_dim", "mamba_n_groups", "time_step_limit"),
+        checks=(rope(*ALIKE), head_size),
+        renames={".router.layer.weight": ".router.weight"},
+        released=Layout(
+            gate="model.layers.{layer}.block_sparse_moe.input_linear.weight",
+            up="model.layers.{layer}.block_sparse_moe.input_linear.weight",
+            down="model.layers.{layer}.block_sparse_moe.output_linear.weight",
+        ),
+        recipe="granitemoe",
     ),
 )
