@@ -438,6 +438,47 @@ SMALL = {
         released=((2880, 2880),),
         stacked=True,
     ),
+    "afmoe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+            "num_dense_layers": 1, "num_shared_experts": 1, "head_dim": 32, "route_scale": 1.5, "mup_enabled": True,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 16,
+        },
+        written={"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+        refused=(
+            {"score_func": "softmax"},
+            {"route_norm": False},
+            {"n_group": 2},
+            {"topk_group": None},
+            {"attention_bias": True},
+            {"tie_word_embeddings": True},
+            {"sliding_window": None},
+            {"sliding_window": 0},
+            {"partial_rotary_factor": 0.5},
+        ),
+        released=((2048, 1024), (3072, 3072)),
+    ),
+    "exaone_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+            "num_shared_experts": 1, "head_dim": 32, "routed_scaling_factor": 1.5, "first_k_dense_replace": 1,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 16,
+        },
+        written={"architectures": ["ExaoneMoEForCausalLM"]},
+        refused=(
+            {"layer_types": ["full_attention"] * 3},
+            {"layer_types": None},
+            {"sliding_window": 0},
+            {"sliding_windows": [16, 32, 0]},
+            {"swiglu_limits": [7.0, 7.0, 7.0]},
+            {"attention_bias": True},
+            {"bias": True},
+            {"mlp_bias": True},
+            {"logit_scale": 0.5},
+            {"logit_scale": None},
+        ),
+        released=((6144, 2048),),
+    ),
     "granitemoe": Small(
         {
             "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,

@@ -183,6 +183,18 @@ def told_by_shape(config: Config) -> str | None:
     return f"hidden_size {hidden} and moe_intermediate_size {size}, of which stacks of experts may be square"
 
 
+def real_window(config: Config) -> str | None:
+    """Of layers that have one: vLLM takes 0 for none."""
+    window = config.get("sliding_window")
+    return None if window else f"sliding_window {window!r}"
+
+
+def some_windows(config: Config) -> str | None:
+    """EXAONE: where no layer has a window, vLLM has rotary embeddings in all layers, transformers in none."""
+    kinds = config.get("layer_types")
+    return None if kinds and "sliding_attention" in kinds else f"layer_types {kinds!r}, of which none says a window"
+
+
 def no_window(config: Config) -> str | None:
     """Every layer attends to all."""
     kinds = config.get("layer_types")
