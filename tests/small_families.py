@@ -331,6 +331,25 @@ SMALL = {
         released=((7168, 2048),),
         refused_on_cpus="Sparse Attention is not supported on CPU",
     ),
+    "glm_moe_dsa": Small(
+        {
+            **DEEPSEEK_V3, "index_topk": 8, "index_head_dim": 96, "index_n_heads": 2,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        written={**DEEPSEEK_V3_WRITTEN, "indexer_rope_interleave": True},
+        refused=(
+            {"indexer_rope_interleave": None},
+            {"index_topk_freq": 4},
+            {"index_topk_pattern": "FSS"},
+            {"indexer_types": ["full", "shared", "full"]},
+            {"index_topk": None},
+            {"mlp_layer_types": ["dense", "sparse", "dense"]},
+            {"scoring_func": "softmax"},
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
+        ),
+        released=((6144, 2048),),
+        refused_on_cpus="Sparse Attention is not supported on CPU",
+    ),
     "qwen3_vl_moe": Small(
         {
             "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,

@@ -201,6 +201,13 @@ def no_window(config: Config) -> str | None:
     return f"layer_types {sorted(set(map(str, kinds)))}" if kinds and set(kinds) != {"full_attention"} else None
 
 
+def full_indexers(config: Config) -> str | None:
+    """GLM-5: layers that take what an indexer before them chose, which vLLM tells by other settings, and which cannot
+    run one by one."""
+    kinds = config.get("indexer_types")
+    return None if kinds is None or set(kinds) == {"full"} else "indexer_types that are not all full"
+
+
 def gate_of_one(config: Config) -> str | None:
     """DeepSeek v1 with one expert a token: vLLM normalizes its gate to 1."""
     if config.get("norm_topk_prob") and config.get("num_experts_per_tok") == 1:
