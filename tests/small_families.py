@@ -498,6 +498,41 @@ SMALL = {
         ),
         released=((6144, 2048),),
     ),
+    "mimo_v2_flash": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 3,
+            "num_attention_heads": 4, "head_dim": 32, "v_head_dim": 32, "sliding_window": 16, "attention_bias": True,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"], "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            },
+        },
+        written={
+            "hybrid_layer_pattern": [0, 1, 1], "moe_layer_freq": [0, 1, 1], "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4, "swa_head_dim": 32, "swa_v_head_dim": 32, "sliding_window_size": 16,
+            "layernorm_epsilon": 1e-5, "rope_theta": 5e4, "swa_rope_theta": 1e4, "partial_rotary_factor": 0.5,
+            "add_swa_attention_sink_bias": True,
+        },
+        refused=(
+            {"routed_scaling_factor": 2.5},
+            {"tie_word_embeddings": True},
+            {"add_swa_attention_sink_bias": False},
+            {"add_full_attention_sink_bias": True},
+            {"sliding_window": 0},
+            {"hybrid_layer_pattern": [0, 1, 0]},
+            {"moe_layer_freq": [1, 1, 1]},
+            {"moe_layer_freq": 1},
+            {"swa_num_key_value_heads": 2},
+            {"swa_v_head_dim": None},
+            {"sliding_window_size": 32},
+            {"layernorm_epsilon": 1e-6},
+            {"swa_rope_theta": 5e4},
+            {"partial_rotary_factor": 0.25},
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e4}}},
+        ),
+        released=((4096, 2048),),
+    ),
     "granitemoe": Small(
         {
             "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,

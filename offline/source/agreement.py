@@ -208,6 +208,38 @@ def full_indexers(config: Config) -> str | None:
     return None if kinds is None or set(kinds) == {"full"} else "indexer_types that are not all full"
 
 
+def mimo(config: Config) -> str | None:
+    """MiMo-V2: vLLM reads kinds of layers, heads, windows, norms and rotary embeddings from other settings than
+    transformers, whose defaults of these are here."""
+    layers, full, sliding = config.get("num_hidden_layers") or 0, "full_attention", "sliding_attention"
+    kinds = config.get("layer_types") or [sliding if n and (n + 1) % 6 else full for n in range(layers)]
+    experts = config.get("mlp_layer_types") or ["dense", *["sparse"] * (layers - 1)]
+    rotary = config.get("rope_parameters")
+    if rotary is None:
+        rotary = {full: {"rope_theta": 5e6}, sliding: {"rope_theta": 1e4}}
+    if not isinstance(rotary, dict) or any(not isinstance(rotary.get(kind), dict) for kind in (full, sliding)):
+        return f"rope_parameters of other layers than {full} and {sliding}"
+    for kind in (full, sliding):
+        given = {"rope_type": "default", "partial_rotary_factor": 0.334, **rotary[kind]}
+        if given["rope_type"] != "default" or set(given) != {"rope_type", "rope_theta", "partial_rotary_factor"}:
+            return f"rotary embeddings of layers of {kind} that are not plain ones"
+        if given["partial_rotary_factor"] != config.get("partial_rotary_factor"):
+            return "rotary embeddings whose part of the head is said otherwise than by one partial_rotary_factor"
+    same = {
+        "hybrid_layer_pattern": [int(kind == sliding) for kind in kinds],
+        "moe_layer_freq": [int(kind == "sparse") for kind in experts],
+        "swa_num_attention_heads": config.get("num_attention_heads"),
+        "swa_num_key_value_heads": 2 * (config.get("num_key_value_heads") or 0),
+        "swa_head_dim": config.get("head_dim", 192),
+        "swa_v_head_dim": config.get("v_head_dim", 128),
+        "sliding_window_size": config.get("sliding_window"),
+        "layernorm_epsilon": config.get("rms_norm_eps", 1e-5),
+        "rope_theta": rotary[full]["rope_theta"],
+        "swa_rope_theta": rotary[sliding]["rope_theta"],
+    }
+    return next((f"{key} {config.get(key)!r}" for key, value in same.items() if config.get(key) != value), None)
+
+
 def gate_of_one(config: Config) -> str | None:
     """DeepSeek v1 with one expert a token: vLLM normalizes its gate to 1."""
     if config.get("norm_topk_prob") and config.get("num_experts_per_tok") == 1:

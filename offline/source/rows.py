@@ -19,6 +19,7 @@ from offline.source.agreement import (
     head_size,
     latent_attention,
     latent_norms,
+    mimo,
     no_window,
     one_window,
     plain_yarn,
@@ -551,6 +552,25 @@ ROWS = (
         not_null=("logit_scale",),
         checks=(rope(*ALIKE), real_window, some_windows),
         renames={".mlp.e_score_correction_bias": ".mlp.gate.e_score_correction_bias"},
+        recipe="deepseek_v3",
+    ),
+    Family(
+        model_type="mimo_v2_flash",
+        experts="model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        num_experts_keys=("n_routed_experts",),
+        dense_keys=("mlp_layer_types", "moe_layer_freq"),
+        # vLLM never scales what experts give.
+        requires={
+            **SILU,
+            **UNTIED,
+            "architectures": (["MiMoV2FlashForCausalLM"], None),
+            "routed_scaling_factor": (1.0, None),
+            "add_swa_attention_sink_bias": (True,),
+            "add_full_attention_sink_bias": (False, None),
+        },
+        checks=(real_window, mimo),
+        renames={".self_attn.attention_sink_bias": ".self_attn.sinks"},
         recipe="deepseek_v3",
     ),
     Family(

@@ -215,6 +215,7 @@ def test_layers_that_predict_further_tokens_ride_along(released: Callable[[str],
         ("ernie4_5_moe", "model.mtp_block.0.mlp.gate.weight"),
         ("qwen3_5_moe", "mtp.layers.0.mlp.experts.0.up_proj.weight"),
         ("exaone_moe", "mtp.layers.0.mlp.up_proj.weight"),
+        ("mimo_v2_flash", "model.mtp.layers.0.mlp.up_proj.weight"),
     ],
 )
 @torch.no_grad()

@@ -37,6 +37,7 @@ NOT_PROPOSED = {
     "deepseek": "DeepseekExperts holds 0.gate_proj.weight",  # one module for each expert
     "gemma4": "its experts' activation is 'gelu_pytorch_tanh' (hidden_activation), not silu",
     "gpt_oss": "its experts have biases (model.layers.0.mlp.experts.down_proj_bias)",
+    "mimo_v2_flash": "does not attend by scaled_dot_product_attention",
 }
 AXK1: dict[str, Any] = {
     "model_type": "axk1",
