@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from d2moe_vllm.format.kinds import Role
+from d2moe_vllm.ops.reference import gated
 from offline.algebra.moments import Moment
 from offline.algebra.products import Products, has_bfloat16, multiplying
 from offline.algebra.rounding import DAMPING, feedback_of
 from offline.io.shards import write_file
 from offline.source.sites import Site
 from offline.work.activations import Rows
-from offline.work.statistics import Routing, gradients, mean_gram
+from offline.work.statistics import Routing, Weights, gradients, mean_gram
 
 RESULTS = ROOT / "build" / "bench" / "stages.json"
 PAGE = ROOT / "docs" / "performance.md"
@@ -55,11 +56,12 @@ def stages(hidden: int, channels: int, rows: int, folder: Path) -> Iterator[Stag
         return torch.randn(*shape, generator=draw) * scale
 
     x, middle = normal(rows, hidden), normal(rows, channels)
-    weights: dict[Role, Tensor] = {
+    matrices: dict[Role, Tensor] = {
         "gate": normal(channels, hidden, scale=hidden**-0.5).bfloat16(),
         "up": normal(channels, hidden, scale=hidden**-0.5).bfloat16(),
         "down": normal(hidden, channels, scale=channels**-0.5).bfloat16(),
     }
+    weights, swiglu = Weights(matrices), gated(silu)
     best: Products = "bfloat16" if has_bfloat16() else "float32"
 
     def expert() -> Tensor:
@@ -91,14 +93,14 @@ def stages(hidden: int, channels: int, rows: int, folder: Path) -> Iterator[Stag
     def apart() -> object:
         every, found = (
             routing("float32"),
-            gradients(weights, routing("float32"), 0, silu, fisher=True, gate_weighted=True),
+            gradients(weights, routing("float32"), 0, swiglu, fisher=True, gate_weighted=True),
         )
         sites: tuple[Site, ...] = ("input", "middle")
-        grams = {site: mean_gram(weights, every, 0, site, silu, gate_weighted=True) for site in sites}
+        grams = {site: mean_gram(weights, every, 0, site, swiglu, gate_weighted=True) for site in sites}
         return replace(found, grams=grams)
 
     def together() -> object:
-        return gradients(weights, routing(best), 0, silu, fisher=True, gate_weighted=True, sites=("input", "middle"))
+        return gradients(weights, routing(best), 0, swiglu, fisher=True, gate_weighted=True, sites=("input", "middle"))
 
     yield Stage("gradients, Fisher information and both moments", apart, together)
 

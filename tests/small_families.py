@@ -331,6 +331,25 @@ SMALL = {
         released=((7168, 2048),),
         refused_on_cpus="Sparse Attention is not supported on CPU",
     ),
+    "glm_moe_dsa": Small(
+        {
+            **DEEPSEEK_V3, "index_topk": 8, "index_head_dim": 96, "index_n_heads": 2,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        written={**DEEPSEEK_V3_WRITTEN, "indexer_rope_interleave": True},
+        refused=(
+            {"indexer_rope_interleave": None},
+            {"index_topk_freq": 4},
+            {"index_topk_pattern": "FSS"},
+            {"indexer_types": ["full", "shared", "full"]},
+            {"index_topk": None},
+            {"mlp_layer_types": ["dense", "sparse", "dense"]},
+            {"scoring_func": "softmax"},
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
+        ),
+        released=((6144, 2048),),
+        refused_on_cpus="Sparse Attention is not supported on CPU",
+    ),
     "qwen3_vl_moe": Small(
         {
             "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
@@ -438,6 +457,82 @@ SMALL = {
         released=((2880, 2880),),
         stacked=True,
     ),
+    "afmoe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+            "num_dense_layers": 1, "num_shared_experts": 1, "head_dim": 32, "route_scale": 1.5, "mup_enabled": True,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 16,
+        },
+        written={"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+        refused=(
+            {"score_func": "softmax"},
+            {"route_norm": False},
+            {"n_group": 2},
+            {"topk_group": None},
+            {"attention_bias": True},
+            {"tie_word_embeddings": True},
+            {"sliding_window": None},
+            {"sliding_window": 0},
+            {"partial_rotary_factor": 0.5},
+        ),
+        released=((2048, 1024), (3072, 3072)),
+    ),
+    "exaone_moe": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+            "num_shared_experts": 1, "head_dim": 32, "routed_scaling_factor": 1.5, "first_k_dense_replace": 1,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 16,
+        },
+        written={"architectures": ["ExaoneMoEForCausalLM"]},
+        refused=(
+            {"layer_types": ["full_attention"] * 3},
+            {"layer_types": None},
+            {"sliding_window": 0},
+            {"sliding_windows": [16, 32, 0]},
+            {"swiglu_limits": [7.0, 7.0, 7.0]},
+            {"attention_bias": True},
+            {"bias": True},
+            {"mlp_bias": True},
+            {"logit_scale": 0.5},
+            {"logit_scale": None},
+        ),
+        released=((6144, 2048),),
+    ),
+    "mimo_v2_flash": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 3,
+            "num_attention_heads": 4, "head_dim": 32, "v_head_dim": 32, "sliding_window": 16, "attention_bias": True,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"], "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            },
+        },
+        written={
+            "hybrid_layer_pattern": [0, 1, 1], "moe_layer_freq": [0, 1, 1], "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4, "swa_head_dim": 32, "swa_v_head_dim": 32, "sliding_window_size": 16,
+            "layernorm_epsilon": 1e-5, "rope_theta": 5e4, "swa_rope_theta": 1e4, "partial_rotary_factor": 0.5,
+            "add_swa_attention_sink_bias": True,
+        },
+        refused=(
+            {"routed_scaling_factor": 2.5},
+            {"tie_word_embeddings": True},
+            {"add_swa_attention_sink_bias": False},
+            {"add_full_attention_sink_bias": True},
+            {"sliding_window": 0},
+            {"hybrid_layer_pattern": [0, 1, 0]},
+            {"moe_layer_freq": [1, 1, 1]},
+            {"moe_layer_freq": 1},
+            {"swa_num_key_value_heads": 2},
+            {"swa_v_head_dim": None},
+            {"sliding_window_size": 32},
+            {"layernorm_epsilon": 1e-6},
+            {"swa_rope_theta": 5e4},
+            {"partial_rotary_factor": 0.25},
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e4}}},
+        ),
+        released=((4096, 2048),),
+    ),
     "granitemoe": Small(
         {
             "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 2.0,
@@ -450,6 +545,24 @@ SMALL = {
             {"sliding_window": 16},
         ),
         released=((1024, 512), (1536, 512)),
+    ),
+    "granitemoehybrid": Small(
+        {
+            "intermediate_size": 48, "shared_intermediate_size": 80, "num_local_experts": 8, "num_experts_per_tok": 3,
+            "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"], "mamba_n_heads": 4,
+            "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16,
+        },
+        refused=(
+            {"mamba_n_groups": 2},
+            {"time_step_limit": [0.0, 1.0]},
+            {"attention_multiplier": None},
+            {"time_step_limit": None},
+            {"head_dim": 64},
+            {"hidden_act": "gelu"},
+        ),
+        expert_parallel=True,
+        released=((1536, 512), (4096, 768)),
     ),
 }  # fmt: skip
 """By model_type: all that the tests have to be told of a family."""

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import change_config, stock_model, write_tokenizer
-from small_families import COMMON
+from families import stock_model, write_tokenizer
+from small_families import COMMON, MLA
 from transformers import CONFIG_MAPPING
 
 _SIZES = {**COMMON, "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
 UNLISTED: dict[str, dict[str, Any]] = {
-    "afmoe": {
-        **_SIZES, "num_experts": 8, "num_dense_layers": 1, "num_shared_experts": 1, "head_dim": 32, "route_scale": 1.5,
-        "sliding_window": 16, "mup_enabled": True,
+    "axk1": {
+        **_SIZES, **MLA, "q_lora_rank": 48, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_shared_experts": 1,
+        "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5,
     },
     "hunyuan_v1_moe": {**COMMON, "intermediate_size": 48, "num_experts": 8, "moe_topk": 2, "head_dim": 32},
     "granitemoeshared": {
@@ -33,16 +33,11 @@ UNLISTED: dict[str, dict[str, Any]] = {
     },
     "llama": {**COMMON, "intermediate_size": 96},
 }  # fmt: skip
-WRITTEN: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
-}
-"""What released config.json files say beside, which transformers does not write but vLLM reads."""
 
 
 def write_unlisted(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     """As transformers writes it, with a tokenizer; `changes` go over UNLISTED."""
     config = CONFIG_MAPPING[family](**{**UNLISTED[family], **changes})
     stock_model(config).to(dtype).save_pretrained(folder)
-    change_config(folder, **WRITTEN.get(family, {}))
     write_tokenizer(folder)
     return folder

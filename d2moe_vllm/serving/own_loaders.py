@@ -1,5 +1,5 @@
 """Families whose loaders in vLLM know no other tensors of experts than their own: ours are taken out before they see
-them, without a word of which they would drop."""
+them, which gpt-oss's would drop without a word and Granite 4's would fail at."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from d2moe_vllm.compat import RoutedExperts, model_class
 from d2moe_vllm.format.kinds import Stored
 
-CLASSES = {"gpt_oss": ("gpt_oss", "GptOssForCausalLM")}
+CLASSES = {
+    "gpt_oss": ("gpt_oss", "GptOssForCausalLM"),
+    "granitemoehybrid": ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+}
 """Family -> vLLM's module and class of such a loader."""
 Weights = Iterable[tuple[str, Tensor]]
 LoadWeights = Callable[[Any, Weights], set[str]]

@@ -183,10 +183,61 @@ def told_by_shape(config: Config) -> str | None:
     return f"hidden_size {hidden} and moe_intermediate_size {size}, of which stacks of experts may be square"
 
 
+def real_window(config: Config) -> str | None:
+    """Of layers that have one: vLLM takes 0 for none."""
+    window = config.get("sliding_window")
+    return None if window else f"sliding_window {window!r}"
+
+
+def some_windows(config: Config) -> str | None:
+    """EXAONE: where no layer has a window, vLLM has rotary embeddings in all layers, transformers in none."""
+    kinds = config.get("layer_types")
+    return None if kinds and "sliding_attention" in kinds else f"layer_types {kinds!r}, of which none says a window"
+
+
 def no_window(config: Config) -> str | None:
     """Every layer attends to all."""
     kinds = config.get("layer_types")
     return f"layer_types {sorted(set(map(str, kinds)))}" if kinds and set(kinds) != {"full_attention"} else None
+
+
+def full_indexers(config: Config) -> str | None:
+    """GLM-5: layers that take what an indexer before them chose, which vLLM tells by other settings, and which cannot
+    run one by one."""
+    kinds = config.get("indexer_types")
+    return None if kinds is None or set(kinds) == {"full"} else "indexer_types that are not all full"
+
+
+def mimo(config: Config) -> str | None:
+    """MiMo-V2: vLLM reads kinds of layers, heads, windows, norms and rotary embeddings from other settings than
+    transformers, whose defaults of these are here."""
+    layers, full, sliding = config.get("num_hidden_layers") or 0, "full_attention", "sliding_attention"
+    kinds = config.get("layer_types") or [sliding if n and (n + 1) % 6 else full for n in range(layers)]
+    experts = config.get("mlp_layer_types") or ["dense", *["sparse"] * (layers - 1)]
+    rotary = config.get("rope_parameters")
+    if rotary is None:
+        rotary = {full: {"rope_theta": 5e6}, sliding: {"rope_theta": 1e4}}
+    if not isinstance(rotary, dict) or any(not isinstance(rotary.get(kind), dict) for kind in (full, sliding)):
+        return f"rope_parameters of other layers than {full} and {sliding}"
+    for kind in (full, sliding):
+        given = {"rope_type": "default", "partial_rotary_factor": 0.334, **rotary[kind]}
+        if given["rope_type"] != "default" or set(given) != {"rope_type", "rope_theta", "partial_rotary_factor"}:
+            return f"rotary embeddings of layers of {kind} that are not plain ones"
+        if given["partial_rotary_factor"] != config.get("partial_rotary_factor"):
+            return "rotary embeddings whose part of the head is said otherwise than by one partial_rotary_factor"
+    same = {
+        "hybrid_layer_pattern": [int(kind == sliding) for kind in kinds],
+        "moe_layer_freq": [int(kind == "sparse") for kind in experts],
+        "swa_num_attention_heads": config.get("num_attention_heads"),
+        "swa_num_key_value_heads": 2 * (config.get("num_key_value_heads") or 0),
+        "swa_head_dim": config.get("head_dim", 192),
+        "swa_v_head_dim": config.get("v_head_dim", 128),
+        "sliding_window_size": config.get("sliding_window"),
+        "layernorm_epsilon": config.get("rms_norm_eps", 1e-5),
+        "rope_theta": rotary[full]["rope_theta"],
+        "swa_rope_theta": rotary[sliding]["rope_theta"],
+    }
+    return next((f"{key} {config.get(key)!r}" for key, value in same.items() if config.get(key) != value), None)
 
 
 def gate_of_one(config: Config) -> str | None:

@@ -20,8 +20,6 @@ from offline.source.rows import ROWS
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in ROWS})
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        "granitemoehybrid": "vLLM's loader of this family knows no other tensors of experts than its own; serve it as "
-        "it is",
         "cohere2_moe": "vLLM's windows of attention are one token longer than those of transformers, which calibrates; "
         "serve it as it is",
     }
@@ -212,8 +210,8 @@ DENSE_KEYS = (*FIRST, *STEP, "moe_layer_end_index", "moe_layer_freq", "mlp_only_
 def moe_layers(family: Family, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     """The decoder layers that have experts, by those of family.dense_keys that config.json sets: FIRST, STEP,
 
-    moe_layer_end_index (the last that may have, -1 for the model's last), moe_layer_freq (only multiples of it),
-    mlp_only_layers (dense ones), mlp_layer_types (each layer's kind). Raises InputError.
+    moe_layer_end_index (the last that may have, -1 for the model's last), moe_layer_freq (only multiples of it, or 0 or
+    1 of each layer), mlp_only_layers (dense ones), mlp_layer_types (each layer's kind). Raises InputError.
     """
     settings = {key: config[key] for key in family.dense_keys if config.get(key) is not None}
     listed, kinds = settings.pop("mlp_only_layers", []), settings.pop("mlp_layer_types", ["sparse"] * num_layers)
@@ -221,6 +219,10 @@ def moe_layers(family: Family, config: Mapping[str, Any], num_layers: int) -> tu
         raise InputError(f"config.json: mlp_only_layers is {listed!r}, expected a list of layer numbers")
     if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in MLP_KINDS for kind in kinds):
         raise InputError(f"config.json: mlp_layer_types is {kinds!r}, expected dense or sparse of {num_layers} layers")
+    if "mlp_layer_types" in family.dense_keys and isinstance(each := settings.get("moe_layer_freq"), list):
+        if len(each) != num_layers or not all(one in (0, 1) for one in each):
+            raise InputError(f"config.json: moe_layer_freq is {each!r}, expected 0 or 1 of {num_layers} layers")
+        kinds = [kind if one else "dense" for kind, one in zip(kinds, settings.pop("moe_layer_freq"), strict=True)]
     for key, value in settings.items():
         if not isinstance(value, int) or value < LEAST.get(key, 1):
             raise InputError(f"config.json: {key} is {value!r}, expected a positive number")

@@ -79,6 +79,8 @@ class Family:
         compressed.
     experts_module: path of the experts inside transformers' decoder layer; its forward takes
         (hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k]).
+    returned: how many values transformers' decoder layer returns beside hidden states, which come first; what a layer
+        is given of one before it is nothing then.
     num_experts_keys: config.json's names of the number of experts; the first that is there counts.
     experts_per_token_key: its name of how many a token is sent to.
     dense_keys: config.json's keys that say which decoder layers have no experts (see `moe_layers`).
@@ -103,6 +105,7 @@ class Family:
     projections: Mapping[Role, str]
     decoder: str = "model"
     experts_module: str = "mlp.experts"
+    returned: int = 0
     num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
     experts_per_token_key: str = "num_experts_per_tok"
     intermediate_size_key: str = "moe_intermediate_size"

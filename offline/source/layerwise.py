@@ -28,24 +28,35 @@ UNUSED = (".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".prob_scale", ".outp
 computed from the configuration."""
 
 
-class _Recorder(nn.Module):
+class _Probe(nn.Module):
+    """Stands for a decoder layer; more: how many values such a layer returns beside hidden states, here none of them
+    anything."""
+
+    hidden: Tensor
+
+    def __init__(self, more: int) -> None:
+        super().__init__()
+        self._more = more
+
+    def _returned(self) -> Any:
+        return (self.hidden, *[None] * self._more) if self._more else self.hidden
+
+
+class _Recorder(_Probe):
     """Stands for one decoder layer: passes hidden states through and keeps what came with them."""
 
-    hidden: Tensor
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
-    def forward(self, hidden_states: Tensor, *unnamed: Any, **arguments: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *unnamed: Any, **arguments: Any) -> Any:
         self.hidden, self.arguments = hidden_states, (unnamed, arguments)
-        return hidden_states
+        return self._returned()
 
 
-class _Injector(nn.Module):
+class _Injector(_Probe):
     """Stands for all decoder layers: hands given hidden states to the head."""
 
-    hidden: Tensor
-
-    def forward(self, hidden_states: Tensor, *unnamed: Any, **arguments: Any) -> Tensor:
-        return self.hidden
+    def forward(self, hidden_states: Tensor, *unnamed: Any, **arguments: Any) -> Any:
+        return self._returned()
 
 
 def read_hf_config(folder: Path) -> Any:
@@ -194,8 +205,8 @@ class LayerwiseModel:
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[activation or "silu"]
         self.gated = gated(self.activation, family.swiglu)
         self._blueprints = list(blueprint(hf_config).get_submodule(family.decoder).layers)
-        self._recorders = nn.ModuleList(_Recorder() for _ in self._blueprints)
-        self._injector = _Injector()
+        self._recorders = nn.ModuleList(_Recorder(family.returned) for _ in self._blueprints)
+        self._injector = _Injector(family.returned)
         self._ends: Any = None
         self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,17 +13,21 @@ from offline.source.agreement import (
     alike,
     dense_first,
     every_other_window,
+    full_indexers,
     gate_of_one,
     groups,
     head_size,
     latent_attention,
     latent_norms,
+    mimo,
     no_window,
     one_window,
     plain_yarn,
+    real_window,
     rope,
     rope_of_windows,
     said,
+    some_windows,
     tied_within,
     told_by_shape,
 )
@@ -379,6 +384,27 @@ ROWS = (
         recipe="deepseek_v3",
     ),
     Family(
+        model_type="glm_moe_dsa",
+        experts=DEEPSEEK_V3.experts,
+        projections=PROJ,
+        returned=1,
+        num_experts_keys=DEEPSEEK_V3.num_experts_keys,
+        dense_keys=("first_k_dense_replace", "mlp_layer_types"),
+        # As deepseek_v32, whose class of vLLM's it is, but that transformers' indexer is interleaved.
+        requires={
+            **DEEPSEEK_V3.requires,
+            "architectures": (["GlmMoeDsaForCausalLM"], None),
+            "mlp_bias": (False, None),
+            "indexer_rope_interleave": (True,),
+            "index_topk_freq": (1, None),
+            "index_topk_pattern": (None,),
+        },
+        not_null=(*DEEPSEEK_V3.not_null, "index_topk_freq"),
+        checks=(rope("default", "yarn"), latent_attention, dense_first, said("index_topk"), full_indexers),
+        remark=latent_norms,
+        recipe="deepseek_v3",
+    ),
+    Family(
         model_type="qwen3_vl_moe",
         decoder="model.language_model",
         experts="model.language_model.layers.{layer}.mlp.experts",
@@ -490,6 +516,67 @@ ROWS = (
         recipe="qwen3_moe",
     ),
     Family(
+        model_type="afmoe",
+        experts="model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        num_experts_keys=("num_experts",),
+        dense_keys=("num_dense_layers",),
+        # transformers always computes sigmoid over one group of experts, and normalizes gates.
+        requires={
+            **SILU,
+            **NO_BIAS,
+            **UNTIED,
+            "architectures": (["AfmoeForCausalLM"], None),
+            "score_func": ("sigmoid",),
+            "route_norm": (True,),
+            "n_group": (1,),
+            "topk_group": (1,),
+        },
+        checks=(rope(*ALIKE), real_window),
+        recipe="olmoe",
+    ),
+    Family(
+        model_type="exaone_moe",
+        experts="model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        num_experts_keys=("num_experts",),
+        dense_keys=("first_k_dense_replace", "mlp_layer_types"),
+        # Biases, limits of the SwiGLU, windows by layer and a scale of the logits only vLLM knows.
+        requires={
+            **SILU,
+            **NO_BIAS,
+            "architectures": (["ExaoneMoEForCausalLM"], ["ExaoneMoeForCausalLM"], None),
+            "bias": (False, None),
+            "mlp_bias": (False, None),
+            "sliding_windows": (None,),
+            "swiglu_limits": (None,),
+            "logit_scale": (1.0, None),
+        },
+        not_null=("logit_scale",),
+        checks=(rope(*ALIKE), real_window, some_windows),
+        renames={".mlp.e_score_correction_bias": ".mlp.gate.e_score_correction_bias"},
+        recipe="deepseek_v3",
+    ),
+    Family(
+        model_type="mimo_v2_flash",
+        experts="model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        num_experts_keys=("n_routed_experts",),
+        dense_keys=("mlp_layer_types", "moe_layer_freq"),
+        # vLLM never scales what experts give.
+        requires={
+            **SILU,
+            **UNTIED,
+            "architectures": (["MiMoV2FlashForCausalLM"], None),
+            "routed_scaling_factor": (1.0, None),
+            "add_swa_attention_sink_bias": (True,),
+            "add_full_attention_sink_bias": (False, None),
+        },
+        checks=(real_window, mimo),
+        renames={".self_attn.attention_sink_bias": ".self_attn.sinks"},
+        recipe="deepseek_v3",
+    ),
+    Family(
         model_type="granitemoe",
         experts="model.layers.{layer}.block_sparse_moe.experts",
         projections=PROJ,
@@ -514,5 +601,29 @@ ROWS = (
             up="model.layers.{layer}.block_sparse_moe.input_linear.weight",
             down="model.layers.{layer}.block_sparse_moe.output_linear.weight",
         ),
+    ),
+    Family(
+        model_type="granitemoehybrid",
+        experts="model.layers.{layer}.block_sparse_moe.experts",
+        projections=PROJ,
+        experts_module="block_sparse_moe.experts",
+        num_experts_keys=("num_local_experts",),
+        intermediate_size_key="intermediate_size",
+        # vLLM's layers of Mamba limit no time step, and norm each group of channels for itself.
+        requires={
+            **SILU,
+            "architectures": (["GraniteMoeHybridForCausalLM"], None),
+            "mamba_n_groups": (1, None),
+            "time_step_limit": ([0.0, math.inf], [0.0, {"__float__": "Infinity"}], None),  # as transformers writes it
+        },
+        not_null=("attention_multiplier", "head_dim", "mamba_n_groups", "time_step_limit"),
+        checks=(rope(*ALIKE), head_size),
+        renames={".router.layer.weight": ".router.weight"},
+        released=Layout(
+            gate="model.layers.{layer}.block_sparse_moe.input_linear.weight",
+            up="model.layers.{layer}.block_sparse_moe.input_linear.weight",
+            down="model.layers.{layer}.block_sparse_moe.output_linear.weight",
+        ),
+        recipe="granitemoe",
     ),
 )

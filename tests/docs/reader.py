@@ -18,7 +18,7 @@ from offline.cli.app import app
 from offline.cli.compare import spread
 
 ORIGINALS = ("Mixtral-8x7B-v0.1", "tiny-mixtral")
-UNLISTED = "Trinity-Mini"
+UNLISTED = "A.X-K1"
 """Of a family that d2moe has no row of."""
 COMPRESSED = ("mixtral-d2-40", "tiny-d2-40")
 DAMAGED = "damaged"
@@ -62,7 +62,7 @@ def make_models(folder: Path, compressed: Path, texts: tuple[Path, Path]) -> Mod
     dense = shutil.copytree(TINY, folder / "tiny-mixtral")
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps({**config, "max_position_embeddings": WINDOW}))
-    unlisted = write_unlisted(folder / UNLISTED, "afmoe", moe_intermediate_size=480, max_position_embeddings=WINDOW)
+    unlisted = write_unlisted(folder / UNLISTED, "axk1", moe_intermediate_size=480, max_position_embeddings=WINDOW)
     damaged = shutil.copytree(compressed, folder / DAMAGED)
     (weights,) = damaged.glob("*.safetensors")
     content = bytearray(weights.read_bytes())

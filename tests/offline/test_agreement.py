@@ -53,6 +53,8 @@ def test_f9_no_model_is_served_as_another(name: str, family: Callable[[str], Pat
         ("qwen2_moe", {"sliding_window": 32, "use_sliding_window": False, "layer_types": ["full_attention"] * 3}),
         ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0,
                                           "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}}),
+        ("mimo_v2_flash", {"layer_types": None, "mlp_layer_types": None, "routed_scaling_factor": None,
+                           "rope_theta": 5e6, "swa_rope_theta": 1e4, "partial_rotary_factor": 0.334}),
     ],
 )  # fmt: skip
 def test_f9_what_released_models_say_is_taken(

@@ -142,8 +142,9 @@ def test_gradients_are_the_stock_models(family: str, released: Callable[[str], P
         experts = experts if number in model.shape.layers else None
         hidden = layerwise.run_layer(number, layerwise.load_layer(number, experts), hidden)
     (found,) = torch.autograd.grad(next_token_loss(layerwise.logits(hidden), TOKENS), first)
-    # Granite scales its embeddings before the first layer.
-    assert_close(found * getattr(stock.config, "embedding_multiplier", 1.0), expected)
+    # Granite and Trinity scale their embeddings before the first layer.
+    scale = stock.config.hidden_size**0.5 if getattr(stock.config, "mup_enabled", False) else 1.0
+    assert_close(found * getattr(stock.config, "embedding_multiplier", scale), expected)
 
 
 @pytest.mark.parametrize("family", STACKABLE)
@@ -213,6 +214,8 @@ def test_layers_that_predict_further_tokens_ride_along(released: Callable[[str],
         ("qwen3_next", "mtp.layers.0.mlp.experts.0.up_proj.weight"),
         ("ernie4_5_moe", "model.mtp_block.0.mlp.gate.weight"),
         ("qwen3_5_moe", "mtp.layers.0.mlp.experts.0.up_proj.weight"),
+        ("exaone_moe", "mtp.layers.0.mlp.up_proj.weight"),
+        ("mimo_v2_flash", "model.mtp.layers.0.mlp.up_proj.weight"),
     ],
 )
 @torch.no_grad()

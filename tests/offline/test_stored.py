@@ -15,7 +15,7 @@ from d2moe_vllm.format.config import CheckpointError
 from d2moe_vllm.format.kinds import ROLES
 from offline.errors import InputError
 from offline.source.dense import open_dense
-from offline.source.families import find_family, read_shape
+from offline.source.families import FAMILIES, find_family, moe_layers, read_shape
 
 
 def test_stacks_the_other_way_round(tmp_path: Path) -> None:
@@ -86,9 +86,7 @@ def test_fp8_without_its_scales(tmp_path: Path) -> None:
         ("mixtral", {"num_local_experts": 10**9}, "positive number"),
         ("mixtral", {"num_local_experts": 999_999, "num_experts_per_tok": 2}, "no tensor"),
         ("mixtral", {"num_hidden_layers": 999_999}, "no tensor"),
-        ("mixtral", {"model_type": "jetmoe"}, "supported families: deepseek, deepseek_v2"),
-        ("mixtral", {"model_type": "gpt_oss"}, "biases"),
-        ("mixtral", {"model_type": "granitemoehybrid"}, "vLLM's loader"),
+        ("mixtral", {"model_type": "jetmoe"}, "supported families: afmoe, deepseek, deepseek_v2"),
         ("mixtral", {"model_type": "cohere2_moe"}, "windows"),
         ("mixtral", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ("phimoe", {"router_jitter_noise": 0.02}, "router_jitter_noise"),
@@ -98,6 +96,7 @@ def test_fp8_without_its_scales(tmp_path: Path) -> None:
         ("qwen2_moe", {"mlp_only_layers": "all"}, "a list of layer numbers"),
         ("qwen2_moe", {"mlp_only_layers": []}, "no tensor model.layers.0.mlp.experts.0"),
         ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("granitemoehybrid", {"num_local_experts": 0}, "num_local_experts is 0"),
         ("deepseek", {"first_k_dense_replace": -1}, "first_k_dense_replace"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
         ("deepseek_v3", {"scoring_func": None}, "scoring_func None; vLLM serves deepseek_v3 with sigmoid only"),
@@ -167,6 +166,13 @@ def test_the_released_sizes() -> None:
     assert shape.expert_parameters == 3 * 7168 * 2048
     v1 = {**deepseek, "model_type": "deepseek", "scoring_func": "softmax", "topk_method": "greedy", "moe_layer_freq": 2}
     assert read_shape(find_family(v1), v1).layers == tuple(range(4, 61, 2))
+
+
+def test_layers_with_experts_may_be_told_one_by_one() -> None:
+    assert moe_layers(FAMILIES["mimo_v2_flash"], {"moe_layer_freq": [0, 1, 1]}, 3) == (1, 2)
+    for family, listed in (("mimo_v2_flash", [0, 1]), ("mimo_v2_flash", [0, 1, 2]), ("deepseek", [0, 1, 1])):
+        with pytest.raises(InputError, match="moe_layer_freq"):
+            moe_layers(FAMILIES[family], {"moe_layer_freq": listed}, 3)
 
 
 @pytest.mark.parametrize("family", ["kimi_k2", "deepseek"])

@@ -37,13 +37,18 @@ NOT_PROPOSED = {
     "deepseek": "DeepseekExperts holds 0.gate_proj.weight",  # one module for each expert
     "gemma4": "its experts' activation is 'gelu_pytorch_tanh' (hidden_activation), not silu",
     "gpt_oss": "its experts have biases (model.layers.0.mlp.experts.down_proj_bias)",
+    "mimo_v2_flash": "does not attend by scaled_dot_product_attention",
 }
-AFMOE = {
-    "model_type": "afmoe",
+AXK1: dict[str, Any] = {
+    "model_type": "axk1",
     "experts": "model.layers.{layer}.mlp.experts",
     "projections": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
-    "dense_keys": ["num_dense_layers"],
+    "num_experts_key": "n_routed_experts",
+    "dense_keys": ["first_k_dense_replace"],
+    "renames": {f".{n}.post_mlp_layernorm.": f".{n}.mlp.post_mlp_layernorm." for n in (1, 2)},
 }
+OTHER = {"renames": {**AXK1["renames"], ".nothing.": ".else."}}
+"""Another row that fits."""
 FEW = ("--windows", "4", "--seq-len", "32")
 
 
@@ -132,15 +137,15 @@ def test_what_a_model_has_that_is_lacking_here(
 
 
 @pytest.fixture(scope="session")
-def afmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def axk1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be changed."""
-    return write_unlisted(tmp_path_factory.mktemp("afmoe") / "afmoe", "afmoe")
+    return write_unlisted(tmp_path_factory.mktemp("axk1") / "axk1", "axk1")
 
 
 @pytest.fixture
-def copy(afmoe: Path, tmp_path: Path) -> Path:
+def copy(axk1: Path, tmp_path: Path) -> Path:
     """To be spoilt."""
-    return shutil.copytree(afmoe, tmp_path / "copy")
+    return shutil.copytree(axk1, tmp_path / "copy")
 
 
 Tensors = dict[str, Tensor]
@@ -197,24 +202,30 @@ def test_tensors_that_do_not_fit(change: Callable[[Tensors], Tensors], reason: s
         ({"swiglu_limit": 7.0}, "its experts' values are clamped (swiglu_limit 7.0)"),
         ({"zero_expert_num": 4}, "tokens may go to experts that are none (zero_expert_num 4)"),
         ({"hidden_act": "gelu"}, "its experts' activation is 'gelu' (hidden_act), not silu"),
-        ({"num_experts": 16}, "config.json says the number of experts, 8 by its tensors, under none of num_experts"),
+        (
+            {"n_routed_experts": 16},
+            "config.json says the number of experts, 8 by its tensors, under none of num_experts",
+        ),
         ({"moe_intermediate_size": 40}, "config.json says the experts' intermediate size, 48 by its tensors"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, where a number of experts is expected"),
-        ({"num_experts_per_tok": None}, "how many experts a token goes to"),
+        ({"num_experts_per_tok": ...}, "how many experts a token goes to"),
         ({"moe_topk": 3}, "config.json says num_experts_per_tok 2 and moe_topk 3"),
         ({"hidden_size": "64"}, "transformers refuses it"),
-        ({"num_dense_layers": 0}, "layers 1, 2 have experts on disk, 0, 1, 2 in transformers"),
+        ({"first_k_dense_replace": 0}, "layers 1, 2 have experts on disk, 0, 1, 2 in transformers"),
     ],
 )
 def test_settings_that_do_not_fit(changes: dict[str, Any], reason: str, copy: Path) -> None:
-    change_config(copy, **changes)
+    """`...` is for a setting that is left out."""
+    path = copy / "config.json"
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
     assert reason in refusal(copy)
 
 
 def test_a_key_that_contradicts_the_tensors_is_left_out_and_said(copy: Path) -> None:
     change_config(copy, moe_layer_freq=2)
     found = proposal(copy)
-    assert found.row.dense_keys == ("num_dense_layers",)
+    assert found.row.dense_keys == ("first_k_dense_replace",)
     assert "left out, as it does not say which layers have experts: moe_layer_freq" in found.notes
 
 
@@ -297,22 +308,22 @@ def test_what_vllm_has_is_read_from_its_files(tmp_path: Path, monkeypatch: pytes
 
 
 def row_file(folder: Path, **changes: Any) -> Path:
-    content = {key: value for key, value in {**AFMOE, **changes}.items() if value is not None}
+    content = {key: value for key, value in {**AXK1, **changes}.items() if value is not None}
     path = folder / "row.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
 
 
 def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
+    inside = {"decoder": "model.language_model", "experts": "model.language_model.layers.{layer}.mlp.experts"}
     row = FamilyRow(
-        **AFMOE | {"decoder": "model.language_model", "experts": "model.language_model.layers.{layer}.mlp.experts"},
-        renames={".a.": ".b."},
+        **AXK1 | inside,
         released={name: f"model.language_model.layers.{{layer}}.{name}" for name in ("gate", "up", "down")},
     )
     text = written(row, ["one: note", "two"])
     (tmp_path / "row.yaml").write_text(text)
     assert read_family_file(tmp_path / "row.yaml").row == row
-    assert text.startswith("# one: note\n# two\nmodel_type: afmoe\n")
+    assert text.startswith("# one: note\n# two\nmodel_type: axk1\n")
     assert '# intermediate_size_key: "moe_intermediate_size"  (the default)\n' in text
 
 
@@ -335,7 +346,7 @@ def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"projections": {"gate": "a", "up": "b", "down": "c", "more": "d"}}, "projections.more"),
         ({"decoder": "transformer"}, "is not within `model`"),
         ({"experts_module": "mlp.moe"}, "must end with `experts`"),
-        ({"dense_keys": "num_dense_layers"}, "dense_keys: Input should be a valid"),
+        ({"dense_keys": "first_k_dense_replace"}, "dense_keys: Input should be a valid"),
         ({"dense_keys": ["nonesuch"]}, "dense_keys: 'nonesuch' is none of first_k_dense_replace"),
         ({"renames": {"": ".a."}}, "is no part of a tensor's name"),
         ({"released": {"gate": "a"}}, "released.gate"),
@@ -348,9 +359,9 @@ def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"released": dict.fromkeys(("gate", "up", "down"), "model.layers.{layer}.a")}, "down has a tensor of its own"),
     ],
 )  # fmt: skip
-def test_a_row_that_cannot_be_is_refused(changes: dict[str, Any], words: str, tmp_path: Path, afmoe: Path) -> None:
+def test_a_row_that_cannot_be_is_refused(changes: dict[str, Any], words: str, tmp_path: Path, axk1: Path) -> None:
     path = row_file(tmp_path, **changes)
-    done = d2moe_here("plan", afmoe, "--ratio", "0.1", "--family-file", path)
+    done = d2moe_here("plan", axk1, "--ratio", "0.1", "--family-file", path)
     refused(done, f"--family-file {path}: ", words)
 
 
@@ -370,49 +381,49 @@ def test_a_row_that_cannot_be_is_refused(changes: dict[str, Any], words: str, tm
         (b"a" * 200_000, "200,000 bytes, more than the 100,000 that it may have"),
     ],
 )
-def test_what_is_no_row_at_all_is_refused(text: bytes, words: str, tmp_path: Path, afmoe: Path) -> None:
+def test_what_is_no_row_at_all_is_refused(text: bytes, words: str, tmp_path: Path, axk1: Path) -> None:
     path = tmp_path / "row.yaml"
     path.write_bytes(text)
-    refused(d2moe_here("plan", afmoe, "--ratio", "0.1", "--family-file", path), f"--family-file {path}", words)
-    refused(d2moe_here("plan", afmoe, "--ratio", "0.1", "--family-file", tmp_path / "none"), "No such file")
+    refused(d2moe_here("plan", axk1, "--ratio", "0.1", "--family-file", path), f"--family-file {path}", words)
+    refused(d2moe_here("plan", axk1, "--ratio", "0.1", "--family-file", tmp_path / "none"), "No such file")
     os.mkfifo(tmp_path / "pipe")
-    refused(d2moe_here("plan", afmoe, "--ratio", "0.1", "--family-file", tmp_path / "pipe"), "no regular file")
+    refused(d2moe_here("plan", axk1, "--ratio", "0.1", "--family-file", tmp_path / "pipe"), "no regular file")
 
 
-def test_plan_proposes(afmoe: Path, tmp_path: Path) -> None:
-    done = d2moe_here("plan", afmoe)
+def test_plan_proposes(axk1: Path, tmp_path: Path) -> None:
+    done = d2moe_here("plan", axk1)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "d2moe: model_type 'afmoe' has no row in d2moe, but it fits one: `d2moe plan SRC > afmoe.yaml` writes it; read "
-        "it, and add --family-file afmoe.yaml"
+        "d2moe: model_type 'axk1' has no row in d2moe, but it fits one: `d2moe plan SRC > axk1.yaml` writes it; read "
+        "it, and add --family-file axk1.yaml"
     ]
-    (tmp_path / "afmoe.yaml").write_text(done.stdout)
-    assert yaml.safe_load(done.stdout) == AFMOE
-    planned = d2moe_here("plan", afmoe, "--ratio", "0.1", "--family-file", tmp_path / "afmoe.yaml", "--json")
+    (tmp_path / "axk1.yaml").write_text(done.stdout)
+    assert yaml.safe_load(done.stdout) == AXK1
+    planned = d2moe_here("plan", axk1, "--ratio", "0.1", "--family-file", tmp_path / "axk1.yaml", "--json")
     assert planned.returncode == 0, planned.stderr
     assert "nobody has checked" in " ".join(json.loads(planned.stdout)["notes"])
     assert "nobody has checked" in planned.stderr
-    as_json = json.loads(d2moe_here("plan", afmoe, "--json").stdout)
-    assert FamilyRow(**as_json["proposed_family"]) == FamilyRow(**AFMOE)
+    as_json = json.loads(d2moe_here("plan", axk1, "--json").stdout)
+    assert FamilyRow(**as_json["proposed_family"]) == FamilyRow(**AXK1)
     assert len(as_json["notes"]) == 3
-    sized = d2moe_here("plan", afmoe, "--fit", "1GB", "--family-file", tmp_path / "afmoe.yaml")
-    assert "what attention of afmoe keeps of a token is not known here" in sized.stderr
+    sized = d2moe_here("plan", axk1, "--fit", "1GB", "--family-file", tmp_path / "axk1.yaml")
+    assert "what attention of axk1 keeps of a token is not known here" in sized.stderr
 
 
-def test_the_other_commands_propose_nothing_and_name_plan(afmoe: Path, few_words: Path, tmp_path: Path) -> None:
+def test_the_other_commands_propose_nothing_and_name_plan(axk1: Path, few_words: Path, tmp_path: Path) -> None:
     for command in (
-        ("compress", afmoe, tmp_path / "out", "--ratio", "0.1", "--calibration", few_words),
-        ("eval", afmoe, "--text", few_words),
+        ("compress", axk1, tmp_path / "out", "--ratio", "0.1", "--calibration", few_words),
+        ("eval", axk1, "--text", few_words),
     ):
-        refused(d2moe_here(*command), "`d2moe plan SRC > afmoe.yaml` writes it")
+        refused(d2moe_here(*command), "`d2moe plan SRC > axk1.yaml` writes it")
 
 
-def test_a_row_is_for_its_own_family_and_one_command(afmoe: Path, tmp_path: Path) -> None:
+def test_a_row_is_for_its_own_family_and_one_command(axk1: Path, tmp_path: Path) -> None:
     file = row_file(tmp_path)
     tiny = ROOT / "examples" / "tiny-mixtral"
-    refused(d2moe_here("plan", tiny, "--ratio", "0.1", "--family-file", file), "model_type 'mixtral' is not 'afmoe'")
-    assert d2moe_here("plan", afmoe, "--ratio", "0.1", "--family-file", file).returncode == 0
-    proposal(afmoe)
+    refused(d2moe_here("plan", tiny, "--ratio", "0.1", "--family-file", file), "model_type 'mixtral' is not 'axk1'")
+    assert d2moe_here("plan", axk1, "--ratio", "0.1", "--family-file", file).returncode == 0
+    proposal(axk1)
     assert d2moe_here("plan", tiny, "--ratio", "0.1").returncode == 0
 
 
@@ -421,7 +432,7 @@ def test_a_row_is_for_its_own_family_and_one_command(afmoe: Path, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_unlisted(tmp_path_factory.mktemp("source") / "afmoe", "afmoe", torch.float32)
+    return write_unlisted(tmp_path_factory.mktemp("source") / "axk1", "axk1", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +454,7 @@ def dense(ours: Path) -> Path:
 
 def test_it_carries_the_row(ours: Path) -> None:
     config = parse_config(json.loads((ours / "config.json").read_text())["quantization_config"])
-    assert config.family_row == FamilyRow(**AFMOE)
+    assert config.family_row == FamilyRow(**AXK1)
 
 
 def test_verified_and_inspected(ours: Path, whole: Path, tmp_path: Path) -> None:
@@ -465,7 +476,7 @@ def test_evaluated_as_its_export(ours: Path, dense: Path, few_words: Path, tmp_p
     expected = perplexity(dense, "--family-file", row_file(tmp_path))
     assert perplexity(ours) == pytest.approx(expected, rel=1e-4)
     assert perplexity(ours, "--family-file", row_file(tmp_path)) == perplexity(ours)
-    other = row_file(tmp_path, renames={".nothing.": ".else."})
+    other = row_file(tmp_path, **OTHER)
     refused(d2moe_here("eval", ours, "--text", few_words, "--family-file", other), "says otherwise than")
 
 
@@ -493,7 +504,7 @@ def test_another_row_starts_over(whole: Path, few_words: Path, tmp_path: Path) -
     from offline.work.workdir import fingerprint
 
     marks = []
-    for changes in ({}, {"renames": {".nothing.": ".else."}}):
+    for changes in ({}, OTHER):
         family = read_family_file(row_file(tmp_path, **changes))
         with known(family):
             marks.append(fingerprint(open_dense(str(whole)), {}, "", {}))
@@ -522,6 +533,6 @@ def test_a_damaged_row_is_refused(change: dict[str, Any], words: str, ours: Path
 
 def test_a_later_release_has_the_row_itself(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint's own counts, by which it was made."""
-    later = dataclasses.replace(from_row(FamilyRow(**AFMOE)), row=None, experts="model.layers.{layer}.other")
-    monkeypatch.setattr(families, "FAMILIES", MappingProxyType({**FAMILIES, "afmoe": later}))
+    later = dataclasses.replace(from_row(FamilyRow(**AXK1)), row=None, experts="model.layers.{layer}.other")
+    monkeypatch.setattr(families, "FAMILIES", MappingProxyType({**FAMILIES, "axk1": later}))
     assert d2moe_here("verify", ours).returncode == 0
