@@ -65,7 +65,7 @@ class D2MoEConfig(QuantizationConfig):
         """Raises CheckpointError, in one line; RuntimeError where this vLLM's insides are not what we know."""
         try:
             from d2moe_vllm.observability import collector  # noqa: F401
-            from d2moe_vllm.serving import experts  # noqa: F401
+            from d2moe_vllm.serving import experts, own_loaders  # noqa: F401
         except Exception as error:
             raise RuntimeError(unsupported(error)) from None
         if "format_version" not in config:
