@@ -40,7 +40,7 @@ frontier: setup ## Measure the default at many sizes anew, for docs/quality.md (
 calibration-tokens: setup ## Measure what the default loses over the calibration's tokens (needs ../shared; 40 minutes)
 	@.venv/bin/python benchmarks/calibration_tokens.py $(ARGS)
 
-quality-real: setup ## Measure a model with pretrained weights, upcycled here (needs ../shared and PyPI; three hours)
+quality-real: setup ## Measure a model with pretrained weights, upcycled here (needs ../shared and PyPI; three to five hours)
 	@.venv/bin/python benchmarks/quality_real.py $(ARGS)
 
 picture: setup ## Draw the README's picture anew from the tables of docs/quality.md
