@@ -71,7 +71,7 @@ def _phases(evaluated: Evaluated, batch: int, *, hold: bool) -> dict[str, int]:
     layers = int(evaluated.settings["num_hidden_layers"])
     outside, inside, widest = outside_and_inside(evaluated.others, evaluated.family, layers)
     states = FLOAT32 * batch * (hidden * 12 + 3 * widest)
-    states += scores(evaluated.settings, evaluated.length, batch, backwards=False)
+    states += scores(evaluated.family, evaluated.settings, evaluated.length, batch, backwards=False)
     states += FLOAT32 * batch * (4 * middle + 3 * hidden)
     vocabulary = int(evaluated.settings.get("vocab_size", 0))
     phases = {

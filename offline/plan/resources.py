@@ -120,11 +120,12 @@ def _outside_and_inside(plan: Plan) -> tuple[int, int, int]:
     return outside_and_inside(plan.model.other_tensors, plan.model.family, plan.model.num_layers)
 
 
-def scores(config: Mapping[str, Any], length: int, batch: int, *, backwards: bool) -> int:
+def scores(family: Family, config: Mapping[str, Any], length: int, batch: int, *, backwards: bool) -> int:
     """Bytes of attention scores while `batch` tokens in windows of `length` run through a layer: none where torch's
-    fused attention works, all of them where query heads are wider than value heads (multi-head latent attention)."""
+    fused attention works, all of them where query heads are wider than value heads (multi-head latent attention), or
+    where the family's code has no other way."""
     queries = int(config.get("qk_nope_head_dim") or 0) + int(config.get("qk_rope_head_dim") or 0)
-    if not queries or queries == config.get("v_head_dim"):
+    if family.fused and (not queries or queries == config.get("v_head_dim")):
         return 0
     heads = int(config.get("num_attention_heads") or 0)
     kept = 6 if backwards else 4  # scores, mask and softmax, and their gradients
@@ -152,7 +153,7 @@ def _running(plan: Plan) -> dict[str, int]:
     _, inside, widest = _outside_and_inside(plan)
     # A decoder layer's own tensors: normed, projected and attended states, and their gradients.
     states = FLOAT32 * batch * (hidden * (20 if backwards else 12) + 3 * widest)
-    states += scores(plan.model.settings, plan.windows[1], batch, backwards=backwards)
+    states += scores(plan.model.family, plan.model.settings, plan.windows[1], batch, backwards=backwards)
     # Autograd keeps three tensors of an expert's width per routed token; then the mix, and one expert at work.
     kept = shape.experts_per_token * (3 * middle + 2 * hidden) if backwards else 0
     routed = FLOAT32 * batch * (kept + 4 * middle + 3 * hidden)

@@ -91,6 +91,7 @@ class Family:
     renames: substrings of disk names -> transformers' module names.
     released: how experts lie in released checkpoints where that is not one tensor per expert.
     stock: transformers' model_type where it has none of this name.
+    fused: whether transformers attends by torch's fused attention.
     swiglu: limit, alpha and beta of the experts' clamped SwiGLU (format.config.Swiglu); () for another activation.
     attention: what vLLM's KV cache holds of a token; None where that is not known here. state: what it holds of a
         request in the layers that do not attend; None where all do. window_keys: config.json's keys that are all set
@@ -118,6 +119,7 @@ class Family:
     renames: Mapping[str, str] = field(default_factory=dict)
     released: Layout | None = None
     stock: str | None = None
+    fused: bool = True
     swiglu: tuple[float, ...] = ()
     attention: Attention | None = None
     state: State | None = None

@@ -100,6 +100,7 @@ def blueprint(hf_config: Any) -> Any:
     try:
         with torch.device("meta"):
             built = stock_model_class(config)
+            # Families of which a plan counts the scores: Family.fused.
             attention = "sdpa" if built._supports_sdpa else "eager"
             model = built._from_config(config, dtype=torch.float32, attn_implementation=attention)
     except Exception as error:  # sizes that do not go together

@@ -504,6 +504,7 @@ ROWS = (
         },
         not_null=("attention_bias", "rms_norm_eps", "swiglu_limit", "swiglu_alpha"),
         checks=(rope("yarn"), plain_yarn, every_other_window, said("sliding_window", "head_dim")),
+        fused=False,
         swiglu=(7.0, 1.702, 1.0),
         released=Layout(
             gate="model.layers.{layer}.mlp.experts.gate_up_proj",
@@ -563,6 +564,7 @@ ROWS = (
         projections=PROJ,
         num_experts_keys=("n_routed_experts",),
         dense_keys=("mlp_layer_types", "moe_layer_freq"),
+        fused=False,
         # vLLM never scales what experts give.
         requires={
             **SILU,

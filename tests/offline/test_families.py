@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from d2moe_vllm.families import auto_map
+from d2moe_vllm.families import auto_map, stock_model_class
 from d2moe_vllm.format.files import check_checkpoint
 from d2moe_vllm.format.kinds import ROLES
 from offline.run.evaluate import open_evaluated
@@ -124,6 +124,11 @@ def test_reads_and_runs_as_the_stock_model_does(family: str, released: Callable[
         with pytest.raises((IndexError, AttributeError)):
             stock_weight(layers[layer], model.shape.num_experts, "gate")
     assert_close(logits(model.folder), stock(TOKENS).logits)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_scores_are_counted_where_attention_is_not_fused(family: str) -> None:
+    assert FAMILIES[family].fused == stock_model_class(stock_config(family))._supports_sdpa
 
 
 @pytest.mark.parametrize("family", CONFIGS)
