@@ -100,7 +100,15 @@ def test_the_documents_name_every_family() -> None:
     )
     rows = re.findall(r"^\| `([a-z0-9_]+)` \|[^|]+\| ([^|]+) \|", section, re.M)
     kept = {"heads": "keys and values", "latent": "latent", "indexed": "latent, indexer's key", None: "not known"}
-    expected = [(name, kept[one.attention] + (", states" if one.state else "")) for name, one in FAMILIES.items()]
+    expected = [
+        (
+            name,
+            kept[one.attention]
+            + (", states" if one.state else "")
+            + (", a window in every other layer" if one.window_every == 2 else ""),
+        )
+        for name, one in FAMILIES.items()
+    ]
     assert sorted(rows) == sorted(expected)
 
 

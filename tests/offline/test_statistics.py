@@ -18,7 +18,7 @@ from offline.plan.recipe import Recipe
 from offline.run.calibration import Calibration, open_sweep
 from offline.source.dense import open_dense
 from offline.source.layerwise import next_token_loss
-from offline.work.statistics import Gradients, Outputs, gradients, mean_gram, outputs
+from offline.work.statistics import Gradients, Outputs, Weights, gradients, mean_gram, outputs
 from offline.work.workdir import WorkDir
 
 WINDOWS, LENGTH, EXPERTS, LAYERS = 3, 7, 4, 3
@@ -130,11 +130,11 @@ def streamed(
             for expert in range(EXPERTS):
                 weights = job.weights(expert)
                 every = {"fisher": True, "sites": ["input", "middle"], **weighted}
-                grads.append(gradients(weights, job.routing, expert, job.activation, **every))
+                grads.append(gradients(weights, job.routing, expert, job.gated, **every))
                 for site, found in grams.items():
-                    found.append(mean_gram(weights, job.routing, expert, site, job.activation, **weighted))
-                stored = {role: weights[role][KEPT] for role in ("gate", "up")}
-                moments.append(outputs(weights, stored, job.routing, expert, job.activation, **weighted))
+                    found.append(mean_gram(weights, job.routing, expert, site, job.gated, **weighted))
+                stored = Weights({role: weights[role][KEPT] for role in ("gate", "up")})
+                moments.append(outputs(weights, stored, job.routing, expert, job.gated, **weighted))
             seen[job.number] = Seen(job.tokens, dict(job.energy), grads, grams, moments)
 
     with Steps(1) as steps:

@@ -32,7 +32,7 @@ ODD = Shape(200, 328, 6, 2)
 """Multiples of 8 and of no 16."""
 MANY = Shape(7168, 2048, 256, 8)
 """DeepSeek-V3's experts: 64 bases, more than are mixed at once."""
-VARIANTS = ("base", "low-rank base", "no base", "shared V", "columns", "trimmed", "no deltas", "bases")
+VARIANTS = ("base", "low-rank base", "no base", "shared V", "columns", "trimmed", "no deltas", "bases", "biases")
 
 
 def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Weights, HalfSpec]:
@@ -41,7 +41,7 @@ def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Wei
         (shape.hidden, shape.intermediate, 2) if name == "w13" else (shape.intermediate, shape.hidden, 1)
     )
     odd = shape is ODD
-    rank, stored = 33 if odd else 512, shape.experts - (variant == "trimmed")
+    rank, stored = 33 if odd else 512, shape.experts - (variant in ("trimmed", "biases"))
     new = partial(torch.empty, dtype=dtype, device="meta")
     integers = partial(torch.empty, dtype=torch.int32, device="meta")
     fields: dict[str, Tensor] = {}
@@ -61,8 +61,10 @@ def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Wei
             fields |= {"shared_v": new(parts * rank, inputs), "u_index": integers(shape.experts)}
         else:
             fields["delta_v"] = new(stored, parts * rank, inputs)
-        if variant == "trimmed":
+        if variant in ("trimmed", "biases"):
             fields |= {"u_index": integers(shape.experts), "v_index": integers(shape.experts)}
+    if variant == "biases":
+        fields["bias"] = new(shape.experts, parts * out)
     if variant == "low-rank base":
         base_rank = 40 if odd else 512
         fields |= {"base_u": new(out, parts * base_rank), "base_v": new(parts * base_rank, inputs)}
@@ -86,7 +88,15 @@ def call(
 ) -> None:
     (w13, half13), (w2, half2) = (half(shape, dtype, variant, name) for name in ("w13", "w2"))
     spec = LayerSpec(
-        shape.experts, shape.intermediate, half13, half2, activation, scope, function, batch_invariant=invariant
+        shape.experts,
+        shape.intermediate,
+        half13,
+        half2,
+        activation,
+        scope,
+        function,
+        batch_invariant=invariant,
+        swiglu=(7.0, 1.702, 1.0) if variant == "biases" else (),
     )
     new = partial(torch.empty, device="meta")
     layer.fused_experts(

@@ -140,7 +140,7 @@ CROWDED = {
     "shared V": {"delta": ("shared V", "shared V"), "kept": (0, 0), "used": (0, 0)},
     "column deltas": {"delta": ("columns", "columns"), "kept": (12, 16), "used": (5, 8)},
     "trimmed": {"trimmed": (1, 5), "kept": (48, 80), "used": (24, 40)},
-    "biases": {"biased": True, "swiglu": SWIGLU, "trimmed": (1, 5), "kept": (48, 80), "used": (24, 40)},
+    "biases": {"biased": True, "swiglu": SWIGLU, "trimmed": (1, 5), "kept": (48, 80), "used": (48, 80)},
 }
 
 

@@ -217,7 +217,7 @@ def expand_and_activate(
         own_bias = bias + expert.to(tl.int64) * (2 * width) + outputs
         gate += tl.load(own_bias, mask=outputs < width, other=0.0).to(tl.float32)[None, :]
         up += tl.load(own_bias + width, mask=outputs < width, other=0.0).to(tl.float32)[None, :]
-    if LIMIT:  # noqa: SIM108 - Triton has no such expression for what is known ahead
+    if LIMIT > 0:  # noqa: SIM108 - Triton has no such expression for what is known ahead
         hidden = clamped(gate, up, LIMIT, ALPHA, BETA)
     else:
         hidden = activate(gate, ACTIVATION) * up
