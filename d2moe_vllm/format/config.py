@@ -334,6 +334,11 @@ class CheckpointConfig(_Model):
         return None
 
     @property
+    def gating(self) -> tuple[float, ...]:
+        """Limit, alpha and beta of the clamped SwiGLU; () where there is none."""
+        return () if self.swiglu is None else (self.swiglu.limit, self.swiglu.alpha, self.swiglu.beta)
+
+    @property
     def sizes(self) -> Shape:
         """What the table of kinds needs to know of the model."""
         return Shape(self.num_experts, self.hidden_size, self.intermediate_size, self.dtype)

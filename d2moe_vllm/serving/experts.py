@@ -182,7 +182,7 @@ def _refuse_unsupported(
             f"layer {layer}: experts have {'' if moe.has_bias else 'no '}biases in the model, and "
             f"{'not all of them' if moe.has_bias else 'some'} in quantization_config; restore the original config.json"
         )
-    swiglu = () if config.swiglu is None else tuple(config.swiglu.model_dump().values())
+    swiglu = config.gating
     if swiglu != (found := swiglu_of(moe)):
         raise CheckpointError(
             f"limit, alpha and beta of the experts' clamped SwiGLU are {found or 'none'} in the model and "

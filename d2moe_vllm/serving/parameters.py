@@ -239,7 +239,7 @@ class Share:
             widths=widths,
             skipped=skipped,
             without=tuple(local) if self.ragged else (),
-            swiglu=() if self.config.swiglu is None else tuple(self.config.swiglu.model_dump().values()),
+            swiglu=self.config.gating,
         )
 
     def _half(self, roles: tuple[Role, ...], *, prune: bool) -> HalfSpec:

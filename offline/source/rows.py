@@ -95,6 +95,11 @@ QWEN3_5: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "dual_chunk_attention_config": (None,),
     }
 )
+GRANITE = Layout(
+    gate="model.layers.{layer}.block_sparse_moe.input_linear.weight",
+    up="model.layers.{layer}.block_sparse_moe.input_linear.weight",
+    down="model.layers.{layer}.block_sparse_moe.output_linear.weight",
+)
 ROWS = (
     Family(
         model_type="mixtral",
@@ -598,11 +603,7 @@ ROWS = (
         not_null=("attention_multiplier",),
         checks=(rope(*ALIKE), head_size),
         renames={".router.layer.weight": ".router.weight"},
-        released=Layout(
-            gate="model.layers.{layer}.block_sparse_moe.input_linear.weight",
-            up="model.layers.{layer}.block_sparse_moe.input_linear.weight",
-            down="model.layers.{layer}.block_sparse_moe.output_linear.weight",
-        ),
+        released=GRANITE,
     ),
     Family(
         model_type="granitemoehybrid",
@@ -621,11 +622,7 @@ ROWS = (
         not_null=("attention_multiplier", "head_dim", "mamba_n_groups", "time_step_limit"),
         checks=(rope(*ALIKE), head_size),
         renames={".router.layer.weight": ".router.weight"},
-        released=Layout(
-            gate="model.layers.{layer}.block_sparse_moe.input_linear.weight",
-            up="model.layers.{layer}.block_sparse_moe.input_linear.weight",
-            down="model.layers.{layer}.block_sparse_moe.output_linear.weight",
-        ),
+        released=GRANITE,
         recipe="granitemoe",
     ),
 )

@@ -42,6 +42,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, dict[str,
 Made = list[tuple[Path, dict[str, Tensor]]]
 
 
+def over_ranks(
+    config: CheckpointConfig,
+    layer: int,
+    tensors: dict[str, Tensor],
+    batch: tuple[Tensor, Tensor],
+    backend: str,
+    ranks: dict[str, int],
+) -> Tensor:
+    """What all ranks give together, in float64; each has all that it needs."""
+    kind, size = next(iter(ranks.items()), ("tp", 1))
+    total = torch.zeros_like(batch[0])
+    for rank in range(size):
+        loader = make_loader(config, layer=layer, **{kind: (rank, size)})
+        total += compute(loader, fill(loader, tensors), *batch, backend=backend)
+        assert loader.missing() == []
+    return total.double()
+
+
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -50,14 +68,8 @@ def test_ranks_together_are_what_the_layer_means(
 ) -> None:
     number, layer = PLACES[name]
     folder, meaning = made[number]
-    config, tensors = read_config(folder), layer_tensors(folder, layer)
-    kind, size = next(iter(ranks.items()), ("tp", 1))
-    total = torch.zeros_like(batch[0])
-    for rank in range(size):
-        loader = make_loader(config, layer=layer, **{kind: (rank, size)})
-        total += compute(loader, fill(loader, tensors), *batch, backend=backend)
-        assert loader.missing() == []
-    torch.testing.assert_close(total.double(), dense_layer(meaning, layer, *batch), rtol=1e-4, atol=1e-4)
+    found = over_ranks(read_config(folder), layer, layer_tensors(folder, layer), batch, backend, ranks)
+    torch.testing.assert_close(found, dense_layer(meaning, layer, *batch), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
@@ -73,11 +85,8 @@ def test_ranks_together_add_a_bias_once(
     content["swiglu"] = dict(zip(("limit", "alpha", "beta"), swiglu, strict=True))
     for role in NAMES:
         content["layers"][layer][role]["bias"] = True
-    config, tensors, generator = (
-        CheckpointConfig.model_validate(content),
-        layer_tensors(folder, layer),
-        torch.Generator(),
-    )
+    config, tensors = CheckpointConfig.model_validate(content), layer_tensors(folder, layer)
+    generator = torch.Generator()
     biases: list[list[Tensor]] = []
     for expert in range(8):
         prefix = f"{PREFIX.format(layer=layer)}.{expert}"
@@ -89,14 +98,9 @@ def test_ranks_together_add_a_bias_once(
                 whole[~kept] = 0
             biases[-1].append(whole)
             tensors[f"{prefix}.{projection}.bias"] = whole if role == "down" else whole[kept]
-    kind, size = next(iter(ranks.items()), ("tp", 1))
-    total = torch.zeros_like(batch[0])
-    for rank in range(size):
-        loader = make_loader(config, layer=layer, **{kind: (rank, size)})
-        total += compute(loader, fill(loader, tensors), *batch, backend=backend)
-        assert loader.missing() == []
+    found = over_ranks(config, layer, tensors, batch, backend, ranks)
     expected = dense_layer(meaning, layer, *batch, biases=biases, swiglu=swiglu)
-    torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scope", ["token", "batch"])
