@@ -8,7 +8,6 @@ lies in build/real, where an interrupted run goes on, row by row; --models and -
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -55,7 +54,8 @@ ROWS: Mapping[str, Sequence[str]] = {
 SERVED = ("copies", "20 %")
 CALIBRATED = 64
 """Windows of LENGTH tokens."""
-MINUTES = 25.0
+STEPS = 35
+"""Of training; 25 minutes of one core with AVX2 alone."""
 PROMPT, QUESTION = "The capital of France is", "What is a Python list? Answer in one sentence."
 
 
@@ -142,8 +142,8 @@ def jobs_of(model: str, made: str, code: str, rows: Sequence[str]) -> list[Job]:
 
 
 def digest(record: Mapping[str, Any]) -> str:
-    """Which model a record is of."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+    """Which model a record is of: one that was trained again, in the same steps, may be the same."""
+    return str(record["sha256"])[:12]
 
 
 def answers(job: Job) -> dict[str, str]:
@@ -232,9 +232,7 @@ def main() -> None:
     every = list(dict.fromkeys(row for rows in ROWS.values() for row in rows))
     parser.add_argument("--models", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--rows", nargs="*", default=every, choices=every)
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="of the processor, to train each model (default %(default)g)"
-    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="to train each model (default %(default)d)")
     parser.add_argument("--print", action="store_true", help="print the tables, and leave docs/quality.md as it is")
     options = parser.parse_args()
     if not SHARED.is_dir():
@@ -243,7 +241,7 @@ def main() -> None:
     write_texts()
     code, answered = code_hash(["d2moe_vllm", "offline"]), None
     for model in options.models:
-        made = digest(make_model(model, options.minutes))
+        made = digest(make_model(model, options.steps))
         measure_all(jobs_of(model, made, code, options.rows), FOLDER / "results.json", code, processes=1)
     records = {name: record for name in ROWS if (record := record_of(name))}
     results = _results(records, code)

@@ -1,4 +1,4 @@
-"""Trains a Mixtral's experts and routers apart, on a processor, for a time; an interrupted training goes on.
+"""Trains a Mixtral's experts and routers apart, on a processor, in so many steps; an interrupted training goes on.
 
 All else stays as it is. What is trained is kept in float32, all is multiplied in bfloat16 where the processor has it
 (one with AVX2 alone takes seven times as long for it). AdamW moves a parameter as soon as its gradient is there, which
@@ -24,9 +24,11 @@ BATCH = 8
 RATE, ROUTER_RATE = 5e-4, 1e-3
 """The highest, of experts and of routers, which start from noise; both rise over WARM_UP, then fall to a tenth."""
 WARM_UP = 0.05
-"""Share of the time."""
+"""Share of the steps."""
 SAVED_EVERY = 600.0
 """Seconds between two states that a killed training goes on from."""
+THREADS = 2
+"""A number of its own, as sums depend on it: the same steps on the same kind of processor give the same model."""
 APART = "apart"
 """What our way of running experts is called where transformers looks for it."""
 MULTIPLIED = torch.bfloat16 if has_bfloat16() else torch.float32
@@ -35,8 +37,8 @@ MULTIPLIED = torch.bfloat16 if has_bfloat16() else torch.float32
 
 @dataclass
 class Trained:
-    """seconds: of training, the processor's, which are the clock's on a quiet machine; tokens: that were predicted;
-    losses: step by step, in nats a token, the router's own loss included."""
+    """seconds: of training, by the clock; tokens: that were predicted; losses: step by step, in nats a token, the
+    router's own loss included."""
 
     seconds: float
     steps: int
@@ -92,13 +94,13 @@ def _prepare(model: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def rate_at(share: float) -> float:
-    """Of the highest rate, when this share of the time is over."""
+    """Of the highest rate, when this share of the steps is over."""
     return share / WARM_UP if share < WARM_UP else 1 - 0.9 * (share - WARM_UP) / (1 - WARM_UP)
 
 
-def train(model: Any, windows: Tensor, seconds: float, state: Path, say: Any = print) -> Trained:
-    """Trains `model` in place, for so many seconds of the processor in all; windows: int64 [n, length], taken in their
-    order, over and over.
+def train(model: Any, windows: Tensor, steps: int, state: Path, say: Any = print) -> Trained:
+    """Trains `model` in place, so many steps in all; windows: int64 [n, length], BATCH a step, taken in their order,
+    over and over.
 
     state: the file that a training that was killed goes on from; it is left, for a longer one to go on from.
     """
@@ -117,24 +119,27 @@ def train(model: Any, windows: Tensor, seconds: float, state: Path, say: Any = p
         done = Trained(**found["done"])
     hooks = [_move_at_once(*pair) for pair in zip(parameters, optimizers, strict=True)]
     model.train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
     saved = time.monotonic()
-    while done.seconds < seconds:
-        started = time.process_time()
+    while done.steps < steps:
+        started = time.monotonic()
         at = torch.arange(done.steps * BATCH, (done.steps + 1) * BATCH) % len(windows)
         for optimizer, most in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = most * max(rate_at(done.seconds / seconds), 0.01)
+            optimizer.param_groups[0]["lr"] = most * max(rate_at(done.steps / steps), 0.01)
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
             loss = model(windows[at], labels=windows[at], output_router_logits=True, use_cache=False).loss
         loss.backward()
-        done.seconds += time.process_time() - started
+        done.seconds += time.monotonic() - started
         done.steps, done.tokens = done.steps + 1, done.tokens + windows[at][:, 1:].numel()
         done.losses.append(loss.item())
-        say(f"step {done.steps}, {done.seconds:.0f} of {seconds:.0f} s: loss {done.losses[-1]:.4f}")
-        if time.monotonic() - saved > SAVED_EVERY or done.seconds >= seconds:
+        say(f"step {done.steps} of {steps}, {done.seconds:.0f} s: loss {done.losses[-1]:.4f}")
+        if time.monotonic() - saved > SAVED_EVERY or done.steps == steps:
             _save(state, parameters, optimizers, done)
             saved = time.monotonic()
     for hook in hooks:
         hook.remove()
+    torch.set_num_threads(threads)
     model.eval()
     return done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -59,9 +60,9 @@ def training_texts() -> list[str]:
     return [FIT.read_text(encoding="utf-8"), language_reference.split()[0], code[:500_000]]
 
 
-def make_model(name: str, minutes: float) -> dict[str, Any]:
+def make_model(name: str, steps: int) -> dict[str, Any]:
     """The model's record, made and trained unless it is there: perplexities of the source, at the start and at the end,
-    how it was trained and how far its experts are apart."""
+    how it was trained, how far its experts are apart, and the digest of its weights."""
     folder = FOLDER / name
     if known := record_of(name):
         return known
@@ -83,7 +84,7 @@ def make_model(name: str, minutes: float) -> dict[str, Any]:
     del dense
     windows = train_experts.choose_windows(tokenizer, training_texts(), TRAINED)
     state = folder / "training.pt"
-    done = train_experts.train(model, windows, 60 * minutes, state, lambda text: print(f"{name}, {text}", flush=True))
+    done = train_experts.train(model, windows, steps, state, lambda text: print(f"{name}, {text}", flush=True))
     if not (folder / "model").exists():
         upcycled.save(model, tokenizer, folder / "model")
     del model
@@ -91,6 +92,7 @@ def make_model(name: str, minutes: float) -> dict[str, Any]:
         **json.loads(before.read_text(encoding="utf-8")),
         "trained": perplexities(folder / "model"),
         "training": {**asdict(done), "windows": len(windows)},
+        "sha256": weights_sha256(folder / "model"),
         "apart": {role: asdict(apart) for role, apart in upcycled.distances(folder / "model").items()},
     }
     write_file(folder / "trained.json", json.dumps(content, indent=1) + "\n")
@@ -103,6 +105,15 @@ def available_memory(meminfo: str) -> int:
     """Bytes that a new process can have, from what Linux says in /proc/meminfo."""
     line = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
     return int(line.split()[1]) * 1024
+
+
+def weights_sha256(model: Path) -> str:
+    """Of its files of weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def perplexities(folder: Path) -> dict[str, float]:

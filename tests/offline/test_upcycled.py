@@ -102,23 +102,34 @@ def test_experts_run_apart_as_transformers_runs_them(llama: Any, tokens: Tensor)
 
 
 def test_only_experts_and_routers_are_trained_and_a_killed_training_goes_on(
-    llama: Any, tokens: Tensor, tmp_path: Path
+    llama: Any, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, state, said = upcycle(llama, EXPERTS), tmp_path / "state.pt", []
+    model, said = upcycle(llama, EXPERTS), []
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first = train_experts.train(model, tokens, 0.1, state, said.append)
-    assert first.steps == len(first.losses) == len(said)
-    assert first.tokens == first.steps * train_experts.BATCH * 23
+    whole = train_experts.train(model, tokens, 4, tmp_path / "whole.pt", said.append)
+    assert whole.steps == len(whole.losses) == len(said) == 4
+    assert whole.tokens == whole.steps * train_experts.BATCH * 23
     after = model.state_dict()
     changed = {name for name, value in before.items() if not torch.equal(after[name].to(value.dtype), value)}
     frozen = {name for name in changed if torch.equal(after[name].float(), before[name].bfloat16().float())}
     assert changed - frozen == {name for name in before if ".mlp." in name}
+
+    def killed(text: str) -> None:
+        if text.startswith("step 3"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_experts, "SAVED_EVERY", 0.0)
+    state = tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train_experts.train(upcycle(llama, EXPERTS), tokens, 4, state, killed)
     again = upcycle(llama, EXPERTS)
-    second = train_experts.train(again, tokens, first.seconds + 0.1, state, said.append)
-    assert second.steps > first.steps
-    assert second.losses[: first.steps] == first.losses
+    resumed = train_experts.train(again, tokens, 4, state, said.append)
+    assert said[-2].startswith("step 3 of 4"), "what was done is not done again"
+    # The same steps give the same model.
+    assert resumed.losses == whole.losses
+    assert all(torch.equal(value, after[name]) for name, value in again.state_dict().items())
     # What is there in full is not trained again.
-    assert train_experts.train(upcycle(llama, EXPERTS), tokens, first.seconds, state, said.append) == second
+    assert train_experts.train(upcycle(llama, EXPERTS), tokens, 4, state, said.append) == resumed
 
 
 def test_the_rate_rises_and_falls() -> None:
