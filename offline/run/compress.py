@@ -30,7 +30,7 @@ from offline.plan.resources import keeping_states, peak_memory
 from offline.run.calibration import compress_layers
 from offline.source.dense import open_dense
 from offline.source.text import Text
-from offline.source.tokens import OWN, TokenizerChoice, choose_windows, open_tokenizer
+from offline.source.tokens import OWN, TokenizerChoice, choose_windows, forget_tokenizers, open_tokenizer
 from offline.work.distributed import Group, is_first, join
 from offline.work.workdir import MARKER_FILE, WorkDir, fingerprint, refuse_changed_source
 
@@ -77,7 +77,10 @@ def compress(
     settings, reads = plan.recipe.calibration, open_tokenizer(plan.model.folder, tokenizer)
     for note in (*plan.model.remarks, *reads.notes):
         console.print(note, highlight=False, soft_wrap=True, markup=False)
-    windows = choose_windows(reads, calibration, settings.windows, int(settings.seq_len), settings.seed)
+    windows = choose_windows(reads, calibration, int(settings.windows), int(settings.seq_len), settings.seed)
+    tokenizer_config = reads.config
+    del reads
+    forget_tokenizers()
     machine = {"device": chosen.type, "processes": group.size, "at_once": _at_once(plan)}
     preferred, plan = plan, _with_room(plan, folder, out, group)
     if plan.states.every > preferred.states.every:
@@ -116,7 +119,7 @@ def compress(
             disk = work.nbytes() if group.first else 0
             warnings = _warnings(settled, Assembly(settled, work)) if group.first else []
             if group.first:
-                publish(settled, windows, work, out, lambda: refuse_changed_source(plan.model, mark), reads.config)
+                publish(settled, windows, work, out, lambda: refuse_changed_source(plan.model, mark), tokenizer_config)
         group.barrier()
         work.remove()
     except OSError as error:

@@ -27,7 +27,7 @@ from offline.source.folder import locate
 from offline.source.layerwise import LayerwiseModel, read_hf_config
 from offline.source.stored import SourceReader, StoredExperts, find_experts
 from offline.source.text import Text
-from offline.source.tokens import OWN, Tokenizer, TokenizerChoice, choose_windows, open_tokenizer
+from offline.source.tokens import OWN, Tokenizer, TokenizerChoice, choose_windows, forget_tokenizers, open_tokenizer
 from offline.work.statistics import DenseExperts
 
 LARGEST_LOSS = 700.0
@@ -126,6 +126,8 @@ def evaluate(
             tokens = choose_windows(tokenizer, measure.text, measure.windows, length, measure.seed).tokens
         count = len(tokens)
         size = sum(tokenizer.bytes_behind_first(tokens[n : n + 1][0]) for n in range(count))
+        del tokenizer
+        forget_tokenizers()
         _check_disk(folder, disk_bytes(sizes, count * length))
         with steps((layers + 1) * count) as progress:
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from offline.algebra.products import Products, multiplying
+from offline.io.memory import give_back
 from offline.io.progress import Steps
 from offline.plan.plan import BATCH_TOKENS
 from offline.plan.states import States
@@ -202,7 +203,7 @@ class Sweep:
     @torch.no_grad()
     def loss(self) -> float:
         """Summed negative log-likelihood of all windows, once the last layer's output is there."""
-        self.steps.label("head")
+        self._begin("head")
         total = 0.0
         for window, _, loss in self._losses():
             total += float(loss)
@@ -210,7 +211,13 @@ class Sweep:
         return total
 
     def label(self, layer: int, what: str) -> None:
-        self.steps.label(f"layer {layer + 1}/{self.model.num_layers}: {what}")
+        """What is done from now on, at a layer."""
+        self._begin(f"layer {layer + 1}/{self.model.num_layers}: {what}")
+
+    def _begin(self, what: str) -> None:
+        """What was done before holds no memory any more."""
+        give_back()
+        self.steps.label(what)
 
     def _forwards(
         self, visitor: Visitor, pending: Sequence[int], upto: int, states: str, *, keep: bool = False
@@ -317,7 +324,7 @@ class Sweep:
             return torch.autograd.grad(output, inputs, self._read("gradient", layer + 1, batch))[0]
 
     def _embed(self, name: str) -> None:
-        self.steps.label("embeddings")
+        self._begin("embeddings")
         array = self._create(name)
         for batch in self.batches:
             self._write(array, batch, self.model.embed(self.tokens[batch]))
@@ -325,7 +332,7 @@ class Sweep:
 
     def _head_gradient(self) -> None:
         """Gradient of every window's summed log-likelihood at the last layer's output."""
-        self.steps.label("head gradient")
+        self._begin("head gradient")
         last = self.model.num_layers
         array = self._create(_name("gradient", last))
         with multiplying(self.products):

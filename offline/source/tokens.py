@@ -255,6 +255,11 @@ def _open(
     return Tokenizer(folder, vocabulary, codec, loaded.special, tuple(notes), config)
 
 
+def forget_tokenizers() -> None:
+    """Of a run that has read its texts: a vocabulary is a hundred megabytes and more."""
+    _open.cache_clear()
+
+
 def _check_generic(folder: Path, config: dict[str, Any], exact: _Exact) -> None:
     """Raises InputError unless transformers reads as tokenizer.json says with this tokenizer_config.json."""
     with tempfile.TemporaryDirectory(prefix="d2moe-tokenizer-") as name:
