@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all kernels test-gpu quality frontier calibration-tokens quality-real
+.PHONY: help setup lock demo test test-all families kernels test-gpu quality frontier calibration-tokens quality-real
 .PHONY: picture compare-tables
 .PHONY: bench bench-layer bench-against bench-mobe bench-server bench-peers bench-offline bench-stages bench-plan plan-hours roofline lint audit format clean
 
@@ -20,10 +20,13 @@ demo: setup ## Compress the bundled model, serve it with vLLM, ask it something
 	@.venv/bin/python examples/demo.py $(ARGS)
 
 test: setup ## Fast test tier, by two workers (ARGS="-k name" for some of it)
-	@.venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu and not families" $(ARGS)
 
 test-all: setup ## Every test that needs no GPU; continues where it was interrupted
 	@.venv/bin/python tests/run_all.py $(ARGS)
+
+families: setup ## Every command, transformers and vLLM over every family's small model, for docs/methods.md (two hours)
+	@.venv/bin/python tests/run_families.py $(ARGS)
 
 kernels: setup ## Compile every Triton kernel for every GPU and dtype, without one; goes on where it was interrupted
 	@.venv/bin/python tests/run_aot.py

@@ -1,4 +1,5 @@
-"""Runs every test that needs no GPU, one pytest per unit, two at a time, and continues where it was interrupted.
+"""Runs every test but those that need a GPU and those of `make families` alone, one pytest per unit, two at a time, and
+continues where it was interrupted.
 
 A unit is a test file, or some that share a server or are short. The JUnit file that pytest leaves when a unit has ended
 is the record of it: build/test-all/<hash of the code>/ holds one per unit; one whose record has no failure is not run
@@ -66,7 +67,7 @@ def failed(known: dict[str, dict[str, float]]) -> bool:
 def run(names: tuple[str, ...], record: Path) -> None:
     """A unit of test files, relative to ROOT."""
     partial = record.with_suffix(".partial")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", f"--junitxml={partial}", *names]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu and not families", f"--junitxml={partial}", *names]
     done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(f"== {' '.join(names)}\n{done.stdout}", flush=True)  # at once: two at a time would be mixed
     # 0 passed, 1 some failed, 5 nothing selected: the unit was run to its end, all else is not a result.

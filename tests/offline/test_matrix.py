@@ -95,15 +95,28 @@ def command(*arguments: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("family", "recipe"), CELLS)
 def test_every_method_in_every_family(
-    family: str, recipe: str, source: Callable[[str], Path], few_words: Path, short_text: Path, tmp_path: Path
+    family: str,
+    recipe: str,
+    source: Callable[[str], Path],
+    few_words: Path,
+    short_text: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
+    """What it came through is a cell of the families' table (tests/run_families.py)."""
+
+    def passed(command: str) -> None:
+        record_property("command", command)
+
     original, asked = source(family), RECIPES[recipe]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"ratio": RATIO, **asked}))
     given = ("--recipe", tmp_path / "recipe.yaml", *WINDOWS)
     planned = command("plan", original, *given)["result"]
+    passed("plan")
     ours, dense = tmp_path / "ours", tmp_path / "dense"
     done = command("compress", original, ours, *given, "--calibration", few_words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "recipe.yaml"]
+    passed("compress")
 
     found = command("verify", ours, "--source", original)
     assert (found["sound"], found["problems"], found["notes"]) == (True, [], [])
@@ -112,6 +125,7 @@ def test_every_method_in_every_family(
     # Random experts share nothing: a base, TIES' above all, can be worse than none, and columns can be kept all.
     assert all(0 <= error < 2 for error in errors)
     assert any(errors)
+    passed("verify")
 
     on_disk = sum(path.stat().st_size for path in ours.glob("*.safetensors"))
     seen = command("inspect", ours)
@@ -122,13 +136,16 @@ def test_every_method_in_every_family(
         assert seen["stored_ratio"] >= RATIO
     for layer in read_config(ours).layers.values():
         _check_layer(layer, asked)
+    passed("inspect")
 
     command("export", ours, dense)
+    passed("export")
     measure = ("--text", short_text, "--seq-len", "32")
     compressed, exported = (command("eval", folder, *measure) for folder in (ours, dense))
     assert compressed["tokens"] == exported["tokens"] > 0
     # The export rounds each sum of base and delta to bfloat16, which the compressed form never forms.
     assert compressed["negative_log_likelihood"] == pytest.approx(exported["negative_log_likelihood"], rel=2e-3)
+    passed("eval")
 
 
 def _check_layer(layer: Layer, asked: dict[str, Any]) -> None:

@@ -37,7 +37,11 @@ PROMPTS = (
 MAX_TOKENS = 64
 IN_FAST_TIER = ("qwen2_moe",)
 SERVED = tuple(name for name, small in SMALL.items() if not small.refused_here)
-EXPERT_PARALLEL = tuple(name for name, small in SMALL.items() if small.expert_parallel)
+EXPERT_PARALLEL = tuple(
+    pytest.param(name, marks=[pytest.mark.slow] if SMALL[name].expert_parallel else [pytest.mark.families])
+    for name in SERVED
+)
+"""Those that have something of their own there; the others for `make families` alone."""
 CLOSE = 1e-3
 """Of log-probabilities in two programs."""
 RECIPE = {"ratio": 0.08, "allocation": "uniform"}
@@ -142,7 +146,7 @@ def test_on_two_tensor_parallel_ranks(
     assert_same(run(folder / "tp2", folder / "ours", TWO_RANKS, family, tensor_parallel_size=2), dense(family))
 
 
-@pytest.mark.parametrize("family", cases(EXPERT_PARALLEL, ()))
+@pytest.mark.parametrize("family", EXPERT_PARALLEL)
 def test_on_two_expert_parallel_ranks(
     family: str, checkpoints: Callable[[str], Path], dense: Callable[[str], Results]
 ) -> None:
