@@ -87,9 +87,7 @@ def token_jobs(models: Sequence[str]) -> list[Job]:
 
 def rows_for_each_input(model: str, windows: int) -> float:
     """That an expert sees on average, of the widest matrix's inputs."""
-    shape = open_dense(str(SHARED / "models" / model)).shape
-    widest = max(shape.hidden_size, shape.intermediate_size)
-    return windows * LENGTH * shape.experts_per_token / shape.num_experts / widest
+    return open_dense(str(SHARED / "models" / model)).shape.rows_for_each_input(windows * LENGTH)
 
 
 def table(models: Sequence[str], results: Mapping[str, Any]) -> str:

@@ -43,7 +43,9 @@ Accounting = Annotated[
 ScopeOption = Annotated[
     Scope | None, typer.Option(help="Dynamic column selection: shared by a batch, per token, or off.")
 ]
-WindowsOption = Annotated[int | None, typer.Option(help="Calibration windows (default 128).")]
+WindowsOption = Annotated[
+    int | None, typer.Option(help="Calibration windows (default: as many as are enough for the model, 128 at least).")
+]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens per window (default 2048, or the model's limit).")]
 Seed = Annotated[int | None, typer.Option(help="Which windows of the text are drawn.")]
 CalibrationText = Annotated[

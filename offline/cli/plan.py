@@ -146,6 +146,14 @@ def plan_table(console: Console, summary: dict[str, Any]) -> None:
     result = summary["result"]
     share = result["expert_bytes"] / result["dense_expert_bytes"]
     console.print(f"experts alone: {100 * share:.2f} % of their bytes are left", highlight=False)
+    reads = summary["calibration"]
+    rows, enough = reads["rows_for_each_input"], reads["enough_rows"]
+    note = f" ({enough} are enough)" if rows < enough else ""
+    console.print(
+        f"calibration: {reads['windows']} windows of {reads['seq_len']:,} tokens, {rows:,.1f} rows of an expert on "
+        f"average for each input of its widest matrix{note}",
+        highlight=False,
+    )
     disk, least, most = summary["disk_bytes"], summary["least_seconds"], summary["estimated_seconds"]
     fewer = f" ({in_words(disk['least_work'])} at least, slower)" if disk["least_work"] < disk["work"] else ""
     console.print(

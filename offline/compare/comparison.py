@@ -78,11 +78,11 @@ class Comparison:
         self.hashes = {name: as_text(path).sha256() for name, path in self.texts.items()}
         recipe = self._resolved(SOURCE, ANY_RATIO)
         calibration = recipe.calibration
-        self.seq_len = int(calibration.seq_len)
+        self.seq_len, self.count = int(calibration.seq_len), int(calibration.windows)
         reads = open_tokenizer(self.model.folder, settings.tokenizer)
         for note in (*self.model.remarks, *reads.notes):
             self._say(note)
-        self.windows = choose_windows(reads, settings.calibration, calibration.windows, self.seq_len, calibration.seed)
+        self.windows = choose_windows(reads, settings.calibration, self.count, self.seq_len, calibration.seed)
         self.device = jobs.choose_device(settings.device)
         self.folder = settings.folder()
         source = self.model.folder
@@ -126,9 +126,7 @@ class Comparison:
     # What a row is made from
 
     def _resolved(self, name: str, ratio: float) -> Recipe:
-        shape = self.model.shape
-        recipe = self.settings.recipe(name, ratio)
-        return recipe.resolve(shape.hidden_size, self.model.max_positions, shape.num_experts, shape.intermediate_size)
+        return self.settings.recipe(name, ratio).resolve(self.model.shape, self.model.max_positions)
 
     def _refused(self, name: str, ratio: float) -> dict[str, Any] | None:
         """The row of a ratio that a method cannot reach, or of a model that it cannot compress; None where it can.

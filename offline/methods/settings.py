@@ -15,6 +15,12 @@ from offline.source.families import MoEShape
 Multiple = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 
+ENOUGH_ROWS = 4
+"""Of an expert, on average, for each input of its widest matrix: more gain little (docs/quality.md)."""
+FEWEST_WINDOWS = 128
+"""Experts are not routed to alike, and what an error costs is measured on the same rows."""
+
+
 class Section(BaseModel):
     """`key: value` lines of a recipe."""
 
@@ -27,13 +33,14 @@ Own = TypeVar("Own", bound=Section)
 class Calibration(Section):
     """Which part of the calibration text is used, and what a layer sees of it.
 
-    seq_len "auto": 2048, or the model's limit if that is less. inputs: a layer's activations come from the `dense`
-    layers before it, or from these layers as they are after compression. products: what float32 numbers are rounded to
-    before they are multiplied with rows, and while they wait on disk; "auto" is float32 for small models, for others
-    bfloat16 on disk, and in products where the device has it.
+    windows "auto": as many as are enough, ENOUGH_ROWS of an expert for each input of its widest matrix, at least
+    FEWEST_WINDOWS. seq_len "auto": 2048, or the model's limit if that is less. inputs: a layer's activations come from
+    the `dense` layers before it, or from these layers as they are after compression. products: what float32 numbers are
+    rounded to before they are multiplied with rows, and while they wait on disk; "auto" is float32 for small models,
+    for others bfloat16 on disk, and in products where the device has it.
     """
 
-    windows: int = Field(default=128, ge=1)
+    windows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     seq_len: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     seed: int = Field(default=0, ge=0, lt=2**63)
     inputs: Literal["dense", "compressed"] = "dense"

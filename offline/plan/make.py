@@ -10,6 +10,7 @@ from d2moe_vllm.format.words import describe
 from offline.errors import InputError, UnreachableError
 from offline.io.shards import SHARD_BYTES
 from offline.methods import METHODS
+from offline.methods.settings import ENOUGH_ROWS
 from offline.plan.budget import Budget, Problem, Ranks
 from offline.plan.disk import work_bytes
 from offline.plan.duration import Estimate
@@ -63,9 +64,7 @@ class First(NamedTuple):
 
 def first_budget(model: DenseModel, recipe: Recipe, shard_bytes: int = SHARD_BYTES) -> First:
     """The files of a recipe for a model. Raises InputError, and UnreachableError where the ratio cannot be reached."""
-    recipe = recipe.resolve(
-        model.shape.hidden_size, model.max_positions, model.shape.num_experts, model.shape.intermediate_size
-    )
+    recipe = recipe.resolve(model.shape, model.max_positions)
     base, shape = recipe.base, model.shape
     for role in ROLES:
         if shape.projection(role)[1] % base.groups:
@@ -153,6 +152,12 @@ def summary(plan: Plan, seconds: Estimate) -> dict[str, Any]:
         "kept_share_of_deltas": {role: plan.budget.kept_share[role] for role in ROLES},
         "first_layer": first.model_dump(mode="json"),
         "intermediate_size": shape.intermediate_size,
+        "calibration": {
+            "windows": plan.windows[0],
+            "seq_len": plan.windows[1],
+            "rows_for_each_input": round(shape.rows_for_each_input(plan.tokens), 2),
+            "enough_rows": ENOUGH_ROWS,
+        },
         "peak_memory_bytes": peak_memory(plan),
         "memory_phases": phases(plan),
         "tokens_at_once": plan.resources.batch_tokens,

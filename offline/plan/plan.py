@@ -157,7 +157,7 @@ class Plan:
     @property
     def windows(self) -> tuple[int, int]:
         """Calibration windows and tokens in each."""
-        return self.recipe.calibration.windows, int(self.recipe.calibration.seq_len)
+        return int(self.recipe.calibration.windows), int(self.recipe.calibration.seq_len)
 
     @property
     def tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,8 @@ from d2moe_vllm.format.config import first_error
 from offline.algebra.merging import MERGES
 from offline.errors import InputError
 from offline.methods import METHODS
-from offline.methods.settings import Section, Settings
+from offline.methods.settings import ENOUGH_ROWS, FEWEST_WINDOWS, Section, Settings
+from offline.source.families import MoEShape
 
 REAL_MODEL_WIDTH = 1024
 """From this hidden size on, `auto` multiples are 16, which the GPU kernels want, and calibration computes in bfloat16
@@ -98,18 +100,21 @@ class Recipe(Settings):
             raise ValueError("delta.trim needs a base: trimmed experts run on it alone")
         return self
 
-    def resolve(self, hidden_size: int, max_positions: int | None, experts: int, intermediate_size: int) -> Recipe:
+    def resolve(self, shape: MoEShape, max_positions: int | None) -> Recipe:
         """This recipe with every `auto` decided for one model, but for bits, which are decided layer by layer, and for
         products of wide models, which the device decides."""
-        multiple = 16 if hidden_size >= REAL_MODEL_WIDTH else 1
-        channels = 1 if intermediate_size <= NARROW else 32
+        multiple = 16 if shape.hidden_size >= REAL_MODEL_WIDTH else 1
+        channels = 1 if shape.intermediate_size <= NARROW else 32
         seq_len = self.calibration.seq_len
         if seq_len == "auto":
             seq_len = min(2048, max_positions or 2048)
         elif max_positions and seq_len > max_positions:
             raise InputError(f"calibration.seq_len {seq_len} exceeds the model's {max_positions} positions")
         calibration: dict[str, Any] = {"seq_len": seq_len}
-        if self.calibration.products == "auto" and hidden_size < REAL_MODEL_WIDTH:
+        if self.calibration.windows == "auto":
+            enough = math.ceil(ENOUGH_ROWS / shape.rows_for_each_input(int(seq_len)))
+            calibration["windows"] = max(enough, FEWEST_WINDOWS)
+        if self.calibration.products == "auto" and shape.hidden_size < REAL_MODEL_WIDTH:
             calibration["products"] = "float32"
         resolved = self.model_copy(
             update={
@@ -123,7 +128,7 @@ class Recipe(Settings):
                 ),
             }
         )
-        return METHODS[self.method].resolve(resolved, experts)
+        return METHODS[self.method].resolve(resolved, shape.num_experts)
 
     def dump(self) -> str:
         """As YAML, in the order of the fields."""

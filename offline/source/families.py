@@ -44,6 +44,10 @@ class MoEShape:
             return self.hidden_size, self.intermediate_size
         return self.intermediate_size, self.hidden_size
 
+    def rows_for_each_input(self, tokens: int) -> float:
+        """Rows that an expert sees on average of so many tokens, for each input of its widest matrix."""
+        return tokens * self.experts_per_token / self.num_experts / max(self.hidden_size, self.intermediate_size)
+
     @property
     def expert_parameters(self) -> int:
         """Parameters of one expert's gate, up and down, but for biases."""

@@ -9,17 +9,41 @@ import yaml
 
 from offline.errors import InputError
 from offline.plan.recipe import Recipe, load_recipe
+from offline.source.families import MoEShape
+
+MIXTRAL = MoEShape(8, 2, 4096, 14336, tuple(range(32)))
+DEEPSEEK_V3 = MoEShape(256, 8, 7168, 2048, tuple(range(3, 61)))
+TINY_SHAPE = MoEShape(8, 2, 128, 256, tuple(range(4)))
 
 
 def test_round_trip() -> None:
-    recipe = Recipe(ratio=0.4).resolve(128, 1024, 8, 256)
+    recipe = Recipe(ratio=0.4).resolve(TINY_SHAPE, 1024)
     assert Recipe.model_validate(yaml.safe_load(recipe.dump())) == recipe
 
 
 def test_auto_is_16_for_real_models_and_1_for_tiny_ones() -> None:
-    real, tiny = Recipe(ratio=0.4).resolve(4096, 32768, 8, 14336), Recipe(ratio=0.4).resolve(128, 1024, 8, 256)
+    real, tiny = Recipe(ratio=0.4).resolve(MIXTRAL, 32768), Recipe(ratio=0.4).resolve(TINY_SHAPE, 1024)
     assert (real.delta.rank_multiple, real.base.column_multiple, real.calibration.seq_len) == (16, 16, 2048)
     assert (tiny.delta.rank_multiple, tiny.base.column_multiple, tiny.calibration.seq_len) == (1, 1, 1024)
+
+
+@pytest.mark.parametrize(
+    ("shape", "seq_len", "windows"),
+    [(MIXTRAL, 2048, 128), (MIXTRAL, 512, 448), (DEEPSEEK_V3, 2048, 448), (TINY_SHAPE, 256, 128)],
+)
+def test_windows_are_as_many_as_give_every_expert_four_rows_for_each_input(
+    shape: MoEShape, seq_len: int, windows: int
+) -> None:
+    recipe = load_recipe(None, {"ratio": 0.4, "calibration": {"seq_len": seq_len}}).resolve(shape, 32768)
+    assert recipe.calibration.windows == windows
+    assert shape.rows_for_each_input(windows * seq_len) >= 4
+    if windows > 128:
+        assert shape.rows_for_each_input((windows - 1) * seq_len) < 4
+
+
+def test_windows_that_were_given_stay() -> None:
+    given = load_recipe(None, {"ratio": 0.4, "calibration": {"windows": 8}})
+    assert given.resolve(DEEPSEEK_V3, 32768).calibration.windows == 8
 
 
 def test_the_command_line_wins(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from small_families import SMALL
 
 from offline.plan.recipe import Recipe, load_recipe
 from offline.plan.recipes import SHIPPED, find_recipe
-from offline.source.families import FAMILIES
+from offline.source.families import FAMILIES, MoEShape
 
 
 def test_every_family_has_one() -> None:
@@ -45,7 +45,8 @@ def test_rounding_prunes_about_what_was_asked_for_on_the_real_sizes(family: str)
     recipe = load_recipe(SHIPPED[family], {"ratio": 0.4})
     assert SMALL[family].released
     for sizes in SMALL[family].released:
-        assert recipe.resolve(sizes[0], 2048, 8, sizes[1]).base.column_multiple == 16
+        shape = MoEShape(8, 2, *sizes, layers=(0,))
+        assert recipe.resolve(shape, 2048).base.column_multiple == 16
         for columns in sizes:
             assert columns % recipe.base.groups == 0
             kept = int(columns / recipe.base.groups * (1 - recipe.base.sparsity / 2)) // 16 * 16
