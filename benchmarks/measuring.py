@@ -33,20 +33,14 @@ class Job(Protocol):
 def measure_all(jobs: Sequence[Job], results: Path, code: str, processes: int | None = None) -> dict[str, Any]:
     """Key -> result of every job; `results` keeps them under `code`, and forgets those of another code. processes: as
     many as there are cores by default, as jobs of one thread each are too small to share a core's work."""
-    known = _stored(results, code)
+    stored = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    known: dict[str, Any] = stored.get(code, {})
     with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
         waiting = {pool.submit(job.measure): job for job in jobs if job.key not in known}
         for count, done in enumerate(as_completed(waiting), start=1):
-            # Another run may have added rows of its own meanwhile.
-            known = {**_stored(results, code), **known, waiting[done].key: done.result()}
+            known[waiting[done].key] = done.result()
             write_file(results, json.dumps({code: known}, indent=1))
             print(f"{count}/{len(waiting)} {waiting[done].key}: {done.result()}", file=sys.stderr, flush=True)
-    return known
-
-
-def _stored(results: Path, code: str) -> dict[str, Any]:
-    content = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
-    known: dict[str, Any] = content.get(code, {})
     return known
 
 

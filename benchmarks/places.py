@@ -24,6 +24,12 @@ CODE = [
 ]
 
 
+def commit() -> str:
+    """What is checked out, with `-dirty` where something was changed since."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    return subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def code_hash(paths: Sequence[str] = CODE) -> str:
     """Of the files as they are now, committed or not."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *paths]

@@ -1,8 +1,10 @@
 """`make quality-real`: a model with pretrained weights, upcycled to a Mixtral and trained apart here; its frontier, and
 what the compressions took beside what `d2moe plan` says; tables in docs/quality.md. Needs the texts of ../shared.
 
-Two models: experts that were copies, and experts of which a tenth of the channels was drawn anew before training. All
-lies in build/real, where an interrupted run goes on, row by row; --models and --rows do some of it. Options: --help.
+Two models: experts that were copies, and experts of which a tenth of the channels was drawn anew before training. They
+lie in build/real, where an interrupted run goes on, row by row; --models and --rows do some of it. What was measured is
+kept in docs/quality-real.json: on another machine, a model that turns out the same, to the bit, is not measured again.
+Options: --help.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,9 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from measuring import measure_all, perplexity, put_tables, silent
-from places import ROOT, SHARED, code_hash
-from trained_models import FIT, FOLDER, FRESH, LENGTH, TEXTS, make_model, record_of, write_texts
+from measuring import perplexity, put_tables, silent
+from places import ROOT, SHARED, commit
+from trained_models import FIT, FOLDER, FRESH, LENGTH, TEXTS, make_model, write_texts
 from watching import beside_plan, watched_compress
 
 from d2moe_vllm.format.files import read_config
@@ -42,6 +46,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 import demo
 
 PAGE = ROOT / "docs" / "quality.md"
+RESULTS = ROOT / "docs" / "quality-real.json"
+"""What is known of the models and their rows, wherever it was measured."""
 DENSE = "dense"
 ROUNDINGS = ("gptq-4", "gptq-3", "gptq-2")
 OURS: Mapping[str, float] = {"30 %": 0.3, "20 %": 0.2, "15 %": 0.15, "10 %": 0.1}
@@ -65,12 +71,11 @@ PROMPT, QUESTION = "The capital of France is", "What is a Python list? Answer in
 @dataclass(frozen=True)
 class Job:
     """One row: the dense model, a rounding, or ours at a share of the experts' bytes. made: which of the models of
-    this name, by its record; code: that measures."""
+    this name, by its record."""
 
     model: str
     row: str
     made: str
-    code: str
 
     @property
     def key(self) -> str:
@@ -87,11 +92,13 @@ class Job:
 
     def measure(self) -> dict[str, Any]:
         """left: share of the experts' bytes; removed: of the whole model's; perplexity on the unseen text; of ours
-        `predicted` and `really`, seconds and bytes, as well."""
+        `predicted` and `really`, seconds and bytes, as well; date and commit of the measurement."""
         text, count = TEXTS["unseen"]
+        found: dict[str, Any] = {"date": date.today().isoformat(), "commit": commit()}
         if self.row == DENSE:
-            return {"left": 1.0, "removed": 0.0, "perplexity": perplexity(self.source, text, LENGTH, windows=count)}
-        found = self._rounded() if self.row in ROUNDINGS else self._ours()
+            found |= {"left": 1.0, "removed": 0.0}
+            return {**found, "perplexity": perplexity(self.source, text, LENGTH, windows=count)}
+        found |= self._rounded() if self.row in ROUNDINGS else self._ours()
         found["perplexity"] = perplexity(self.out, text, LENGTH, windows=count)
         if self.row in ROUNDINGS:
             shutil.rmtree(self.out)  # as large as the source
@@ -137,8 +144,8 @@ class Job:
         }
 
 
-def jobs_of(model: str, made: str, code: str, rows: Sequence[str]) -> list[Job]:
-    return [Job(model, row, made, code) for row in ROWS[model] if row in rows]
+def jobs_of(model: str, made: str, rows: Sequence[str]) -> list[Job]:
+    return [Job(model, row, made) for row in ROWS[model] if row in rows]
 
 
 def digest(record: Mapping[str, Any]) -> str:
@@ -148,17 +155,12 @@ def digest(record: Mapping[str, Any]) -> str:
 
 def answers(job: Job) -> dict[str, str]:
     """What the row's checkpoint, served, says to PROMPT and QUESTION; kept."""
-    kept = FOLDER / "answers.json"
-    if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["key"] == job.key:
-        return dict(known)
     log, env = FOLDER / "server.log", {"VLLM_CPU_KVCACHE_SPACE": "1"}
     started = time.monotonic()
     with Server(job.out, ["--max-model-len", "512"], log=log, env=env, timeout=1800) as server:
         up = time.monotonic() - started
         completion, answer = demo.ask(server, job.out, PROMPT, QUESTION, tokens=60)
-    found = {"key": job.key, "completion": completion, "answer": answer, "start_seconds": f"{up:.0f}"}
-    write_file(kept, json.dumps(found, indent=1) + "\n")
-    return found
+    return {"completion": completion, "answer": answer, "start_seconds": f"{up:.0f}"}
 
 
 # The tables
@@ -172,13 +174,15 @@ Results = Mapping[tuple[str, str], Mapping[str, Any]]
 def models_table(records: Records) -> str:
     """What the models are."""
     heads = ("model", "tokens of training", "minutes of it", "perplexity of the source, at the start, trained",
-             "the same on the held-out text", "apart: gate", "up", "down")  # fmt: skip
+             "the same on the held-out text", "apart: gate", "up", "down", "SHA-256")  # fmt: skip
     lines = []
     for name, record in records.items():
         done = record["training"]
         values = [", ".join(f"{record[when][text]:.2f}" for when in ("source", "start", "trained")) for text in TEXTS]
         apart = [f"{one['mean']:.3f} ({one['least']:.3f} to {one['most']:.3f})" for one in record["apart"].values()]
-        lines.append([f"`{name}`", f"{done['tokens']:,}", f"{done['seconds'] / 60:.0f}", *values, *apart])
+        lines.append(
+            [f"`{name}`", f"{done['tokens']:,}", f"{done['seconds'] / 60:.0f}", *values, *apart, f"`{digest(record)}`"]
+        )
     return _table(heads, lines, len(FRESH), texts=1)
 
 
@@ -239,14 +243,24 @@ def main() -> None:
         raise SystemExit("make quality-real needs the texts of ../shared")
     FOLDER.mkdir(parents=True, exist_ok=True)
     write_texts()
-    code, answered = code_hash(["d2moe_vllm", "offline"]), None
     for model in options.models:
-        made = digest(make_model(model, options.steps))
-        measure_all(jobs_of(model, made, code, options.rows), FOLDER / "results.json", code, processes=1)
-    records = {name: record for name in ROWS if (record := record_of(name))}
-    results = _results(records, code)
-    if SERVED in results:
-        answered = answers(Job(*SERVED, digest(records[SERVED[0]]), code))
+        if wanted := [row for row in options.rows if row in ROWS[model]]:
+            record = make_model(model, options.steps)
+            _keep("models", model, record)
+            for job in jobs_of(model, digest(record), wanted):
+                if job.key not in _kept("rows"):
+                    with ProcessPoolExecutor(1) as pool:  # whose memory is its own
+                        found = pool.submit(job.measure).result()
+                    _keep("rows", job.key, found)
+                    print(f"{job.key}: {found}", file=sys.stderr, flush=True)
+            job = Job(*SERVED, digest(record))
+            if job.model == model and job.row in wanted and job.key not in _kept("answers"):
+                _keep("answers", job.key, answers(job))
+    records = {name: _kept("models")[name] for name in ROWS if name in _kept("models")}
+    jobs = [job for name, record in records.items() for job in jobs_of(name, digest(record), ROWS[name])]
+    results = {(job.model, job.row): _kept("rows")[job.key] for job in jobs if job.key in _kept("rows")}
+    served = [job.key for job in jobs if (job.model, job.row) == SERVED]
+    answered = next((_kept("answers")[key] for key in served if key in _kept("answers")), None)
     tables = {
         "real-models": models_table(records),
         "real-frontier": frontier_table(results),
@@ -260,12 +274,17 @@ def main() -> None:
     print(f"tables written to {PAGE.relative_to(ROOT)}")
 
 
-def _results(records: Records, code: str) -> Results:
-    """Of the models as they are, and of this code."""
-    path = FOLDER / "results.json"
-    known = json.loads(path.read_text(encoding="utf-8")).get(code, {}) if path.exists() else {}
-    jobs = [job for name, record in records.items() for job in jobs_of(name, digest(record), code, ROWS[name])]
-    return {(job.model, job.row): known[job.key] for job in jobs if job.key in known}
+def _kept(what: str) -> dict[str, Any]:
+    """Of RESULTS: records of models, rows, answers."""
+    content = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    found: dict[str, Any] = content.get(what, {})
+    return found
+
+
+def _keep(what: str, key: str, value: Any) -> None:
+    content = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    content.setdefault(what, {})[key] = value
+    write_file(RESULTS, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from measuring import put_tables
-from places import ROOT
+from places import ROOT, commit
 from small_families import SMALL
 
 from offline.io.shards import write_file
@@ -84,11 +84,9 @@ def measure(family: str) -> dict[str, Any]:
         found = read_record(record)
     if done.returncode:
         print(done.stdout, file=sys.stderr, flush=True)
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    commit = subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     return {
         "date": date.today().isoformat(),
-        "commit": commit,
+        "commit": commit(),
         "seconds": round(time.monotonic() - started),
         "versions": installed(),
         "cells": cells_of(family, found),

@@ -166,6 +166,8 @@ def _refuse_unsupported(
 ) -> None:
     if load_format in BYPASSING_LOAD_FORMATS:
         raise ValueError(f"--load-format {load_format} does not work with d2moe checkpoints; leave it out")
+    if moe.moe_parallel_config.enable_eplb:
+        raise ValueError("d2moe does not move experts from rank to rank; leave --enable-eplb out")
     if lora_on_experts():
         raise ValueError(
             "d2moe experts take no LoRA; name other layers: --lora-target-modules q_proj k_proj v_proj o_proj"

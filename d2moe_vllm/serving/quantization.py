@@ -105,6 +105,7 @@ class D2MoEConfig(QuantizationConfig):
         if isinstance(layer, compat.RoutedExperts):
             number = compat.extract_layer_index(prefix)
             if number in self.config.layers:
+                self._refuse_rounding_again(type(layer), prefix)
                 recorder.start(self.metrics_folder, self.config)
                 take_ours_first(self.config.family)
                 return D2MoEMethod(layer.moe_config, self.config, number, scope, self._settle_backend(number))
@@ -115,6 +116,14 @@ class D2MoEConfig(QuantizationConfig):
                 )
             return None
         return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
+
+    def _refuse_rounding_again(self, kind: type[torch.nn.Module], prefix: str) -> None:
+        online = self.online_quantization_config
+        if online is not None and online.resolve_quant_method_cls(kind, prefix) is not None:
+            raise ValueError(
+                "d2moe's experts are not quantized once more while they are loaded; let --quantization-config name "
+                """other layers: '{"linear": "fp8_per_channel"}'"""
+            )
 
     def _settle_scope(self) -> Scope:
         """The scope to serve with, said where it is not the chosen one. Raises ValueError, in one line."""

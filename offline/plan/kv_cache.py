@@ -150,27 +150,38 @@ def kv_cache(
     if family.state:
         states = layers - attending_layers(config, layers)
         tokens *= -(-state_bytes(family.state, config, tensor_parallel_size) // (tokens * layer_bytes))
-    if window is not None and family.window_every > 1:
-        windowed = -(-layers // family.window_every)
+    if window is not None and family.window_every != 1:
+        every = family.window_every
+        windowed = -(-layers // every) if every else layers - attending_layers(config, layers)
     return KVCache(layers - states - windowed, layer_bytes, window, tokens, windowed, states)
 
 
 def attending_layers(config: Mapping[str, Any], layers: int) -> int:
-    """How many of a model's layers attend, by config.json: one of every `full_attention_interval`, by default of four,
-    where it does not list them. Raises InputError."""
+    """How many of a model's layers attend to all tokens, by config.json: one of every `full_attention_interval`, by
+    default of four, where it does not list them. Raises InputError."""
     kinds = config.get("layer_types")
     if kinds is None:
         return layers // number({"full_attention_interval": 4, **config}, "full_attention_interval")
-    found = [kind == "full_attention" for kind in kinds] if isinstance(kinds, list) else []
+    found = [kind in ("full_attention", "attention") for kind in kinds] if isinstance(kinds, list) else []
     if len(found) != layers or not any(found):
         raise InputError(f"config.json: layer_types is {kinds!r}, expected the kinds of {layers} layers; use --size")
     return sum(found)
+
+
+def mamba_shared(config: Mapping[str, Any]) -> int:
+    """Channels of a Mamba-2 layer, its B and C, that every rank has, as all heads share them: there is one group."""
+    return 2 * number(config, "mamba_d_state")
 
 
 def state_bytes(state: State, config: Mapping[str, Any], ranks: int) -> int:
     """That one layer keeps of one request on one of so many ranks. Raises InputError."""
     if state == "convolution":
         return STATE_BYTES * (number(config, "hidden_size") // ranks) * (number(config, "conv_L_cache") - 1)
+    if state == "mamba2":
+        recurrent = number(config, "mamba_n_heads") // ranks * number(config, "mamba_d_head")
+        recurrent *= number(config, "mamba_d_state")
+        channels = number(config, "mamba_expand") * number(config, "hidden_size") // ranks + mamba_shared(config)
+        return STATE_BYTES * (channels * (number(config, "mamba_d_conv") - 1) + recurrent)
     heads = {kind: number(config, f"linear_num_{kind}_heads") for kind in ("key", "value")}
     sizes = {kind: number(config, f"linear_{kind}_head_dim") for kind in ("key", "value")}
     channels = (2 * heads["key"] * sizes["key"] + heads["value"] * sizes["value"]) // ranks

@@ -19,7 +19,7 @@ from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.format.kinds import TensorSpec
 from d2moe_vllm.serving.parameters import Share
 from offline.errors import InputError
-from offline.plan.kv_cache import head_sizes, number
+from offline.plan.kv_cache import head_sizes, mamba_shared, number
 from offline.source.family import Family, predicts_further
 
 WIDTH = 2
@@ -62,6 +62,11 @@ def other_bytes(
             found += WIDTH * rows * (spec.numel // spec.shape[0])
         elif module in KEYS_AND_VALUES:
             found += WIDTH * spec.numel // _kv_share(config, family, tp)
+        elif "mamba" in parts and module in ("in_proj", "conv1d"):
+            shared = mamba_shared(config) * (spec.numel // spec.shape[0])
+            found += WIDTH * ((spec.numel - shared) // tp + shared)
+        elif "mamba" in parts and parts[-2:] in (["mamba", "D"], ["norm", "weight"]):
+            found += WIDTH * spec.numel // tp  # of heads, and of their channels
         elif module in COLUMNS or module in STACKS or (module in ROWS and not bias):
             found += WIDTH * -(-spec.numel // tp)
         else:
@@ -74,9 +79,9 @@ def _kv_share(config: Mapping[str, Any], family: Family, tp: int) -> int:
 
 
 def _rotary_table(config: Mapping[str, Any], family: Family) -> int:
-    """Cosines and sines of all positions, which all layers share."""
+    """Cosines and sines of all positions, which all layers share; of Granite 4's that rotate nothing none."""
     positions = config.get("max_position_embeddings")
-    if not isinstance(positions, int):
+    if not isinstance(positions, int) or config.get("position_embedding_type", "rope") != "rope":
         return 0
     return WIDTH * positions * (number(config, "qk_rope_head_dim") if family.latent else _rotated(config))
 
@@ -152,6 +157,7 @@ def parallel_problem(
         "channels of the shared expert": config.get("shared_expert_intermediate_size"),
         "key heads of linear attention": config.get("linear_num_key_heads"),
         "value heads of linear attention": config.get("linear_num_value_heads"),
+        "heads of Mamba": config.get("mamba_n_heads") if family.state == "mamba2" else None,
     }
     if not expert_parallel:
         counts |= {

@@ -13,7 +13,7 @@ from typing import Any
 
 from offline.errors import InputError
 from offline.io.units import FLOAT32
-from offline.plan.kv_cache import KVCache, KVCacheDtype, head_sizes, kv_cache, number
+from offline.plan.kv_cache import KVCache, KVCacheDtype, head_sizes, kv_cache, mamba_shared, number
 from offline.plan.recipe import Recipe
 from offline.plan.resident import WIDTH
 from offline.source.families import MoEShape
@@ -158,6 +158,11 @@ def _keeping(family: Family, config: Mapping[str, Any], tokens: int, tp: int) ->
         return 0
     if family.state == "convolution":
         numbers = 6 * number(config, "hidden_size")
+    elif family.state == "mamba2":
+        inner = number(config, "mamba_expand") * number(config, "hidden_size")
+        shared = mamba_shared(config)
+        # Every rank has what heads share: counted here so often that the division leaves it once.
+        numbers = (2 * inner + tp * shared + number(config, "mamba_n_heads")) + (inner + tp * shared) + 2 * inner
     else:
         key, value = (
             number(config, f"linear_num_{kind}_heads") * number(config, f"linear_{kind}_head_dim")

@@ -58,8 +58,9 @@ SILU: Mapping[str, tuple[Any, ...]] = MappingProxyType({"hidden_act": ("silu", N
 Attention = Literal["heads", "latent", "indexed"]
 """What attention keeps of a token: keys and values of every KV head; one latent vector and a rotated key (MLA); these,
 and a key of the indexer that chooses what is attended to (DeepSeek V3.2)."""
-State = Literal["delta", "convolution"]
-"""What layers without attention keep of a whole request: a gated delta net's state; a short convolution's inputs."""
+State = Literal["delta", "convolution", "mamba2"]
+"""What layers without attention keep of a whole request: a gated delta net's state; a short convolution's inputs; a
+Mamba-2's state."""
 
 
 def predicts_further(name: str) -> bool:
@@ -96,7 +97,7 @@ class Family:
     attention: what vLLM's KV cache holds of a token; None where that is not known here. state: what it holds of a
         request in the layers that do not attend; None where all do. window_keys: config.json's keys that are all set
         where layers look back on a window of tokens, its size first; (): they never do. window_every: the first of so
-        many layers in turn does.
+        many layers in turn does; 0: those that layer_types calls sliding_attention.
     recipe: the family whose shipped recipe is this one's too; None where it has one of its own.
     row: what a user described it by; None for a family of ours.
     """

@@ -105,7 +105,7 @@ def test_the_documents_name_every_family() -> None:
             name,
             kept[one.attention]
             + (", states" if one.state else "")
-            + (", a window in every other layer" if one.window_every == 2 else ""),
+            + {2: ", a window in every other layer", 0: ", a window in some layers"}.get(one.window_every, ""),
         )
         for name, one in FAMILIES.items()
     ]

@@ -122,8 +122,7 @@ def test_a_window_that_is_not_switched_on_is_none(switch: bool | None, window: i
 
 NOT_COUNTED = {
     "qwen3_vl_moe", "qwen3_5_moe", "gemma4",  # multimodal, with towers that are not counted
-    "afmoe", "exaone_moe", "mimo_v2_flash",  # a window in some layers and none in others
-    "granitemoehybrid",  # states of Mamba
+    "mimo_v2_flash",  # layers with a window and without have heads of other sizes
     "glm_moe_dsa",  # fp8 on some GPUs, unasked
 }  # fmt: skip
 """Families that --fit refuses by name."""
@@ -176,6 +175,35 @@ def test_layers_of_two_kinds_are_put_into_groups_of_as_many(
     assert cache.groups == groups
     each = max(-(-attending // groups[0]), -(-states // groups[1]))
     assert cache.block_bytes == each * cache.block_tokens * cache.layer_bytes
+
+
+def test_layers_with_a_window_are_those_that_are_listed() -> None:
+    """Trinity: three of four layers look back on 2,048 tokens. Three groups of as many, beside one that attends."""
+    kinds = (["sliding_attention"] * 3 + ["full_attention"]) * 14
+    config = {**MIXTRAL, "num_hidden_layers": 56, "sliding_window": 2048, "layer_types": kinds}
+    cache = kv_cache(FAMILIES["afmoe"], config)
+    assert (cache.layers, cache.windowed, cache.window, cache.groups) == (14, 42, 2048, (1, 3))
+    assert cache.block_bytes == 14 * 16 * cache.layer_bytes
+    of_window = (2047 + 2 * 512 + 15) // 16 + 1
+    assert cache.request_blocks(32768, 512) == 32768 // 16 + 3 * of_window
+
+
+GRANITE_4_SMALL = {
+    "num_hidden_layers": 40, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "layer_types": ["attention" if layer in (5, 15, 25, 35) else "mamba" for layer in range(40)],
+    "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_d_conv": 4, "mamba_expand": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_granites_cache(ranks: int) -> None:
+    """A state of 128 heads of 64 channels by 128 numbers, and three inputs of the convolution: of 8,192 channels, and
+    of 256 that all heads share, which every rank has."""
+    cache = kv_cache(FAMILIES["granitemoehybrid"], GRANITE_4_SMALL, tensor_parallel_size=ranks)
+    state = 2 * (128 * 64 * 128 // ranks + 3 * (8192 // ranks + 256))
+    assert (cache.layers, cache.states, cache.groups) == (4, 36, (1, 9))
+    assert cache.layer_bytes == 2 * 8 // ranks * 128 * 2
+    assert cache.block_tokens == 16 * -(-state // (16 * cache.layer_bytes))
 
 
 @pytest.mark.parametrize("kinds", ["conv", ["conv"] * 24, ["conv", "full_attention"]])

@@ -156,7 +156,7 @@ def test_deepseek_v3(tmp_path: Path, layers: int) -> None:
     source = deepseek_v3(tmp_path / "v3", layers)
     # So few layers have hardly any experts that could shrink: an fp8 original grows before it shrinks.
     ratio = "0.4" if layers == 61 else "0.2"
-    content = plan(source, "--ratio", ratio, "--memory", "46GB")
+    content = plan(source, "--ratio", ratio, "--memory", "46GB", "--windows", "128")
     if layers == 61:
         assert content["source"]["parameters"] == 671_026_419_200
     assert content["source"]["bytes"] < 1.1 * content["source"]["parameters"]
@@ -164,6 +164,11 @@ def test_deepseek_v3(tmp_path: Path, layers: int) -> None:
     assert content["peak_memory_bytes"] < 46e9
     if layers == 61:
         assert content["disk_bytes"]["work"] < 0.7 * content["source"]["bytes"]
+        # As many windows as are enough want more of it, and no more than the source has.
+        enough = plan(source, "--ratio", ratio, "--memory", "46GB")
+        assert enough["calibration"]["windows"] == 448
+        assert enough["calibration"]["rows_for_each_input"] >= 4 > content["calibration"]["rows_for_each_input"]
+        assert content["disk_bytes"]["work"] < enough["disk_bytes"]["work"] <= content["source"]["bytes"]
     # Its attention is not fused on a CPU: one window's scores of 128 heads are 2 GB, several times over.
     assert plan(source, "--ratio", ratio, "--memory", "26GB")["peak_memory_bytes"] < 26e9
     assert max(content["memory_phases"][phase] for phase in ("merge", "measure", "write")) < 3e9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,9 +65,7 @@ def test_a_model_is_told_from_another_of_its_name(real: Any) -> None:
     one, other = ({"sha256": letter * 64} for letter in "ab")
     assert real.digest(one) != real.digest(other)
     keys = {
-        job.key
-        for record in (one, other)
-        for job in real.jobs_of("copies", real.digest(record), "code", ["dense", "20 %"])
+        job.key for record in (one, other) for job in real.jobs_of("copies", real.digest(record), ["dense", "20 %"])
     }
     assert len(keys) == 4
 
@@ -85,11 +84,26 @@ def test_models_and_answers_are_told(real: Any) -> None:
         **dict.fromkeys(("source", "start", "trained"), values),
         "training": {"tokens": 12_000, "seconds": 120.0},
         "apart": dict.fromkeys(("gate", "up", "down"), apart),
+        "sha256": "ab" * 32,
     }
     lines = real.models_table({"copies": record}).splitlines()
     assert lines[2].startswith(
         "| `copies` | 12,000 | 2 | 20.00, 20.00, 20.00 | 10.00, 10.00, 10.00 | 0.050 (0.010 to 0.1"
     )
+    assert lines[2].endswith(" | `abababababab` |")
     assert lines[-1] == "1 of 2 rows not measured yet."
     assert "not been served" in real.answers_text(None)
     assert "'Paris.'" in real.answers_text({"completion": " Paris", "answer": "Paris."})
+
+
+def test_what_was_measured_stays_and_is_not_measured_again(
+    real: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, whatever machine they are from, of a model that turns out the same."""
+    monkeypatch.setattr(real, "RESULTS", tmp_path / "results.json")
+    assert real._kept("rows") == {}
+    real._keep("rows", "a", {"perplexity": 1.0})
+    real._keep("models", "copies", {"sha256": "ab"})
+    real._keep("rows", "b", {"perplexity": 2.0})
+    assert real._kept("rows") == {"a": {"perplexity": 1.0}, "b": {"perplexity": 2.0}}
+    assert real._kept("models") == {"copies": {"sha256": "ab"}}

@@ -63,7 +63,14 @@ CONTRACT = (
             "maybe_update_config": ("self", "model_name", "hf_config", "revision"),
             "get_quant_method": ("self", "layer", "prefix"),
         },
+        attributes=("online_quantization_config",),
         behaves=("__init__",),
+    ),
+    # Who rounds what was loaded once more, which our experts refuse.
+    Use(f"{LAYERS}.quantization.base_config.resolve_quant_method", parameters=("quant_config", "layer", "prefix")),
+    Use(
+        f"{LAYERS}.quantization.online.base.OnlineQuantizationConfig",
+        methods={"resolve_quant_method_cls": ("self", "layer_cls", "prefix")},
     ),
     Use(
         f"{LAYERS}.quantization.base_config.QuantizeMethodBase",

@@ -43,6 +43,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"sliding_window": 48, "num_hidden_layers": 4},
         {"max_num_batched_tokens": 64},
     ),
+    # Two layers of three, in groups of one; of one kind alone, in one of four.
+    "a window in some layers": ("afmoe", {"sliding_window": 48}, {"max_num_batched_tokens": 64}),
+    "a window in three of four layers": (
+        "exaone_moe",
+        {
+            "sliding_window": 48,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+        {"max_num_batched_tokens": 64},
+    ),
+    "states of Mamba": ("granitemoehybrid", {}, {"block_size": 32}),
     # Blocks so small that a state does not fit into one; a layer that attends, and two that keep states.
     "states of a delta net": ("qwen3_next", DELTA, {"block_size": 32}),
     "states of a convolution": (

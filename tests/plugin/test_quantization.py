@@ -17,9 +17,12 @@ pytest.importorskip("vllm")
 
 import vllm.logger
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.quantization import QuantizationConfigArgs
 from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import resolve_quant_method
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
 from d2moe_vllm import compat, ops
 from d2moe_vllm.format.config import CheckpointConfig, CheckpointError
@@ -43,7 +46,9 @@ def vllm_config(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Iterator[V
 
 
 def parallel(**changes: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{"tp_rank": 0, "tp_size": 1, "ep_size": 1, "use_ep": False, **changes})
+    return SimpleNamespace(
+        **{"tp_rank": 0, "tp_size": 1, "ep_size": 1, "use_ep": False, "enable_eplb": False, **changes}
+    )
 
 
 def moe(**changes: Any) -> Any:
@@ -179,6 +184,31 @@ def test_a_bad_config_is_one_line(content: dict[str, Any], change: Any, words: s
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert error.value.__suppress_context__ or error.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "refused"),
+    [
+        ({"linear": "fp8_per_channel"}, False),
+        ({"moe": "fp8_per_channel"}, True),
+        ({"moe": "fp8_per_channel", "ignore": ["*.1.block_sparse_moe.experts"]}, False),
+        ({"targets": {"*block_sparse_moe.experts": "fp8_per_block"}}, True),
+    ],
+)
+def test_experts_are_not_quantized_once_more(
+    content: dict[str, Any], vllm_config: VllmConfig, asked: dict[str, Any], refused: bool
+) -> None:
+    """Other layers may be, while they are loaded."""
+    config = D2MoEConfig.from_config(content)
+    config._checked = True
+    config.online_quantization_config = OnlineQuantizationConfig(QuantizationConfigArgs(**asked))
+    prefix = "model.layers.1.block_sparse_moe.experts"
+    if not refused:
+        assert isinstance(resolve_quant_method(config, routed_experts(), prefix), D2MoEMethod)
+        return
+    with pytest.raises(ValueError, match=r"not quantized once more.*--quantization-config name other layers") as error:
+        resolve_quant_method(config, routed_experts(), prefix)
+    assert "\n" not in str(error.value)
 
 
 def test_overridden_config_is_claimed_to_be_refused() -> None:
@@ -327,6 +357,7 @@ def test_a_hub_id_is_checked_in_its_snapshot(
         ({"num_experts": 16}, r"\(16, 128, 256\) in the model"),
         ({"dp_size": 2}, "scope 'batch' does not work"),
         ({"is_sequence_parallel": True}, "scope 'batch' does not work"),
+        ({"moe_parallel_config": parallel(enable_eplb=True)}, "leave --enable-eplb out"),
     ],
 )
 def test_what_we_cannot_do_is_refused(
