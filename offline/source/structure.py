@@ -6,11 +6,13 @@ model, built without weights. Nothing is guessed: what does not fit is named, an
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import inspect
 import itertools
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -211,12 +213,28 @@ def _modules(model: Any) -> _Modules:
             raise _LackError(f"layer {number} of transformers' {name} has experts in {_and(inside)}")
         if inside:
             found[number] = inside[0]
+    for kind in {type(layer): None for layer in layers}:
+        if _returns_more(kind):
+            raise _LackError(f"layers of transformers' {kind.__name__} give more than hidden states")
     if not found:
         raise _LackError(f"it has no routed experts: no layer of transformers' {name} has a module called experts")
     if len(paths := sorted(set(found.values()))) > 1:
         raise _LackError(f"layers of transformers' {name} have experts in {_and(paths)}")
     first = min(found)
     return _Modules(path, found[first], tuple(found), layers[first].get_submodule(found[first]))
+
+
+def _returns_more(kind: type[nn.Module]) -> bool:
+    """Whether a decoder layer gives, by its code, more than hidden states, or what nobody can tell: something between
+    the layers that a run layer by layer would have to know."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward)))
+    except (OSError, TypeError):
+        return True
+    values = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Return)]
+    tensor = "Tensor" in str(inspect.signature(kind.forward).return_annotation).partition("[")[0]
+    states = all(isinstance(value, ast.Name) and value.id == "hidden_states" for value in values)
+    return not values or any(isinstance(value, ast.Tuple) for value in values) or not (tensor or states)
 
 
 def _refuse_settings(settings: Mapping[str, Any]) -> None:

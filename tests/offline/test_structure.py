@@ -31,11 +31,12 @@ from offline.source.dense import open_dense
 from offline.source.families import FAMILIES, from_row, known
 from offline.source.familyfile import read_family_file, written
 from offline.source.served import served_by
-from offline.source.structure import ProposalError, _computes_swiglu, _difference
+from offline.source.structure import ProposalError, _computes_swiglu, _difference, _returns_more
 
 NOT_PROPOSED = {
     "deepseek": "DeepseekExperts holds 0.gate_proj.weight",  # one module for each expert
     "gemma4": "its experts' activation is 'gelu_pytorch_tanh' (hidden_activation), not silu",
+    "glm_moe_dsa": "layers of transformers' GlmMoeDsaDecoderLayer give more than hidden states",
     "gpt_oss": "its experts have biases (model.layers.0.mlp.experts.down_proj_bias)",
     "mimo_v2_flash": "does not attend by scaled_dot_product_attention",
 }
@@ -263,6 +264,44 @@ class Experts(nn.Module):
 def test_what_experts_compute_is_tried(inner: Callable[[Tensor, Tensor], Tensor], same: bool) -> None:
     assert _computes_swiglu(Experts(inner)) is same
     assert _computes_swiglu(Experts(inner, transposed=True)) is same
+
+
+class _Layer(nn.Module):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dim() < 3:
+            return hidden_states
+        return hidden_states + 1
+
+
+class _Tuple(_Layer):
+    def forward(self, hidden_states: Tensor) -> Any:
+        return (hidden_states,)
+
+
+class _Outputs(_Layer):
+    def forward(self, hidden_states: Tensor) -> Any:
+        outputs = [hidden_states]
+        outputs += [None]
+        return outputs
+
+
+class _Sometimes(_Layer):
+    def forward(self, hidden_states: Tensor, cached: bool = False) -> Any:
+        if cached:
+            return hidden_states, None
+        return hidden_states
+
+
+class _States(_Layer):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override] # as Granite 4's is written
+        return hidden_states
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [(_Layer, False), (_States, False), (_Tuple, True), (_Outputs, True), (_Sometimes, True)]
+)
+def test_what_layers_give_is_read_in_their_code(kind: type[nn.Module], more: bool) -> None:
+    assert _returns_more(kind) is more
 
 
 def test_a_real_class_is_tried_whatever_its_size() -> None:
