@@ -24,9 +24,9 @@ from offline.source.family import Family, predicts_further
 
 ROWS = (4096, 2048, 1024, 512, 256)
 """Of one expert at once, by how much memory there is."""
-PROCESS_BYTES = 690_000_000
+PROCESS_BYTES = 740_000_000
 """A Python process with torch and transformers imported, and with scikit-learn and pandas, which transformers imports
-where they are installed (lm-eval brings them)."""
+where they are installed (lm-eval brings them); after a text was tokenized, and rates were measured."""
 
 
 def machine_memory() -> int:

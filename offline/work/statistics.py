@@ -25,6 +25,9 @@ from offline.source.families import MoEShape
 from offline.source.sites import SELECTIONS, Site
 from offline.work.activations import Rows
 
+SUMMED_ROWS = 512
+"""That are widened to float64 at a time."""
+
 
 class Weights(dict[Role, Tensor]):
     """One expert's projections, [out, in] each, in their stored dtype; biases: [out], of those that have one."""
@@ -170,6 +173,11 @@ class Routing:
                 yield part, self.inputs.read(part).to(self.device), gate.to(self.device)
 
 
+def column_sums(rows: Tensor) -> Tensor:
+    """float64 [n], of float32 rows [m, n], m >= 1: some rows at a time, as torch widens all that it sums so."""
+    return torch.stack([part.sum(dim=0, dtype=torch.float64) for part in rows.split(SUMMED_ROWS)]).sum(dim=0)
+
+
 @dataclass
 class Gradients:
     """Squared gradients of the log-likelihood at one expert's projections.
@@ -218,26 +226,35 @@ def gradients(
     sums = {role: torch.zeros(len(weights[role]), dtype=torch.float64, device=routing.device) for role in ROLES}
     channels = torch.zeros(weights["down"].shape[1], dtype=torch.float64, device=routing.device)
     moments = {site: Moment(_size(weights, site), routing.device) for site in sites}
+
+    def add(x: Tensor, gates: Tensor, upstream: Tensor) -> None:
+        """All but a few of what is as large as rows times channels goes with the end of this function, and as soon as
+        it can: rows are taken by as many as memory holds of that."""
+        gate, up = weights.gives("gate", x), weights.gives("up", x)
+        back = upstream @ weights["down"].float()
+        with torch.enable_grad():
+            middle = gated(gate.requires_grad_(), up.requires_grad_())
+            gate_back, up_back = torch.autograd.grad(middle, (gate, up), back)
+        del gate, up
+        inputs: dict[Role, Tensor] = {"gate": x, "up": x, "down": middle.detach()}
+        outputs: dict[Role, Tensor] = {"gate": gate_back, "up": up_back, "down": upstream}
+        del middle, gate_back, up_back
+        channels.add_(column_sums(back.mul_(gates).mul_(inputs["down"]).square_()))
+        del back
+        for role in ROLES:
+            squares = outputs.pop(role).square_()
+            weighted = squares * gates.square()
+            sums[role] += column_sums(squares if gate_weighted else weighted)
+            del squares
+            if role in total:
+                total[role].addmm_(weighted.T, inputs[role].square())
+        for site, moment in moments.items():
+            rows = inputs[SELECTIONS[site][0]]
+            moment.add(rows * gates if gate_weighted else rows)
+
     with multiplying(routing.products):
         for token, x, gates in routing.batches(expert):
-            upstream = routing.upstream.read(token).to(routing.device)
-            gate, up = weights.gives("gate", x), weights.gives("up", x)
-            back = upstream @ weights["down"].float()
-            with torch.enable_grad():
-                middle = gated(gate.requires_grad_(), up.requires_grad_())
-                gate_back, up_back = torch.autograd.grad(middle, (gate, up), back)
-            inputs: dict[Role, Tensor] = {"gate": x, "up": x, "down": middle.detach()}
-            outputs: dict[Role, Tensor] = {"gate": gate_back, "up": up_back, "down": upstream}
-            channels += (gates * back * inputs["down"]).square_().sum(dim=0, dtype=torch.float64)
-            for role in ROLES:
-                squares = outputs[role].square_()
-                weighted = squares * gates.square()
-                sums[role] += (squares if gate_weighted else weighted).sum(dim=0, dtype=torch.float64)
-                if role in total:
-                    total[role].addmm_(weighted.T, inputs[role].square())
-            for site, moment in moments.items():
-                rows = inputs[SELECTIONS[site][0]]
-                moment.add(rows * gates if gate_weighted else rows)
+            add(x, gates, routing.upstream.read(token).to(routing.device))
     count = int((routing.choice == expert).sum())
     grams = {site: moment.mean(count) for site, moment in moments.items()}
     return Gradients(total or None, sums, channels, grams)
