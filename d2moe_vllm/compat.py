@@ -30,6 +30,7 @@ __all__ = [
     "RoutedExperts",
     "Served",
     "UnquantizedLinearMethod",
+    "activation_of",
     "additional_config",
     "ask_for_amx",
     "batch_invariant",
@@ -160,6 +161,15 @@ def swiglu_of(moe: FusedMoEConfig) -> tuple[float, ...]:
     if limit is None or activation not in ("silu", "swigluoai_uninterleave"):
         return ()
     return float(limit), 1.0 if moe.swiglu_alpha is None else float(moe.swiglu_alpha), float(moe.swiglu_beta or 0.0)
+
+
+_NO_GATE = "_no_mul"
+"""How vLLM's names of activations end that are not multiplied with anything."""
+
+
+def activation_of(moe: FusedMoEConfig) -> str:
+    """vLLM's name of a layer's activation, be it of what gate gives or, without one, of what up gives."""
+    return str(moe.activation.value).removesuffix(_NO_GATE)
 
 
 def model_source() -> tuple[str, str | None, str | None, bool]:

@@ -564,5 +564,26 @@ SMALL = {
         expert_parallel=True,
         released=((1536, 512), (4096, 768)),
     ),
+    "nemotron_h": Small(
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"], "intermediate_size": 96,
+            "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 80, "n_routed_experts": 8,
+            "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "head_dim": 32,
+            "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16,
+        },
+        refused=(
+            {"mlp_hidden_act": "silu"},
+            {"mamba_hidden_act": "gelu"},
+            {"mlp_bias": True},
+            {"n_shared_experts": 2},
+            {"n_shared_experts": None},
+            {"sliding_window": 16},
+            {"tie_word_embeddings": True},
+            {"architectures": ["NemotronHPuzzleForCausalLM"]},
+        ),
+        expert_parallel=True,
+        released=((2688, 1856),),
+        refused_on_cpus="is_act_and_mul=False is supported only for CUDA, XPU and ROCm for now",
+    ),
 }  # fmt: skip
 """By model_type: all that the tests have to be told of a family."""

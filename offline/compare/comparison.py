@@ -128,7 +128,9 @@ class Comparison:
     def _resolved(self, name: str, ratio: float) -> Recipe:
         shape = self.model.shape
         recipe = self.settings.recipe(name, ratio)
-        return recipe.resolve(shape.hidden_size, self.model.max_positions, shape.num_experts, shape.intermediate_size)
+        return recipe.resolve(
+            shape.model_hidden_size, self.model.max_positions, shape.num_experts, shape.intermediate_size
+        )
 
     def _refused(self, name: str, ratio: float) -> dict[str, Any] | None:
         """The row of a ratio that a method cannot reach, or of a model that it cannot compress; None where it can.

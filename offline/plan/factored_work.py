@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role
 from offline.io.units import FLOAT32, FLOAT64
 from offline.plan.plan import LayerWork, Plan
 from offline.plan.priced_work import gradients, moments, projecting, rounding
@@ -31,12 +31,13 @@ def factoring_work(plan: Plan) -> LayerWork:
     """Of merging a layer, measuring it and writing it."""
     shape = plan.model.shape
     hidden, middle = shape.hidden_size, shape.intermediate_size
-    merging = Work(touched=10.0 * shape.num_experts * 3 * hidden * middle)
-    merge = gradients(plan, 3) if plan.needs_gradient else merging
+    count = len(shape.roles)
+    merging = Work(touched=10.0 * shape.num_experts * count * hidden * middle)
+    merge = gradients(plan, count) if plan.needs_gradient else merging
     grams = moments(plan, "input") + moments(plan, "middle") + 2 * projecting(plan)
     # Per projection an eigenproblem (a fifth of it without vectors) and the products around it, in float64.
     small, products = min(hidden, middle), 2 * 4 * hidden * middle * (hidden + middle)
-    each = 3 * shape.num_experts
+    each = count * shape.num_experts
     final = each * Work(products=products, eigen=15 * small**3)
     values = plan.recipe.delta.method == "whitened" and not plan.method.joint(plan.recipe)
     curve = each * Work(products=products / 4, eigen=3 * small**3) if values else final
@@ -46,11 +47,11 @@ def factoring_work(plan: Plan) -> LayerWork:
         return LayerWork(merge, measure, write)
     if based := sum(option != "none" for option in plan.problem.options):
         base = grams
-        for role in ROLES:
+        for role in shape.roles:
             base += rounding(*shape.projection(role))
         measure += based * base if plan.measures else Work()
         write += base
-    for role in ROLES:
+    for role in shape.roles:
         write += _rounded_work(plan, role)
     return LayerWork(merge, measure, write)
 
@@ -133,7 +134,7 @@ def _rounded_factors(plan: Plan) -> int:
     """Beside a matrix and its moment: V and U while they are rounded, and U's fit in float64."""
     shape, cap = plan.model.shape, max(plan.caps.values())
     large, small = max(shape.hidden_size, shape.intermediate_size), min(shape.hidden_size, shape.intermediate_size)
-    whole = small * large if any(map(plan.problem.whole, ROLES)) else 0
+    whole = small * large if any(map(plan.problem.whole, shape.roles)) else 0
     fit = FLOAT64 * (large**2 + small * large + 2 * cap * large + 2 * cap**2)
     return max(_rounding_bytes(large, max(cap * large, whole)), fit + FLOAT32 * cap * large)
 
