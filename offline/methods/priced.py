@@ -204,7 +204,7 @@ class _Writer:
         found: dict[str, Tensor] = {}
         for role, delta, stored in zip(roles, deltas, self._delta("w13", deltas, gram), strict=True):
             found |= {} if stored is None else stored.named(f"{role}.dense")
-            left = weights[role].float()
+            left = weights[role].float().clone()  # of a model in float32 it would be the weight itself
             left[kept] = delta if stored is None else delta - stored.numbers
             found |= _figures(role, whitened_energy(left, gram), whitened_energy(weights[role].float(), gram))
         return found

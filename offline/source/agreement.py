@@ -260,11 +260,11 @@ def groups(config: Config) -> str | None:
 def least_step(config: Config) -> str | None:
     """A remark: Mamba's time steps, none of which transformers makes smaller than time_step_min (0.001 by default)."""
     least = config.get("time_step_min", 0.001)
+    if not least:
+        return None
     return (
-        f"transformers, which calibrates, makes no time step of Mamba smaller than time_step_min {least!r}, and vLLM does; "
-        "such steps change next to nothing"
-        if least
-        else None
+        f"transformers, which calibrates, makes no time step of Mamba smaller than time_step_min {least!r}, and "
+        "vLLM does; such steps change next to nothing"
     )
 
 

@@ -29,13 +29,16 @@ computed from the configuration."""
 
 
 class _Probe(nn.Module):
-    """Stands for a decoder layer; more: how many values such a layer returns beside hidden states, here none of them
-    anything."""
+    """Stands for a decoder layer, with its settings, which models may ask it for (its kind, of hybrid ones); more: how
+    many values such a layer returns beside hidden states, here none of them anything."""
 
     hidden: Tensor
 
-    def __init__(self, more: int) -> None:
+    def __init__(self, layer: nn.Module, more: int) -> None:
         super().__init__()
+        for name, value in vars(layer).items():
+            if isinstance(value, (str, int)) and not name.startswith("_"):
+                setattr(self, name, value)
         self._more = more
 
     def _returned(self) -> Any:
@@ -206,8 +209,8 @@ class LayerwiseModel:
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[next(filter(None, names), "silu")]
         self.gated = gated(self.activation, family.swiglu, gate="gate" in family.projections)
         self._blueprints = list(blueprint(hf_config).get_submodule(family.decoder).layers)
-        self._recorders = nn.ModuleList(_Recorder(family.returned) for _ in self._blueprints)
-        self._injector = _Injector(family.returned)
+        self._recorders = nn.ModuleList(_Recorder(layer, family.returned) for layer in self._blueprints)
+        self._injector = _Injector(self._blueprints[0], family.returned)
         self._ends: Any = None
         self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 

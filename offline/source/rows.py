@@ -41,8 +41,7 @@ NO_BIAS: Mapping[str, tuple[Any, ...]] = MappingProxyType({"attention_bias": (Fa
 """Where vLLM's attention has none, or not all of transformers', and leaves those on disk out."""
 UNTIED: Mapping[str, tuple[Any, ...]] = MappingProxyType({"tie_word_embeddings": (False, None)})
 """Where vLLM's head is always a tensor of its own."""
-NO_WINDONO_GATE: Mapping[Role, str] = MappingProxyType({"up": "up_proj", "down": "down_proj"})
-W: Mapping[str, tuple[Any, ...]] = MappingProxyType({"sliding_window": (None, 0)})
+NO_WINDOW: Mapping[str, tuple[Any, ...]] = MappingProxyType({"sliding_window": (None, 0)})
 """Where vLLM takes a window that transformers does not know."""
 QWEN = Family(
     model_type="qwen2_moe",
@@ -636,8 +635,8 @@ ROWS = (
         num_experts_keys=("n_routed_experts",),
         pattern_keys=("layers_block_type", "hybrid_override_pattern"),
         latent_key="moe_latent_size",
-        # vLLM's dense and shared MLPs have ReLU² and no biases whatever config.json says, and as many shared experts as it
-        # says, of which transformers always has one; only vLLM attends by windows.
+        # vLLM's shared experts have ReLU squared and no biases whatever config.json says, and are as many as it says,
+        # of which transformers always has one; only vLLM attends by windows.
         requires={
             **UNTIED,
             **NO_WINDOW,
