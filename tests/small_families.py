@@ -37,7 +37,8 @@ class Small(NamedTuple):
     outside: of a multimodal model, what its configuration says beside its text_config, which has all of the above.
     stacked: the released form is that of transformers' modules; transposed: with each stack's matrices transposed.
     imports: a module that vLLM's class of the family wants, and that is not part of every installation.
-    custom_ops: whether vLLM's own kernels for CPUs serve it eagerly, or misread its strides."""
+    custom_ops: whether vLLM's own kernels for CPUs serve it eagerly, or misread its strides. ours_alone: what stock
+    vLLM says where its CPU backend serves no such model, and ours does."""
 
     config: dict[str, Any]
     written: Mapping[str, Any] = MappingProxyType({})
@@ -51,10 +52,11 @@ class Small(NamedTuple):
     transposed: bool = False
     imports: str | None = None
     custom_ops: bool = True
+    ours_alone: str | None = None
 
     @property
     def refused_here(self) -> str | None:
-        """What is said where vLLM does not serve it on this machine's CPU."""
+        """What is said where vLLM does not serve it on this machine's CPU, with us or without."""
         if self.imports and find_spec(self.imports) is None:
             return f"No module named '{self.imports}'"
         return self.refused_on_cpus
@@ -583,7 +585,7 @@ SMALL = {
         ),
         expert_parallel=True,
         released=((2688, 1856),),
-        refused_on_cpus="is_act_and_mul=False is supported only for CUDA, XPU and ROCm for now",
+        ours_alone="is_act_and_mul=False is supported only for CUDA, XPU and ROCm for now",
     ),
 }  # fmt: skip
 """By model_type: all that the tests have to be told of a family."""

@@ -123,7 +123,7 @@ def test_a_window_that_is_not_switched_on_is_none(switch: bool | None, window: i
 NOT_COUNTED = {
     "qwen3_vl_moe", "qwen3_5_moe", "gemma4",  # multimodal, with towers that are not counted
     "afmoe", "exaone_moe", "mimo_v2_flash",  # a window in some layers and none in others
-    "granitemoehybrid",  # states of Mamba
+    "granitemoehybrid", "nemotron_h",  # states of Mamba
     "glm_moe_dsa",  # fp8 on some GPUs, unasked
 }  # fmt: skip
 """Families that --fit refuses by name."""

@@ -38,6 +38,7 @@ NOT_PROPOSED = {
     "gemma4": "its experts' activation is 'gelu_pytorch_tanh' (hidden_activation), not silu",
     "gpt_oss": "its experts have biases (model.layers.0.mlp.experts.down_proj_bias)",
     "mimo_v2_flash": "does not attend by scaled_dot_product_attention",
+    "nemotron_h": "its experts have no gate (transformers' NemotronHExperts holds up_proj and down_proj)",
 }
 AXK1: dict[str, Any] = {
     "model_type": "axk1",

@@ -33,11 +33,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "moe-svd-everywhere": {"ratio": 0.08, "method": "moe-svd", "moe_svd": {"layer_ratio": 0.2}},
 }
 METHODS = ("moe-svd", "mobe")
-SERVED = tuple(name for name, small in SMALL.items() if not small.refused_here)
+SERVED = tuple(name for name, small in SMALL.items() if not small.refused_here and not small.ours_alone)
+ALONE = tuple(name for name, small in SMALL.items() if small.ours_alone)
 CASES = [pytest.param(family, method, id=f"{family}-{method}") for family in SERVED for method in METHODS]
 TWO_RANK_CASES = list(zip(SERVED, itertools.cycle(METHODS), strict=False))
 """Every family with one of the methods: how ranks divide a method's tensors is not the families' affair."""
-FAST = [("mixtral", method) for method in METHODS]
+FAST = [
+    *(pytest.param("mixtral", method) for method in METHODS),
+    # Where stock vLLM is none to compare with. Layers that stay dense nobody has a kernel for there.
+    *(
+        pytest.param(name, method, marks=pytest.mark.slow)
+        for name in ALONE
+        for method in ("few-bits", "moe-svd-everywhere")
+    ),
+]
 MAX_TOKENS = 16
 
 Made = Callable[[str, str], Path]
