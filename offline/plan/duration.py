@@ -54,7 +54,7 @@ def widening(plan: Plan) -> Work:
     return Work(touched=1.5 * shape.num_experts * shape.expert_parameters)
 
 
-EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight")
+EMBEDDINGS = ("embed_tokens.weight", ".embeddings.weight")
 """How the name of the vocabulary's tensor ends, [vocabulary, hidden]."""
 
 
