@@ -570,7 +570,7 @@ SMALL = {
         {
             "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"], "intermediate_size": 96,
             "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 80, "n_routed_experts": 8,
-            "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "head_dim": 32,
+            "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "head_dim": 32,
             "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16,
         },
         refused=(

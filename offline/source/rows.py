@@ -650,6 +650,6 @@ ROWS = (
         checks=(),
         remark=least_step,
         renames={"backbone.": "model."},
-        recipe="deepseek_v3",
+        recipe="qwen3_moe",
     ),
 )
