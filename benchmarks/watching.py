@@ -39,7 +39,7 @@ def watched_compress(arguments: Sequence[str], out: Path) -> dict[str, Any]:
         "work_bytes": fullest,
     }
     layers = read_config(out).layers.values()
-    based = any(projection.has_base for layer in layers for projection in (layer.gate, layer.down))
+    based = any(projection.has_base for layer in layers for projection in (layer.up, layer.down))
     return {**found, "really": really, "based": based}
 
 

@@ -5,6 +5,7 @@ Supported: vLLM 0.32 and 0.33. tests/plugin/test_contract.py names each of these
 
 from __future__ import annotations
 
+from functools import wraps
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ __all__ = [
     "RoutedExperts",
     "Served",
     "UnquantizedLinearMethod",
+    "activation_of",
     "additional_config",
     "ask_for_amx",
     "batch_invariant",
@@ -39,6 +41,7 @@ __all__ = [
     "global_rank",
     "init_logger",
     "is_profile_run",
+    "let_cpus_have_experts_without_a_gate",
     "load_format",
     "local_expert",
     "lora_on_experts",
@@ -160,6 +163,34 @@ def swiglu_of(moe: FusedMoEConfig) -> tuple[float, ...]:
     if limit is None or activation not in ("silu", "swigluoai_uninterleave"):
         return ()
     return float(limit), 1.0 if moe.swiglu_alpha is None else float(moe.swiglu_alpha), float(moe.swiglu_beta or 0.0)
+
+
+_NO_GATE = "_no_mul"
+"""How vLLM's names of activations end that are not multiplied with anything."""
+
+
+def activation_of(moe: FusedMoEConfig) -> str:
+    """vLLM's name of a layer's activation, be it of what gate gives or, without one, of what up gives."""
+    return str(moe.activation.value).removesuffix(_NO_GATE)
+
+
+def let_cpus_have_experts_without_a_gate() -> None:
+    """Takes back a refusal of vLLM's CPU backend, for this process's model: it has no kernel for such experts (0.32,
+    fused_moe/config.py, the last that a layer's configuration looks at), and ours does."""
+    made = FusedMoEConfig.__post_init__
+    if not on_cpu() or hasattr(made, "d2moe"):
+        return
+
+    @wraps(made)
+    def make(moe: FusedMoEConfig) -> None:
+        try:
+            made(moe)
+        except NotImplementedError as error:
+            if "is_act_and_mul=False" not in str(error):
+                raise
+
+    make.d2moe = True  # type: ignore[attr-defined]
+    FusedMoEConfig.__post_init__ = make
 
 
 def model_source() -> tuple[str, str | None, str | None, bool]:

@@ -28,7 +28,6 @@ from d2moe_vllm.families import (
     stock_model_class,
 )
 from d2moe_vllm.format.config import CheckpointConfig, Layer, Manifest, Projection, Source, swiglu_of
-from d2moe_vllm.format.kinds import ROLES
 from offline.io.shards import plan_shards, write_shards
 from offline.source.dense import open_dense
 from offline.source.families import FAMILIES
@@ -70,6 +69,8 @@ def stock_model(config: Any, seed: int = 0) -> Any:
             noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("gate_up_proj_bias"):
                 tensor.copy_(4 * noise)  # some of what gate and up give is clamped
+            elif name.endswith("A_log"):
+                tensor.copy_(0.1 * noise)  # decays of Mamba's states
             elif tensor.dim() > 1:
                 # Routers apart enough that rounding does not change where a token goes.
                 router = name.endswith(("gate.weight", "router.weight", "router.proj.weight"))
@@ -160,7 +161,7 @@ def write_exact(folder: Path, source: Path, dense: Sequence[int] = ()) -> Path:
     shape, family = model.shape, model.family
     projections = {
         role: Projection(rank=min(shape.projection(role)), kept_columns=0, used_columns=0, bias=shape.biased)
-        for role in ROLES
+        for role in shape.roles
     }
     config = CheckpointConfig(
         family=family.model_type, experts=family.experts, projections=dict(family.projections),
@@ -179,7 +180,7 @@ def write_exact(folder: Path, source: Path, dense: Sequence[int] = ()) -> Path:
         *_, expert, projection, kind = name.split(".")
         layer = family.layer_of(name)
         assert layer is not None
-        role = next(role for role in ROLES if family.projections[role] == projection)
+        role = next(role for role in shape.roles if family.projections[role] == projection)
         if kind == "bias":
             return model.bias(layer, int(expert), role)
         weight = model.weight(layer, int(expert), role)

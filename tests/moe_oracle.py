@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,8 @@ class Case:
 
     delta_u: by expert, or by u_index where a role has one. delta_v: by expert; for roles in delta_columns these
     columns by expert instead, for roles in shared_v one V. trimmed: experts whose deltas are not to be used.
-    bias: by expert; swiglu: limit, alpha and beta, or ().
+    bias: by expert; swiglu: limit, alpha and beta, or (). activation: of ACTIVATIONS; without a gate there is no role
+    of that name anywhere.
     """
 
     x: np.ndarray
@@ -43,16 +45,32 @@ class Case:
     trimmed: tuple[int, ...] = ()
     bias: dict[str, list[np.ndarray]] = field(default_factory=dict)
     swiglu: tuple[float, ...] = ()
+    activation: str = "silu"
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """What reads the layer's input."""
+        return ("gate", "up") if "gate" in self.delta_u else ("up",)
 
 
 def silu(value: float) -> float:
     return value / (1 + math.exp(-value)) if value > -700 else 0.0
 
 
-def gated(gate: np.ndarray, up: np.ndarray, swiglu: tuple[float, ...]) -> np.ndarray:
-    """silu(gate) * up, or the clamped SwiGLU as gpt-oss has it, number by number."""
+def relu2(value: float) -> float:
+    return value * value if value > 0 else value * 0.0
+
+
+ACTIVATIONS = {"silu": silu, "relu2": relu2}
+
+
+def gated(parts: Sequence[np.ndarray], swiglu: tuple[float, ...], activation: str = "silu") -> np.ndarray:
+    """act(gate) * up, act(up) where there is no gate, or the clamped SwiGLU as gpt-oss has it, number by number."""
+    first = parts[0]
     if not swiglu:
-        return np.array([silu(g) for g in gate]) * up
+        value = np.array([ACTIVATIONS[activation](one) for one in first])
+        return value * parts[1] if len(parts) > 1 else value
+    gate, up = parts
     limit, alpha, beta = swiglu
     found = np.empty(len(gate))
     for i in range(len(gate)):
@@ -119,8 +137,9 @@ def _delta(case: Case, role: str, expert: int, x: np.ndarray) -> np.ndarray | fl
 
 def forward(case: Case) -> np.ndarray:
     tokens, hidden_size = case.x.shape
-    joint = np.sqrt(case.norms["gate"] ** 2 + case.norms["up"] ** 2) if case.base["gate"] is not None else None
-    z = {role: _base(case, role, case.x, joint) for role in ("gate", "up")}
+    based = case.base[case.first[0]] is not None
+    joint = np.sqrt(sum(case.norms[role] ** 2 for role in case.first)) if based else None
+    z = {role: _base(case, role, case.x, joint) for role in case.first}
     mix = np.zeros((tokens, case.intermediate_size))
     output = np.zeros((tokens, hidden_size))
     for t in range(tokens):
@@ -128,12 +147,12 @@ def forward(case: Case) -> np.ndarray:
             if expert < 0:
                 continue
             parts = {}
-            for role in ("gate", "up"):
+            for role in case.first:
                 shared = z[role][t] if isinstance(z[role], np.ndarray) else 0.0
                 parts[role] = shared + _delta(case, role, expert, case.x[t]) + np.zeros(case.intermediate_size)
                 if case.bias:
                     parts[role] = parts[role] + case.bias[role][expert]
-            h = gated(parts["gate"], parts["up"], case.swiglu)
+            h = gated(list(parts.values()), case.swiglu, case.activation)
             mix[t] += gate_value * h
             output[t] += gate_value * _delta(case, "down", expert, h)
             if case.bias:
@@ -147,12 +166,12 @@ def kernel_arguments(case: Case, dtype: torch.dtype) -> tuple[list[Any], LayerSp
         torch.from_numpy(case.x).to(dtype),
         torch.from_numpy(case.topk_weights).to(torch.float32 if dtype != torch.float64 else dtype),
         torch.from_numpy(case.topk_ids).to(torch.int32),
-        _weights(case, ("gate", "up"), dtype),
+        _weights(case, case.first, dtype),
         _weights(case, ("down",), dtype),
         None if case.padding is None else torch.from_numpy(case.padding),
     ]
-    halves = (_half(case, "gate", "up"), _half(case, "down"))
-    spec = LayerSpec(case.num_experts, case.intermediate_size, *halves, "silu", case.scope, swiglu=case.swiglu)
+    halves = (_half(case, *case.first), _half(case, "down"))
+    spec = LayerSpec(case.num_experts, case.intermediate_size, *halves, case.activation, case.scope, swiglu=case.swiglu)
     return arguments, spec
 
 

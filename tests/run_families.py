@@ -54,6 +54,17 @@ COLUMNS: Mapping[str, Sequence[str]] = {
 """Column -> the tests that have to pass, {} for the family."""
 REFUSED = f"{SERVED}test_refused_where_vllms_cpu_backend_serves_nothing_or_another_model[{{}}]"
 """Of a family that vLLM does not serve on this machine: what takes the place of all columns that serve it."""
+NOWHERE = f"{SERVED}test_served_as_transformers_computes_where_stock_vllm_serves_nothing[{{}}-plain-{{}}]"
+ALONE: Mapping[str, Sequence[str]] = {
+    "vLLM = transformers": (f"{SERVED}test_what_stock_vllm_has_no_kernel_for_on_cpus_stays_refused[{{}}]",),
+    "vLLM, 16 bits": (NOWHERE.format("{}", "one rank"),),
+    "4 bits, unequal widths": (
+        "tests/plugin/test_methods_served.py::test_served_as_transformers_computes_the_export[{}-few-bits]",
+    ),
+    "TP 2": (NOWHERE.format("{}", "two tensor-parallel ranks"),),
+    "EP 2": (NOWHERE.format("{}", "two expert-parallel ranks"),),
+}
+"""The same of a family that stock vLLM does not serve on CPUs, and our plugin does: held against transformers."""
 SERVING = tuple(COLUMNS)[len(COMMANDS) + 1 :]
 
 
@@ -63,11 +74,10 @@ def installed() -> dict[str, str]:
 
 def tests_of(family: str) -> dict[str, list[str]]:
     """Column -> node ids."""
-    refused = bool(SMALL[family].refused_here)
-    return {
-        column: [REFUSED.format(family)] if refused and column in SERVING else [one.format(family) for one in tests]
-        for column, tests in COLUMNS.items()
-    }
+    columns = {**COLUMNS, **ALONE} if SMALL[family].ours_alone else dict(COLUMNS)
+    if SMALL[family].refused_here:
+        columns |= dict.fromkeys(SERVING, (REFUSED,))
+    return {column: [one.format(family) for one in tests] for column, tests in columns.items()}
 
 
 def measure(family: str) -> dict[str, Any]:
@@ -115,7 +125,7 @@ def read_record(record: Path) -> dict[str, Case]:
 
 def cells_of(family: str, found: Mapping[str, Case]) -> dict[str, str]:
     """Column -> passed, refused, failed, or why it was skipped. What was not run failed."""
-    refused, cells = bool(SMALL[family].refused_here), {}
+    cells, refused = {}, {one.format(family) for one in (REFUSED, *ALONE["vLLM = transformers"])}
     for column, nodes in tests_of(family).items():
         cases = [found.get(node) for node in nodes]
         if column in COMMANDS:
@@ -126,7 +136,7 @@ def cells_of(family: str, found: Mapping[str, Case]) -> dict[str, str]:
         elif skipped := next((case for case in cases if case and case.state == "skipped"), None):
             cells[column] = f"skipped: {skipped.why}"
         else:
-            cells[column] = "refused" if refused and column in SERVING else "passed"
+            cells[column] = "refused" if any(node in refused for node in nodes) else "passed"
     return cells
 
 

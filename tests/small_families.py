@@ -37,7 +37,8 @@ class Small(NamedTuple):
     outside: of a multimodal model, what its configuration says beside its text_config, which has all of the above.
     stacked: the released form is that of transformers' modules; transposed: with each stack's matrices transposed.
     imports: a module that vLLM's class of the family wants, and that is not part of every installation.
-    custom_ops: whether vLLM's own kernels for CPUs serve it eagerly, or misread its strides."""
+    custom_ops: whether vLLM's own kernels for CPUs serve it eagerly, or misread its strides. ours_alone: what stock
+    vLLM says where its CPU backend serves no such model, and ours does."""
 
     config: dict[str, Any]
     written: Mapping[str, Any] = MappingProxyType({})
@@ -51,10 +52,11 @@ class Small(NamedTuple):
     transposed: bool = False
     imports: str | None = None
     custom_ops: bool = True
+    ours_alone: str | None = None
 
     @property
     def refused_here(self) -> str | None:
-        """What is said where vLLM does not serve it on this machine's CPU."""
+        """What is said where vLLM does not serve it on this machine's CPU, with us or without."""
         if self.imports and find_spec(self.imports) is None:
             return f"No module named '{self.imports}'"
         return self.refused_on_cpus
@@ -563,6 +565,27 @@ SMALL = {
         ),
         expert_parallel=True,
         released=((1536, 512), (4096, 768)),
+    ),
+    "nemotron_h": Small(
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"], "intermediate_size": 96,
+            "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 80, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "head_dim": 32,
+            "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16,
+        },
+        refused=(
+            {"mlp_hidden_act": "silu"},
+            {"mamba_hidden_act": "gelu"},
+            {"mlp_bias": True},
+            {"n_shared_experts": 2},
+            {"n_shared_experts": None},
+            {"sliding_window": 16},
+            {"tie_word_embeddings": True},
+            {"architectures": ["NemotronHPuzzleForCausalLM"]},
+        ),
+        expert_parallel=True,
+        released=((2688, 1856),),
+        ours_alone="is_act_and_mul=False is supported only for CUDA, XPU and ROCm for now",
     ),
 }  # fmt: skip
 """By model_type: all that the tests have to be told of a family."""

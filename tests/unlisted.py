@@ -27,10 +27,6 @@ UNLISTED: dict[str, dict[str, Any]] = {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
         "mamba_dt_rank": 4, "mamba_d_state": 4,
     },
-    "nemotron_h": {
-        **_SIZES, "layers_block_type": ["moe", "attention", "moe"], "n_routed_experts": 8,
-        "moe_shared_expert_intermediate_size": 48,
-    },
     "llama": {**COMMON, "intermediate_size": 96},
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from d2moe_vllm.format.familyrow import FamilyRow
+from d2moe_vllm.format.familyrow import FamilyRow, fit_names
 from d2moe_vllm.format.kinds import (
     DTYPE_BYTES,
     DTYPES,
@@ -30,6 +30,7 @@ from d2moe_vllm.format.kinds import (
     Stored,
     TensorSpec,
     owners,
+    roles_of,
     stored_tensors,
 )
 
@@ -170,10 +171,10 @@ def deltas_of_kind(delta: str) -> str:
 
 
 class Layer(_Model):
-    """trimmed: experts without any deltas, in ascending order; they run on the base alone (METHODS 1.7). channels: None
-    where every expert keeps all of them."""
+    """gate: None of experts that have none. trimmed: experts without any deltas, in ascending order; they run on the
+    base alone (METHODS 1.7). channels: None where every expert keeps all of them."""
 
-    gate: Projection
+    gate: Projection | None = None
     up: Projection
     down: Projection
     trimmed: tuple[int, ...] = ()
@@ -181,44 +182,60 @@ class Layer(_Model):
 
     @model_validator(mode="after")
     def _agrees(self) -> Layer:
-        gate, up = self.gate, self.up
+        if self.gate is None and self.up.delta == "bases":
+            raise ValueError("delta 'bases' is for gate and up, and these experts have no gate")
+        if self.gate is not None:
+            self._alike(self.gate, self.up)
+        if self.down.delta == "bases":
+            raise ValueError("delta 'bases' is for gate and up alone")
+        if any(left >= right for left, right in itertools.pairwise(self.trimmed)):
+            raise ValueError("trimmed must list experts in ascending order, each once")
+        if self.trimmed and (lacking := [role for role in self.roles if not self[role].has_base]):
+            raise ValueError(f"trimmed experts run on the base alone, but {' and '.join(lacking)} have no base")
+        return self if self.channels is None else self._ragged(self.channels)
+
+    @staticmethod
+    def _alike(gate: Projection, up: Projection) -> None:
         columns = [(one.full_base, one.kept_columns, one.used_columns) for one in (gate, up)]
         if columns[0] != columns[1]:
             raise ValueError("gate and up share one selection of base columns, their column counts must agree")
         for field in ("delta", "shared_v", "distinct_u", "bases", "function", "base_storage", "delta_storage", "bias"):
             if getattr(gate, field) != getattr(up, field):
                 raise ValueError(f"gate and up have different {field}; they must agree")
-        if self.down.delta == "bases":
-            raise ValueError("delta 'bases' is for gate and up alone")
-        if any(left >= right for left, right in itertools.pairwise(self.trimmed)):
-            raise ValueError("trimmed must list experts in ascending order, each once")
-        if self.trimmed and (lacking := [role for role in ROLES if not self[role].has_base]):
-            raise ValueError(f"trimmed experts run on the base alone, but {' and '.join(lacking)} have no base")
-        return self if self.channels is None else self._ragged(self.channels)
 
     def _ragged(self, channels: Channels) -> Layer:
         """What may vary in width: bases by their inputs, deltas of an expert's own."""
-        if lacking := [role for role in ROLES if self[role].shares or self[role].delta in ("columns", "bases")]:
+        if lacking := [role for role in self.roles if self[role].shares or self[role].delta in ("columns", "bases")]:
             raise ValueError(f"channels need deltas of an expert's own, not those of {' and '.join(lacking)}")
-        if lacking := [role for role in ROLES if self[role].base_rank or (role == "down" and self[role].kept_columns)]:
+        if lacking := [
+            role for role in self.roles if self[role].base_rank or (role == "down" and self[role].kept_columns)
+        ]:
             raise ValueError(f"channels need a full base, not that of {' and '.join(lacking)}")
-        if any(self[role].has_base for role in ROLES) != (channels.base is not None):
+        if any(self[role].has_base for role in self.roles) != (channels.base is not None):
             raise ValueError("channels.base must be there where there is a base, and only there")
         return self
 
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The projections that its experts have."""
+        return ROLES if self.gate is not None else ROLES[1:]
+
     def __getitem__(self, role: Role) -> Projection:
-        return getattr(self, role)
+        """Raises KeyError for the gate of experts that have none."""
+        if (found := getattr(self, role)) is None:
+            raise KeyError(role)
+        return found
 
     @property
     def needs(self) -> frozenset[str]:
         """What a backend has to be able to compute with, in words."""
-        found = {deltas_of_kind(self[role].delta) for role in ROLES}
-        storages = [one for role in ROLES for one in (self[role].base_storage, self[role].delta_storage)]
+        found = {deltas_of_kind(self[role].delta) for role in self.roles}
+        storages = [one for role in self.roles for one in (self[role].base_storage, self[role].delta_storage)]
         if any(one is not None and STORAGES[one.type].bits for one in storages):
             found.add(PACKED)
         if self.channels is not None:
             found.add(RAGGED)
-        if self.gate.delta == "dense" or (self.down.delta == "dense" and (self.down.has_base or self.trimmed)):
+        if self.up.delta == "dense" or (self.down.delta == "dense" and (self.down.has_base or self.trimmed)):
             found.add(DENSE)
         return frozenset(found)
 
@@ -276,8 +293,10 @@ class CheckpointConfig(_Model):
 
     @model_validator(mode="after")
     def _fits(self) -> CheckpointConfig:
-        if set(self.projections) != set(ROLES) or len(set(self.projections.values())) != len(ROLES):
-            raise ValueError("projections must name gate, up and down, each differently")
+        if not fit_names(self.projections):
+            raise ValueError("projections must name gate, up and down, or up and down alone, each differently")
+        if self.swiglu and "gate" not in self.projections:
+            raise ValueError("swiglu needs a gate, and projections name none")
         if "{layer}" not in self.experts:
             raise ValueError(f"experts prefix {self.experts!r} lacks {{layer}}")
         if self.family_row and (self.family, self.experts, self.projections) != (
@@ -286,13 +305,17 @@ class CheckpointConfig(_Model):
             self.family_row.projections,
         ):
             raise ValueError("family_row is another family's: its model_type, experts or projections differ")
-        for role in ROLES:
+        for role in self.roles:
             if (inputs := self.shape(role)[1]) % self.pruning.groups:
                 raise ValueError(f"{self.pruning.groups} groups do not divide {role}'s {inputs} columns")
         for number, layer in self.layers.items():
+            if layer.roles != self.roles:
+                raise ValueError(
+                    f"layer {number} has {' and '.join(layer.roles)}, projections {' and '.join(self.roles)}"
+                )
             if layer.trimmed and not 0 <= layer.trimmed[0] <= layer.trimmed[-1] < self.num_experts:
                 raise ValueError(f"layer {number}: trimmed experts must lie in 0..{self.num_experts - 1}")
-            for role in ROLES:
+            for role in self.roles:
                 if problem := self._misfit(layer, role):
                     raise ValueError(f"layer {number} {role}: {problem}")
             if layer.channels and (problem := self._uncountable(layer.channels)):
@@ -334,6 +357,11 @@ class CheckpointConfig(_Model):
         return None
 
     @property
+    def roles(self) -> tuple[Role, ...]:
+        """The projections that experts have: without a gate up and down."""
+        return roles_of(self.projections)
+
+    @property
     def gating(self) -> tuple[float, ...]:
         """Limit, alpha and beta of the clamped SwiGLU; () where there is none."""
         return () if self.swiglu is None else (self.swiglu.limit, self.swiglu.alpha, self.swiglu.beta)
@@ -360,7 +388,7 @@ class CheckpointConfig(_Model):
         entry = self.layers[layer]
         return {
             self.tensor_name(layer, one.expert, role, one.name): one
-            for role in roles or ROLES
+            for role in roles or self.roles
             for one in stored_tensors(self.sizes, role, entry)
         }
 
@@ -400,7 +428,7 @@ class CheckpointConfig(_Model):
     @property
     def layer_numbers(self) -> int:
         """Weights of one layer's experts in the dense model."""
-        return self.num_experts * 3 * self.hidden_size * self.intermediate_size
+        return self.num_experts * len(self.roles) * self.hidden_size * self.intermediate_size
 
     @property
     def layer_bytes(self) -> int:

@@ -6,11 +6,12 @@ A checkpoint that was made with one carries it in `quantization_config`, so that
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role, roles_of
 
 _PART = r"[A-Za-z0-9_\-]+"
 
@@ -46,6 +47,11 @@ Word = Annotated[str, AfterValidator(_word)]
 Path = Annotated[str, AfterValidator(_path)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Substring = Annotated[str, AfterValidator(_substring)]
+
+
+def fit_names(projections: Mapping[Role, str]) -> bool:
+    """Whether names of projections are those of experts with a gate or of experts without, each another."""
+    return roles_of(projections) in (ROLES, ROLES[1:]) and len(set(projections.values())) == len(projections)
 
 
 class _Described(BaseModel):

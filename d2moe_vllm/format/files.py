@@ -27,7 +27,7 @@ from d2moe_vllm.format.config import (
     parse_config,
     refuse_version,
 )
-from d2moe_vllm.format.kinds import ROLES, Stored, TensorSpec, first_index_problem, index_problem
+from d2moe_vllm.format.kinds import Stored, TensorSpec, first_index_problem, index_problem
 
 WHOLE_FILE = "model.safetensors"
 """Holds all tensors of a model that is not split."""
@@ -236,7 +236,7 @@ def _expert_tensors(folder: Path, config: CheckpointConfig) -> dict[str, TensorS
     """`config.expert_tensors()`; of a config that declares more of them than the index has names no more are made than
     tells so. Raises CheckpointError."""
     names, expected = read_weight_map(folder), dict[str, TensorSpec]()
-    for layer, role in itertools.product(config.layers, ROLES):
+    for layer, role in itertools.product(config.layers, config.roles):
         if (least := config.tensors_at_least(layer, role)) > len(names):
             raise CheckpointError(
                 f"{folder}: config.json declares {least:,} tensors of {role} in layer {layer}, but the index has "

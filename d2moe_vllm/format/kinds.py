@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +17,16 @@ FORMAT_VERSION = 2
 
 Role = Literal["gate", "up", "down"]
 ROLES: tuple[Role, ...] = ("gate", "up", "down")
+"""Of an expert's projections. Experts without a gate have up and down alone."""
 HALVES: Mapping[str, tuple[Role, ...]] = {"w13": ("gate", "up"), "w2": ("down",)}
-"""Projections whose parameters lie side by side at run time, by the name of these parameters' prefix."""
+"""Projections whose parameters lie side by side at run time, by the name of these parameters' prefix; of experts
+without a gate up's are there alone."""
+
+
+def roles_of(named: Container[str]) -> tuple[Role, ...]:
+    """Which roles are among those named, gate before up before down."""
+    return tuple(role for role in ROLES if role in named)
+
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: Mapping[Dtype, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -142,7 +150,8 @@ class Kind(NamedTuple):
         """Whether a projection of a layer has it; layer: with the fields of config.json's entry."""
         if role not in self.roles or (self.ragged and not getattr(layer.channels, self.ragged, None)):
             return False
-        projection = getattr(layer, role)
+        if (projection := getattr(layer, role)) is None:  # the gate, of experts that have none
+            return False
         values = ((getattr(projection, field), wanted) for field, wanted in self.where.items())
         return all(bool(value) == wanted if isinstance(wanted, bool) else value == wanted for value, wanted in values)
 
@@ -208,13 +217,14 @@ def projection_of(fields: Mapping[str, Any]) -> Any:
 
 
 def layer_of(fields: Mapping[str, Any]) -> Any:
-    """config.json's entry of a layer with its fields as attributes: gate, up, down, trimmed and channels.
+    """config.json's entry of a layer with its fields as attributes: gate, up, down, trimmed and channels; gate is None
+    of experts that have none.
 
     Raises ValueError as `projection_of` does.
     """
-    channels = fields.get("channels")
+    channels, gated = fields.get("channels"), fields.get("gate") is not None
     return SimpleNamespace(
-        **{role: projection_of(fields[role]) for role in ROLES},
+        **{role: projection_of(fields[role]) if gated or role != "gate" else None for role in ROLES},
         trimmed=tuple(fields.get("trimmed") or ()),
         channels=None if channels is None else SimpleNamespace(**{"base": None, **channels}),
     )
@@ -228,7 +238,8 @@ def width(layer: Any, expert: int | None, whole: int) -> int:
 
 
 class Shape(NamedTuple):
-    """Of a checkpoint's MoE layers; dtype: of what has no storage of its own."""
+    """Of a checkpoint's MoE layers. hidden_size: of what experts read and give, which is the model's own hidden size
+    but where a layer projects what it hands to them; dtype: of what has no storage of its own."""
 
     num_experts: int
     hidden_size: int

@@ -38,10 +38,10 @@ def _where(count: int, layers: int) -> str:
 
 
 def _layer(layer: Layer) -> str:
-    gate, down = _projection(layer.gate), _projection(layer.down)
-    if gate != down and not (layer.gate.has_base or layer.down.has_base):
+    up, down = _projection(layer.up), _projection(layer.down)  # gate's is up's
+    if up != down and not (layer.up.has_base or layer.down.has_base):
         down = _own(layer.down)
-    return gate if gate == down else f"{gate} in gate and up, {down} in down"
+    return up if up == down else f"{up} in {'up' if layer.gate is None else 'gate and up'}, {down} in down"
 
 
 def _projection(projection: Projection) -> str:

@@ -45,7 +45,8 @@ def convert(model: Any, settings: Mapping[str, Any]) -> None:
             "AutoModelForImageTextToText"
         )
     config, layers = model.config.get_text_config(), model.get_decoder().layers
-    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    names = (getattr(config, key, None) for key in ("hidden_act", "hidden_activation", "mlp_hidden_act"))
+    activation = next(filter(None, names), None)
     for number, layer in settings["layers"].items():
         _replace_experts(layers[int(number)], number, layer, settings, ACT2FN[activation or "silu"])
     # Layers that predict further tokens ride along in a checkpoint; transformers has no modules for them.

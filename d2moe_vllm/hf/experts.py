@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from d2moe_vllm.format.kinds import (
+    HALVES,
     KINDS,
-    ROLES,
     SCALES,
     STORAGES,
     Dtype,
@@ -24,6 +24,7 @@ from d2moe_vllm.format.kinds import (
     Stored,
     layer_of,
     owners,
+    roles_of,
     stored_tensors,
     width,
 )
@@ -90,11 +91,10 @@ class _PerExpert(Sequence[Tensor]):
 class D2Experts(nn.Module):
     """The routed experts of one layer, in place of transformers' own module.
 
-    layer: its entry of `quantization_config`, per role ("gate", "up", "down") and with `trimmed`. dtype: the
-    checkpoint's.
-    projections: role -> submodule name (Mixtral: w1, w3, w2); state-dict names are `{expert}.{name}.{kind}`.
-    activation: a name of `ops.reference.ACTIVATIONS` or a callable. swiglu: of `quantization_config`. scope: "batch",
-    "token" or "off".
+    layer: its entry of `quantization_config`, per role ("gate", "up", "down", or the last two) and with `trimmed`.
+    dtype: the checkpoint's. projections: role -> submodule name (Mixtral: w1, w3, w2), of each role that experts have;
+    state-dict names are `{expert}.{name}.{kind}`. activation: a name of `ops.reference.ACTIVATIONS` or a callable.
+    swiglu: of `quantization_config`. scope: "batch", "token" or "off".
 
     Attributes that may be changed between calls: scope; padding_mask, bool [T] or None; static_shapes, as in
     fused_experts, at the price of a copy of all deltas in every call; in_place: gate's and up's weights are joined in
@@ -121,6 +121,7 @@ class D2Experts(nn.Module):
         self.num_experts, self.intermediate_size = num_experts, intermediate_size
         self.layer = layer_of(layer)
         self.groups, self.projections = groups, dict(projections)
+        self.gate_up = tuple(role for role in HALVES["w13"] if role in self.projections)
         self.activation, self.scope = activation, scope
         self.swiglu = () if swiglu is None else tuple(swiglu[name] for name in ("limit", "alpha", "beta"))
         self.trimmed = self.layer.trimmed
@@ -134,7 +135,7 @@ class D2Experts(nn.Module):
                 modules.add_module(name, D2Projection())
             self.add_module(str(expert), modules)
         self.shape = Shape(num_experts, hidden_size, intermediate_size, dtype)
-        for role in ROLES:
+        for role in roles_of(self.projections):
             for one in stored_tensors(self.shape, role, self.layer):
                 self.projection(one.expert, role).add(one, getattr(self.layer, role))
 
@@ -172,17 +173,17 @@ class D2Experts(nn.Module):
             rows,
             top_k_weights,
             top_k_index,
-            self._weights(rows.device, "gate", "up"),
+            self._weights(rows.device, *self.gate_up),
             self._weights(rows.device, "down"),
             mask,
             LayerSpec(
                 num_experts=self.num_experts,
                 intermediate_size=width(self.layer, None, self.intermediate_size),
-                w13=self._half("gate", "up"),
+                w13=self._half(*self.gate_up),
                 w2=self._half("down"),
                 activation=self.activation,
                 scope=self.scope,
-                function=self.layer.gate.function or "",
+                function=self.layer.up.function or "",
                 batch_invariant=self.scope == "token",
                 static_shapes=self.static_shapes,
                 widths=widths,

@@ -27,7 +27,6 @@ from d2moe_vllm.format.config import (
     Storage,
 )
 from d2moe_vllm.format.files import read_manifest
-from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.format.recipefile import read_recipe
 from d2moe_vllm.format.words import channels_of, describe_layer
 from d2moe_vllm.format.words import describe as in_words
@@ -76,11 +75,11 @@ class ProjectionInfo(BaseModel):
 
 
 class LayerInfo(BaseModel):
-    """stores, channels: in words, as `d2moe inspect` prints them."""
+    """stores, channels: in words, as `d2moe inspect` prints them. gate: None of experts that have none."""
 
     stores: str
     channels: str
-    gate: ProjectionInfo
+    gate: ProjectionInfo | None = None
     up: ProjectionInfo
     down: ProjectionInfo
     trimmed: list[int]
@@ -200,7 +199,7 @@ def _layer(config: CheckpointConfig, number: int, scope: Scope, ep_size: int) ->
             columns_in_use=columns_in_use(config, number, role, scope, prune_down=ep_size == 1),
             columns=config.shape(role)[1],
         )
-        for role in ROLES
+        for role in config.roles
     }
     return LayerInfo(
         stores=describe_layer(layer),

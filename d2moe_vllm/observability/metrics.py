@@ -11,8 +11,8 @@ MAX_GROUPS = 8
 """Layers are reported in at most so many groups: 256 experts then have at most 2048 time series."""
 
 Half = Literal["gate_up", "down"]
-HALVES: dict[Half, Role] = {"gate_up": "gate", "down": "down"}
-"""Gate and up share their columns."""
+HALVES: dict[Half, Role] = {"gate_up": "up", "down": "down"}
+"""Gate and up share their columns; without a gate they are up's."""
 
 
 class Metric(NamedTuple):

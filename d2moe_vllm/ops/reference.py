@@ -7,7 +7,8 @@ checkpoint for plain transformers. For the latter it imports torch, and of ours 
     h_e = act(z^gate + U_e^gate V_e^gate x) * (z^up + U_e^up V_e^up x)   per routed expert
     y   = W_b^down[:, J2] (sum_e g_e h_e)[J2] + sum_e g_e U_e^down V_e^down h_e
 
-Experts may have biases, which are added to what act is given, to what it is multiplied with, and, g_e times, to y.
+Experts may have biases, which are added to what act is given, to what it is multiplied with, and, g_e times, to y. They
+may be without a gate: h_e = act(z^up + U_e^up V_e^up x) then.
 """
 
 from __future__ import annotations
@@ -20,19 +21,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights, opened_half
+from d2moe_vllm.ops.weights import UNGATED_SWIGLU, HalfSpec, LayerSpec, Weights, opened_half
 
 Activation = Callable[[Tensor], Tensor]
-Gated = Callable[[Tensor, Tensor], Tensor]
-"""Of what gate and up give."""
+Gated = Callable[..., Tensor]
+"""Of what gate and up give, or, without a gate, of what up gives alone."""
 Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def relu2(x: Tensor) -> Tensor:
+    """ReLU, squared."""
+    return F.relu(x).square()
+
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": relu2,
 }
-"""Gate activations by vLLM's names."""
+"""Of what gate gives, or, without one, of what up gives; by vLLM's names."""
 
 
 FUNCTIONS: dict[str, Activation] = {"silu": F.silu, "tanh": torch.tanh}
@@ -54,8 +62,13 @@ def _row_by_row(act: Activation, x: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1).view(padded.shape)[:, : x.shape[1]]
 
 
-def gated(act: Activation, swiglu: Sequence[float] = ()) -> Gated:
-    """act(gate) * up; or, with limit, alpha and beta, the clamped SwiGLU of LayerSpec.swiglu, act being silu."""
+def gated(act: Activation, swiglu: Sequence[float] = (), *, gate: bool = True) -> Gated:
+    """act(gate) * up; or, with limit, alpha and beta, the clamped SwiGLU of LayerSpec.swiglu, act being silu; or
+    act(up), of experts without a gate. Raises ValueError for a SwiGLU of those."""
+    if not gate:
+        if swiglu:
+            raise ValueError(UNGATED_SWIGLU)
+        return act
     if not swiglu:
         return lambda gate, up: act(gate) * up
     limit, alpha, beta = swiglu
@@ -89,8 +102,9 @@ def fused_experts(
     product: Product = widened_product
     if spec.batch_invariant and not spec.static_shapes:
         product, act = tiled_product, partial(_row_by_row, act)
-    gate_up = gated(act, spec.swiglu)
-    w13, w2 = (opened_half(one, half, spec, x.shape[1], x.dtype) for one, half in ((w13, spec.w13), (w2, spec.w2)))
+    gate_up, parts = gated(act, spec.swiglu, gate=spec.gate), len(spec.w13.ranks)
+    w13 = opened_half(w13, spec.w13, spec, x.shape[1], x.dtype)
+    w2 = opened_half(w2, spec.w2, spec, x.shape[1], x.dtype, down=True)
     z = base_product(x, w13, spec.w13, padding_mask, spec.scope, product, x.dtype)
     # A V that all experts share needs each token once, however many experts it goes to.
     shrunk = None if w13.shared_v is None else product(x, w13.shared_v.t())
@@ -108,10 +122,10 @@ def fused_experts(
         own_x, own_z, own_shrunk = (t if spec.static_shapes or t is None else t[rows] for t in (x, z, shrunk))
         channels = _channels(w2.channels[expert], spec.widths[expert]) if w2.channels is not None and ragged else None
         if own_z is not None and channels is not None:
-            own_z = own_z.unflatten(-1, (2, -1)).index_select(-1, channels).flatten(-2)
-        biases = None if w13.bias is None else w13.bias[expert].to(accumulate).chunk(2)
+            own_z = own_z.unflatten(-1, (parts, -1)).index_select(-1, channels).flatten(-2)
+        biases = None if w13.bias is None else w13.bias[expert].to(accumulate).chunk(parts)
         hidden = _hidden(
-            own_x, own_z, own_shrunk, factors13(expert), spec.w13.ranks[0], biases, gate_up, accumulate, product
+            own_x, own_z, own_shrunk, factors13(expert), spec.w13.ranks, biases, gate_up, accumulate, product
         )
         if mix is not None:
             own = (
@@ -157,7 +171,7 @@ def base_product(
         shrunk = product(x.to(dtype), weights.base_v.t())
         if len(half.base_ranks) == 1:
             return product(shrunk, weights.base_u.t())
-        return torch.cat(_expand(shrunk, weights.base_u, half.base_ranks[0], product), dim=-1)
+        return torch.cat(_expand(shrunk, weights.base_u, half.base_ranks, product), dim=-1)
     if weights.base is None:
         return None
     if weights.base_columns is None or weights.base_norms is None:
@@ -306,9 +320,10 @@ def _shrink(x: Tensor, v: Tensor | _Mixed | None, product: Product) -> Tensor:
     return x.index_select(1, v) if v.dim() == 1 else product(x, v.t())
 
 
-def _expand(shrunk: Tensor, u: Tensor, gate_rank: int, product: Product) -> list[Tensor]:
-    """Gate's and up's `U s` [n, I] for rows s [n, k], with u [I, k], gate's columns before up's."""
-    return [product(shrunk[:, part], u[:, part].t()) for part in (slice(gate_rank), slice(gate_rank, None))]
+def _expand(shrunk: Tensor, u: Tensor, ranks: Sequence[int], product: Product) -> list[Tensor]:
+    """Gate's and up's `U s` [n, I] for rows s [n, k], with u [I, k], gate's columns before up's, so many of each."""
+    pairs = zip(shrunk.split(list(ranks), dim=1), u.split(list(ranks), dim=1), strict=True)
+    return [product(own, own_u.t()) for own, own_u in pairs]
 
 
 def _hidden(
@@ -316,29 +331,30 @@ def _hidden(
     z: Tensor | None,
     shrunk: Tensor | None,
     factors: _Factors | None,
-    gate_rank: int,
+    ranks: Sequence[int],
     biases: Sequence[Tensor] | None,
     gate_up: Gated,
     accumulate: torch.dtype,
     product: Product,
 ) -> Tensor:
-    """`h_e` [n, I] of one expert for rows x [n, H] and their share of the base z [n, 2 I], unrounded.
+    """`h_e` [n, I] of one expert for rows x [n, H] and their share of the base z [n, 2 I], or [n, I] without a gate,
+    unrounded.
 
     shrunk: `V x` [n, k] for a V that all experts share. Base and delta are added after widening: with bfloat16
     products this leaves two roundings, each relative to its own part, where adding first would leave three.
     """
-    parts = [] if z is None else [part.to(accumulate) for part in z.chunk(2, dim=-1)]
+    parts = [] if z is None else [part.to(accumulate) for part in z.chunk(len(ranks), dim=-1)]
     if factors is not None:
         if factors.v is None:
-            found: Sequence[Tensor] = product(x, factors.u.t()).chunk(2, dim=-1)
+            found: Sequence[Tensor] = product(x, factors.u.t()).chunk(len(ranks), dim=-1)
         else:
             shrunk = _shrink(x, factors.v, product) if shrunk is None else shrunk
-            found = _expand(shrunk, factors.u, gate_rank, product)
+            found = _expand(shrunk, factors.u, ranks, product)
         deltas = [factors.where_present(delta.to(accumulate)) for delta in found]
         parts = [part + delta for part, delta in zip(parts, deltas, strict=True)] if parts else deltas
     if biases is not None:
         parts = [part + bias for part, bias in zip(parts, biases, strict=True)]
-    return gate_up(parts[0], parts[1])
+    return gate_up(*parts)
 
 
 def _add(total: Tensor, rows: Tensor, gates: Tensor, value: Tensor) -> None:

@@ -17,9 +17,10 @@ from d2moe_vllm.ops.packing import Packing, StoredMatrices, opened
 class Weights(NamedTuple):
     """What one layer has of gate and up together ("w13") or of down ("w2"); what it does not have is None.
 
-    [out, in] is [2 I, H] for w13, gate's outputs before up's, and [H, I] for w2. Their ranks k and r are gate's
-    plus up's; U's of gate and up lie side by side in [I, k], gate's columns first, so that one product of
-    theirs with the input serves both. D and D' count the U's and V's that are stored here.
+    [out, in] is [2 I, H] for w13, gate's outputs before up's, and [H, I] for w2. Experts without a gate have up's
+    alone, wherever gate's and up's are spoken of: [I, H]. Their ranks k and r are gate's plus up's; U's of gate and up
+    lie side by side in [I, k], gate's columns first, so that one product of theirs with the input serves both. D and D'
+    count the U's and V's that are stored here.
 
     delta_u: [D, I, k] for w13, [D, H, k] for w2. One of the next three says what it is multiplied with:
     delta_v: [D', k, in]; delta_columns: int [D', k], the inputs themselves (U is the delta at these columns);
@@ -71,7 +72,8 @@ class Weights(NamedTuple):
 
 
 class HalfSpec(NamedTuple):
-    """What is constant of one half on one rank: of gate and up ("w13", in this order), or of down ("w2").
+    """What is constant of one half on one rank: of gate and up ("w13", in this order), of up alone where experts have
+    no gate, or of down ("w2").
 
     ranks: of each projection's deltas. base_ranks: of each one's low-rank base, () without one. groups: of consecutive
     kept columns of the base. used: how many of these columns are used in all; a low-rank base has none to choose from.
@@ -101,7 +103,8 @@ class LayerSpec(NamedTuple):
     depends on data (CUDA graphs, tracing).
     widths, skipped: how many channels each expert keeps here, and how many before them elsewhere; () where all keep I.
     without: which experts have no deltas, there. swiglu: limit, alpha and beta of a clamped SwiGLU (config.Swiglu),
-    which stands in place of activation(gate) * up; () without one.
+    which stands in place of activation(gate) * up; () without one. w13 of one projection: experts have no gate, and
+    activation(up) stands there.
     """
 
     num_experts: int
@@ -118,20 +121,34 @@ class LayerSpec(NamedTuple):
     without: tuple[int, ...] = ()
     swiglu: tuple[float, ...] = ()
 
+    @property
+    def gate(self) -> bool:
+        """Whether experts have a gate."""
+        return len(self.w13.ranks) == 2
 
-def opened_half(weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int, dtype: torch.dtype) -> Weights:
+
+UNGATED_SWIGLU = "a clamped SwiGLU needs a gate, and these experts have none"
+UNGATED_BASES = "bases are mixed for gate and up, and these experts have no gate"
+
+
+def opened_half(
+    weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int, dtype: torch.dtype, *, down: bool = False
+) -> Weights:
     """With matrices as they are computed with: what is packed or flat is opened, an expert's when it is asked for.
 
-    hidden: H. What is packed is rounded to `dtype`, as a dense checkpoint would hold it; in float64 it is exact.
+    hidden: H. down: the half is w2. What is packed is rounded to `dtype`, as a dense checkpoint would hold it; in
+    float64 it is exact. Raises ValueError for bases of experts without a gate.
     """
-    joint = len(half.ranks) == 2
-    inputs = hidden if joint else spec.intermediate_size
+    parts = len(half.ranks)
+    if weights.bases is not None and not spec.gate:
+        raise ValueError(UNGATED_BASES)
+    inputs = spec.intermediate_size if down else hidden
     base_inputs = inputs if weights.base_columns is None else len(weights.base_columns)
     found: dict[str, Any] = {}
 
-    def layer(name: str, how: Packing | None, parts: tuple[int, ...], first: int) -> None:
+    def layer(name: str, how: Packing | None, each: tuple[int, ...], first: int) -> None:
         if how is not None and (values := getattr(weights, name)) is not None:
-            found[name] = opened(values, getattr(weights, f"{name}_scales"), how, parts, first).to(dtype)
+            found[name] = opened(values, getattr(weights, f"{name}_scales"), how, each, first).to(dtype)
 
     layer("base", half.base, (base_inputs,), half.base_first)
     if "base" in found:
@@ -144,7 +161,7 @@ def opened_half(weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int, 
     own = [expert for expert in range(len(spec.widths)) if expert not in spec.without]
     widths, skipped = [spec.widths[expert] for expert in own], [spec.skipped[expert] for expert in own]
 
-    def experts(name: str, rows: int, parts: tuple[int, ...], *, tall: bool = False, wide: bool = False) -> None:
+    def experts(name: str, rows: int, each: tuple[int, ...], *, tall: bool = False, wide: bool = False) -> None:
         """tall: gate's and up's rows, or one's, are channels, `rows` times each; wide: inputs are."""
         values = getattr(weights, name)
         ragged = bool(spec.widths) and (tall or wide)
@@ -152,20 +169,20 @@ def opened_half(weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int, 
             return
         count = len(own) if ragged else len(values)
         heights = [rows * width for width in widths] if ragged and tall else [rows] * count
-        every = [(width,) for width in widths] if ragged and wide else [parts] * count
+        every = [(width,) for width in widths] if ragged and wide else [each] * count
         # Ranks share out the inputs of a whole delta and of a V, and of a U only where these are a delta's columns.
         cut = wide or (name == "delta_u" and weights.delta_columns is not None)
         first = skipped if ragged and wide else [half.delta_first if cut else 0] * count
         scales = getattr(weights, f"{name}_scales")
         found[name] = StoredMatrices(values, scales, half.delta, heights, every, first, dtype)
 
-    if isinstance(weights.bias, Tensor) and spec.widths and joint:
-        found["bias"] = weights.bias.split([2 * width for width in spec.widths])
+    if isinstance(weights.bias, Tensor) and spec.widths and not down:
+        found["bias"] = weights.bias.split([parts * width for width in spec.widths])
     channels = spec.intermediate_size
-    if joint:
+    if not down:
         experts("delta_u", 1 if spec.widths else channels, half.ranks, tall=True)
         experts("delta_v", sum(half.ranks), (hidden,))
-        experts("dense", 2 if spec.widths else 2 * channels, (hidden,), tall=True)
+        experts("dense", parts if spec.widths else parts * channels, (hidden,), tall=True)
         experts("a", channels, half.ranks)
     else:
         experts("delta_u", hidden, half.ranks)

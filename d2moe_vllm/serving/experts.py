@@ -14,6 +14,7 @@ from d2moe_vllm.compat import (
     FusedMoEConfig,
     FusedMoEMethodBase,
     RoutedExperts,
+    activation_of,
     batch_invariant,
     init_logger,
     load_format,
@@ -67,9 +68,13 @@ class D2MoEMethod(FusedMoEMethodBase):
         if lack := routing_that_cpus_lack(layer):
             raise ValueError(f"vLLM's CPU backend {lack}, whatever the model; serve it on another device")
         names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
-        stored = tuple(self.config.projections[role] for role in ROLES)
-        if names != stored:
-            raise CheckpointError(f"config.json calls gate, up and down {stored}, this architecture {names}")
+        own = tuple(self.config.projections[role] for role in self.config.roles)
+        # Of experts without a gate vLLM calls up so.
+        if names != (own if len(own) == len(ROLES) else (own[0], None, own[1])):
+            raise CheckpointError(
+                f"config.json calls {', '.join(self.config.roles)} {', '.join(own)}, this architecture "
+                f"{', '.join(name for name in names if name)}; restore the original config.json"
+            )
         parallel = self.moe.moe_parallel_config
         self.loader = LayerLoader(
             self.config,
@@ -91,7 +96,7 @@ class D2MoEMethod(FusedMoEMethodBase):
             logger.info_once("d2moe: no dynamic column selection on down projections under expert parallelism")
         self.spec = self.loader.spec(
             self.scope,
-            activation="silu" if self.config.swiglu else self.moe.activation.value,
+            activation="silu" if self.config.swiglu else activation_of(self.moe),
             prune_down=not distributed,
             # Scope "token" promises that a request's output never depends on its neighbours: to the last bit.
             batch_invariant=self.scope == "token" or batch_invariant(),
@@ -179,7 +184,7 @@ def _refuse_unsupported(
             f"layer {layer}: experts, hidden and intermediate size are {model_sizes} in the model and {sizes} in "
             "quantization_config; restore the original config.json"
         )
-    if any(config.layers[layer][role].bias != moe.has_bias for role in ROLES):
+    if any(config.layers[layer][role].bias != moe.has_bias for role in config.roles):
         raise CheckpointError(
             f"layer {layer}: experts have {'' if moe.has_bias else 'no '}biases in the model, and "
             f"{'not all of them' if moe.has_bias else 'some'} in quantization_config; restore the original config.json"
@@ -191,7 +196,7 @@ def _refuse_unsupported(
             f"{swiglu or 'none'} in quantization_config; restore the original config.json"
         )
     clamped = any(getattr(moe, name, None) is not None for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"))
-    if not swiglu and (moe.activation.value not in ACTIVATIONS or clamped):
+    if not swiglu and (activation_of(moe) not in ACTIVATIONS or clamped):
         raise ValueError(
             f"d2moe does not support the experts' activation {moe.activation.value!r}{' with clamping' * clamped}; "
             f"supported: {', '.join(ACTIVATIONS)}"

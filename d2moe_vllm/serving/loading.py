@@ -13,12 +13,12 @@ from torch import Tensor
 
 from d2moe_vllm.format.config import CheckpointConfig, CheckpointError
 from d2moe_vllm.format.files import check_index
-from d2moe_vllm.format.kinds import HALVES, Role, Stored, differ_message, is_cut
+from d2moe_vllm.format.kinds import Role, Stored, differ_message, is_cut
 from d2moe_vllm.ops.packing import from_bits, pack, row_sizes, to_bits, unpack
 from d2moe_vllm.serving.parameters import Share, local_experts, packing
 
 SHARD_ROLES: dict[str, Role] = {"w1": "gate", "w3": "up", "w2": "down"}
-"""vLLM's shard ids."""
+"""vLLM's shard ids; without a gate up is its "w1"."""
 
 
 class LayerLoader(Share):
@@ -60,7 +60,9 @@ class LayerLoader(Share):
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
-            stored = self.load(param.data, loaded_weight, name, SHARD_ROLES[shard_id], expert_id)
+            role = SHARD_ROLES[shard_id]
+            role = role if role in self.config.projections else "up"
+            stored = self.load(param.data, loaded_weight, name, role, expert_id)
             return stored if return_success else None
 
         # Llama-4's and others' own loaders ask for this before they pass the expert's number.
@@ -106,7 +108,7 @@ class LayerLoader(Share):
         how, suffix = packing(one.kind.storage(self.layer[one.role])), one.name.removeprefix(one.kind.name)
         found, begin = {}, 0
         for expert in self.owning(one.kind):
-            shape = self._shapes(one.kind, HALVES[half], expert, how)[suffix]
+            shape = self._shapes(one.kind, self.half(half), expert, how)[suffix]
             found[expert] = begin, shape
             begin += math.prod(shape)
         return found
@@ -178,7 +180,7 @@ class LayerLoader(Share):
     def _load_joint(self, param: Tensor, part: Tensor, one: Stored) -> None:
         """What gate and up have one of: both have to arrive, where both store it."""
         self._arrived[one.name, one.role] = part
-        names = {role: self.config.tensor_name(self.number, 0, role, one.name) for role in HALVES["w13"]}
+        names = {role: self.config.tensor_name(self.number, 0, role, one.name) for role in self.half("w13")}
         stored = [role for role, name in names.items() if name in self.stored]
         if any((one.name, role) not in self._arrived for role in stored):
             return

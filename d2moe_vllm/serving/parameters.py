@@ -101,6 +101,10 @@ class Share:
         """How many of a kind experts share, which are on every rank; 0 where each expert has its own."""
         return self.layer[role].distinct_u if kind.owner == "slot" else 0
 
+    def half(self, name: str) -> tuple[Role, ...]:
+        """The projections of "w13" or "w2" that experts have."""
+        return tuple(role for role in HALVES[name] if role in self.config.projections)
+
     # Parameters
 
     def empty_parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -110,7 +114,8 @@ class Share:
         `--load-format dummy` leaves integers as they are.
         """
         parameters: dict[str, Tensor] = {}
-        for half, roles in HALVES.items():
+        for half in HALVES:
+            roles = self.half(half)
             for kind in KINDS:
                 if any(kind.present(self.layer, role) for role in roles):
                     found = self._empty(kind, roles, dtype)
@@ -229,11 +234,11 @@ class Share:
         return LayerSpec(
             num_experts=len(self.experts),
             intermediate_size=self.size("in", "down") if has_base else 0,
-            w13=self._half(("gate", "up"), prune=True),
-            w2=self._half(("down",), prune=prune_down),
+            w13=self._half(self.half("w13"), prune=True),
+            w2=self._half(self.half("w2"), prune=prune_down),
             activation=activation,
             scope=scope,
-            function=self.layer.gate.function or "",
+            function=self.layer.up.function or "",
             batch_invariant=batch_invariant,
             static_shapes=static_shapes,
             widths=widths,

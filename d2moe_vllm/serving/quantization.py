@@ -101,6 +101,8 @@ class D2MoEConfig(QuantizationConfig):
         # The first layer to ask is the embedding, before its weights are allocated.
         self._check_once()
         compat.ask_for_amx()
+        if "gate" not in self.config.projections:
+            compat.let_cpus_have_experts_without_a_gate()
         scope = self._scope = self._scope or self._settle_scope()
         if isinstance(layer, compat.RoutedExperts):
             number = compat.extract_layer_index(prefix)
@@ -109,6 +111,11 @@ class D2MoEConfig(QuantizationConfig):
                 recorder.start(self.metrics_folder, self.config)
                 take_ours_first(self.config.family)
                 return D2MoEMethod(layer.moe_config, self.config, number, scope, self._settle_backend(number))
+            if compat.on_cpu() and "gate" not in self.config.projections:
+                raise ValueError(
+                    f"layer {number} was left dense, and vLLM's CPU backend has no kernel for experts without a gate; "
+                    "serve it on another device"
+                )
             if compat.on_cpu() and compat.shares_out_experts():
                 raise ValueError(
                     f"layer {number} was left dense, and vLLM's CPU backend does not serve dense experts with "

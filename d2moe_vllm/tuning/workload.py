@@ -44,7 +44,7 @@ def uniform_config(shape: Shape, ratio: float, scope: Scope) -> CheckpointConfig
 
 def typical_layer(config: CheckpointConfig) -> int:
     """The one with the median of all ranks."""
-    ranks = {number: layer.gate.rank + layer.up.rank + layer.down.rank for number, layer in config.layers.items()}
+    ranks = {number: sum(layer[role].rank for role in layer.roles) for number, layer in config.layers.items()}
     return sorted(ranks, key=ranks.__getitem__)[len(ranks) // 2]
 
 
@@ -65,7 +65,9 @@ class Workload:
             if tensor.is_floating_point() and not name.endswith("norms"):
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
         self.halves = ops.halves([found.get(name) for name in ops.PARAMETERS])
-        self.spec = loader.spec(config.pruning.scope, activation="silu", prune_down=True)
+        self.spec = loader.spec(
+            config.pruning.scope, activation="silu" if "gate" in config.projections else "relu2", prune_down=True
+        )
         self.hidden_size = config.hidden_size
         self._batches: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 

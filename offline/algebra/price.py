@@ -89,7 +89,8 @@ class Settled(NamedTuple):
 class Sizes:
     """The shape of the layers, and from it the exact bytes of what they store.
 
-    multiple: an expert keeps a multiple of so many channels, or all of them; dtype: of what is not rounded.
+    multiple: an expert keeps a multiple of so many channels, or all of them; dtype: of what is not rounded; gate:
+    whether experts have one.
     """
 
     experts: int
@@ -98,6 +99,7 @@ class Sizes:
     dtype: Dtype = "bfloat16"
     group_size: int = GROUP_SIZE
     multiple: int = 1
+    gate: bool = True
 
     @functools.lru_cache(maxsize=1 << 20)  # noqa: B019 (what it holds on to is a handful of numbers)
     def matrices(self, half: str, bits: int, channels: int) -> int:
@@ -107,7 +109,8 @@ class Sizes:
         shape = (self.hidden, channels) if half == "w2" else (channels, self.hidden)
         storage = self.dtype if bits == 16 else f"int{bits}"
         tensors = storage_tensors(storage, self.group_size, shape).values()
-        return len(HALVES[half]) * sum(spec.nbytes for spec in tensors)
+        count = len(HALVES[half]) - (half == "w13" and not self.gate)
+        return count * sum(spec.nbytes for spec in tensors)
 
     def masks(self, *, base: bool) -> int:
         """Of the channel sets of a layer that drops any; base: whether there is one, which has its own."""

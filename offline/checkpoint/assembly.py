@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import ROLES, Stored
+from d2moe_vllm.format.kinds import Stored
 from d2moe_vllm.ops.packing import from_bits
 from offline.io.shards import TORCH_DTYPES
 from offline.methods.bases import SENSITIVITY_PART
@@ -62,9 +62,10 @@ class Assembly:
     def _report(self, layer: int) -> dict[str, Any]:
         """Routed tokens, kind of base, relative errors and sensitivity per expert."""
         work, choices = self.work, self.plan.budget.choices
-        errors: dict[str, list[float]] = {role: [] for role in ROLES}
+        roles = self.config.roles
+        errors: dict[str, list[float]] = {role: [] for role in roles}
         for expert in range(self.config.num_experts):
-            for role in ROLES:
+            for role in roles:
                 name = self.plan.layers.figures_part(expert, role)
                 part = work.load_part(layer, name, f"{role}.error", f"{role}.energy")
                 error, energy = (float(part[f"{role}.{kind}"]) for kind in ("error", "energy"))
@@ -72,12 +73,12 @@ class Assembly:
         report: dict[str, Any] = {
             "tokens": work.load_part(layer, FACTS_PART, "tokens")["tokens"].tolist(),
             "relative_error": errors,
-            "base": {role: choices[layer, SITES[role]] for role in ROLES},
+            "base": {role: choices[layer, SITES[role]] for role in roles},
         }
         report |= self.plan.layers.report(self.plan, work, layer)
         if work.has_part(layer, SENSITIVITY_PART):
             values = work.load_part(layer, SENSITIVITY_PART)["sensitivity"].tolist()
-            report["sensitivity"] = dict(zip(ROLES, values, strict=True))
+            report["sensitivity"] = dict(zip(roles, values, strict=True))
         return report
 
     def selection(self) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.format.words import describe
 from offline.errors import InputError
 from offline.io.shards import write_file
@@ -85,7 +84,7 @@ def model_card(plan: Plan, budget: Budget, statistics: Mapping[str, Any]) -> str
     carried = source_metadata(plan.model.folder).items()
     metadata |= {key: value for key, value in carried if key.startswith("licen") or key == "language"}
     reports = statistics["layers"].values()
-    errors = [[error for report in reports for error in report["relative_error"][role]] for role in ROLES]
+    errors = [[error for report in reports for error in report["relative_error"][role]] for role in plan.config.roles]
     return TEMPLATE.format(
         method=plan.method.title,
         made=plan.layers.made(plan),

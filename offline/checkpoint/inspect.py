@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,18 @@ def read_statistics(folder: Path) -> dict[str, Any]:
     try:
         for report in content["layers"].values():
             figures = [report["relative_error"], *([report["sensitivity"]] if "sensitivity" in report else [])]
-            per_expert = (report["tokens"], *(figure[role] for figure in figures for role in ROLES))
+            per_expert = (report["tokens"], *(figure[role] for figure in figures for role in _roles(figure)))
             fits = [(fit["start_error"], fit["error"]) for fit in report.get("fit", {}).values()]
             if not all(map(_numbers, (*per_expert, *fits))):
                 raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise CheckpointError(f"{path}: not the statistics of every layer; copy it again") from None
     return content
+
+
+def _roles(figure: Mapping[str, Any]) -> tuple[Role, ...]:
+    """Those that a figure is told of: of experts without a gate two, else all, each of which has to be there."""
+    return ROLES if "gate" in figure else ROLES[1:]
 
 
 def _numbers(values: Any) -> bool:
@@ -115,11 +120,11 @@ def analyse(
     block = max((gram_bytes or GRAM_BYTES) // (4 * config.hidden_size**2), 1)
     per_projection = 2 * config.num_experts + 1 + gram_count(config.num_experts, block)
     layers: dict[str, Any] = {}
-    with steps(len(config.layers) * len(ROLES) * per_projection) as progress:
+    with steps(len(config.layers) * len(config.roles) * per_projection) as progress:
         looked = _Projections(config, Reader(folder), model, block, progress)
         for number in config.layers:
             progress.label(f"layer {number}")
-            layers[str(number)] = {role: looked.analyse(number, role) for role in ROLES}
+            layers[str(number)] = {role: looked.analyse(number, role) for role in config.roles}
             layers[str(number)]["sensitivity"] = _sensitivity(statistics["layers"].get(str(number), {}))
     return {
         "shares_of_rank": list(SHARES),
@@ -186,5 +191,7 @@ def _sensitivity(report: dict[str, Any]) -> dict[str, Any] | None:
     figure = next((name for name in ("sensitivity", "relative_error") if name in report), None)
     if figure is None:
         return None
-    means: dict[str, Any] = {role: sum(report[figure][role]) / len(report[figure][role]) for role in ROLES}
+    means: dict[str, Any] = {
+        role: sum(report[figure][role]) / len(report[figure][role]) for role in _roles(report[figure])
+    }
     return {"from": figure, **means}

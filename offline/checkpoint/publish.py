@@ -15,7 +15,7 @@ import d2moe_vllm
 from d2moe_vllm.families import MODELING_FILE, auto_map, checkpoint_modeling_source
 from d2moe_vllm.format.config import MANIFEST_FILE, RECIPE_FILE, STATS_FILE, Layer, Manifest
 from d2moe_vllm.format.files import check_checkpoint
-from d2moe_vllm.format.kinds import FORMAT_VERSION, ROLES
+from d2moe_vllm.format.kinds import FORMAT_VERSION
 from offline.checkpoint.assembly import Assembly
 from offline.checkpoint.card import model_card
 from offline.checkpoint.remotecode import modeling_sha256
@@ -69,7 +69,7 @@ def publish(
 def _entry(layer: Layer) -> dict[str, Any]:
     """What a projection does not have is left out."""
     entry = layer.model_dump(mode="json", exclude_defaults=True)
-    for role in ROLES:
+    for role in layer.roles:
         if layer[role].kept_columns:
             entry[role]["used_columns"] = layer[role].used_columns
     return entry

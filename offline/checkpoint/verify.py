@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2moe_vllm.format.config import MANIFEST_FILE, RECIPE_FILE, CheckpointConfig, CheckpointError, Manifest
 from d2moe_vllm.format.files import check_checkpoint, read_config, read_manifest, refuse_special
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role
 from offline.checkpoint.inspect import read_statistics
 from offline.checkpoint.reconstruction import Reconstruction
 from offline.checkpoint.remotecode import check_code
@@ -185,7 +185,7 @@ def _check_norms(config: CheckpointConfig, reader: Reader, found: Findings) -> N
     belong where `check_checkpoint` has checked."""
     stands_for = Reconstruction(reader, config)
     for layer in config.layers:
-        for role in ROLES:
+        for role in config.roles:
             if not config.layers[layer][role].kept_columns:
                 continue
             try:
@@ -256,9 +256,9 @@ def _compare_experts(
     layers: dict[str, Any] = {}
     for layer in config.layers:
         progress.label(f"layer {layer}: reconstruction against the source")
-        errors: dict[Role, list[float]] = {role: [] for role in ROLES}
+        errors: dict[Role, list[float]] = {role: [] for role in config.roles}
         with found.collect():  # a tensor with NaN: named already, and the layer has no error
-            for role in ROLES:
+            for role in config.roles:
                 for expert in range(config.num_experts):
                     weight = model.weight(layer, expert, role)
                     errors[role].append(relative_error(weight.float(), rebuilt.weight(layer, expert, role)))

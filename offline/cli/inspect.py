@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.format.kinds import roles_of
 from offline.cli.options import Ckpt, Json, Original
 from offline.cli.tables import projections, show, sizes
 from offline.errors import InputError
@@ -57,9 +57,11 @@ def inspect_table(console: Console, content: dict[str, Any]) -> None:
         if special := _specialties(layer):
             console.print(f"layer {number}: {special}", highlight=False, soft_wrap=True)
     console.print()
-    table = Table("layer", *(f"{role} error" for role in ROLES), "routed tokens per expert", box=None, pad_edge=False)
-    for number, report in content["statistics"]["layers"].items():
-        errors = [f"{sum(values) / len(values):.4f}" for values in (report["relative_error"][role] for role in ROLES)]
+    reports = content["statistics"]["layers"]
+    roles = roles_of(next(iter(reports.values()))["relative_error"])
+    table = Table("layer", *(f"{role} error" for role in roles), "routed tokens per expert", box=None, pad_edge=False)
+    for number, report in reports.items():
+        errors = [f"{sum(values) / len(values):.4f}" for values in (report["relative_error"][role] for role in roles)]
         tokens = report["tokens"]
         table.add_row(number, *errors, f"{min(tokens)} to {max(tokens)}")
     console.print(table)
@@ -83,7 +85,7 @@ def analyses_table(console: Console, content: dict[str, Any]) -> None:
         "layer", "", "CKA mean", "unrelated", "experts", "base", "deltas", "sensitivity", box=None, pad_edge=False
     )
     for number, layer in content["layers"].items():
-        for role in ROLES:
+        for role in roles_of(layer):
             found, count = layer[role], len(layer[role]["cka"])
             pairs = sum(map(sum, found["cka"])) - sum(found["cka"][e][e] for e in range(count))
             mean = f"{pairs / (count * (count - 1)):.3f}"
@@ -109,7 +111,7 @@ def _rank_for(shares: list[int], curve: list[float] | None, energy: float = 0.9)
 def _specialties(layer: dict[str, Any]) -> str:
     """What a layer's deltas have that ranks do not tell."""
     found = []
-    for role in ROLES:
+    for role in roles_of([role for role, one in layer.items() if one]):
         one = layer[role]
         kinds = ["as it is"] * (one["delta"] == "dense" and not one["delta_storage"] and not layer["channels"])
         kinds += [f"{one['bases']} bases, {one['function']}"] * bool(one["bases"])

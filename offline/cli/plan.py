@@ -140,7 +140,7 @@ def plan_table(console: Console, summary: dict[str, Any]) -> None:
         typical = summary["recipe"]["delta"]["method"] == "dense"
         console.print(TYPICAL if typical else find_method(summary["recipe"]["method"]).until, style="dim")
     console.print()
-    if summary["first_layer"]["gate"]["delta"] != "dense":
+    if summary["first_layer"]["up"]["delta"] != "dense":
         shares = ", ".join(f"{role} {100 * share:.2f} %" for role, share in summary["kept_share_of_deltas"].items())
         console.print(f"kept share of the deltas: {shares}", highlight=False)
     result = summary["result"]

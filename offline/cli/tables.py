@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from d2moe_vllm.format.config import Layer
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role
 from d2moe_vllm.format.words import channels_of, describe_layer
 from offline.io.console import hush, plain_console
 from offline.io.units import size
@@ -89,18 +89,18 @@ def less_than_asked(console: Console, summary: dict[str, Any]) -> None:
 def projections(console: Console, title: str, rows: dict[str, dict[str, Any]], channels: int) -> None:
     """What layers store; channels: of an expert of the original."""
     layers = {name: Layer.model_validate(layer) for name, layer in rows.items()}
-    if any(layer.gate.delta == "dense" or (layer.gate.full_base and not layer.gate.rank) for layer in layers.values()):
+    if any(layer.up.delta == "dense" or (layer.up.full_base and not layer.up.rank) for layer in layers.values()):
         table = Table(title, "stored", "channels of an expert", box=None, pad_edge=False)
         for name, layer in layers.items():
             table.add_row(name, describe_layer(layer), channels_of(layer, channels))
         console.print(table)
         return
-    table = Table(
-        title, *(f"{role} rank" for role in ROLES), "gate/up columns", "down columns", box=None, pad_edge=False
-    )
+    roles = next(iter(layers.values())).roles
+    columns = f"{'/'.join(roles[:-1])} columns", "down columns"
+    table = Table(title, *(f"{role} rank" for role in roles), *columns, box=None, pad_edge=False)
     for name, layer in layers.items():
-        ranks = (str(layer[role].rank) for role in ROLES)
-        table.add_row(name, *ranks, _base(layer, "gate", "up"), _base(layer, "down"))
+        ranks = (str(layer[role].rank) for role in roles)
+        table.add_row(name, *ranks, _base(layer, *roles[:-1]), _base(layer, "down"))
     console.print(table)
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from d2moe_vllm.format.config import CheckpointError
-from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.format.kinds import roles_of
 from offline.cli.options import Ckpt, Json, Original
 from offline.cli.tables import show
 from offline.io.units import size
@@ -42,12 +42,13 @@ def verify_table(console: Console, result: dict[str, Any]) -> None:
 
 
 def _errors(console: Console, layers: dict[str, dict[str, dict[str, float]]]) -> None:
-    heads = (head for role in ROLES for head in (f"{role} mean", "worst"))
+    roles = roles_of(next(iter(layers.values())))
+    heads = (head for role in roles for head in (f"{role} mean", "worst"))
     table = Table("layer", *heads, box=None, pad_edge=False)
     for number, layer in layers.items():
         cells = (
             cell
-            for role in ROLES
+            for role in roles
             for cell in (f"{layer[role]['mean']:.4f}", f"{layer[role]['worst']:.4f} ({layer[role]['worst_expert']})")
         )
         table.add_row(number, *cells)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role
 from offline.compare.rewriting import Rewrite, dense_shards
 from offline.errors import UnreachableError
 from offline.io.folders import check_new_folder
@@ -110,7 +110,7 @@ def by_distance(model: DenseModel, layer: int, usage: Usage, experts: int) -> Me
 def weight_distances(model: DenseModel, layer: int) -> Tensor:
     """||W_i - W_j|| over gate, up and down together, float64 [experts, experts]; channels are taken as they lie."""
     products = torch.zeros(model.shape.num_experts, model.shape.num_experts, dtype=torch.float64)
-    for role in ROLES:
+    for role in model.shape.roles:
         weights = [model.weight(layer, expert, role).flatten() for expert in range(model.shape.num_experts)]
         for start in range(0, len(weights[0]), COLUMNS):
             part = torch.stack([weight[start : start + COLUMNS].double() for weight in weights])

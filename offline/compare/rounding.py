@@ -82,7 +82,7 @@ class Rounding(Calibration):
         for expert in range(job.experts):
             weights = job.weights(expert)
             grams = {site: job.shrunk_gram(expert, weights, site) for site in dict.fromkeys(SITES.values())}
-            found = {role: _round(weights[role], grams[SITES[role]], self.bits) for role in ROLES}
+            found = {role: _round(weights[role], grams[SITES[role]], self.bits) for role in weights}
             job.save(f"{expert:05d}", {role: one.dense().to(self.plan.torch_dtype) for role, one in found.items()})
             self.sweep.steps.advance(work / job.experts)
 

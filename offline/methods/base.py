@@ -47,7 +47,7 @@ class Method:
     of {layers} MoE layers are left as they were; {down}: what became of a down that is not factored). settings: its
     own section of a recipe; fixed: fields of the other sections -> the only value that goes with the method, which is
     their default then. hint: what else helps where a ratio cannot be reached; until: what a plan cannot know before
-    calibration. choice: None, all layers are compressed.
+    calibration; needs_gate: why experts have to have one, in a few words. choice: None, all layers are compressed.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Method:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     hint: str = ""
     until: str = ""
+    needs_gate: str = ""
     choice: Choice | None = None
 
     @property

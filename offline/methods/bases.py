@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role, roles_of
 from offline.algebra.factorization import svd_base
 from offline.algebra.merging import MERGES, Merge, MergeOptions
 from offline.algebra.pruning import column_scores, select_columns
@@ -24,7 +24,7 @@ from offline.work.statistics import gradients
 Merged = Mapping[Role, Tensor]
 """float32 [out, in] of every projection that gets a base, on the device."""
 SENSITIVITY_PART = "sensitivity"
-"""A layer's part that holds what a unit of each projection's squared error costs, float64 [3, experts]
+"""A layer's part that holds what a unit of each projection's squared error costs, float64 [projections, experts]
 (METHODS 1.4)."""
 MERGED_PART = "merged"
 """A layer's part that holds its merged bases, float32 [out, in] by role, from one sweep to the next."""
@@ -34,8 +34,9 @@ def merge_experts(job: LayerJob, advance: Advance) -> Merged:
     """The layer's experts as one, the same on every process. Writes the part `sensitivity`, where gradients were
     recorded and it is not there yet. Raises InputError where gradients overflow."""
     group = job.work.group
-    wanted = [role for role in ROLES if any(option != "none" for option in job.options[SITES[role]])]
-    sensitivity = torch.zeros(len(ROLES), job.experts, dtype=torch.float64)
+    roles = job.plan.model.shape.roles
+    wanted = [role for role in roles if any(option != "none" for option in job.options[SITES[role]])]
+    sensitivity = torch.zeros(len(roles), job.experts, dtype=torch.float64)
     merges = {role: _new_merge(job, role) for role in wanted}
     for number in range(max((merge.passes for merge in merges.values()), default=1)):
         for merge in merges.values() if number else ():
@@ -83,9 +84,9 @@ def _add_expert(job: LayerJob, expert: int, merges: Mapping[Role, Merge], sensit
         )
         fisher = found.fisher
         if sensitivity is not None:
-            sensitivity[:, expert] = torch.tensor([found.sensitivity[role] for role in ROLES])
+            sensitivity[:, expert] = torch.tensor([found.sensitivity[role] for role in roles_of(weights)])
     total = int(job.tokens.sum())
-    for site, roles in SELECTIONS.items():
+    for site, roles in job.plan.model.shape.selections.items():
         gram = job.gram(expert, weights, site) if needs.needs_gram and any(role in merges for role in roles) else None
         for role in roles:
             if role in merges:
@@ -102,7 +103,7 @@ def hold_bases(job: LayerJob, merged: Merged) -> None:
     """Keeps every kind of base that is to be measured in the job's memory."""
     _check_energy(job)
     moments = _pooled(job)
-    for site, roles in SELECTIONS.items():
+    for site, roles in job.plan.model.shape.selections.items():
         for option in job.options[site]:
             if option != "none":
                 stored = _stored(job, merged, option, site, moments, whole=True)
@@ -152,7 +153,7 @@ def _stored(
 ) -> dict[Role, dict[str, Tensor]]:
     """A selection's base as it is stored, by projection and kind; moments: `_pooled`; whole: a pruned one that is not
     rounded may keep all of its columns, so that in memory it is the full one."""
-    roles, moment = SELECTIONS[site], moments.get(site)
+    roles, moment = job.plan.model.shape.selections[site], moments.get(site)
     if option == "svd":
         return {role: _low_rank(job, merged, role, moment) for role in roles}
     columns = _columns(job, merged, site) if option == "pruned" else None
@@ -179,7 +180,7 @@ def _low_rank(job: LayerJob, merged: Merged, role: Role, moment: Tensor | None) 
 def _columns(job: LayerJob, merged: Merged, site: Site) -> Tensor:
     """int32, the input columns that a pruned base keeps (METHODS 1.2)."""
     base = job.plan.recipe.base
-    squares = [merged[role].double().square().sum(dim=0) for role in SELECTIONS[site]]
+    squares = [merged[role].double().square().sum(dim=0) for role in job.plan.model.shape.selections[site]]
     joint = torch.stack(squares).sum(dim=0).sqrt().cpu()
     kept = base.columns(len(joint), "pruned").kept
     found = select_columns(column_scores(joint, job.energy[site].sqrt()), kept, base.groups)

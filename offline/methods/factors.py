@@ -15,7 +15,6 @@ from offline.methods.layer import LayerJob
 from offline.methods.measuring import curve_of, curve_without, picked, save_curves
 from offline.methods.options import Option
 from offline.methods.storing import Matrix
-from offline.source.sites import SELECTIONS
 
 
 class Factors(Protocol):
@@ -59,7 +58,7 @@ class OwnFactors:
     def _measure(self, expert: int) -> None:
         job, found = self.job, {}
         weights = job.weights(expert)
-        for site, roles in SELECTIONS.items():
+        for site, roles in job.plan.model.shape.selections.items():
             gram = job.shrunk_gram(expert, weights, site)
             for role in roles:
                 energy = whitened_energy(weights[role].float(), gram)

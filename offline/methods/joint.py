@@ -36,7 +36,7 @@ from offline.methods.layer import LayerJob
 from offline.methods.measuring import curve_of, curve_without, save_curves
 from offline.methods.options import Option
 from offline.methods.storing import Matrix, Storing
-from offline.source.sites import SELECTIONS, SITES, Site
+from offline.source.sites import SITES, Site
 
 SHARED_PART = "shared"
 MAKING_PART = "shared-making"
@@ -87,7 +87,7 @@ class JointFactors:
         job = self.job
         found: dict[int, dict[str, Tensor]] = {expert: {} for expert in job.own}
         joined: dict[str, Tensor] = {}
-        for site, roles in SELECTIONS.items():
+        for site, roles in job.plan.model.shape.selections.items():
             for option in job.options[site]:
                 self._held.update(self._make(option, site))
                 for expert in job.own:
@@ -106,7 +106,7 @@ class JointFactors:
         job = self.job
         weights = job.weights(expert)
         gram = job.shrunk_gram(expert, weights, site)
-        for role in SELECTIONS[site]:
+        for role in job.plan.model.shape.selections[site]:
             delta = job.delta(option, role, weights[role])
             if f"{role}.energy" not in found:
                 energy = whitened_energy(weights[role].float(), gram)
@@ -139,7 +139,7 @@ class JointFactors:
     def _make(self, option: Option, site: Site) -> dict[str, Tensor]:
         """All that the experts of a selection share, `<role>.<kind>`, on the device; of a delta of rank 0 nothing."""
         delta = self.job.plan.recipe.delta
-        roles = tuple(role for role in SELECTIONS[site] if self.job.cap(role))
+        roles = tuple(role for role in self.job.plan.model.shape.selections[site] if self.job.cap(role))
         common = {role: self._share_v(option, role) for role in roles} if delta.share_v else {}
         tensors: dict[str, Tensor] = {}
         for role, found in common.items():

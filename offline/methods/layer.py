@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role
 from d2moe_vllm.ops.reference import Gated
 from offline.algebra.factorization import shrink_gram
 from offline.errors import InputError
@@ -124,7 +124,7 @@ class LayerJob:
 
     def weights(self, expert: int) -> Weights:
         model, device = self.plan.model, self.routing.device
-        matrices = {role: model.weight(self.number, expert, role).to(device) for role in ROLES}
+        matrices = {role: model.weight(self.number, expert, role).to(device) for role in model.shape.roles}
         return Weights(matrices, model.experts.biases(self.number, device)(expert))
 
     def gram(self, expert: int, weights: Weights, site: Site) -> Tensor:

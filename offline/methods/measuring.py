@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role
 from offline.algebra.factorization import error_curve, whitened_energy
 from offline.methods.layer import LayerJob, measured_part
 
@@ -23,7 +23,7 @@ def save_curves(job: LayerJob, expert: int, found: Curves) -> None:
     """found: curves and energies by their keys; projections that are stored as they are have none, and no error."""
     zero = torch.zeros(1, dtype=torch.float64)
     kept: dict[str, Tensor] = {}
-    for role in ROLES:
+    for role in job.plan.model.shape.roles:
         if f"{role}.energy" not in found:
             kept |= {f"{role}.energy": zero.clone(), f"none.{role}.curve": zero.clone()}
     job.save(measured_part(expert), {**kept, **{key: value.cpu() for key, value in found.items()}})

@@ -307,6 +307,7 @@ MOBE = _Method(
     made="every expert's gate and up are a product of a factor of its own and one that is mixed from bases which all "
     "experts of the layer share (MoBE, arXiv 2508.05257); down is {down}.",
     settings=MoBE,
+    needs_gate="mixes gate and up from bases",
     fixed={**WITHOUT_BASE, "delta": {**WITHOUT_BASE["delta"], "share_v": False, "distinct_u": 0}},
     hint=", fewer mobe.bases or another method: MoBE leaves `down` whole",
 )

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role
 from offline.algebra.analysis import spectrum
 from offline.algebra.factorization import whitened_factors
 from offline.algebra.sharing import fitted_u, seed_experts
@@ -100,7 +100,7 @@ def sensitivity(job: LayerJob) -> float:
     for expert in job.own:
         weights = job.weights(expert)
         shares = outlier_shares(weights, job.routing, expert, job.gated, settings.outlier_threshold)
-        for role in ROLES:
+        for role in weights:
             rank = principal_rank(weights[role], settings.rank_threshold)
             total += int(job.tokens[expert]) / routed * rank * shares[SITES[role]]
     return total

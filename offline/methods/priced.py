@@ -110,7 +110,8 @@ class _Writer:
 
     def _write_base(self, half: str, share: float) -> None:
         """Merges a half's base of what stays of the experts, and rounds it for what all of them read together."""
-        job, roles = self.job, HALVES[half]
+        job = self.job
+        roles = job.plan.model.shape.halves[half]
         merges = {role: new_merge(job, role, "columns" if half == "w2" else "rows") for role in roles}
         size = job.plan.model.shape.projection(roles[0])[1]
         pooled = torch.zeros(size, size, device=job.routing.device)
@@ -140,7 +141,7 @@ class _Writer:
         grams: Mapping[Site, Tensor] = {}
         if MERGES[recipe.base.merge].needs_fisher:
             told = gradients(
-                weights, job.routing, expert, job.gated, fisher=HALVES[half],
+                weights, job.routing, expert, job.gated, fisher=job.plan.model.shape.halves[half],
                 gate_weighted=recipe.delta.gate_weighted, sites=sites,
             )  # fmt: skip
             fisher, grams = told.fisher, told.grams
@@ -193,7 +194,7 @@ class _Writer:
         job, kept = self.job, self.kept(expert)
         weights = job.weights(expert)
         gram = job.shrunk_gram(expert, weights, "input")
-        roles, within = HALVES["w13"], kept[self.union]
+        roles, within = weights.first, kept[self.union]
         bases = {role: self._base("w13", role) for role in roles}
         deltas = []
         for role in roles:
@@ -203,7 +204,7 @@ class _Writer:
         found: dict[str, Tensor] = {}
         for role, delta, stored in zip(roles, deltas, self._delta("w13", deltas, gram), strict=True):
             found |= {} if stored is None else stored.named(f"{role}.dense")
-            left = weights[role].float()
+            left = weights[role].float().clone()  # of a model in float32 it would be the weight itself
             left[kept] = delta if stored is None else delta - stored.numbers
             found |= _figures(role, whitened_energy(left, gram), whitened_energy(weights[role].float(), gram))
         return found
@@ -238,8 +239,8 @@ class _Writer:
             found = job.work.load_part(job.number, _outputs_part(expert))
             moment, cross = (found[name].to(job.routing.device) for name in ("moment", "cross"))
             return Outputs(moment, cross, float(found["energy"]))
-        stored = Weights({}, {role: weights.biases[role][kept] for role in HALVES["w13"] if role in weights.biases})
-        for role in HALVES["w13"]:
+        stored = Weights({}, {role: weights.biases[role][kept] for role in weights.first if role in weights.biases})
+        for role in weights.first:
             base, hidden = self._base("w13", role), job.plan.model.shape.hidden_size
             own = None if base is None else base[kept[self.union]]
             if way.delta:

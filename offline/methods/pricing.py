@@ -66,8 +66,9 @@ Bases = Mapping[tuple[int, Role], Rounded]
 def _look(job: LayerJob, bits: list[int], advance: Advance) -> tuple[Mapping[int, Gradients], Bases]:
     """What gradients tell of this process's experts, and the bases that there are to choose from."""
     group, device = job.work.group, job.routing.device
-    merges = {role: new_merge(job, role) for role in SITES} if bits else {}
-    sizes = {site: job.plan.model.shape.projection(role)[1] for role, site in SITES.items()}
+    shape = job.plan.model.shape
+    merges = {role: new_merge(job, role) for role in shape.roles} if bits else {}
+    sizes = {SITES[role]: shape.projection(role)[1] for role in shape.roles}
     pooled = {site: torch.zeros(size, size, device=device) for site, size in sizes.items()} if bits else {}
     seen: dict[int, Gradients] = {}
     for expert in job.own:
@@ -103,8 +104,8 @@ def _look_at(job: LayerJob, expert: int, merges: Mapping[Role, Merge], pooled: M
 
 def _bases(job: LayerJob, bits: list[int], merged: Mapping[Role, Tensor], pooled: Mapping[Site, Tensor]) -> Bases:
     found: dict[tuple[int, Role], Rounded] = {}
-    for half, roles in HALVES.items() if bits else ():
-        moment = pooled[SITES[HALVES[half][0]]]
+    for roles in job.plan.model.shape.halves.values() if bits else ():
+        moment = pooled[SITES[roles[0]]]
         pairs = [(one, role) for one in bits for role in roles]
         rounded = round_matrices(
             [merged[role] for _, role in pairs], moment, [one for one, _ in pairs],
@@ -117,7 +118,7 @@ def _bases(job: LayerJob, bits: list[int], merged: Mapping[Role, Tensor], pooled
 def _measured(job: LayerJob, expert: int, every: tuple[Way, ...], seen: Gradients, bases: Bases) -> dict[str, Tensor]:
     weights = job.weights(expert)
     found = {"channels": seen.channels / 2}
-    for half, roles in HALVES.items():
+    for half, roles in job.plan.model.shape.halves.items():
         gram = job.shrunk_gram(expert, weights, SITES[roles[0]])
         own = {role: weights[role].float() for role in roles}
         tried = [(way, role) for way in every for role in roles]

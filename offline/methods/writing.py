@@ -17,7 +17,6 @@ from offline.methods import METHODS
 from offline.methods.factors import Factors
 from offline.methods.layer import Advance, LayerJob, expert_part
 from offline.methods.storing import Matrix
-from offline.source.sites import SELECTIONS
 
 
 def write_experts(job: LayerJob, advance: Advance) -> None:
@@ -35,7 +34,7 @@ def _written(job: LayerJob, expert: int, factors: Factors) -> dict[str, Tensor]:
     recipe, shape = job.plan.recipe, job.plan.model.shape
     weights = job.weights(expert)
     tensors: dict[str, Tensor] = {}
-    for site, roles in SELECTIONS.items():
+    for site, roles in job.plan.model.shape.selections.items():
         if METHODS[recipe.method].keeps(recipe, shape, roles[0]):
             zero = torch.zeros(1, dtype=torch.float64)
             tensors |= {f"{role}.{kind}": zero.clone() for role in roles for kind in ("error", "energy")}

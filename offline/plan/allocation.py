@@ -14,11 +14,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role
 from offline.errors import InputError
 from offline.methods.options import Option
 from offline.plan.budget import Budget, Choices, Problem, Ranks, fill
-from offline.source.sites import SELECTIONS, SITES
+from offline.source.sites import SITES
 
 Curves = Mapping[tuple[int, Option, Role], Tensor]
 """float64 [steps + 1]: what a projection's error costs at ranks 0, 1, 2, ... rank multiples."""
@@ -30,13 +30,17 @@ class _Market:
     def __init__(self, problem: Problem, curves: Curves) -> None:
         self.problem, self.curves = problem, curves
         self._tables: dict[Role, Tensor] = {}
-        self.base = {(role, option): problem.base_bytes(role, option) for role in ROLES for option in problem.options}
+        self.base = {
+            (role, option): problem.base_bytes(role, option)
+            for role in problem.shape.roles
+            for option in problem.options
+        }
 
     def buy(self, price: float) -> tuple[Choices, Ranks]:
         choices: Choices = {}
         ranks: Ranks = {}
         for layer in self.problem.shape.layers:
-            for site, roles in SELECTIONS.items():
+            for site, roles in self.problem.shape.selections.items():
                 best = min(
                     (self._best(layer, option, roles, price) for option in self.problem.options),
                     key=lambda found: found[0],

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from d2moe_vllm.format.config import CheckpointConfig, Layer, Projection
-from d2moe_vllm.format.kinds import KINDS, ROLES, Role, TensorSpec, owners
+from d2moe_vllm.format.kinds import KINDS, Role, TensorSpec, owners
 from offline.errors import InputError, UnreachableError
 from offline.io.shards import SHARD_BYTES, Shard, plan_shards
 from offline.methods import METHODS
@@ -59,7 +59,9 @@ class Budget:
 
     @property
     def ranks(self) -> Ranks:
-        return {(number, role): layer[role].rank for number, layer in self.config.layers.items() for role in ROLES}
+        return {
+            (number, role): layer[role].rank for number, layer in self.config.layers.items() for role in layer.roles
+        }
 
     @cached_property
     def nbytes(self) -> int:
@@ -125,7 +127,7 @@ class Problem:
         return self.method.whole(self.recipe, self.shape, role)
 
     def uniform(self, kept_share: float) -> Ranks:
-        return {(layer, role): self.rank(role, kept_share) for layer in self.shape.layers for role in ROLES}
+        return {(layer, role): self.rank(role, kept_share) for layer in self.shape.layers for role in self.shape.roles}
 
     def same(self, option: Option) -> Choices:
         """One kind of base everywhere."""
@@ -137,7 +139,10 @@ class Problem:
 
     def layers(self, choices: Choices, ranks: Ranks) -> dict[int, Layer]:
         def projections(layer: int) -> dict[str, Any]:
-            return {role: self.projection(role, choices[layer, SITES[role]], ranks[layer, role]) for role in ROLES}
+            return {
+                role: self.projection(role, choices[layer, SITES[role]], ranks[layer, role])
+                for role in self.shape.roles
+            }
 
         return {layer: Layer(**projections(layer), trimmed=self.trimmed[layer]) for layer in self.shape.layers}
 
@@ -146,7 +151,7 @@ class Problem:
         config = CheckpointConfig.model_validate(self.draft.model_dump() | {"layers": layers})
         shards = plan_shards({**self.other_tensors, **config.expert_tensors()}, self.shard_bytes)
         share = {}
-        for role in ROLES:
+        for role in self.shape.roles:
             mean = sum(ranks[layer, role] for layer in self.shape.layers) / len(self.shape.layers)
             share[role] = self.kept_share(role, mean)
         return Budget(config, shards, share, choices)
@@ -261,7 +266,7 @@ def _one_more_each(problem: Problem, ranks: Ranks, room: int) -> Ranks:
     ranks = dict(ranks)
     left = room - problem.delta_bytes(ranks)
     for layer in reversed(problem.shape.layers):
-        for role in reversed(ROLES):
+        for role in reversed(problem.shape.roles):
             rank = ranks[layer, role]
             if rank + problem.rank_multiple > problem.limit(role):
                 continue

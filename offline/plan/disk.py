@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from d2moe_vllm.format.kinds import ROLES
 from offline.io.units import FLOAT32, FLOAT64
 from offline.plan.plan import Plan
 
@@ -25,12 +24,13 @@ def work_bytes(plan: Plan, final: int | None = None) -> int:
 
 def _state(plan: Plan) -> int:
     """Hidden states of all windows, or gradients, at one layer."""
-    return plan.activations_dtype.itemsize * plan.tokens * plan.model.shape.hidden_size
+    return plan.activations_dtype.itemsize * plan.tokens * plan.model.shape.model_hidden_size
 
 
 def _record(plan: Plan, *, backwards: bool) -> int:
     """What reaches one layer's experts, and the gradient at their output."""
-    return _state(plan) * (1 + backwards) + 2 * FLOAT32 * plan.tokens * plan.model.shape.experts_per_token
+    rows = plan.activations_dtype.itemsize * plan.tokens * plan.model.shape.hidden_size
+    return rows * (1 + backwards) + 2 * FLOAT32 * plan.tokens * plan.model.shape.experts_per_token
 
 
 def _measuring(plan: Plan) -> Iterator[int]:
@@ -83,7 +83,7 @@ def final_bytes(plan: Plan) -> int:
         size += max(int((1 - plan.recipe.ratio) * config.source.bytes) - plan.budget.nbytes, 0)
     size += len(config.layers) * (shape.num_experts * plan.layers.parts + 4) * PART_BYTES
     if plan.recipe.delta.joint:
-        size += sum(FLOAT64 * max(plan.caps.values()) * shape.projection(role)[1] for role in ROLES)
+        size += sum(FLOAT64 * max(plan.caps.values()) * shape.projection(role)[1] for role in shape.roles)
     return size
 
 

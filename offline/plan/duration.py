@@ -29,7 +29,7 @@ class LayerSeconds:
 
 def layer_seconds(plan: Plan, device: str = "cpu", rates: Rates | None = None) -> LayerSeconds:
     size = plan.activations_dtype.itemsize
-    forward, states = running(plan), Work(bytes=size * plan.tokens * plan.model.shape.hidden_size)
+    forward, states = running(plan), Work(bytes=size * plan.tokens * plan.model.shape.model_hidden_size)
     own, rates = plan.layers.work(plan), rates or measured(device, plan.resources.products)
     # Backwards a layer runs once more, and every product has one for its input's gradient; what is recorded is written.
     costs = (forward + states, 2 * forward + 3 * states, head(plan) + states, own.merge, own.measure, own.write)
@@ -41,8 +41,8 @@ def running(plan: Plan) -> Work:
     shape = plan.model.shape
     rows = plan.tokens * shape.experts_per_token
     _, inside, _ = outside_and_inside(plan.model.other_tensors, plan.model.family, plan.model.num_layers)
-    attention = 2 * plan.tokens * (inside + 2 * plan.windows[1] * shape.hidden_size)
-    products = 2 * rows * 3 * shape.hidden_size * shape.intermediate_size + attention
+    attention = 2 * plan.tokens * (inside + 2 * plan.windows[1] * shape.model_hidden_size)
+    products = 2 * rows * shape.expert_parameters + attention
     batches = -(-plan.tokens // plan.resources.batch_tokens)
     own = Work(products, touched=rows * (8 * shape.intermediate_size + 4 * shape.hidden_size))
     return own + batches * widening(plan)
@@ -51,13 +51,17 @@ def running(plan: Plan) -> Work:
 def widening(plan: Plan) -> Work:
     """A layer's experts from 16 bits to float32, once; every batch of rows does it again."""
     shape = plan.model.shape
-    return Work(touched=1.5 * shape.num_experts * 3 * shape.hidden_size * shape.intermediate_size)
+    return Work(touched=1.5 * shape.num_experts * shape.expert_parameters)
+
+
+EMBEDDINGS = ("embed_tokens.weight", ".embeddings.weight")
+"""How the name of the vocabulary's tensor ends, [vocabulary, hidden]."""
 
 
 def head(plan: Plan) -> Work:
     """Logits of all windows, and the gradient of their loss."""
     tensors = plan.model.other_tensors.items()
-    vocabulary, hidden = next(spec.shape for name, spec in tensors if name.endswith("embed_tokens.weight"))
+    vocabulary, hidden = next(spec.shape for name, spec in tensors if name.endswith(EMBEDDINGS))
     return Work(2 * 2 * plan.tokens * hidden * vocabulary, touched=8 * plan.tokens * vocabulary)
 
 

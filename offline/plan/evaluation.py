@@ -70,23 +70,24 @@ def _phases(evaluated: Evaluated, batch: int, *, hold: bool) -> dict[str, int]:
     matrix = hidden * middle
     layers = int(evaluated.settings["num_hidden_layers"])
     outside, inside, widest = outside_and_inside(evaluated.others, evaluated.family, layers)
-    states = FLOAT32 * batch * (hidden * 12 + 3 * widest)
+    outer = shape.model_hidden_size
+    states = FLOAT32 * batch * (outer * 12 + 3 * widest)
     states += scores(evaluated.family, evaluated.settings, evaluated.length, batch, backwards=False)
     states += FLOAT32 * batch * (4 * middle + 3 * hidden)
     vocabulary = int(evaluated.settings.get("vocab_size", 0))
     phases = {
-        "embeddings": FLOAT32 * (outside + 2 * batch * hidden),
+        "embeddings": FLOAT32 * (outside + 2 * batch * outer),
         # Logits, those of all but the last token, their logarithms.
-        "head": FLOAT32 * (outside + 3 * evaluated.length * vocabulary + 8 * evaluated.length * hidden),
+        "head": FLOAT32 * (outside + 3 * evaluated.length * vocabulary + 8 * evaluated.length * outer),
     }
     if evaluated.stored:
         phases["compressed layer"] = FLOAT32 * (inside + evaluated.stored) + states
     if evaluated.dense:
-        held = (3 * shape.num_experts if hold else 1) * matrix * DTYPE_BYTES[evaluated.dense]
+        held = (len(shape.roles) * shape.num_experts if hold else 1) * matrix * DTYPE_BYTES[evaluated.dense]
         phases["layer"] = FLOAT32 * (inside + matrix) + held + states
     return {name: PROCESS_BYTES + size for name, size in phases.items()}
 
 
 def disk_bytes(evaluated: Evaluated, tokens: int) -> int:
     """On disk while it runs: the tokens, and their hidden states."""
-    return FLOAT32 * tokens * (1 + evaluated.shape.hidden_size)
+    return FLOAT32 * tokens * (1 + evaluated.shape.model_hidden_size)

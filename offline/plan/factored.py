@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from d2moe_vllm.format.kinds import ROLES, Role, Stored
+from d2moe_vllm.format.kinds import Role, Stored, roles_of
 from offline.errors import InputError
 from offline.io.units import FLOAT64
 from offline.methods.bases import MERGED_PART, hold_bases, merge_experts, write_base
@@ -64,7 +64,7 @@ class FactoredLayers(Layers):
         job.work.group.barrier()  # before it is written: all see the same
         if plan.merges_apart and not found:
             merged = job.work.load_part(job.number, MERGED_PART)
-            write_base(job, {role: merged[role].to(job.routing.device) for role in ROLES if role in merged})
+            write_base(job, {role: merged[role].to(job.routing.device) for role in roles_of(merged)})
         elif not found:
             write_base(job, merge_experts(job, progress.begin("merge", "merge")))
         elif not plan.merges_apart:
@@ -99,7 +99,7 @@ class FactoredLayers(Layers):
 
     def measured_bytes(self, plan: Plan) -> int:
         multiple, first = plan.problem.rank_multiple, plan.problem.shape.layers[0]
-        steps = sum(-(-plan.caps[first, role] // multiple) + 2 for role in ROLES)
+        steps = sum(-(-plan.caps[first, role] // multiple) + 2 for role in plan.config.roles)
         return FLOAT64 * steps * len(plan.problem.options)
 
     def made(self, plan: Plan) -> str:
@@ -125,7 +125,11 @@ def _uniform(problem: Problem, ratio: float) -> Budget:
 
 
 def _caps(problem: Problem, budget: Budget) -> dict[tuple[int, Role], int]:
-    ranks = {(layer, role): budget.config.layers[layer][role].rank for layer in problem.shape.layers for role in ROLES}
+    ranks = {
+        (layer, role): budget.config.layers[layer][role].rank
+        for layer in problem.shape.layers
+        for role in budget.config.roles
+    }
     recipe, multiple = problem.recipe, problem.rank_multiple
     if recipe.allocation == "uniform":
         # Which experts are trimmed changes the length of names, and that may be worth one more rank.
@@ -133,7 +137,10 @@ def _caps(problem: Problem, budget: Budget) -> dict[tuple[int, Role], int]:
         return {key: min(rank + more, problem.limit(key[1])) for key, rank in ranks.items()}
     smallest: Option = "none" if "none" in problem.options else problem.options[0]
     richest = solve_stored(problem, recipe.ratio, smallest)
-    most = {role: max(richest.config.layers[layer][role].rank for layer in problem.shape.layers) for role in ROLES}
+    most = {
+        role: max(richest.config.layers[layer][role].rank for layer in problem.shape.layers)
+        for role in problem.shape.roles
+    }
     # Twice the uniform rank leaves the budget room to move, and bounds what is measured.
     return {
         (layer, role): min(math.ceil(2 * most[role] / multiple) * multiple, problem.limit(role))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role
 from offline.io.units import FLOAT32, FLOAT64
 from offline.plan.plan import LayerWork, Plan
 from offline.plan.priced_work import gradients, moments, projecting, rounding
@@ -31,12 +31,13 @@ def factoring_work(plan: Plan) -> LayerWork:
     """Of merging a layer, measuring it and writing it."""
     shape = plan.model.shape
     hidden, middle = shape.hidden_size, shape.intermediate_size
-    merging = Work(touched=10.0 * shape.num_experts * 3 * hidden * middle)
-    merge = gradients(plan, 3) if plan.needs_gradient else merging
-    grams = moments(plan, "input") + moments(plan, "middle") + 2 * projecting(plan)
+    count = len(shape.roles)
+    merging = Work(touched=10.0 * shape.num_experts * count * hidden * middle)
+    merge = gradients(plan, count) if plan.needs_gradient else merging
+    grams = moments(plan, "input") + moments(plan, "middle") + (count - 1) * projecting(plan)
     # Per projection an eigenproblem (a fifth of it without vectors) and the products around it, in float64.
     small, products = min(hidden, middle), 2 * 4 * hidden * middle * (hidden + middle)
-    each = 3 * shape.num_experts
+    each = count * shape.num_experts
     final = each * Work(products=products, eigen=15 * small**3)
     values = plan.recipe.delta.method == "whitened" and not plan.method.joint(plan.recipe)
     curve = each * Work(products=products / 4, eigen=3 * small**3) if values else final
@@ -46,11 +47,11 @@ def factoring_work(plan: Plan) -> LayerWork:
         return LayerWork(merge, measure, write)
     if based := sum(option != "none" for option in plan.problem.options):
         base = grams
-        for role in ROLES:
+        for role in shape.roles:
             base += rounding(*shape.projection(role))
         measure += based * base if plan.measures else Work()
         write += base
-    for role in ROLES:
+    for role in shape.roles:
         write += _rounded_work(plan, role)
     return LayerWork(merge, measure, write)
 
@@ -73,12 +74,13 @@ def _merge_bytes(plan: Plan) -> int:
     shape, base = plan.model.shape, plan.recipe.base
     hidden, middle = shape.hidden_size, shape.intermediate_size
     matrix = hidden * middle
-    fisher = 3 * FLOAT32 * matrix if plan.needs_gradient else 0
+    fisher = len(shape.roles) * FLOAT32 * matrix if plan.needs_gradient else 0
     merging = FLOAT32 * matrix * (MERGING.get(base.merge, 3) + 3) if base.kind != "none" else 0
     if base.merge == "regmean":  # sums in float64, a Gram matrix, and the solution of the largest
         large = max(hidden, middle)
         merging += FLOAT64 * (2 * hidden**2 + middle**2 + large**2 + 4 * matrix) + FLOAT32 * large**2
-    return 3 * matrix * plan.torch_dtype.itemsize + 2 * FLOAT32 * matrix + fisher + merging + plan.rows_bytes
+    own = shape.expert_parameters * plan.torch_dtype.itemsize
+    return own + 2 * FLOAT32 * matrix + fisher + merging + plan.rows_bytes
 
 
 def _expert_bytes(plan: Plan) -> int:
@@ -86,11 +88,11 @@ def _expert_bytes(plan: Plan) -> int:
     these share factors."""
     shape, width = plan.model.shape, plan.torch_dtype.itemsize
     hidden, middle = shape.hidden_size, shape.intermediate_size
-    matrix, large = hidden * middle, max(hidden, middle)
+    large = max(hidden, middle)
     grams = FLOAT32 * (middle**2 + max(middle**2 if hidden > middle else 0, hidden**2))
     eigen = FLOAT64 * 4 * min(hidden, middle) ** 2
     joint = FLOAT64 * 5 * large**2 if plan.method.joint(plan.recipe) else 0
-    return 3 * matrix * (width + FLOAT32) + grams + eigen + joint + plan.rows_bytes
+    return shape.expert_parameters * (width + FLOAT32) + grams + eigen + joint + plan.rows_bytes
 
 
 def _factor_bytes(plan: Plan) -> int:
@@ -106,7 +108,7 @@ def _measure_bytes(plan: Plan) -> int:
     selection."""
     shape, delta, width = plan.model.shape, plan.recipe.delta, plan.torch_dtype.itemsize
     hidden, middle = shape.hidden_size, shape.intermediate_size
-    bases = 3 * hidden * middle * width if plan.recipe.base.kind != "none" else 0
+    bases = shape.expert_parameters * width if plan.recipe.base.kind != "none" else 0
     if not plan.method.joint(plan.recipe):
         return _expert_bytes(plan) + bases + (0 if delta.method == "whitened" else _factor_bytes(plan))
     cap = max(plan.caps.values())
@@ -118,7 +120,7 @@ def _write_bytes(plan: Plan) -> int:
     """Beside an expert its factors; the layer's base, where there is room for a layer."""
     shape, width = plan.model.shape, plan.torch_dtype.itemsize
     based = plan.resources.hold_layer and plan.recipe.base.kind != "none"
-    bases = 3 * shape.hidden_size * shape.intermediate_size * width if based else 0
+    bases = shape.expert_parameters * width if based else 0
     rounding = _rounded_factors(plan) if plan.recipe.bits != 16 else 0
     return _expert_bytes(plan) + bases + max(_factor_bytes(plan), rounding)
 
@@ -133,7 +135,7 @@ def _rounded_factors(plan: Plan) -> int:
     """Beside a matrix and its moment: V and U while they are rounded, and U's fit in float64."""
     shape, cap = plan.model.shape, max(plan.caps.values())
     large, small = max(shape.hidden_size, shape.intermediate_size), min(shape.hidden_size, shape.intermediate_size)
-    whole = small * large if any(map(plan.problem.whole, ROLES)) else 0
+    whole = small * large if any(map(plan.problem.whole, shape.roles)) else 0
     fit = FLOAT64 * (large**2 + small * large + 2 * cap * large + 2 * cap**2)
     return max(_rounding_bytes(large, max(cap * large, whole)), fit + FLOAT32 * cap * large)
 
@@ -145,6 +147,9 @@ def _based_bytes(plan: Plan) -> int:
     hidden, middle = shape.hidden_size, shape.intermediate_size
     matrix, large = hidden * middle, max(hidden, middle)
     pooled = FLOAT32 * (hidden**2 + middle**2)
-    summed = 3 * matrix * plan.torch_dtype.itemsize + 2 * FLOAT32 * large**2 + plan.rows_bytes
-    held = (3 + options) * FLOAT32 * matrix
-    return 3 * FLOAT32 * matrix + pooled + max(summed, held + FLOAT32 * large**2 + _rounding_bytes(large, 2 * matrix))
+    count = len(shape.roles)
+    summed = count * matrix * plan.torch_dtype.itemsize + 2 * FLOAT32 * large**2 + plan.rows_bytes
+    held = (count + options) * FLOAT32 * matrix
+    return (
+        count * FLOAT32 * matrix + pooled + max(summed, held + FLOAT32 * large**2 + _rounding_bytes(large, 2 * matrix))
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from d2moe_vllm.format.config import CheckpointConfig, Pruning, Source, swiglu_of
-from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.format.words import describe
 from offline.errors import InputError, UnreachableError
 from offline.io.shards import SHARD_BYTES
@@ -66,15 +65,20 @@ def first_budget(model: DenseModel, recipe: Recipe, shard_bytes: int = SHARD_BYT
     """The files of a recipe for a model. Raises InputError, and UnreachableError where the ratio cannot be reached."""
     recipe = recipe.resolve(model.shape, model.max_positions)
     base, shape = recipe.base, model.shape
-    for role in ROLES:
+    for role in shape.roles:
         if shape.projection(role)[1] % base.groups:
-            sizes = [shape.projection(role)[1] for role in ROLES]
+            sizes = [shape.projection(role)[1] for role in shape.roles]
             works = max(n for n in range(1, base.groups) if not any(size % n for size in sizes))
             raise InputError(
                 f"base.groups {base.groups} does not divide {role}'s {shape.projection(role)[1]} inputs, and {works} "
                 f"does; give a recipe with `base: {{groups: {works}}}` by --recipe"
             )
     _check_counts(recipe, shape.num_experts)
+    if "gate" not in shape.roles and (why := METHODS[recipe.method].needs_gate):
+        raise InputError(
+            f"method {recipe.method} {why}, and the experts of {model.family.model_type} have no gate; "
+            "use another --method"
+        )
     problem = _problem(model, recipe, shard_bytes)
     if choice := problem.method.choice:
         problem = first_selection(problem, model, choice)
@@ -149,7 +153,7 @@ def summary(plan: Plan, seconds: Estimate) -> dict[str, Any]:
         },
         "left_out": plan.model.left_out,
         "notes": plan.model.remarks,
-        "kept_share_of_deltas": {role: plan.budget.kept_share[role] for role in ROLES},
+        "kept_share_of_deltas": {role: plan.budget.kept_share[role] for role in plan.config.roles},
         "first_layer": first.model_dump(mode="json"),
         "intermediate_size": shape.intermediate_size,
         "calibration": {

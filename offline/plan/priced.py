@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from d2moe_vllm.format.kinds import ROLES, Role, Stored, width
+from d2moe_vllm.format.kinds import Role, Stored, width
 from offline.io.units import FLOAT32, FLOAT64
 from offline.methods.layer import LayerJob, Progress
 from offline.methods.priced import half_of, half_part, place_of, write_priced
@@ -54,7 +54,7 @@ class PricedLayers(Layers):
         """Where a factorization took more damping than usual: by projection, the experts and how much."""
         found: dict[str, dict[str, float]] = {}
         config, entry = plan.config, plan.config.layers[layer]
-        for role in ROLES:
+        for role in config.roles:
             key = f"{role}.dense{DAMPING}"
             for expert in range(config.num_experts if entry[role].delta_storage is not None else 0):
                 if not width(entry, expert, config.intermediate_size):

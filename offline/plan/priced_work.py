@@ -22,10 +22,10 @@ def rounding_phases(plan: Plan) -> Mapping[str, int]:
     expert."""
     shape, recipe = plan.model.shape, plan.recipe
     hidden, middle = shape.hidden_size, shape.intermediate_size
-    matrix, large = hidden * middle, max(hidden, middle)
+    matrix, large, count = hidden * middle, max(hidden, middle), len(shape.roles)
     bits = {way.base for way in ways(recipe)} - {0}
     kinds = len(bits)
-    expert = 3 * matrix * plan.torch_dtype.itemsize
+    expert = count * matrix * plan.torch_dtype.itemsize
     moment, factors = FLOAT32 * large**2, (FLOAT64 + FLOAT32) * large**2
     moments = FLOAT32 * (hidden**2 + middle**2)
     # Sums of a merge: three float32 matrices of each projection by Fisher information, else one.
@@ -34,10 +34,10 @@ def rounding_phases(plan: Plan) -> Mapping[str, int]:
     gradients = 2 * FLOAT32 * matrix
     look = expert + gradients + pooled + moments
     if bits:
-        look += FLOAT32 * matrix * 3 * sums + (3 * FLOAT32 * matrix if plan.needs_fisher else 0)
-    held = 3 * matrix * kinds  # codes
+        look += FLOAT32 * matrix * count * sums + (count * FLOAT32 * matrix if plan.needs_fisher else 0)
+    held = count * matrix * kinds  # codes
     # What is rounded, what is left of it, and its codes, of gate and up together where these are larger.
-    based = 3 * FLOAT32 * matrix + pooled + factors + held + kinds * (2 * FLOAT32 + 1) * matrix
+    based = count * FLOAT32 * matrix + pooled + factors + held + kinds * (2 * FLOAT32 + 1) * matrix
     deltas = (2 * kinds + 3) * FLOAT32 * matrix
     tried = 4 * FLOAT32 * SAMPLE * large * 2 * len(ways(recipe))
     measure = expert + held + moment + max(factors + deltas / 2, deltas) + tried
@@ -79,11 +79,12 @@ def measuring_work(plan: Plan) -> Work:
     storing them, and before that the bases that there are to choose from."""
     shape, every = plan.model.shape, ways(plan.recipe)
     hidden, middle, experts = shape.hidden_size, shape.intermediate_size, shape.num_experts
-    found = gradients(plan, 3 if plan.needs_fisher else 0) + moments(plan, "input") + moments(plan, "middle")
+    first = len(shape.roles) - 1
+    found = gradients(plan, first + 1 if plan.needs_fisher else 0) + moments(plan, "input") + moments(plan, "middle")
     found += _again(plan, "input") + _again(plan, "middle")
     sample = min(SAMPLE, hidden, middle) * len([way for way in every if way.delta not in (0, 16)])
     each = factoring(hidden) + factoring(middle) + Work(columns=hidden + middle)
-    found += experts * (each + rounded(2 * sample, hidden) + rounded(sample, middle))
+    found += experts * (each + rounded(first * sample, hidden) + rounded(sample, middle))
     bases = {way.base for way in every} - {0}
     return found + (each if bases else Work()) + len(bases) * _whole(plan)
 
@@ -100,14 +101,15 @@ def writing_work(plan: Plan) -> Work:
         found += _again(plan, "input") + refitting(plan) + each + _whole(plan)
         found += Work() if plan.keeps("middle") else outputs(plan)
     if plan.needs_fisher:
-        found += gradients(plan, 2) + gradients(plan, 1)
+        found += gradients(plan, len(shape.roles) - 1) + gradients(plan, 1)
     return found
 
 
 def _whole(plan: Plan) -> Work:
-    """Of one expert's three matrices while they are rounded."""
-    hidden, middle = plan.model.shape.hidden_size, plan.model.shape.intermediate_size
-    return rounded(2 * middle, hidden) + rounded(hidden, middle)
+    """Of one expert's matrices while they are rounded."""
+    shape = plan.model.shape
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    return rounded((len(shape.roles) - 1) * middle, hidden) + rounded(hidden, middle)
 
 
 # Over the rows of a layer's experts
@@ -121,11 +123,12 @@ def projecting(plan: Plan) -> Work:
 
 
 def gradients(plan: Plan, fisher: int) -> Work:
-    """Of a layer's experts, gate, up and the way back through down; fisher: of so many projections."""
+    """Of a layer's experts, what they read the input with and the way back through down; fisher: of so many
+    projections."""
     shape = plan.model.shape
     rows = plan.tokens * shape.experts_per_token
     touched = Work(touched=rows * (16 * shape.intermediate_size + 8 * shape.hidden_size))
-    return (3 + fisher) * projecting(plan) + touched
+    return (len(shape.roles) + fisher) * projecting(plan) + touched
 
 
 def moments(plan: Plan, site: Site) -> Work:
@@ -137,16 +140,20 @@ def moments(plan: Plan, site: Site) -> Work:
 
 
 def _again(plan: Plan, site: Site) -> Work:
-    """A moment for its second use: read, or made again with gate and up."""
+    """A moment for its second use: read, or made again with gate and up, or up alone."""
     shape = plan.model.shape
     if plan.keeps(site):
         return Work(bytes=2 * FLOAT32 * shape.num_experts * shape.projection(SELECTIONS[site][0])[1] ** 2)
-    return moments(plan, site) + (2 * projecting(plan) if site == "middle" else Work())
+    return moments(plan, site) + ((len(shape.roles) - 1) * projecting(plan) if site == "middle" else Work())
 
 
 def outputs(plan: Plan) -> Work:
-    """What a layer's experts gave, and what their channels have become: gate, up and down as they were, gate and up as
-    they are, and two moments."""
+    """What a layer's experts gave, and what their channels have become: its projections as they were and as they are,
+    and two moments."""
     shape = plan.model.shape
     rows = plan.tokens * shape.experts_per_token
-    return 6 * projecting(plan) + moments(plan, "middle") + Work(touched=rows * 12 * shape.intermediate_size)
+    return (
+        2 * len(shape.roles) * projecting(plan)
+        + moments(plan, "middle")
+        + Work(touched=rows * 12 * shape.intermediate_size)
+    )

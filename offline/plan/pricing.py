@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm.format.config import Channels, CheckpointConfig, Layer, Projection
-from d2moe_vllm.format.kinds import HALVES, ROLES
+from d2moe_vllm.format.kinds import HALVES
 from offline.algebra.price import LayerCosts, Settled, Sizes, settle
 from offline.errors import UnreachableError
 from offline.io.shards import plan_shards
@@ -47,6 +47,7 @@ def solve_priced(problem: Problem, costs: Mapping[int, LayerCosts]) -> Priced:
         problem.draft.dtype,
         recipe.group_size,
         int(recipe.delta.channel_multiple),
+        "gate" in shape.roles,
     )
     least = sizes.masks(base=False) * len(costs)
     room = target - sum(spec.nbytes for spec in problem.other_tensors.values())
@@ -102,7 +103,7 @@ def budget_of(problem: Problem, chosen: Chosen) -> Budget:
     kept = sum(float(one.kept.double().mean()) for one in chosen.values()) / len(chosen)
     bases = {half: {n: "full" if one.ways[half].base else "none" for n, one in chosen.items()} for half in HALVES}
     choices = {(number, SITES[roles[0]]): bases[half][number] for half, roles in HALVES.items() for number in chosen}
-    return Budget(config, shards, dict.fromkeys(ROLES, kept), choices)  # type: ignore[arg-type]
+    return Budget(config, shards, dict.fromkeys(problem.shape.roles, kept), choices)  # type: ignore[arg-type]
 
 
 def layer_of(problem: Problem, one: Settled) -> Layer:
@@ -121,7 +122,7 @@ def layer_of(problem: Problem, one: Settled) -> Layer:
             bias=problem.shape.biased,
         )
         for half, way in one.ways.items()
-        for role in HALVES[half]
+        for role in problem.shape.halves[half]
     }
     if bool(one.kept.all()):
         return Layer(**projections)

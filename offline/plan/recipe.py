@@ -103,7 +103,7 @@ class Recipe(Settings):
     def resolve(self, shape: MoEShape, max_positions: int | None) -> Recipe:
         """This recipe with every `auto` decided for one model, but for bits, which are decided layer by layer, and for
         products of wide models, which the device decides."""
-        multiple = 16 if shape.hidden_size >= REAL_MODEL_WIDTH else 1
+        multiple = 16 if shape.model_hidden_size >= REAL_MODEL_WIDTH else 1
         channels = 1 if shape.intermediate_size <= NARROW else 32
         seq_len = self.calibration.seq_len
         if seq_len == "auto":
@@ -114,7 +114,7 @@ class Recipe(Settings):
         if self.calibration.windows == "auto":
             enough = math.ceil(ENOUGH_ROWS / shape.rows_for_each_input(int(seq_len)))
             calibration["windows"] = max(enough, FEWEST_WINDOWS)
-        if self.calibration.products == "auto" and shape.hidden_size < REAL_MODEL_WIDTH:
+        if self.calibration.products == "auto" and shape.model_hidden_size < REAL_MODEL_WIDTH:
             calibration["products"] = "float32"
         resolved = self.model_copy(
             update={

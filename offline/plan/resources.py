@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from d2moe_vllm.format.kinds import ROLES, TensorSpec
+from d2moe_vllm.format.kinds import TensorSpec
 from offline.algebra.products import Products, has_bfloat16
 from offline.errors import InputError
 from offline.io.units import FLOAT32
@@ -135,7 +135,7 @@ def scores(family: Family, config: Mapping[str, Any], length: int, batch: int, *
 def phases(plan: Plan) -> dict[str, int]:
     """Bytes resident on one process at the worst moment of each phase of a run."""
     backwards = plan.needs_gradient
-    hidden, vocabulary = plan.model.shape.hidden_size, int(plan.model.settings.get("vocab_size", 0))
+    hidden, vocabulary = plan.model.shape.model_hidden_size, int(plan.model.settings.get("vocab_size", 0))
     outside, _, _ = _outside_and_inside(plan)
     length = plan.windows[1]
     result = {"embeddings": FLOAT32 * (outside + 2 * plan.resources.batch_tokens * hidden), **_running(plan)}
@@ -152,16 +152,16 @@ def _running(plan: Plan) -> dict[str, int]:
     matrix, width = hidden * middle, plan.torch_dtype.itemsize
     _, inside, widest = _outside_and_inside(plan)
     # A decoder layer's own tensors: normed, projected and attended states, and their gradients.
-    states = FLOAT32 * batch * (hidden * (20 if backwards else 12) + 3 * widest)
+    states = FLOAT32 * batch * (shape.model_hidden_size * (20 if backwards else 12) + 3 * widest)
     states += scores(plan.model.family, plan.model.settings, plan.windows[1], batch, backwards=backwards)
     # Autograd keeps three tensors of an expert's width per routed token; then the mix, and one expert at work.
     kept = shape.experts_per_token * (3 * middle + 2 * hidden) if backwards else 0
     routed = FLOAT32 * batch * (kept + 4 * middle + 3 * hidden)
-    held = (3 * shape.num_experts if plan.resources.hold_layer else 1) * matrix * width
+    held = (len(shape.roles) * shape.num_experts if plan.resources.hold_layer else 1) * matrix * width
     result = {"layer": FLOAT32 * (inside + matrix) + held + states + routed}
     if plan.follows:
         first = shape.layers[0]
-        stored = sum(s.numel for role in ROLES for s in plan.config.projection_tensors(first, role).values())
+        stored = sum(s.numel for role in shape.roles for s in plan.config.projection_tensors(first, role).values())
         result["compressed layer"] = FLOAT32 * (inside + stored) + states + routed
     return result
 

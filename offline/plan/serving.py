@@ -129,7 +129,7 @@ def activation_bytes(
 ) -> int:
     """The peak of a step of `tokens` tokens on one rank, as vLLM's profile run makes one: hidden states, and the most
     that attention, one MoE layer by our plain torch, a dense MLP or the logits of all requests take beside them."""
-    tp, hidden = serving.tensor_parallel_size, shape.hidden_size
+    tp, hidden = serving.tensor_parallel_size, shape.model_hidden_size
     states = 3 * WIDTH * tokens * hidden  # as they come in, the residual, the normed
     dense = config.get("intermediate_size")
     beside = (

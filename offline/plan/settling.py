@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role
 from offline.methods.bases import SENSITIVITY_PART
 from offline.methods.layer import measured_part
 from offline.methods.options import Option
@@ -46,7 +46,7 @@ def error_curves(plan: Plan, work: WorkDir) -> Curves:
         for expert in range(plan.model.shape.num_experts):
             part = work.load_part(layer, measured_part(expert))
             for option in plan.problem.options:
-                for number, role in enumerate(ROLES):
+                for number, role in enumerate(plan.model.shape.roles):
                     curve, energy = part[f"{option}.{role}.curve"], part[f"{role}.energy"]
                     share = curve / energy.clamp(min=torch.finfo(torch.float64).tiny)
                     cost = sensitivity[number, expert] * curve / (1 - share.clamp(max=SATURATED))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role, roles_of
 from offline.methods import find_method
 from offline.report.pictures import Figure, Heat, Lines, Missing, Panel, Scale, Series, Table, describe, short
 
@@ -25,16 +25,17 @@ def sensitivity(content: dict[str, Any]) -> Figure | Missing | None:
         why = "Not recorded: this recipe needed no gradients. One with `allocation: adaptive` records it."
         return Missing("sensitivity", title, why)
     x = [int(number) for number in layers]
-    means = {role: [sum(found[role]) / len(found[role]) for found in layers.values()] for role in ROLES}
+    roles = roles_of(next(iter(layers.values())))
+    means = {role: [sum(found[role]) / len(found[role]) for found in layers.values()] for role in roles}
     series = [Series(role, values) for role, values in means.items()]
-    rows = [[number, *(means[role][place] for role in ROLES)] for place, number in enumerate(x)]
+    rows = [[number, *(means[role][place] for role in roles)] for place, number in enumerate(x)]
     return Figure(
         "sensitivity",
         title,
         "How much a unit of error at a projection's output costs the model: the higher, the more bytes it deserves.",
         [Panel("sensitivity", "Cost of a unit of squared error", Lines(x, series, "layer", "sensitivity", log=True),
                describe(x, series))],
-        [Table("Sensitivity, mean of experts", ["layer", *ROLES], rows)],
+        [Table("Sensitivity, mean of experts", ["layer", *roles], rows)],
         ["Squared gradient of the log-likelihood at the projection's output, summed over the calibration tokens; the "
          "axis is logarithmic."],
     )  # fmt: skip
@@ -45,7 +46,7 @@ def cka(content: dict[str, Any]) -> Figure | Missing:
     analyses = content["analyses"]
     if analyses is None:
         return Missing("cka", title, QUICK)
-    found = {(number, role): layer[role] for number, layer in analyses["layers"].items() for role in ROLES}
+    found = {(number, role): layer[role] for number, layer in analyses["layers"].items() for role in roles_of(layer)}
     others = {key: _pairs(one["cka"]) for key, one in found.items()}
     values = [value for pairs in others.values() for value in pairs]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
@@ -110,7 +111,7 @@ def energy(content: dict[str, Any]) -> Figure | Missing:
         return Missing("energy", title, QUICK)
     shares, layers = analyses["shares_of_rank"], analyses["layers"]
     panels, rows = [], []
-    for role in ROLES:
+    for role in roles_of(next(iter(layers.values()))):
         series = []
         # Without a base the delta is the whole expert: the same curve twice.
         based = any(layer[role]["energy"]["base"] for layer in layers.values())

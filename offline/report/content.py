@@ -10,7 +10,6 @@ from typing import Any
 
 from d2moe_vllm.format.config import CheckpointConfig
 from d2moe_vllm.format.files import check_checkpoint
-from d2moe_vllm.format.kinds import ROLES
 from d2moe_vllm.format.recipefile import read_recipe
 from offline.checkpoint.inspect import analyse, count_parameters, inspect, read_statistics
 from offline.errors import InputError
@@ -58,7 +57,7 @@ def check_request(request: Request) -> CheckpointConfig:
     if request.trimming and not request.texts:
         raise InputError("--trimming is measured on a text; add --text FILE")
     if request.trimming and not any(_trimmable(config, layer) for layer in config.layers):
-        raise InputError("nothing can be trimmed: no layer has a base for all three projections; drop --trimming")
+        raise InputError("nothing can be trimmed: no layer has a base for all projections; drop --trimming")
     if request.seq_len and not request.texts:
         raise InputError("--seq-len is for the text; add --text FILE")
     for text in request.texts:
@@ -71,7 +70,7 @@ def collect(request: Request, steps: Callable[[float], Steps], say: Callable[[st
     config = check_request(request)
     return {
         "checkpoint": inspect(request.checkpoint),
-        "inputs": {role: config.shape(role)[1] for role in ROLES},
+        "inputs": {role: config.shape(role)[1] for role in config.roles},
         "recipe": read_recipe(request.checkpoint),
         "parts": _parts(request.checkpoint, config),
         "perplexity": _perplexities(request, steps, say),
@@ -216,7 +215,7 @@ def _trimming(
 
 def _trimmable(config: CheckpointConfig, layer: int) -> bool:
     """Whether experts can run on the base alone; a stored index of shared U's would have to change too."""
-    return all(config.layers[layer][role].has_base and not config.layers[layer][role].shares_u for role in ROLES)
+    return all(config.layers[layer][role].has_base and not config.layers[layer][role].shares_u for role in config.roles)
 
 
 def _counts(experts: int) -> list[int]:
@@ -228,7 +227,7 @@ def _indices(folder: Path, config: CheckpointConfig) -> dict[str, dict[str, list
     """Layer -> role -> which of the stored U's each expert uses, where they are shared."""
     reader, found = Reader(folder), dict[str, dict[str, list[int]]]()
     for number, layer in config.layers.items():
-        for role in ROLES:
+        for role in config.roles:
             if layer[role].shares_u:
                 index = reader.tensor(config.tensor_name(number, 0, role, "u_index"))
                 found.setdefault(str(number), {})[role] = index.tolist()
@@ -239,7 +238,7 @@ def _alphas(folder: Path, config: CheckpointConfig) -> dict[str, dict[str, list[
     """Layer -> role -> [experts][bases], where experts are mixed from bases."""
     reader, found = Reader(folder), dict[str, dict[str, list[list[float]]]]()
     for number, layer in config.layers.items():
-        for role in ROLES:
+        for role in config.roles:
             if layer[role].bases:
                 rows = [
                     reader.finite(config.tensor_name(number, expert, role, "alpha")).float().tolist()

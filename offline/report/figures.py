@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from d2moe_vllm.format.config import Layer
-from d2moe_vllm.format.kinds import ROLES, width
+from d2moe_vllm.format.kinds import roles_of, width
 from d2moe_vllm.format.words import describe_layer
 from offline.io.units import size
 from offline.methods import find_method
@@ -140,7 +140,7 @@ def error(content: Content) -> Figure:
     layers = content["checkpoint"]["statistics"]["layers"]
     x = [int(number) for number in layers]
     panels, rows = [], []
-    for role in ROLES:
+    for role in roles_of(next(iter(layers.values()))["relative_error"]):
         errors = [report["relative_error"][role] for report in layers.values()]
         means = [sum(values) / len(values) for values in errors]
         series = Series(f"{role}, mean of experts", means, [min(v) for v in errors], [max(v) for v in errors])
@@ -193,14 +193,15 @@ def stored(content: Content) -> Figure:
 
 def ranks(content: Content) -> Figure:
     layers = content["checkpoint"]["layers"]
-    if not any(layer[role]["rank"] for layer in layers.values() for role in ROLES):
+    every = roles_of(content["inputs"])
+    if not any(layer[role]["rank"] for layer in layers.values() for role in every):
         return stored(content)
     x = [int(number) for number in layers]
-    roles = [role for role in ROLES if any(layer[role]["rank"] for layer in layers.values())]
+    roles = [role for role in every if any(layer[role]["rank"] for layer in layers.values())]
     series = [Series(role, [layer[role]["rank"] or None for layer in layers.values()]) for role in roles]
-    columns = ["layer", *ROLES, *(f"{role}, rank of base" for role in ROLES)]
+    columns = ["layer", *every, *(f"{role}, rank of base" for role in every)]
     rows = [
-        [number, *(layer[role]["rank"] for role in ROLES), *(layer[role]["base_rank"] or None for role in ROLES)]
+        [number, *(layer[role]["rank"] for role in every), *(layer[role]["base_rank"] or None for role in every)]
         for number, layer in zip(x, layers.values(), strict=True)
     ]
     notes = []
@@ -237,12 +238,16 @@ def _columns(projection: Mapping[str, Any], inputs: int) -> tuple[int, int]:
 
 def columns(content: Content) -> Figure | None:
     layers = content["checkpoint"]["layers"]
-    if not any(layer[role]["rank"] and _columns(layer[role], 1)[0] for layer in layers.values() for role in ROLES):
+    if not any(
+        layer[role]["rank"] and _columns(layer[role], 1)[0]
+        for layer in layers.values()
+        for role in roles_of(content["inputs"])
+    ):
         return None
     x = [int(number) for number in layers]
     inputs = content["inputs"]
     series, rows = [], []
-    for label, role in (("gate and up", "gate"), ("down", "down")):
+    for label, role in sisters.halves(content):
         kept = [100 * _columns(layer[role], inputs[role])[0] / inputs[role] for layer in layers.values()]
         series.append(Series(label, kept))
         for number, layer in zip(x, layers.values(), strict=True):
@@ -296,7 +301,7 @@ def trimming(content: Content) -> Figure | Missing | None:
     if not find_method(content["checkpoint"]["method"]).has_base:
         return None
     if not found["points"]:
-        return Missing("trimming", title, "No layer has a base of its own for all three projections, so no expert "
+        return Missing("trimming", title, "No layer has a base of its own for all projections, so no expert "
                                           "could do without its delta.")  # fmt: skip
     points = found["points"]
     measured = [point for point in points if point["perplexity"] is not None]

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from d2moe_vllm.format.config import STATS_FILE, CheckpointConfig, CheckpointError, first_error
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import Role
 from offline.checkpoint.inspect import read_statistics
 
 LARGEST = 1e100
@@ -82,8 +82,8 @@ def check_statistics(folder: Path, config: CheckpointConfig, all_layers: Sequenc
         layer = found.layers.get(str(number))
         if layer is None or any(len(values) != config.num_experts for values in layer.per_expert()):
             raise CheckpointError(f"{path}: not the statistics of layer {number}; copy it again")
-        if set(layer.relative_error) != set(ROLES):
-            raise CheckpointError(f"{path}: layer {number} has no errors of {', '.join(ROLES)}; copy it again")
+        if set(layer.relative_error) != set(config.roles):
+            raise CheckpointError(f"{path}: layer {number} has no errors of {', '.join(config.roles)}; copy it again")
     if unknown := set(found.layers) - {str(number) for number in config.layers}:
         raise CheckpointError(f"{path}: layer {min(unknown)!r} is none of the checkpoint's; copy it again")
     if (selection := found.selection) is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.format.kinds import ROLES, Role
 from offline.report.analysed import TABLE_LIMIT
 from offline.report.pictures import Figure, Heat, Lines, Panel, Scale, Series, Table, describe, short
 
@@ -34,6 +35,12 @@ def selection(content: Content) -> Figure | None:
     )  # fmt: skip
 
 
+def halves(content: Content) -> Sequence[tuple[str, Role]]:
+    """What projections that share their inputs' columns are called, and one of them."""
+    first: tuple[str, Role] = ("gate and up", "gate") if "gate" in content["inputs"] else ("up", "up")
+    return first, ("down", "down")
+
+
 def shared_u(content: Content) -> Figure | None:
     """Which of the stored U's each expert uses, of checkpoints that share them."""
     layers = content["shared_u"]
@@ -41,7 +48,7 @@ def shared_u(content: Content) -> Figure | None:
         return None
     panels, tables = [], []
     # gate and up have one index.
-    for label, role in (("gate and up", "gate"), ("down", "down")):
+    for label, role in halves(content):
         found = {number: roles[role] for number, roles in layers.items() if role in roles}
         if not found:
             continue

@@ -9,7 +9,6 @@ from typing import Any
 
 from d2moe_vllm.format.config import CheckpointConfig, Scope
 from d2moe_vllm.format.files import read_config
-from d2moe_vllm.format.kinds import ROLES
 from offline.errors import InputError
 from offline.source.families import find_family
 
@@ -52,7 +51,7 @@ def what(
         if ratio is not None:
             raise InputError("a checkpoint has its ratio already; leave --ratio out")
         config = read_config(checkpoint)
-        kinds = {layer[role].delta for layer in config.layers.values() for role in ROLES}
+        kinds = {layer[role].delta for layer in config.layers.values() for role in config.roles}
         if lacking := kinds & BACKENDS["triton"].lacks:
             raise InputError(f"{checkpoint} has layers that Triton has no kernels for ({', '.join(sorted(lacking))})")
         pruning = config.pruning.model_copy(update={"scope": scope or config.pruning.scope})

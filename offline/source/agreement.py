@@ -257,6 +257,17 @@ def groups(config: Config) -> str | None:
     return None
 
 
+def least_step(config: Config) -> str | None:
+    """A remark: Mamba's time steps, none of which transformers makes smaller than time_step_min (0.001 by default)."""
+    least = config.get("time_step_min", 0.001)
+    if not least:
+        return None
+    return (
+        f"transformers, which calibrates, makes no time step of Mamba smaller than time_step_min {least!r}, and "
+        "vLLM does; such steps change next to nothing"
+    )
+
+
 def latent_norms(config: Config) -> str | None:
     """A remark: the norms within latent attention, whose epsilon transformers fixes at 1e-6."""
     epsilon = config.get("rms_norm_eps")

@@ -12,10 +12,11 @@ from pydantic import ValidationError
 
 from d2moe_vllm.format.config import QUANT_METHOD, CheckpointConfig, first_error
 from d2moe_vllm.format.familyrow import FamilyRow
-from d2moe_vllm.format.kinds import Role
+from d2moe_vllm.format.kinds import HALVES, ROLES, Role
 from offline.errors import InputError
 from offline.source.family import Family, Layout
 from offline.source.rows import ROWS
+from offline.source.sites import SELECTIONS, Site
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in ROWS})
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
@@ -29,7 +30,11 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class MoEShape:
-    """Sizes of a model's MoE layers; `layers` are the decoder layers that have experts, biased: with biases."""
+    """Sizes of a model's MoE layers; `layers` are the decoder layers that have experts, biased: with biases.
+
+    hidden_size: of what experts read and give; model_size: of hidden states between layers where that is another, as a
+    layer projects what it hands to its experts (moe_latent_size). roles: the projections that experts have.
+    """
 
     num_experts: int
     experts_per_token: int
@@ -37,6 +42,23 @@ class MoEShape:
     intermediate_size: int
     layers: tuple[int, ...]
     biased: bool = False
+    roles: tuple[Role, ...] = ROLES
+    model_size: int | None = None
+
+    @property
+    def model_hidden_size(self) -> int:
+        """Of hidden states between layers."""
+        return self.hidden_size if self.model_size is None else self.model_size
+
+    @property
+    def halves(self) -> Mapping[str, tuple[Role, ...]]:
+        """HALVES, of the roles that experts have."""
+        return {half: tuple(role for role in every if role in self.roles) for half, every in HALVES.items()}
+
+    @property
+    def selections(self) -> Mapping[Site, tuple[Role, ...]]:
+        """SELECTIONS, likewise."""
+        return {site: tuple(role for role in every if role in self.roles) for site, every in SELECTIONS.items()}
 
     def projection(self, role: Role) -> tuple[int, int]:
         """(out, in) features."""
@@ -50,8 +72,8 @@ class MoEShape:
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters of one expert's gate, up and down, but for biases."""
-        return 3 * self.hidden_size * self.intermediate_size
+        """Parameters of one expert's projections, but for biases."""
+        return len(self.roles) * self.hidden_size * self.intermediate_size
 
 
 _given: list[Family] = []
@@ -190,13 +212,17 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
     groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
     if not isinstance(groups, int) or not isinstance(chosen, int) or num_experts % groups or chosen > groups:
         raise InputError(f"config.json: n_group {groups!r} and topk_group {chosen!r} do not fit {num_experts} experts")
+    hidden, latent = number("hidden_size"), family.latent_key
+    own = number(latent) if latent and config.get(latent) is not None else hidden
     return MoEShape(
         num_experts=num_experts,
         experts_per_token=number(family.experts_per_token_key),
-        hidden_size=number("hidden_size"),
+        hidden_size=own,
         intermediate_size=number(family.intermediate_size_key),
         layers=moe_layers(family, config, number("num_hidden_layers")),
         biased=family.biased,
+        roles=family.roles,
+        model_size=None if own == hidden else hidden,
     )
 
 
@@ -207,16 +233,24 @@ STEP = ("decoder_sparse_step", "moe_layer_interval")
 LEAST: Mapping[str, int] = MappingProxyType({**dict.fromkeys(FIRST, 0), "moe_layer_end_index": -1})
 """Of a setting's value; 1 of all others."""
 MLP_KINDS = {"dense": False, "sparse": True}
+WITH_EXPERTS = ("E", "moe")
+"""Kinds of layers, in a pattern or by name, that are nothing but experts and what belongs to them."""
 DENSE_KEYS = (*FIRST, *STEP, "moe_layer_end_index", "moe_layer_freq", "mlp_only_layers", "mlp_layer_types")
 """All that `moe_layers` can read."""
 
 
 def moe_layers(family: Family, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    """The decoder layers that have experts, by those of family.dense_keys that config.json sets: FIRST, STEP,
+    """The decoder layers that have experts, by their kinds where family.pattern_keys say these, else by those of
+    family.dense_keys that config.json sets: FIRST, STEP,
 
     moe_layer_end_index (the last that may have, -1 for the model's last), moe_layer_freq (only multiples of it, or 0 or
     1 of each layer), mlp_only_layers (dense ones), mlp_layer_types (each layer's kind). Raises InputError.
     """
+    if kinds := family.layer_kinds(config):
+        with_experts = tuple(layer for layer, kind in enumerate(kinds) if kind in WITH_EXPERTS)
+        if not with_experts:
+            raise InputError(f"config.json: none of the {num_layers} layers has experts; there is nothing to compress")
+        return with_experts
     settings = {key: config[key] for key in family.dense_keys if config.get(key) is not None}
     listed, kinds = settings.pop("mlp_only_layers", []), settings.pop("mlp_layer_types", ["sparse"] * num_layers)
     if not isinstance(listed, list) or not all(isinstance(n, int) for n in listed):

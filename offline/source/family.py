@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
 from d2moe_vllm.format.familyrow import FamilyRow
-from d2moe_vllm.format.kinds import ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role, roles_of
 from offline.errors import InputError
 from offline.source.agreement import ALIKE, TEXT, Check, rope
 
@@ -20,7 +20,8 @@ class Layout:
     A name with {expert} is one expert's matrix [out, in]; one without is all experts' stack [experts, out, in], or
     [experts, in, out] where it is `transposed` (read, it may be either: the shape tells). Where gate and up have one
     name they lie in one matrix, gate's outputs first, or, `interleaved`, each of gate's before up's of its number.
-    bias: what a name is followed by in that of its biases, [out] or [experts, out]; "": there are none.
+    bias: what a name is followed by in that of its biases, [out] or [experts, out]; "": there are none. gate is "" of
+    experts that have none.
     """
 
     gate: str
@@ -32,7 +33,7 @@ class Layout:
 
     @property
     def stacked(self) -> bool:
-        return "{expert}" not in self.gate
+        return "{expert}" not in self.down
 
     @property
     def fused(self) -> bool:
@@ -85,6 +86,9 @@ class Family:
     num_experts_keys: config.json's names of the number of experts; the first that is there counts.
     experts_per_token_key: its name of how many a token is sent to.
     dense_keys: config.json's keys that say which decoder layers have no experts (see `moe_layers`).
+    pattern_keys: its keys of which the first that is there says each layer's kind, in a string of letters or a list of
+        names, and so how many layers there are, whatever num_hidden_layers says.
+    latent_key: its key of the size of what experts read and give, where that may be another than hidden_size.
     requires: config.json's key -> the values with which transformers and vLLM compute the same model
         (None: the key may be missing); anything else would be served wrongly.
     not_null: keys that may be missing, but not null. absent: keys that may not be there, not even null. checks: of
@@ -112,6 +116,8 @@ class Family:
     experts_per_token_key: str = "num_experts_per_tok"
     intermediate_size_key: str = "moe_intermediate_size"
     dense_keys: tuple[str, ...] = ()
+    pattern_keys: tuple[str, ...] = ()
+    latent_key: str | None = None
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: SILU)
     not_null: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
@@ -152,11 +158,23 @@ class Family:
         """The language model's settings in a config.json: its own, or those under TEXT with what is said OUTSIDE, and
         TEXT itself. Raises InputError where there is no TEXT."""
         if not self.nested:
-            return config
+            kinds = self.layer_kinds(config)
+            return {**config, "num_hidden_layers": len(kinds)} if kinds else config
         text = config.get(TEXT)
         if not isinstance(text, dict):
             raise InputError(f"config.json: {TEXT} is {text!r}, a {self.model_type} model needs an object of settings")
         return {**text, **{key: config[key] for key in OUTSIDE if key in config}, TEXT: text}
+
+    def layer_kinds(self, config: Mapping[str, Any]) -> Sequence[str]:
+        """Each layer's kind, where the family's config.json says it; else (). Raises InputError where it is to and does
+        not."""
+        if not self.pattern_keys:
+            return ()
+        key = next((key for key in self.pattern_keys if config.get(key) is not None), self.pattern_keys[0])
+        kinds = config.get(key)
+        if not isinstance(kinds, (str, list)) or not kinds or not all(isinstance(kind, str) for kind in kinds):
+            raise InputError(f"config.json: {key} is {kinds!r}, a {self.model_type} model needs each layer's kind")
+        return kinds
 
     def changed(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json with other settings of the language model."""
@@ -164,11 +182,13 @@ class Family:
 
     @property
     def layers_prefix(self) -> str:
-        """How the names of the decoder layers' tensors begin."""
+        """How the names of the decoder layers' modules begin in transformers."""
         return f"{self.decoder}.layers."
 
     def layer_of(self, name: str) -> int | None:
-        """The number of the decoder layer that a tensor is in; None for one outside of them."""
+        """The number of the decoder layer that a tensor on disk, or of a module, is in; None for one outside of
+        them."""
+        name = self.module_name(name)
         number = name.removeprefix(self.layers_prefix).partition(".")[0]
         return int(number) if name.startswith(self.layers_prefix) and number.isdigit() else None
 
@@ -176,6 +196,11 @@ class Family:
         """Whether a tensor is of what a multimodal model has beside its language model, such as its vision tower."""
         holder = self.decoder.rpartition(".")[0]
         return bool(holder) and name.startswith(f"{holder}.") and not name.startswith(f"{self.decoder}.")
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The projections that experts have: without a gate up and down."""
+        return roles_of(self.projections)
 
     @property
     def biased(self) -> bool:
@@ -190,6 +215,10 @@ class Family:
     @property
     def layouts(self) -> tuple[Layout, ...]:
         """How experts may lie on disk, the released form first; transformers 5 can write its modules' own stack."""
+        if "gate" not in self.projections:
+            up, down = (f"{self.experts}.{{expert}}.{self.projections[role]}.weight" for role in self.roles)
+            alone = (Layout("", up, down), Layout("", f"{self.experts_path}.up_proj", f"{self.experts_path}.down_proj"))
+            return (self.released, *alone) if self.released else alone
         gate, up, down = (f"{self.experts}.{{expert}}.{self.projections[role]}.weight" for role in ROLES)
         if self.biased and self.released:
             # A projection without its bias is none: no other form is known of them.

@@ -29,13 +29,16 @@ computed from the configuration."""
 
 
 class _Probe(nn.Module):
-    """Stands for a decoder layer; more: how many values such a layer returns beside hidden states, here none of them
-    anything."""
+    """Stands for a decoder layer, with its settings, which models may ask it for (its kind, of hybrid ones); more: how
+    many values such a layer returns beside hidden states, here none of them anything."""
 
     hidden: Tensor
 
-    def __init__(self, more: int) -> None:
+    def __init__(self, layer: nn.Module, more: int) -> None:
         super().__init__()
+        for name, value in vars(layer).items():
+            if isinstance(value, (str, int)) and not name.startswith("_"):
+                setattr(self, name, value)
         self._more = more
 
     def _returned(self) -> Any:
@@ -189,9 +192,9 @@ def _tied_to(model: Any, name: str) -> str:
 class LayerwiseModel:
     """Runs a causal language model of `reader`'s checkpoint in float32 on `device`, layer by layer.
 
-    Embeddings and head are read when they are first needed and dropped by `prepare`. activation: of the experts' gate;
-    gated: of what gate and up give.
-    Raises InputError where transformers has no such model or a tensor is missing.
+    Embeddings and head are read when they are first needed and dropped by `prepare`. activation: of the experts' gate,
+    or of what up gives where they have none; gated: of what gate and up give, or up alone. Raises InputError where
+    transformers has no such model or a tensor is missing.
     """
 
     def __init__(self, reader: Reader, family: Family, hf_config: Any, device: torch.device | None = None) -> None:
@@ -202,12 +205,12 @@ class LayerwiseModel:
         settings = hf_config.get_text_config()
         self.hidden_size: int = settings.hidden_size
         # Families without such a setting have SiLU in their code.
-        activation = getattr(settings, "hidden_act", None) or getattr(settings, "hidden_activation", None)
-        self.activation: Callable[[Tensor], Tensor] = ACT2FN[activation or "silu"]
-        self.gated = gated(self.activation, family.swiglu)
+        names = (getattr(settings, key, None) for key in ("hidden_act", "hidden_activation", "mlp_hidden_act"))
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[next(filter(None, names), "silu")]
+        self.gated = gated(self.activation, family.swiglu, gate="gate" in family.projections)
         self._blueprints = list(blueprint(hf_config).get_submodule(family.decoder).layers)
-        self._recorders = nn.ModuleList(_Recorder(family.returned) for _ in self._blueprints)
-        self._injector = _Injector(family.returned)
+        self._recorders = nn.ModuleList(_Recorder(layer, family.returned) for layer in self._blueprints)
+        self._injector = _Injector(self._blueprints[0], family.returned)
         self._ends: Any = None
         self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
@@ -272,7 +275,7 @@ class LayerwiseModel:
         self._load(
             layer,
             lambda name: name.startswith(prefix),
-            lambda name: self._family.module_name(name).removeprefix(prefix),
+            lambda name: name.removeprefix(prefix),
         )
         if experts is not None:
             layer.set_submodule(self._family.experts_module, experts)
@@ -301,8 +304,10 @@ class LayerwiseModel:
         rename: Callable[[str], str],
         tied: Collection[str] = (),
     ) -> None:
-        """Fill a meta module with float32 tensors from disk, by assignment; `tied` are filled by the caller."""
-        names = {rename(name): name for name in self._reader.specs if wanted(name)}
+        """Fill a meta module with float32 tensors from disk, by assignment; `tied` are filled by the caller. wanted,
+        rename: of tensors by their names in transformers' modules."""
+        modules = {self._family.module_name(name): name for name in self._reader.specs}
+        names = {rename(module): name for module, name in modules.items() if wanted(module)}
         state = {}
         for parameter in module.state_dict():
             if parameter in names:

@@ -19,6 +19,7 @@ from offline.source.agreement import (
     head_size,
     latent_attention,
     latent_norms,
+    least_step,
     mimo,
     no_window,
     one_window,
@@ -33,6 +34,7 @@ from offline.source.agreement import (
 )
 from offline.source.family import SILU, Family, Layout
 
+NO_GATE: Mapping[Role, str] = MappingProxyType({"up": "up_proj", "down": "down_proj"})
 W: Mapping[Role, str] = MappingProxyType({"gate": "w1", "up": "w3", "down": "w2"})
 PROJ: Mapping[Role, str] = MappingProxyType({"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})
 NO_BIAS: Mapping[str, tuple[Any, ...]] = MappingProxyType({"attention_bias": (False, None)})
@@ -632,5 +634,30 @@ ROWS = (
         renames={".router.layer.weight": ".router.weight"},
         released=GRANITE,
         recipe="granitemoe",
+    ),
+    Family(
+        model_type="nemotron_h",
+        experts="backbone.layers.{layer}.mixer.experts",
+        projections=NO_GATE,
+        experts_module="mixer.experts",
+        num_experts_keys=("n_routed_experts",),
+        pattern_keys=("layers_block_type", "hybrid_override_pattern"),
+        latent_key="moe_latent_size",
+        # vLLM's shared experts have ReLU squared and no biases whatever config.json says, and are as many as it says,
+        # of which transformers always has one; only vLLM attends by windows.
+        requires={
+            **UNTIED,
+            **NO_WINDOW,
+            "architectures": (["NemotronHForCausalLM"], None),
+            "mlp_hidden_act": ("relu2", None),
+            "mamba_hidden_act": ("silu", None),
+            "mlp_bias": (False, None),
+            "n_shared_experts": (1, None),
+        },
+        not_null=("mlp_hidden_act", "mamba_hidden_act", "mlp_bias", "n_shared_experts", "n_group", "topk_group"),
+        checks=(),
+        remark=least_step,
+        renames={"backbone.": "model."},
+        recipe="qwen3_moe",
     ),
 )

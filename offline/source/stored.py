@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm.format.config import CheckpointError
-from d2moe_vllm.format.kinds import ROLES, Role, TensorSpec
+from d2moe_vllm.format.kinds import Role, TensorSpec
 from offline.errors import InputError
 from offline.io.shards import TORCH_DTYPES, Reader
 from offline.source.families import MoEShape
@@ -107,7 +107,7 @@ class StoredExperts:
         """Of an expert of one layer, those that it has."""
 
         def of(expert: int) -> dict[Role, Tensor]:
-            found = ((role, self.bias(layer, expert, role)) for role in ROLES)
+            found = ((role, self.bias(layer, expert, role)) for role in self.shape.roles)
             return {role: bias.to(device) for role, bias in found if bias is not None}
 
         return of
@@ -118,7 +118,7 @@ class StoredExperts:
     def held(self, layer: int, device: torch.device) -> Callable[[int, Role], Tensor]:
         """`weight` of one layer from memory: all of it is read now."""
         found = {(e, role): self.weight(layer, e, role).to(device) for e in range(self.shape.num_experts)
-                 for role in ROLES}  # fmt: skip
+                 for role in self.shape.roles}  # fmt: skip
         return lambda expert, role: found[expert, role]
 
     def fetched(self, layer: int, device: torch.device) -> Callable[[int, Role], Tensor]:
@@ -169,7 +169,7 @@ def expert_tensors(shape: MoEShape, layout: Layout, layers: Iterable[int]) -> It
     for layer in layers:
         for experts in (every,) if layout.stacked else (range(expert, expert + 1) for expert in every):
             held: dict[str, tuple[Role, ...]] = {}
-            for role in ROLES:
+            for role in shape.roles:
                 name = layout.name(layer, experts[0], role)
                 held[name] = (*held.get(name, ()), role)
             for name, roles in held.items():
@@ -189,7 +189,7 @@ def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: 
     the rest or of none that can be computed with, where experts have biases, or a tensor among them is strange.
     """
     layers, specs = tuple(layers), reader.specs
-    layout = next((one for one in family.layouts if one.name(layers[0], 0, "gate") in specs), family.layouts[0])
+    layout = next((one for one in family.layouts if one.name(layers[0], 0, "up") in specs), family.layouts[0])
     expected: dict[str, ExpertTensor] = {}
     for name, tensor in expert_tensors(shape, layout, layers):
         if name not in specs:  # at once: absurd sizes in config.json must not fill the memory

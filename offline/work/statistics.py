@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from d2moe_vllm.format.kinds import HALVES, ROLES, Role
+from d2moe_vllm.format.kinds import HALVES, Role, roles_of
 from d2moe_vllm.ops.reference import Gated
 from offline.algebra.moments import Moment
 from offline.algebra.products import Products, multiplying
@@ -35,6 +35,11 @@ class Weights(dict[Role, Tensor]):
     def __init__(self, matrices: Mapping[Role, Tensor], biases: Mapping[Role, Tensor] | None = None) -> None:
         super().__init__(matrices)
         self.biases: Mapping[Role, Tensor] = biases or {}
+
+    @property
+    def first(self) -> tuple[Role, ...]:
+        """Those that read the layer's input: gate and up, or up alone."""
+        return tuple(role for role in HALVES["w13"] if role in self)
 
     def gives(self, role: Role, rows: Tensor) -> Tensor:
         """What a projection gives for rows [n, in], in float32."""
@@ -128,8 +133,7 @@ class DenseExperts(nn.Module):
                 continue
             rows, gates = hidden_states[token], top_k_weights[token, slot, None]
             biases = self._biases(expert)
-            gate, up = (self._project(expert, role, rows, biases) for role in HALVES["w13"])
-            middle = self._gated(gate, up)
+            middle = self._gated(*(self._project(expert, role, rows, biases) for role in self._shape.halves["w13"]))
             weighted = gates * self._project(expert, "down", middle, biases)
             self.gave(expert, weighted)
             output = output.index_add(0, token, weighted)
@@ -220,28 +224,29 @@ def gradients(
     if routing.upstream is None:
         raise ValueError("gradients need a recording with upstream gradients")
     total: dict[Role, Tensor] = {}
-    wanted = (ROLES if fisher else ()) if isinstance(fisher, bool) else fisher
+    roles = roles_of(weights)
+    wanted = (roles if fisher else ()) if isinstance(fisher, bool) else fisher
     if wanted:
         total = {role: torch.zeros(weights[role].shape, device=routing.device) for role in wanted}
-    sums = {role: torch.zeros(len(weights[role]), dtype=torch.float64, device=routing.device) for role in ROLES}
+    sums = {role: torch.zeros(len(weights[role]), dtype=torch.float64, device=routing.device) for role in roles}
     channels = torch.zeros(weights["down"].shape[1], dtype=torch.float64, device=routing.device)
     moments = {site: Moment(_size(weights, site), routing.device) for site in sites}
 
     def add(x: Tensor, gates: Tensor, upstream: Tensor) -> None:
         """All but a few of what is as large as rows times channels goes with the end of this function, and as soon as
         it can: rows are taken by as many as memory holds of that."""
-        gate, up = weights.gives("gate", x), weights.gives("up", x)
+        gave = [weights.gives(role, x) for role in weights.first]
         back = upstream @ weights["down"].float()
         with torch.enable_grad():
-            middle = gated(gate.requires_grad_(), up.requires_grad_())
-            gate_back, up_back = torch.autograd.grad(middle, (gate, up), back)
-        del gate, up
-        inputs: dict[Role, Tensor] = {"gate": x, "up": x, "down": middle.detach()}
-        outputs: dict[Role, Tensor] = {"gate": gate_back, "up": up_back, "down": upstream}
-        del middle, gate_back, up_back
+            middle = gated(*(one.requires_grad_() for one in gave))
+            backs = torch.autograd.grad(middle, gave, back)
+        del gave
+        inputs: dict[Role, Tensor] = {**dict.fromkeys(weights.first, x), "down": middle.detach()}
+        outputs: dict[Role, Tensor] = {**dict(zip(weights.first, backs, strict=True)), "down": upstream}
+        del middle, backs
         channels.add_(column_sums(back.mul_(gates).mul_(inputs["down"]).square_()))
         del back
-        for role in ROLES:
+        for role in roles:
             squares = outputs.pop(role).square_()
             weighted = squares * gates.square()
             sums[role] += column_sums(squares if gate_weighted else weighted)
@@ -249,7 +254,7 @@ def gradients(
             if role in total:
                 total[role].addmm_(weighted.T, inputs[role].square())
         for site, moment in moments.items():
-            rows = inputs[SELECTIONS[site][0]]
+            rows = inputs[SELECTIONS[site][-1]]
             moment.add(rows * gates if gate_weighted else rows)
 
     with multiplying(routing.products):
@@ -277,7 +282,7 @@ def mean_gram(
 
 def _size(weights: Weights, site: Site) -> int:
     """Inputs of the projections that read there."""
-    return weights[SELECTIONS[site][0]].shape[1]
+    return weights[SELECTIONS[site][-1]].shape[1]
 
 
 @dataclass(frozen=True)
@@ -311,7 +316,7 @@ def outputs(
 ) -> Outputs:
     """One expert's outputs, but for down's bias, and what its channels have become; stored: gate and up [kept, hidden]
     as they will be stored, float32, with the kept channels' biases; tokens weighted by their squared gate if asked."""
-    kept, hidden = len(stored["gate"]), len(weights["down"])
+    kept, hidden = len(stored["up"]), len(weights["down"])
     moment = Moment(kept, routing.device)
     cross = torch.zeros(hidden, kept, device=routing.device)
     energy, count = 0.0, 0
@@ -329,7 +334,7 @@ def outputs(
 
 def _middle(weights: Weights, x: Tensor, gated: Gated) -> Tensor:
     """What down reads where gate and up read the rows x [n, hidden]."""
-    return gated(weights.gives("gate", x), weights.gives("up", x))
+    return gated(*(weights.gives(role, x) for role in weights.first))
 
 
 @torch.no_grad()

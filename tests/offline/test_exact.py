@@ -78,7 +78,7 @@ def reconstructions(folder: Path) -> Matrices:
         (layer, expert, role): rebuilt.weight(layer, expert, role)
         for layer in config.layers
         for expert in range(config.num_experts)
-        for role in ROLES
+        for role in config.roles
     }
 
 

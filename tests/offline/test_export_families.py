@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from d2moe_vllm.format.kinds import ROLES
 from offline.io.shards import Reader
 from offline.plan.recipes import SHIPPED
 from offline.source.dense import open_dense
@@ -49,7 +48,7 @@ def test_nothing_is_lost_on_the_way_back(tmp_path: Path, family: str, stacked: b
     done = d2moe_here("verify", tmp_path / "ours", "--source", source, "--json")
     found = json.loads(done.stdout)
     assert (done.returncode, found["problems"]) == (0, [])
-    assert all(layer[role]["worst"] == 0 for layer in found["layers"].values() for role in ROLES)
+    assert all(layer[role]["worst"] == 0 for layer in found["layers"].values() for role in model.shape.roles)
     assert set(found["layers"]) == {str(layer) for layer in model.shape.layers[:-1]}
     done = d2moe_here("export", tmp_path / "ours", tmp_path / "dense")
     assert done.returncode == 0, done.stderr

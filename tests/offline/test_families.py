@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from d2moe_vllm.families import auto_map, stock_model_class
 from d2moe_vllm.format.files import check_checkpoint
 from d2moe_vllm.format.kinds import ROLES
+from offline.errors import InputError
 from offline.run.evaluate import open_evaluated
 from offline.source.dense import open_dense
 from offline.source.families import FAMILIES
@@ -71,6 +73,8 @@ def stock_experts(layer: Any, family: str) -> Any | None:
 
 
 def stock_weight(experts: Any, expert: int, role: str) -> Tensor:
+    if isinstance(getattr(experts, "up_proj", None), Tensor):  # without a gate
+        return getattr(experts, f"{role}_proj")[expert]
     if not hasattr(experts, "gate_up_proj"):
         return getattr(experts[expert], f"{role}_proj").weight
     transposed = getattr(experts, "is_transposed", False)
@@ -124,13 +128,13 @@ def test_reads_and_runs_as_the_stock_model_does(family: str, released: Callable[
     stored = {tensor.data_ptr(): tensor.numel() for tensor in stock.state_dict().values()}  # a tied head once
     assert model.reader.parameters == sum(stored.values())
     for layer in with_experts:
-        for role in ROLES:
+        for role in model.shape.roles:
             for expert in range(model.shape.num_experts):
                 weight = model.weight(layer, expert, role)
                 assert weight.shape == model.shape.projection(role)
                 assert torch.equal(weight, stock_weight(layers[layer], expert, role))
         with pytest.raises((IndexError, AttributeError)):
-            stock_weight(layers[layer], model.shape.num_experts, "gate")
+            stock_weight(layers[layer], model.shape.num_experts, "up")
     assert_close(logits(model.folder), stock(TOKENS).logits)
 
 
@@ -202,6 +206,44 @@ def test_compressed_without_loss_it_is_the_same_model(
     assert_close(logits(folder), expected)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@torch.no_grad()
+def test_experts_that_see_a_projected_input(stacked: bool, tmp_path: Path) -> None:
+    """Of another size than hidden states; as released, and as transformers can write it."""
+    source = write_family(tmp_path / "latent", "nemotron_h", stacked=stacked, dtype=torch.float32, moe_latent_size=40)
+    model = open_dense(str(source))
+    assert (model.shape.hidden_size, model.shape.model_hidden_size) == (40, 64)
+    assert model.weight(1, 0, "up").shape == (48, 40)
+    expected = stock_model(stock_config("nemotron_h", moe_latent_size=40))(TOKENS).logits
+    assert_close(logits(source), expected)
+    exact = write_exact(tmp_path / "exact", source)
+    assert "backbone.layers.1.mixer.fc1_latent_proj.weight" in SourceReader(exact).specs
+    check_checkpoint(exact)
+    assert_close(logits(exact), expected)
+    for trust_remote_code in (True, False):
+        loaded = AutoModelForCausalLM.from_pretrained(exact, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        assert_close(loaded(TOKENS).logits, expected)
+
+
+def test_layers_kinds_are_told_by_a_pattern_too(tmp_path: Path) -> None:
+    """As the released Nemotron 3 have it."""
+    folder = write_family(tmp_path / "pattern", "nemotron_h", dtype=torch.float32)
+    content = json.loads((folder / "config.json").read_text())
+    assert "num_hidden_layers" not in content
+    del content["layers_block_type"]
+    (folder / "config.json").write_text(
+        json.dumps({**content, "hybrid_override_pattern": "ME*E-", "num_hidden_layers": 99})
+    )
+    model = open_dense(str(folder))
+    assert (model.num_layers, model.shape.layers) == (5, (1, 3))
+    (folder / "config.json").write_text(json.dumps({**content, "hybrid_override_pattern": "M*-M-"}))
+    with pytest.raises(InputError, match="none of the 5 layers has experts"):
+        open_dense(str(folder))
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="layers_block_type is None, a nemotron_h model needs each layer's kind"):
+        open_dense(str(folder))
+
+
 @torch.no_grad()
 def test_layers_that_predict_further_tokens_ride_along(released: Callable[[str], Path], tmp_path: Path) -> None:
     """DeepSeek-V3's MTP layer comes after the last decoder layer and has experts of its own."""
@@ -229,6 +271,7 @@ def test_layers_that_predict_further_tokens_ride_along(released: Callable[[str],
         ("qwen3_5_moe", "mtp.layers.0.mlp.experts.0.up_proj.weight"),
         ("exaone_moe", "mtp.layers.0.mlp.up_proj.weight"),
         ("mimo_v2_flash", "model.mtp.layers.0.mlp.up_proj.weight"),
+        ("nemotron_h", "mtp.layers.1.mixer.experts.0.up_proj.weight"),
     ],
 )
 @torch.no_grad()

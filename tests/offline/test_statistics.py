@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from d2moe_vllm.ops.reference import gated, relu2
 from offline.io.progress import Steps
 from offline.methods.layer import LayerJob
 from offline.plan.make import make_plan
@@ -18,7 +19,8 @@ from offline.plan.recipe import Recipe
 from offline.run.calibration import Calibration, open_sweep
 from offline.source.dense import open_dense
 from offline.source.layerwise import next_token_loss
-from offline.work.statistics import Gradients, Outputs, Weights, gradients, mean_gram, outputs
+from offline.work.activations import Rows
+from offline.work.statistics import Gradients, Outputs, Routing, Weights, gradients, mean_gram, outputs
 from offline.work.workdir import WorkDir
 
 WINDOWS, LENGTH, EXPERTS, LAYERS = 3, 7, 4, 3
@@ -241,3 +243,50 @@ def test_channels_are_scored_by_what_their_loss_costs(streamed: tuple, expected:
             found = streamed[1][layer].gradients[expert].channels
             assert found.dtype == torch.float64
             assert close(found, sum(scores))
+
+
+@pytest.mark.parametrize("gate_weighted", [False, True])
+def test_gradients_of_an_expert_without_a_gate(gate_weighted: bool, tmp_path: Path) -> None:
+    """y = down(relu(up x)²), by hand in float64, position by position; a third of its rows at once."""
+    generator, rows, hidden, inner = torch.Generator().manual_seed(3), 13, 6, 10
+    weights = Weights({"up": torch.randn(inner, hidden, generator=generator),
+                       "down": torch.randn(hidden, inner, generator=generator)})  # fmt: skip
+    inputs, upstream = (torch.randn(rows, hidden, generator=generator) for _ in range(2))
+    choice = torch.stack([torch.arange(rows) % 2, 2 + torch.arange(rows) % 2], dim=1).int()
+    gates = torch.rand(rows, 2, generator=generator)
+    stored = {}
+    for name, values in (("inputs", inputs), ("upstream", upstream)):
+        stored[name] = Rows(tmp_path / name, rows, hidden)
+        stored[name].allocate()
+        stored[name].write(slice(0, rows), values)
+    routing = Routing(stored["inputs"], choice, gates, stored["upstream"], 4, torch.device("cpu"))
+    gate_less = gated(relu2, gate=False)
+    every = {"fisher": True, "sites": ("input", "middle"), "gate_weighted": gate_weighted}
+    found = gradients(weights, routing, 0, gate_less, **every)
+    up, down = (weights[role].double() for role in ("up", "down"))
+    fisher = {"up": torch.zeros_like(up), "down": torch.zeros_like(down)}
+    sums = {"up": torch.zeros(inner).double(), "down": torch.zeros(hidden).double()}
+    grams = {"input": torch.zeros(hidden, hidden).double(), "middle": torch.zeros(inner, inner).double()}
+    channels, own = torch.zeros(inner).double(), [t for t in range(rows) if t % 2 == 0]
+    for t in own:
+        x, back, gate = inputs[t].double(), upstream[t].double(), float(gates[t, 0])
+        before = up @ x
+        middle = before.clamp(min=0) ** 2
+        at_middle = down.T @ back
+        outputs_back = {"up": at_middle * 2 * before.clamp(min=0), "down": back}
+        for role, read in (("up", x), ("down", middle)):
+            fisher[role] += (gate * torch.outer(outputs_back[role], read)) ** 2
+            sums[role] += outputs_back[role] ** 2 * (1 if gate_weighted else gate**2)
+        channels += (gate * at_middle * middle) ** 2
+        scale = gate if gate_weighted else 1.0
+        grams["input"] += torch.outer(scale * x, scale * x) / len(own)
+        grams["middle"] += torch.outer(scale * middle, scale * middle) / len(own)
+    assert found.fisher is not None
+    assert set(found.fisher) == set(found.rows) == {"up", "down"}
+    for role, expected in fisher.items():
+        assert close(found.fisher[role], expected)
+        assert close(found.rows[role], sums[role])
+    assert close(found.channels, channels)
+    for site, expected in grams.items():
+        assert close(found.grams[site], expected)
+        assert close(mean_gram(weights, routing, 0, site, gate_less, gate_weighted=gate_weighted), expected)

@@ -39,6 +39,7 @@ NOT_PROPOSED = {
     "glm_moe_dsa": "layers of transformers' GlmMoeDsaDecoderLayer give more than hidden states",
     "gpt_oss": "its experts have biases (model.layers.0.mlp.experts.down_proj_bias)",
     "mimo_v2_flash": "does not attend by scaled_dot_product_attention",
+    "nemotron_h": "its experts have no gate (transformers' NemotronHExperts holds up_proj and down_proj)",
 }
 AXK1: dict[str, Any] = {
     "model_type": "axk1",
@@ -122,7 +123,6 @@ def test_families_that_nobody_described(name: str, tmp_path: Path) -> None:
     ("name", "reason"),
     [
         ("llama", "it has no routed experts: no layer of transformers' LlamaForCausalLM has a module called experts"),
-        ("nemotron_h", "its experts have no gate (transformers' NemotronHExperts holds up_proj and down_proj)"),
         ("jamba", "layers 1, 3 of 4 have experts, which no key says that is known here"),
         ("jamba", "but perhaps expert_layer_offset and expert_layer_period"),
         ("laguna", "model.layers.1.mlp.experts.e_score_correction_bias lies among its experts"),

@@ -32,13 +32,18 @@ ODD = Shape(200, 328, 6, 2)
 """Multiples of 8 and of no 16."""
 MANY = Shape(7168, 2048, 256, 8)
 """DeepSeek-V3's experts: 64 bases, more than are mixed at once."""
-VARIANTS = ("base", "low-rank base", "no base", "shared V", "columns", "trimmed", "no deltas", "bases", "biases")
+VARIANTS = (
+    "base", "low-rank base", "no base", "shared V", "columns", "trimmed", "no deltas", "bases", "biases", "no gate",
+    "no gate, low-rank base",
+)  # fmt: skip
 
 
 def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Weights, HalfSpec]:
     """The weights of "w13" or "w2", and what is constant of them."""
     inputs, out, parts = (
-        (shape.hidden, shape.intermediate, 2) if name == "w13" else (shape.intermediate, shape.hidden, 1)
+        (shape.hidden, shape.intermediate, 1 if variant.startswith("no gate") else 2)
+        if name == "w13"
+        else (shape.intermediate, shape.hidden, 1)
     )
     odd = shape is ODD
     rank, stored = 33 if odd else 512, shape.experts - (variant in ("trimmed", "biases"))
@@ -65,11 +70,11 @@ def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Wei
             fields |= {"u_index": integers(shape.experts), "v_index": integers(shape.experts)}
     if variant == "biases":
         fields["bias"] = new(shape.experts, parts * out)
-    if variant == "low-rank base":
+    if variant.endswith("low-rank base"):
         base_rank = 40 if odd else 512
         fields |= {"base_u": new(out, parts * base_rank), "base_v": new(parts * base_rank, inputs)}
     elif variant != "no base":
-        kept = inputs // 8 * 7 if variant == "base" else inputs
+        kept = inputs // 8 * 7 if variant in ("base", "no gate") else inputs
         fields |= {"base": new(kept, parts * out), "base_columns": integers(kept)}
         fields["base_norms"] = torch.empty(kept, dtype=torch.float32, device="meta")
     ranks = (0 if variant == "no deltas" else rank,) * parts
@@ -113,6 +118,8 @@ def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
         for scope, rows in (("off", 16), ("batch", 16), ("batch", 128), ("token", 1)):
             yield partial(call, SHAPES["Mixtral-8x7B"], dtype, "base", scope, rows, "silu")
         yield partial(call, SHAPES["Qwen3-30B-A3B"], dtype, "bases", "off", 128, "silu")
+        for variant in ("no gate", "no gate, low-rank base"):
+            yield partial(call, SHAPES["Mixtral-8x7B"], dtype, variant, "off", 16, "relu2")
         return
     # Every bucket of rows, twice the tables' last one for kernels whose rows are those of one expert of many.
     every = sorted(
@@ -122,7 +129,8 @@ def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
         yield partial(call, shape, dtype, "base", scope, rows, "silu")
         yield partial(call, shape, dtype, "base", scope, rows, "silu", True)
     for shape, variant, rows in itertools.product((SHAPES["Mixtral-8x7B"], ODD), VARIANTS, every):
-        yield partial(call, shape, dtype, variant, "off", rows, "silu")
+        activation = "relu2" if variant.startswith("no gate") else "silu"
+        yield partial(call, shape, dtype, variant, "off", rows, activation)
     for shape, invariant, rows in itertools.product((*list(SHAPES.values())[1:], MANY), (False, True), every):
         yield partial(call, shape, dtype, "bases", "off", rows, "silu", invariant)
     for rows, function in itertools.product((1, 1024), ("silu", "tanh")):

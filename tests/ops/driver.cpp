@@ -127,7 +127,7 @@ Parallel on_threads(int count) {
 // One half of a layer whose experts keep some channels: dense or factors, on a full base or on none.
 template <class P>
 void narrow_half(Owned<P>& own, const Layer<P>& layer, Weights<P>& w, int half, Storage of_delta, Storage of_base, bool based) {
-  const int parts = half ? 1 : 2;
+  const int parts = half ? 1 : layer.parts;
   const i64 hidden = layer.hidden, channels = layer.intermediate;
   w.whole = below(2);
   for (int j = 0; j < parts; ++j) w.rank[j] = !w.whole ? 1 + below(40) : half ? layer.widest() : hidden;
@@ -157,7 +157,9 @@ bool one(int number) {
   layer.hidden = number % 12 == 5 ? 4096 + 4 * below(100) : 4 * (1 + below(20));
   layer.intermediate = number % 12 == 11 ? 4160 : 4 * (1 + below(20));
   layer.scope = Scope(below(3));
-  layer.activation = Activation(below(3));
+  layer.activation = Activation(below(4));
+  // Now and then without a gate, and then without what needs one.
+  layer.parts = number % 7 == 2 ? 1 : 2;
   std::vector<i32> index(layer.experts), columns[2], deltas[2];
   std::vector<float> norms(layer.hidden + layer.intermediate, 1.0f);
   const bool trimmed = below(3) == 0;
@@ -173,7 +175,7 @@ bool one(int number) {
   for (int half = 0; half < 2; ++half) {
     Weights<P>& w = half ? layer.w2 : layer.w13;
     const i64 in = half ? layer.intermediate : layer.hidden, out = half ? layer.hidden : layer.intermediate;
-    const int parts = half ? 1 : 2;
+    const int parts = half ? 1 : layer.parts;
     const Storage of_delta = storage(), of_base = storage();
     if (narrow) {
       narrow_half(own, layer, w, half, of_delta, of_base, based);
@@ -193,7 +195,7 @@ bool one(int number) {
       for (i64 i = 0; i < layer.experts * w.ranks(); ++i) deltas[half].push_back(i32(below(in)));
       w.columns = deltas[half].data();
     }
-    if (kind == 3 && half == 0 && below(2)) {
+    if (kind == 3 && half == 0 && layer.parts == 2 && below(2)) {
       w.mixed = 1 + below(70);
       w.function = Function(below(2));
       for (int j = 0; j < 2; ++j) w.bases[j] = own.mixed(of_delta, w.mixed, w.rank[j], in);
@@ -225,7 +227,7 @@ bool one(int number) {
     for (i64 c = 0; c < widths[e]; ++c) channels[e * ceil_div(layer.intermediate, 8) + c / 8] |= 1 << c % 8;
   std::unique_ptr<float[]> biases[2];
   if (number % 5 < 2) {
-    const i64 steps[] = {2 * ceil_div(layer.widest(), SLICE) * SLICE, ceil_div(layer.hidden, SLICE) * SLICE};
+    const i64 steps[] = {layer.parts * ceil_div(layer.widest(), SLICE) * SLICE, ceil_div(layer.hidden, SLICE) * SLICE};
     for (int half = 0; half < 2; ++half) {
       const i64 n = layer.experts * steps[half];
       biases[half].reset(new float[n]);
@@ -234,7 +236,7 @@ bool one(int number) {
       w.bias = biases[half].get(), w.bias_step = steps[half];
     }
   }
-  if (number % 5 == 1) layer.swiglu = {1.5f, 1.702f, 1.0f};
+  if (number % 5 == 1 && layer.parts == 2) layer.swiglu = {1.5f, 1.702f, 1.0f};
   if (narrow && based) layer.channels = channels.data();
   else if (narrow) layer.intermediate = 0;
   Batch<P> batch;

@@ -23,7 +23,8 @@ class Few:
     """Sizes and kinds of a layer. ranks: of gate, up and down, where deltas are no dense matrices; base_ranks: of a
     low-rank base. base: "full", "columns", "low rank" or "". kept, used: columns of a base of columns, of gate and up,
     and of down, per group. widths: channels that each expert keeps here; skipped: and before them elsewhere; without:
-    experts without deltas. base_first, delta_first: where in whole rows of down the inputs begin that are here."""
+    experts without deltas. gate: whether experts have one, whose ranks are not looked at otherwise. base_first,
+    delta_first: where in whole rows of down the inputs begin that are here."""
 
     seed: int = 0
     dtype: torch.dtype = torch.float32
@@ -51,7 +52,18 @@ class Few:
     padding: int = 0
     biased: bool = False
     swiglu: tuple[float, ...] = ()
+    gate: bool = True
+    activation: str = "silu"
     generator: torch.Generator = field(init=False, repr=False)
+
+    @property
+    def halves(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The roles that read the layer's input, and those that read what these give."""
+        return ("gate", "up")[not self.gate :], ("down",)
+
+    def of_half(self, each: tuple[int, int, int], half: int) -> tuple[int, ...]:
+        """Of numbers for gate, up and down those of a half."""
+        return each[2:] if half else each[not self.gate : 2]
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -107,12 +119,12 @@ def make(few: Few) -> Made:
     channels = [np.arange(inner)] * few.experts
     if few.widths and few.base:
         channels = [torch.randperm(inner, generator=few.generator)[:w].sort().values.numpy() for w in widths]
-    base: dict[str, Tensor | None] = dict.fromkeys(("gate", "up", "down"))
+    base: dict[str, Tensor | None] = dict.fromkeys(few.halves[0] + few.halves[1])
     deltas: list[dict[str, Tensor | None]] = [dict.fromkeys(base) for _ in widths]
     columns, norms, halves = {}, {}, []
     sizes = [{"gate": width, "up": width, "down": hidden} for width in widths if few.biased]
     biases = [{role: few.random(size).to(few.dtype) for role, size in of.items()} for of in sizes]
-    for half, roles in enumerate((("gate", "up"), ("down",))):
+    for half, roles in enumerate(few.halves):
         found = _deltas(few, half, roles, widths, deltas)
         found |= _base(few, half, roles, base, columns, norms)
         if half and few.widths:
@@ -132,8 +144,8 @@ def make(few: Few) -> Made:
     ranks = (0, 0, 0) if few.delta == "dense" else few.ranks
     specs = [
         HalfSpec(
-            ranks=ranks[part],
-            base_ranks=few.base_ranks[part] if low else (),
+            ranks=few.of_half(ranks, half),
+            base_ranks=few.of_half(few.base_ranks, half) if low else (),
             groups=few.groups,
             used=few.used[half] * few.groups if few.base == "columns" else 0,
             base=packing(few.base_storage) if few.base else None,
@@ -141,12 +153,14 @@ def make(few: Few) -> Made:
             base_first=few.base_first * half,
             delta_first=few.delta_first * half,
         )
-        for half, part in enumerate((slice(0, 2), slice(2, 3)))
+        for half in range(2)
     ]
     narrow: dict[str, Any] = (
         {"widths": few.widths, "skipped": few.skipped, "without": few.without} if few.widths else {}
     )
-    spec = LayerSpec(few.experts, inner if few.base or not few.widths else 0, *specs, "silu", few.scope, **narrow)
+    spec = LayerSpec(
+        few.experts, inner if few.base or not few.widths else 0, *specs, few.activation, few.scope, **narrow
+    )
     spec = spec._replace(swiglu=few.swiglu)
     return Made([x, gates, ids, *halves, padding], spec, base, columns, norms, deltas, channels, biases)
 
@@ -157,7 +171,7 @@ def _deltas(few: Few, half: int, roles: Any, widths: tuple[int, ...], deltas: li
     found: dict[str, list[tuple[Any, Any]]] = {}
     own = [e for e in range(few.experts) if e not in few.without]
     shared, columns = None, []
-    ranks = few.ranks[2:] if down else few.ranks[:2]
+    ranks = few.of_half(few.ranks, half)
     for expert in own:
         width = widths[expert]
         out, k = (few.hidden, width) if down else (width, few.hidden)
@@ -208,7 +222,7 @@ def _base(few: Few, half: int, roles: Any, base: dict[str, Any], columns: Any, n
     if not few.base:
         return {}
     if few.base == "low rank":
-        ranks = few.base_ranks[2:] if down else few.base_ranks[:2]
+        ranks = few.of_half(few.base_ranks, half)
         u, u_scales, us = few.side_by_side(out, ranks, how)
         v, v_scales, vs = few.matrix(sum(ranks), k, how, first)
         pairs = zip(us.split(ranks, dim=1), vs.split(ranks), strict=True)
@@ -252,7 +266,7 @@ def forward(few: Few, made: Made) -> np.ndarray:
             masked[:, own] = np.where(chosen, rows[:, own], 0)
         return {role: masked @ made.base[role].numpy().T for role in roles}  # type: ignore[union-attr]
 
-    z = based(("gate", "up"), x)
+    z = based(few.halves[0], x)
     mix, output = np.zeros((few.tokens, few.intermediate)), np.zeros((few.tokens, few.hidden))
     for t in range(few.tokens):
         for gate_value, expert in zip(gates[t], ids[t].astype(int), strict=True):
@@ -262,11 +276,11 @@ def forward(few: Few, made: Made) -> np.ndarray:
             if few.widths and not few.base:
                 own = np.arange(few.widths[expert])
             parts = []
-            for role in ("gate", "up"):
+            for role in few.halves[0]:
                 value = z[role][t, own] if role in z else np.zeros(len(own))
                 value = value if delta[role] is None else value + delta[role].numpy() @ x[t]  # type: ignore[union-attr]
                 parts.append(value + made.biases[expert][role].double().numpy() if few.biased else value)
-            h = gated(parts[0], parts[1], few.swiglu)
+            h = gated(parts, few.swiglu, few.activation)
             if few.biased:
                 output[t] += gate_value * made.biases[expert]["down"].double().numpy()
             if few.base:
@@ -285,6 +299,7 @@ def few_cases(draw: st.DrawFn) -> Few:
     base = draw(st.sampled_from(["", "full"] if narrow else ["", "full", "columns", "low rank"]))
     delta = draw(st.sampled_from(["dense", "factors"] if narrow else ["dense", "factors", "columns", "shared V"]))
     experts, inner = draw(st.integers(2, 5)), 2 * draw(st.integers(1, 90))
+    gate = draw(st.booleans())
     widths = tuple(draw(st.integers(0, inner)) for _ in range(experts)) if narrow else ()
     return Few(
         draw(st.integers(0, 2**31)),
@@ -309,5 +324,7 @@ def few_cases(draw: st.DrawFn) -> Few:
         absent=draw(st.sampled_from([0.0, 0.3])),
         padding=draw(st.integers(0, tokens)),
         biased=draw(st.booleans()),
-        swiglu=draw(st.sampled_from([(), SWIGLU])),
+        swiglu=(swiglu := draw(st.sampled_from([(), SWIGLU])) if gate else ()),
+        gate=gate,
+        activation="silu" if swiglu else draw(st.sampled_from(["silu", "relu2"])),
     )

@@ -28,13 +28,17 @@ def random_case(
     trimmed: tuple[int, ...] = (),
     biased: bool = False,
     swiglu: tuple[float, ...] = (),
+    gate: bool = True,
+    activation: str = "silu",
 ) -> Case:
     """rank: of gate, up, down. kept, used: per group, of gate/up and of down; kept 0 means no such base.
     absent: share of routed experts that are -1. padding: rows at the end that are no tokens. delta: of gate/up and
     of down, "factors", "columns" or "shared V". distinct_u: of gate/up and of down. biased: whether experts have
-    biases."""
+    biases; gate: whether they have a gate, whose numbers are not looked at otherwise."""
     rng = np.random.default_rng(seed)
     sizes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
+    each = list(zip(sizes, rank, base_rank, strict=True))[0 if gate else 1 :]
+    sizes = {role: sizes[role] for role, _, _ in each}
     case = Case(
         x=rng.standard_normal((tokens, hidden)),
         topk_ids=np.array([rng.permutation(num_experts)[:top_k] for _ in range(tokens)]).reshape(tokens, top_k),
@@ -51,10 +55,11 @@ def random_case(
         padding=np.arange(tokens) >= tokens - padding if padding else None,
         trimmed=trimmed,
         swiglu=swiglu,
+        activation=activation,
     )
     index = {half: rng.integers(0, max(distinct, 1), num_experts) for half, distinct in enumerate(distinct_u)}
     case.topk_ids[rng.random(case.topk_ids.shape) < absent] = -1
-    for role, k, base_k in zip(sizes, rank, base_rank, strict=True):
+    for role, k, base_k in each:
         out, inputs = sizes[role]
         half = int(role == "down")
         us = [rng.standard_normal((out, k)) * k**-0.5 for _ in range(distinct_u[half] or num_experts)] if k else None
@@ -74,7 +79,7 @@ def random_case(
         if not per_group:
             case.base[role] = None
             continue
-        if role == "up":
+        if role == "up" and gate:
             case.columns[role] = case.columns["gate"]
         else:
             size = inputs // groups
@@ -111,6 +116,7 @@ def cases(draw: st.DrawFn) -> Case:
     untrimmed = num_experts - len(trimmed)
     distinct_u = tuple(0 if kind == "columns" else draw(st.integers(0, untrimmed)) for kind in delta)
     tokens = draw(st.integers(0, 6))
+    gate = draw(st.booleans())
     return random_case(
         draw(st.integers(0, 2**31)),
         tokens=tokens,
@@ -128,10 +134,14 @@ def cases(draw: st.DrawFn) -> Case:
         distinct_u=distinct_u,
         trimmed=tuple(sorted(trimmed)),
         biased=draw(st.booleans()),
-        swiglu=draw(st.sampled_from([(), SWIGLU, (0.5, 1.0, 0.0)])),
+        swiglu=(swiglu := draw(st.sampled_from([(), SWIGLU, (0.5, 1.0, 0.0)])) if gate else ()),
+        gate=gate,
+        activation="silu" if swiglu else draw(st.sampled_from(["silu", "relu2"])),
     )
 
 
+NO_GATE = {"gate": False, "activation": "relu2"}
+"""As Nemotron-H's."""
 BIG = {"hidden": 192, "intermediate": 320, "num_experts": 8, "groups": 4, "rank": (48, 33, 40)}
 CROWDED = {
     "pruned base": {"kept": (40, 60), "used": (20, 31)},
@@ -141,6 +151,9 @@ CROWDED = {
     "column deltas": {"delta": ("columns", "columns"), "kept": (12, 16), "used": (5, 8)},
     "trimmed": {"trimmed": (1, 5), "kept": (48, 80), "used": (24, 40)},
     "biases": {"biased": True, "swiglu": SWIGLU, "trimmed": (1, 5), "kept": (48, 80), "used": (48, 80)},
+    "no gate": {**NO_GATE, "kept": (40, 60), "used": (20, 31)},
+    "no gate, low-rank base": {**NO_GATE, "base_rank": (0, 40, 24), "kept": (0, 0), "used": (0, 0), "biased": True},
+    "no gate, shared V": {**NO_GATE, "delta": ("shared V", "columns"), "kept": (0, 0), "used": (0, 0)},
 }
 
 

@@ -55,6 +55,37 @@ LAYERS: dict[str, Few] = {
     "biases, on a base, unequal widths": replace(
         BIG, storages=((2, 64), (3, 64)), base="full", without=(3,), biased=True, swiglu=SWIGLU, **UNEQUAL
     ),
+    **{
+        f"no gate, {bits} bits": replace(BIG, storages=((bits, 64), (bits, 64)), gate=False, activation="relu2")
+        for bits in (8, 4, 3, 2)
+    },
+    "no gate, not packed": replace(BIG, storages=(None, None), gate=False, activation="relu2"),
+    "no gate, on a base, unequal widths": replace(
+        BIG,
+        storages=((2, 64), (3, 64)),
+        base="full",
+        base_storage=(4, 64),
+        without=(3,),
+        base_first=77,
+        gate=False,
+        activation="relu2",
+        **UNEQUAL,
+    ),
+    "no gate, unequal widths, biases": replace(
+        BIG, storages=((3, 64), (4, 32)), gate=False, activation="relu2", biased=True, **UNEQUAL
+    ),
+    "no gate, factors": replace(
+        BIG,
+        delta="factors",
+        storages=((8, 64), (4, 32)),
+        base_storage=(8, 64),
+        gate=False,
+        activation="relu2",
+        **COLUMNS,
+    ),
+    "no gate, factors, unequal widths": replace(
+        BIG, delta="factors", storages=((8, 64), (3, 64)), gate=False, activation="relu2", **UNEQUAL
+    ),
 }
 """Sizes that are multiples of nothing, experts with no tokens among them."""
 

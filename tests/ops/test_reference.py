@@ -13,8 +13,9 @@ from moe_oracle import Case, delta_matrix, forward, kernel_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from d2moe_vllm.ops import BACKENDS
 from d2moe_vllm.ops.reference import fused_experts, select_columns
-from d2moe_vllm.ops.weights import HalfSpec
+from d2moe_vllm.ops.weights import HalfSpec, Weights
 
 SCOPES = ("batch", "token", "off")
 
@@ -85,7 +86,7 @@ def test_batch_invariant_rows_are_the_same_bits_alone_and_in_a_crowd(
     assert not torch.equal(some(torch.arange(2)), together[2:4])
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu2"])
 @pytest.mark.parametrize(("intermediate", "threads"), [(176, 1), (176, 2), (1408, 4), (14336, 3)])
 def test_batch_invariant_activations(activation: str, intermediate: int, threads: int) -> None:
     """Sizes and numbers of threads with which torch computes some values of a batch by scalars, others by vectors."""
@@ -101,6 +102,21 @@ def test_batch_invariant_activations(activation: str, intermediate: int, threads
     finally:
         torch.set_num_threads(before)
     assert torch.equal(torch.cat(alone), together)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_what_needs_a_gate_is_refused_without_one(backend: str) -> None:
+    """And not left out, or computed with another half of the weights."""
+    arguments, spec = kernel_arguments(random_case(3, gate=False), torch.float32)
+    if backend == "triton":
+        pytest.importorskip("triton")
+    run = BACKENDS[backend].fused_experts
+    with pytest.raises(ValueError, match="a clamped SwiGLU needs a gate"):
+        run(*arguments, spec._replace(swiglu=(7.0, 1.702, 1.0)))
+    bases = {"bases": torch.ones(2, 2, 8), "alpha": torch.ones(4, 2), "a": torch.ones(4, 16, 2)}
+    arguments[3] = Weights(**bases)
+    with pytest.raises(ValueError, match="bases are mixed for gate and up"):
+        run(*arguments, spec._replace(w13=HalfSpec((2,)), function="silu"))
 
 
 def test_scopes_differ_where_they_should() -> None:

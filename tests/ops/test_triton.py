@@ -76,9 +76,10 @@ def test_rounding_is_no_worse_in_a_crowd(backend: Backend, variant: str, scope: 
         rounding_is_no_worse(backend, variant, scope, dtype, tokens=67)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-def test_activations(backend: Backend, activation: str) -> None:
-    arguments, spec = kernel_arguments(random_case(3, tokens=4), torch.float32)
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu2"])
+def test_activations(backend: Backend, activation: str, gate: bool) -> None:
+    arguments, spec = kernel_arguments(random_case(3, tokens=4, gate=gate), torch.float32)
     spec = spec._replace(activation=activation)
     arguments[0] *= 8
     expected = fused_experts(*arguments, spec)
@@ -286,7 +287,7 @@ def test_what_it_does_not_do_is_said_in_one_line(backend: Backend) -> None:
     with pytest.raises(ValueError, match=r"x's dtype is torch.float64, not one of torch.float32"):
         backend.run(arguments, spec)
     arguments, spec = kernel_arguments(random_case(6), torch.float32)
-    with pytest.raises(ValueError, match="activation is 'relu', not one of silu, gelu, gelu_tanh"):
+    with pytest.raises(ValueError, match="activation is 'relu', not one of silu, gelu, gelu_tanh, relu2"):
         backend.run(arguments, spec._replace(activation="relu"))
     with pytest.raises(ValueError, match="scope is 'tokens', not batch, token or off"):
         backend.run(arguments, spec._replace(scope="tokens"))

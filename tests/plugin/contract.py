@@ -171,7 +171,20 @@ CONTRACT = (
         f"{LAYERS}.fused_moe.config.FusedMoEParallelConfig",
         attributes=("tp_size", "tp_rank", "ep_size", "use_ep"),
     ),
-    Use(f"{LAYERS}.fused_moe.activation.MoEActivation", values=("silu", "gelu", "gelu_tanh", "swigluoai")),
+    Use(
+        f"{LAYERS}.fused_moe.activation.MoEActivation",
+        values=(
+            "silu",
+            "gelu",
+            "gelu_tanh",
+            "relu2",
+            "swigluoai",
+            "silu_no_mul",
+            "gelu_no_mul",
+            "gelu_tanh_no_mul",
+            "relu2_no_mul",
+        ),
+    ),
     # Its loader drops names of experts that it does not know: we take ours before it.
     Use("vllm.model_executor.models.gpt_oss.GptOssForCausalLM", methods={"load_weights": ("self", "weights")}),
     Use("vllm.model_executor.models.gpt_oss.MLPBlock", behaves=("__init__",)),

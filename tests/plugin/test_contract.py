@@ -182,6 +182,22 @@ def test_the_contract_has_all_that_our_own_lists_name() -> None:
     assert all(hasattr(compat, name) for name in compat.__all__)
 
 
+def refusal_comes_last(source: Source) -> bool:
+    """Whether FusedMoEConfig.__post_init__ ends with what compat.let_cpus_have_experts_without_a_gate takes back."""
+    code = source.code("vllm.model_executor.layers.fused_moe.config.FusedMoEConfig", "__post_init__")
+    last = ast.unparse(ast.parse(code).body[0].body[-1])  # type: ignore[attr-defined]
+    return last.startswith("if not self.is_act_and_mul and") and "NotImplementedError('is_act_and_mul=False" in last
+
+
+def test_experts_without_a_gate_are_refused_on_cpus_when_all_else_is_looked_at(installed_source: Source) -> None:
+    """Else something that comes behind would be left out."""
+    assert refusal_comes_last(installed_source)
+
+
+def test_so_they_are_in_other_releases(other: Source) -> None:
+    assert refusal_comes_last(other)
+
+
 def test_the_window_is_the_one_the_package_declares() -> None:
     """SUPPORTED_VLLM, pyproject.toml's extra, and the releases that are checked here."""
     first, last = d2moe_vllm.SUPPORTED_VLLM[0], d2moe_vllm.SUPPORTED_VLLM[-1]

@@ -36,7 +36,8 @@ PROMPTS = (
 )
 MAX_TOKENS = 64
 IN_FAST_TIER = ("qwen2_moe",)
-SERVED = tuple(name for name, small in SMALL.items() if not small.refused_here)
+SERVED = tuple(name for name, small in SMALL.items() if not small.refused_here and not small.ours_alone)
+ALONE = tuple(name for name, small in SMALL.items() if small.ours_alone)
 EXPERT_PARALLEL = tuple(
     pytest.param(name, marks=[pytest.mark.slow] if SMALL[name].expert_parallel else [pytest.mark.families])
     for name in SERVED
@@ -70,15 +71,16 @@ def settings(family: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Callable[[str], Path]:
-    """Folder with a family's checkpoint `ours` and its dense reconstruction `dense`, both float32, made once."""
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Callable[..., Path]:
+    """Folder with a family's checkpoint `ours` and its dense reconstruction `dense`, both float32, made once; of
+    another config where changes to it are given."""
     root = tmp_path_factory.mktemp("served")
     (root / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
 
-    def make(family: str) -> Path:
-        folder = root / family
+    def make(family: str, **changes: Any) -> Path:
+        folder = root / "-".join([family, *map(str, changes.values())])
         if not folder.exists():
-            source = write_family(folder / "source", family, dtype=torch.float32, **SMALL[family].served)
+            source = write_family(folder / "source", family, dtype=torch.float32, **SMALL[family].served, **changes)
             given = ("--recipe", root / "recipe.yaml", "--windows", "4", "--seq-len", "32", "--calibration", texts[0])
             for arguments in (
                 ("compress", source, folder / "ours", *given),
@@ -155,6 +157,65 @@ def test_on_two_expert_parallel_ranks(
     assert_same(run(folder / "ep2", folder / "ours", TWO_RANKS, family, **parallel), dense(family))
 
 
+RANKS: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "two tensor-parallel ranks": {"tensor_parallel_size": 2},
+    "two expert-parallel ranks": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+}
+PROJECTED = {"moe_latent_size": 48}
+"""Of Nemotron-H: what experts see is a projection of hidden states."""
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "ranks"),
+    [
+        pytest.param(
+            family,
+            changes,
+            ranks,
+            id=f"{family}-{'projected' if changes else 'plain'}-{ranks}",
+            marks=[] if changes and ranks == "one rank" else [pytest.mark.slow],
+        )
+        for family in ALONE
+        for changes in ({}, PROJECTED)
+        for ranks in RANKS
+    ],
+)
+def test_served_as_transformers_computes_where_stock_vllm_serves_nothing(
+    family: str, changes: dict[str, Any], ranks: str, checkpoints: Callable[..., Path]
+) -> None:
+    """Every token is transformers' choice on the dense export, and as likely."""
+    folder = checkpoints(family, **changes)
+    env = TWO_RANKS if RANKS[ranks] else {}
+    found = run(folder / ranks.replace(" ", "-"), folder / "ours", env, family, **RANKS[ranks])
+    model = load_stock(folder / "dense", dtype=torch.float32).eval()
+    for result in found:
+        tokens = torch.tensor([result["prompt_ids"] + result["ids"]])
+        with torch.no_grad():
+            logprobs = model(tokens).logits[0, :-1].log_softmax(-1)
+        likely = logprobs.gather(1, tokens[0, 1:, None])[:, 0]
+        expected = torch.tensor(result["prompt_logprobs"] + result["logprobs"])
+        torch.testing.assert_close(likely, expected, rtol=0, atol=1e-4)
+        assert logprobs.argmax(dim=-1)[-len(result["ids"]) :].tolist() == result["ids"]
+    log = (folder / ranks.replace(" ", "-") / "log").read_text()
+    assert "the slow backend" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ALONE)
+def test_what_stock_vllm_has_no_kernel_for_on_cpus_stays_refused(family: str, tmp_path: Path) -> None:
+    """The dense model, with the plugin and without, and a checkpoint with a layer that stays dense."""
+    source = write_family(tmp_path / "source", family)
+    dense = open_dense(str(source)).shape.layers[-1:]
+    ours = write_exact(tmp_path / "ours", source, dense)
+    stock = str(SMALL[family].ours_alone)
+    left = f"layer {dense[0]} was left dense, and vLLM's CPU backend has no kernel for experts without a gate"
+    for model, env, words in ((source, {"VLLM_PLUGINS": ""}, stock), (source, {}, stock), (ours, {}, left)):
+        code, log, _ = run_engine(tmp_path, model, env, llm={"enforce_eager": True})
+        assert code != 0
+        assert words in log
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in SERVED if "linear_key_head_dim" in CONFIGS[name]])
 def test_linear_attention_in_bfloat16(family: str, tmp_path: Path) -> None:
@@ -227,7 +288,7 @@ def test_an_image_is_seen_as_by_the_dense_model(family: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [name for name in SMALL if name not in SERVED])
+@pytest.mark.parametrize("family", [name for name, small in SMALL.items() if small.refused_here])
 def test_refused_where_vllms_cpu_backend_serves_nothing_or_another_model(family: str, tmp_path: Path) -> None:
     folder = write_exact(tmp_path / "ours", write_family(tmp_path / "source", family))
     latent = {"block_size": 16, "enable_chunked_prefill": False} if "kv_lora_rank" in CONFIGS[family] else {}

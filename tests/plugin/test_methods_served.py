@@ -33,11 +33,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "moe-svd-everywhere": {"ratio": 0.08, "method": "moe-svd", "moe_svd": {"layer_ratio": 0.2}},
 }
 METHODS = ("moe-svd", "mobe")
-SERVED = tuple(name for name, small in SMALL.items() if not small.refused_here)
+SERVED = tuple(name for name, small in SMALL.items() if not small.refused_here and not small.ours_alone)
+ALONE = tuple(name for name, small in SMALL.items() if small.ours_alone)
 CASES = [pytest.param(family, method, id=f"{family}-{method}") for family in SERVED for method in METHODS]
 TWO_RANK_CASES = list(zip(SERVED, itertools.cycle(METHODS), strict=False))
 """Every family with one of the methods: how ranks divide a method's tensors is not the families' affair."""
-FAST = [("mixtral", method) for method in METHODS]
+FAST = [
+    *(pytest.param("mixtral", method) for method in METHODS),
+    # Where stock vLLM is none to compare with. Layers that stay dense nobody has a kernel for there.
+    *(
+        pytest.param(name, method, marks=pytest.mark.slow)
+        for name in ALONE
+        for method in ("few-bits", "moe-svd-everywhere")
+    ),
+]
 MAX_TOKENS = 16
 
 Made = Callable[[str, str], Path]
@@ -88,7 +97,6 @@ def dense(made: Made) -> Callable[[str, str], Results]:
 
 
 @pytest.mark.parametrize(("family", "method"), FAST)
-@torch.no_grad()
 def test_served_as_transformers_computes_the_export(family: str, method: str, made: Made) -> None:
     """Every token is transformers' choice, too, and as likely; the CPU's own backend serves, as nothing is said."""
     folder = made(family, method)
@@ -96,7 +104,8 @@ def test_served_as_transformers_computes_the_export(family: str, method: str, ma
     model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
     for result in found:
         tokens = torch.tensor([result["prompt_ids"] + result["ids"]])
-        logprobs = model(tokens).logits[0, :-1].log_softmax(-1)
+        with torch.no_grad():
+            logprobs = model(tokens).logits[0, :-1].log_softmax(-1)
         likely = logprobs.gather(1, tokens[0, 1:, None])[:, 0]
         torch.testing.assert_close(
             torch.tensor(result["prompt_logprobs"] + result["logprobs"]), likely, rtol=0, atol=1e-3

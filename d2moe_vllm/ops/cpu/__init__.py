@@ -22,7 +22,7 @@ from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 __all__ = ["CompilerError", "fused_experts", "load", "missing", "pack"]
 
 SCOPES = ("off", "token", "batch")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 FUNCTIONS = ("silu", "tanh")
 """By their numbers in api.cpp and layer.h."""
 
@@ -50,9 +50,9 @@ def fused_experts(
     """`reference.fused_experts` for halves that `pack` returned, x on the CPU in float32, float16 or bfloat16.
 
     It is always batch-invariant, and static_shapes has no meaning here. Raises ValueError for an unknown scope or
-    activation, for a clamped SwiGLU of another than silu, and for weights that no checkpoint has.
+    activation, for a clamped SwiGLU of another than silu or without a gate, and for weights that no checkpoint has.
     """
-    refuse_unknown(w13, w2)
+    refuse_unknown(w13, w2, spec)
     if spec.swiglu and spec.activation != "silu":
         raise ValueError(f"a clamped SwiGLU has silu in it, not {spec.activation!r}")
     x = x.contiguous()
@@ -62,8 +62,8 @@ def fused_experts(
     # Kept until the call returns, as all that it is given pointers of.
     widths = _widths(spec.widths, spec.skipped, spec.without) if spec.widths else None
     call = Call(
-        w13=_half(w13, spec.w13, spec, (x.shape[1],) * 2, widths),
-        w2=_half(w2, spec.w2, spec, (max(spec.widths, default=spec.intermediate_size),), widths),
+        w13=_half(w13, spec.w13, spec, x.shape[1], x.shape[1], widths),
+        w2=_half(w2, spec.w2, spec, spec.intermediate_size, max(spec.widths, default=spec.intermediate_size), widths),
         x=x.data_ptr(),
         gates=gates.data_ptr(),
         ids=ids.data_ptr(),
@@ -80,6 +80,7 @@ def fused_experts(
         dtype=DTYPES.index(x.dtype),
         scope=SCOPES.index(spec.scope),
         activation=ACTIVATIONS.index(spec.activation),
+        parts=len(spec.w13.ranks),
         swiglu=(ctypes.c_float * 3)(*spec.swiglu),
     )
     if x.shape[0]:
@@ -113,10 +114,9 @@ def _matrices(values: Tensor | None, scales: Tensor | None, how: Packing | None,
     return Matrices(_pointer(values), _pointer(scales), how.bits, how.group_size, first)
 
 
-def _half(weights: Weights, half: HalfSpec, spec: LayerSpec, whole: tuple[int, ...], widths: _Widths | None) -> Half:
-    """whole: inputs of a matrix that is an expert's whole delta, part by part."""
-    # Without columns of its own a base has all inputs; where experts keep some channels, all that any of them has.
-    inputs = whole[0] if len(whole) == 2 else spec.intermediate_size
+def _half(weights: Weights, half: HalfSpec, spec: LayerSpec, inputs: int, whole: int, widths: _Widths | None) -> Half:
+    """inputs: of a base without columns of its own; where experts keep some channels, all that any of them has. whole:
+    of a matrix that is an expert's whole delta, at most."""
     kept = inputs if weights.base_columns is None else weights.base_columns.numel()
     u, u_scales = next(
         (
@@ -161,6 +161,6 @@ def _half(weights: Weights, half: HalfSpec, spec: LayerSpec, whole: tuple[int, .
         mixed=weights.alpha.shape[1] // 2 if isinstance(weights.alpha, Tensor) else 0,
         function=0 if weights.bases is None else FUNCTIONS.index(spec.function),
         # A dense matrix is a U whose V is the identity.
-        rank=(I64 * 2)(*(half.ranks if weights.dense is None else whole)),
+        rank=(I64 * 2)(*(half.ranks if weights.dense is None else (whole,) * len(half.ranks))),
         base_rank=(I64 * 2)(*half.base_ranks),
     )

@@ -48,7 +48,7 @@ class Call(ctypes.Structure):
         ("w2", Half),
         *((name, POINTER) for name in ("x", "gates", "ids", "padding", "y", "widths", "skipped", "channels")),
         *((name, I64) for name in ("tokens", "top_k", "experts", "hidden", "intermediate")),
-        *((name, I64) for name in ("dtype", "scope", "activation")),
+        *((name, I64) for name in ("dtype", "scope", "activation", "parts")),
         ("swiglu", ctypes.c_float * 3),
     ]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2moe_vllm.ops.cpu.library import I64, load
 from d2moe_vllm.ops.packing import Packing, row_sizes
-from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.weights import UNGATED_BASES, UNGATED_SWIGLU, HalfSpec, LayerSpec, Weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """By their numbers in api.cpp."""
@@ -38,17 +38,24 @@ def pack(w13: Weights, w2: Weights, spec: LayerSpec) -> tuple[Weights, Weights]:
     size: packing then needs the room of one tensor more for a moment, and none afterwards.
     Raises ValueError for weights that no checkpoint has.
     """
-    refuse_unknown(w13, w2)
+    refuse_unknown(w13, w2, spec)
     hidden = _hidden_size(w2, spec)
-    return _Half(w13, spec.w13, spec, hidden).packed(), _Half(w2, spec.w2, spec, hidden).packed()
+    return (
+        _Half(w13, spec.w13, spec, hidden, down=False).packed(),
+        _Half(w2, spec.w2, spec, hidden, down=True).packed(),
+    )
 
 
-def refuse_unknown(w13: Weights, w2: Weights) -> None:
+def refuse_unknown(w13: Weights, w2: Weights, spec: LayerSpec) -> None:
     """Raises ValueError for what a validated checkpoint does not have and the kernels would leave out."""
     if w2.bases is not None:
         raise ValueError("bases are for gate and up alone")
     if any((kind is None) != (w13.bases is None) for kind in (w13.alpha, w13.a)):
         raise ValueError("bases need a and alpha, and the other way round")
+    if w13.bases is not None and not spec.gate:
+        raise ValueError(UNGATED_BASES)
+    if spec.swiglu and not spec.gate:
+        raise ValueError(UNGATED_SWIGLU)
 
 
 def selects(weights: Weights, half: HalfSpec, scope: str) -> bool:
@@ -82,10 +89,9 @@ def _hidden_size(w2: Weights, spec: LayerSpec) -> int:
 class _Half:
     """One half of a layer, to be packed."""
 
-    def __init__(self, weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int) -> None:
+    def __init__(self, weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int, *, down: bool) -> None:
         self.weights, self.half, self.scope, self.hidden = weights, half, spec.scope, hidden
-        self.parts = len(half.ranks)
-        self.down = self.parts == 1
+        self.parts, self.down = len(half.ranks), down
         self.inputs = spec.intermediate_size if self.down else hidden
         self.every = spec.widths
         own = [expert for expert in range(len(spec.widths)) if expert not in spec.without]
@@ -96,7 +102,7 @@ class _Half:
         found: dict[str, Tensor] = {}
         # Whose outputs or inputs are the channels that an expert keeps: how many rows for each of these, or in all.
         of_down = {"delta_v": half.ranks[0], "dense": self.hidden}
-        of_gate_up = {"delta_u": 1, "dense": 2}
+        of_gate_up = {"delta_u": 1, "dense": self.parts}
         cut = half.delta_first if weights.delta_columns is not None else 0
         for name, inputs, first in (
             ("delta_u", half.ranks, cut),

@@ -221,7 +221,7 @@ class Batch:
         swiglu: tuple[float, ...],
     ) -> Tensor:
         """h [pairs, width] from s [tokens or pairs, k], u [D, width, k], z [parts, tokens, 2 width] and bias [E, 2
-        width]."""
+        width]; ranks: gate's and up's, or up's alone, where these are width wide."""
         limit, alpha, beta = swiglu or (0.0, 0.0, 0.0)
         tile, pairs = self.tile("expand_gate_up"), self.tokens * self.top_k
         h = self.empty(pairs, width, dtype=self.dtype)
@@ -237,7 +237,7 @@ class Batch:
             columns,
             None if columns is None else column_places,
             self.tokens,
-            *ranks,
+            *((0, *ranks) if len(ranks) == 1 else ranks),
             width,
             0 if s is None else s.stride(0),
             0 if u is None else u.stride(1),
@@ -248,6 +248,7 @@ class Batch:
             LIMIT=limit,
             ALPHA=alpha,
             BETA=beta,
+            GATED=len(ranks) == 2,
             Z_PARTS=1 if z is None else len(z),
             **_matrix(tile),
         )

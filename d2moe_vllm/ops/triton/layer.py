@@ -7,10 +7,10 @@ from torch import Tensor
 
 from d2moe_vllm.ops.reference import FUNCTIONS
 from d2moe_vllm.ops.triton.launch import Batch
-from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.weights import UNGATED_BASES, UNGATED_SWIGLU, HalfSpec, LayerSpec, Weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 SCOPES = ("off", "token", "batch")
 
 
@@ -36,6 +36,10 @@ def fused_experts(
         raise ValueError(f"scope is {spec.scope!r}, not batch, token or off")
     if spec.swiglu and spec.activation != "silu":
         raise ValueError(f"a clamped SwiGLU has silu in it, not {spec.activation!r}")
+    if spec.swiglu and not spec.gate:
+        raise ValueError(UNGATED_SWIGLU)
+    if w13.bases is not None and not spec.gate:
+        raise ValueError(UNGATED_BASES)
     if w13.bases is not None and spec.function not in FUNCTIONS:
         raise ValueError(f"function is {spec.function!r}, not one of {', '.join(FUNCTIONS)}")
     if not len(x):
@@ -106,17 +110,16 @@ def _shrink(batch: Batch, x: Tensor, weights: Weights) -> Tensor:
 def _base_gate_up(
     batch: Batch, x: Tensor, weights: Weights, half: HalfSpec, padding: Tensor | None, scope: str
 ) -> Tensor | None:
-    """z [parts, tokens, 2 I], None without a base."""
+    """z [parts, tokens, 2 I], or [parts, tokens, I] of experts without a gate; None without a base."""
     if weights.base_u is not None and weights.base_v is not None:
         shrunk = batch.added(batch.factor_product("shrink", x, weights.base_v, grouped=False))
-        width, gate_rank = weights.base_u.shape[0], half.base_ranks[0]
-        z = batch.empty(1, batch.tokens, 2 * width, dtype=x.dtype)
-        for ranks, outputs in (
-            (slice(gate_rank), slice(width)),
-            (slice(gate_rank, None), slice(width, None)),
-        ):
+        width, first = weights.base_u.shape[0], 0
+        z = batch.empty(1, batch.tokens, len(half.base_ranks) * width, dtype=x.dtype)
+        for part, rank in enumerate(half.base_ranks):
+            ranks, outputs = slice(first, first + rank), slice(part * width, (part + 1) * width)
             b = weights.base_u[:, ranks]
             batch.factor_product("expand_down", shrunk[:, ranks], b, grouped=False, out=z[..., outputs])
+            first += rank
         return z
     if weights.base is None or weights.base_columns is None or weights.base_norms is None:
         return None

@@ -117,11 +117,14 @@ def factor_product(
 
 @triton.jit
 def activate(value, ACTIVATION: tl.constexpr):
-    """silu, gelu or gelu_tanh of float32."""
+    """silu, gelu, gelu_tanh or relu2 of float32."""
     if ACTIVATION == "silu":
         value = value / (1.0 + tl.exp(-value))
     elif ACTIVATION == "gelu":
         value = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
+    elif ACTIVATION == "relu2":
+        value = tl.where(value < 0.0, 0.0, value)  # what is no number stays none
+        value = value * value
     else:
         # (1 + tanh(y)) / 2 is 1 / (1 + exp(-2 y)).
         value = value / (1.0 + tl.exp(-1.5957691216057308 * (value + 0.044715 * value * value * value)))
@@ -161,13 +164,15 @@ def expand_and_activate(
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     BETA: tl.constexpr,
+    GATED: tl.constexpr,
     Z_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """h[pair] = act(z^gate[token] + U^gate s^gate) * (z^up[token] + U^up s^up), gate and up in one program, each with
-    the expert's of bias [experts, 2 width] where there is one. LIMIT: 0, or `clamped` takes the place of act and *.
+    the expert's of bias [experts, 2 width] where there is one. LIMIT: 0, or `clamped` takes the place of act and *. Not
+    GATED: h[pair] = act(z^up[token] + U^up s^up), gate_rank is 0, and what is 2 width wide is width wide.
 
     s: [s's rows, s_stride], row pair // s_divisor, gate's columns first; where `columns` is given they name
     columns of s instead. u: [D, width, u_stride], gate's columns first; None: no expert has deltas. z: [Z_PARTS,
@@ -205,19 +210,29 @@ def expand_and_activate(
             gate_columns = columns + column_place.to(tl.int64) * columns_stride
             up_columns = gate_columns + gate_rank
             s_up = s_start
-        gate = add_product(gate, s_start, there, u_start, in_width, gate_columns, 0, gate_rank_used, gate_rank, BLOCK_K)
+        if GATED:
+            gate = add_product(
+                gate, s_start, there, u_start, in_width, gate_columns, 0, gate_rank_used, gate_rank, BLOCK_K
+            )
         u_start += gate_rank
         up = add_product(up, s_up, there, u_start, in_width, up_columns, 0, up_rank_used, up_rank, BLOCK_K)
     if z is not None:
-        z_start = z + (own // top_k).to(tl.int64)[:, None] * (2 * width) + outputs[None, :]
-        z_part = tl.cast(z_rows, tl.int64) * (2 * width)
-        gate += load_parts(z_start, z_part, there & in_width, Z_PARTS)
-        up += load_parts(z_start + width, z_part, there & in_width, Z_PARTS)
+        z_width = 2 * width if GATED else width
+        z_start = z + (own // top_k).to(tl.int64)[:, None] * z_width + outputs[None, :]
+        z_part = tl.cast(z_rows, tl.int64) * z_width
+        if GATED:
+            gate += load_parts(z_start, z_part, there & in_width, Z_PARTS)
+            z_start += width
+        up += load_parts(z_start, z_part, there & in_width, Z_PARTS)
     if bias is not None:
-        own_bias = bias + expert.to(tl.int64) * (2 * width) + outputs
-        gate += tl.load(own_bias, mask=outputs < width, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(own_bias + width, mask=outputs < width, other=0.0).to(tl.float32)[None, :]
-    if LIMIT > 0:  # noqa: SIM108 - Triton has no such expression for what is known ahead
+        own_bias = bias + expert.to(tl.int64) * (2 * width if GATED else width) + outputs
+        if GATED:
+            gate += tl.load(own_bias, mask=outputs < width, other=0.0).to(tl.float32)[None, :]
+            own_bias += width
+        up += tl.load(own_bias, mask=outputs < width, other=0.0).to(tl.float32)[None, :]
+    if not GATED:
+        hidden = activate(up, ACTIVATION)
+    elif LIMIT > 0:
         hidden = clamped(gate, up, LIMIT, ALPHA, BETA)
     else:
         hidden = activate(gate, ACTIVATION) * up

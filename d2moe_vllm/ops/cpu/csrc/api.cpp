@@ -19,7 +19,7 @@ struct MatricesC {
   i64 bits, group, first;
 };
 
-// One half's tensors and sizes; null and 0 where there is none. parts: gate and up, or down alone.
+// One half's tensors and sizes; null and 0 where there is none.
 struct HalfC {
   MatricesC u, v, base, base_u, base_v, bases;
   const void* alpha;
@@ -38,7 +38,7 @@ struct CallC {
   void* y;
   const i32 *widths, *skipped;  // [experts] or null: channels of each that are here, and that are elsewhere before them
   const std::uint8_t* channels;
-  i64 tokens, top_k, experts, hidden, intermediate, dtype, scope, activation;
+  i64 tokens, top_k, experts, hidden, intermediate, dtype, scope, activation, parts;  // parts: of w13
   float swiglu[3];
 };
 
@@ -88,8 +88,9 @@ Factor<P> of_widths(const CallC& call, const i32* places, bool wide, Factor<P> o
   return one;
 }
 
+// parts: gate and up, up alone, or down.
 template <class P>
-Weights<P> weights(const CallC& call, const HalfC& half, int parts, i64 out, i64 in) {
+Weights<P> weights(const CallC& call, const HalfC& half, int parts, bool down, i64 out, i64 in) {
   using E = typename P::Element;
   Weights<P> w;
   // Experts' widths are inputs of down's matrices and V's, and outputs of gate's and up's matrices and U's.
@@ -101,11 +102,11 @@ Weights<P> weights(const CallC& call, const HalfC& half, int parts, i64 out, i64
     w.rank[j] = half.rank[j];
     u.in = half.rank[j];
     w.u[j] = u;
-    if (ragged && (parts > 1 || half.whole)) u = of_widths(call, half.u_index, parts == 1, u, w.u[j].each);
+    if (ragged && (!down || half.whole)) u = of_widths(call, half.u_index, down, u, w.u[j].each);
     else u = behind(u, places, out, 0);
   }
   w.v.first = factor<P>(half.v, half.rank[0] + half.rank[1], in);
-  if (ragged && parts == 1 && half.v.data) of_widths(call, half.u_index, true, w.v.first, w.v.each);
+  if (ragged && down && half.v.data) of_widths(call, half.u_index, true, w.v.first, w.v.each);
   Factor<P> base = factor<P>(half.base, out, half.kept), base_u = factor<P>(half.base_u, out, half.base_rank[0]);
   for (int j = 0; j < parts; ++j) {
     if (half.base.data) {
@@ -160,8 +161,9 @@ void d2moe_fused_experts(const CallC* call) {
     layer.swiglu = {call->swiglu[0], call->swiglu[1], call->swiglu[2]};
     layer.widths = call->widths;
     layer.channels = call->channels;
-    layer.w13 = weights<P>(*call, call->w13, 2, call->intermediate, call->hidden);
-    layer.w2 = weights<P>(*call, call->w2, 1, call->hidden, call->intermediate);
+    layer.parts = int(call->parts);
+    layer.w13 = weights<P>(*call, call->w13, layer.parts, false, call->intermediate, call->hidden);
+    layer.w2 = weights<P>(*call, call->w2, 1, true, call->hidden, call->intermediate);
     const Batch<P> batch{static_cast<const E*>(call->x), call->gates, call->ids, call->padding,
                          call->tokens, call->top_k, static_cast<E*>(call->y)};
     const Parallel parallel = in_threads;

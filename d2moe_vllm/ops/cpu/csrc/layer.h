@@ -10,7 +10,8 @@ namespace d2moe {
 
 enum class Function { silu, tanh };
 
-// Gate and up together, or down; none where a layer has none. Packed as in storage.h, or as each says.
+// Gate and up together, up alone, in gate's place, where experts have no gate, or down; none where a layer has none.
+// Packed as in storage.h, or as each says.
 template <class P>
 struct Weights {
   using Element = typename P::Element;
@@ -47,7 +48,7 @@ struct Weights {
 };
 
 enum class Scope { off, token, batch };
-enum class Activation { silu, gelu, gelu_tanh };
+enum class Activation { silu, gelu, gelu_tanh, relu2 };
 // With g = min(gate, limit) and u = up within -limit .. limit: g * sigmoid(alpha * g) * (u + beta). Limit 0: not this.
 struct Swiglu { float limit, alpha, beta; };
 
@@ -55,6 +56,7 @@ template <class P>
 struct Layer {
   Weights<P> w13, w2;
   i64 experts = 0, hidden = 0;
+  int parts = 2;                  // of w13: 1 where experts have no gate, and h is activation(up)
   i64 intermediate = 0;           // channels of the base, and of every expert, but where those keep some only
   const i32* widths = nullptr;    // [experts], then: how many
   const std::uint8_t* channels = nullptr;  // [experts, intermediate / 8], beside a base: which of its, lowest bits first
@@ -96,6 +98,10 @@ inline float activate(Activation kind, float x) {
 
 inline Floats activate(Activation kind, Floats x) {
   if (kind == Activation::silu) return silu(x);
+  if (kind == Activation::relu2) {
+    for (int i = 0; i < LANES; ++i) x[i] = x[i] < 0.0f ? 0.0f : x[i];  // what is no number stays none
+    return x * x;
+  }
   for (int i = 0; i < LANES; ++i) x[i] = activate(kind, x[i]);
   return x;
 }

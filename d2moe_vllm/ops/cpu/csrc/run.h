@@ -2,6 +2,7 @@
 //   1  sort (token, expert) pairs by expert; select gate's and up's columns and gather the base's inputs
 //   2  shrink:        s = V x                                   per expert and 64 ranks; mixed V's of all experts at once
 //   3  gate and up:   z = B x + b; h = act(z + U s) * (z + U s);  per 64 channels, the mix sum_e g_e h_e on the way
+//      or up alone:   h = act(z + U s)
 //   4  select down's columns of the mix, gather them
 //   5  shrink:        s = V h
 //   6  down:          y = B mix + sum_e g_e (U s + b)                 per 64 outputs
@@ -172,13 +173,13 @@ class Run {
     const i64 size = ceil_div(end - first, SLICE) * batch_.tokens * SLICE, out = layer_.intermediate;
     const Weights<P>& w = layer_.w13;
     thread_local std::vector<float> z[2];
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < layer_.parts; ++j) {
       z[j].resize(size);
       base_slices(w, b_.half13, j, first, end, out, j ? u_of(w, 0, 0, first) : base_of(w, 1, first), z[j].data());
     }
     for (i64 i = first; i < end; i += SLICE) {
       const float* of_slice[2];
-      for (int j = 0; j < 2; ++j) of_slice[j] = z[j].data() + (i - first) * batch_.tokens;
+      for (int j = 0; j < layer_.parts; ++j) of_slice[j] = z[j].data() + (i - first) * batch_.tokens;
       experts_slice(i, [&](i64, i64 token, i64, int j) { return of_slice[j] + token * SLICE; });
     }
   }
@@ -199,7 +200,7 @@ class Run {
     n.find_channels(layer_, r_, widest_, parallel_);
     for (auto& z : n.z) z.resize(ceil_div(out, SLICE) * tokens * SLICE);
     in_slices(w, out, [&](i64 first, i64 end) {
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < layer_.parts; ++j)
         base_slices(w, b_.half13, j, first, end, out, j ? Next{} : base_of(w, 1, first), n.z[j].data() + first * tokens);
     });
     n.h.resize(mix_step_ ? r_.all() * widest_ : 0);
@@ -226,24 +227,25 @@ class Run {
       const i64 e = r_.active[number], width = layer_.width(e), last = std::min(width, first + SLICE);
       if (first >= width) continue;
       bool found[2];
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < layer_.parts; ++j) {
         d[j].resize(r_.count(e) * SLICE);
         found[j] = delta_slice(w, b_.half13, e, j, first, u_of(w, number + j, !j, first), d[j].data());
       }
       for (i64 p = r_.starts[e]; p < r_.starts[e + 1]; ++p) {
         const Pair& pair = r_.pairs[p];
         const float* z[2];
-        for (int j = 0; j < 2; ++j) z[j] = base(number, pair.token, width, j);
+        for (int j = 0; j < layer_.parts; ++j) z[j] = base(number, pair.token, width, j);
         float h[SLICE];
         for (i64 i = 0; i < SLICE; i += LANES) {
           Floats part[2];
-          for (int j = 0; j < 2; ++j) {
+          for (int j = 0; j < layer_.parts; ++j) {
             part[j] = load(z[j] + i);
             if (found[j]) part[j] += load(&d[j][(p - r_.starts[e]) * SLICE + i]);
             if (w.bias) part[j] += load(w.bias_of(e, j) + first + i);
           }
           const Floats value = layer_.swiglu.limit ? clamped(layer_.swiglu, part[0], part[1])
-                                                   : activate(layer_.activation, part[0]) * part[1];
+                               : layer_.parts == 2 ? activate(layer_.activation, part[0]) * part[1]
+                                                   : activate(layer_.activation, part[0]);
           store(h + i, value);
           if (mixing) {
             float* sum = &b_.mix[pair.token * mix_step_ + first + i];
