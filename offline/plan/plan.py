@@ -135,9 +135,10 @@ class Plan:
 
     @property
     def rows_bytes(self) -> int:
-        """Of some of one expert's rows on their way through it."""
+        """Of some of one expert's rows on their way through it and back: what gate and up give, silu of the one, their
+        product, its gradient, and three more while that goes back (work/statistics.py, `gradients`)."""
         shape = self.model.shape
-        return FLOAT32 * self.resources.rows * (10 * shape.intermediate_size + 4 * shape.hidden_size)
+        return FLOAT32 * self.resources.rows * (8 * shape.intermediate_size + 4 * shape.hidden_size)
 
     @property
     def states(self) -> States:

@@ -24,7 +24,7 @@ from offline.source.family import Family, predicts_further
 
 ROWS = (4096, 2048, 1024, 512, 256)
 """Of one expert at once, by how much memory there is."""
-PROCESS_BYTES = 740_000_000
+PROCESS_BYTES = 720_000_000
 """A Python process with torch and transformers imported, and with scikit-learn and pandas, which transformers imports
 where they are installed (lm-eval brings them); after a text was tokenized, and rates were measured."""
 
