@@ -161,6 +161,7 @@ class Channels(_Model):
 
 
 PACKED, RAGGED, DENSE = "packed matrices", "experts of unequal widths", "dense deltas of all projections"
+PACKED_BASES = "packed bases that matrices are mixed from"
 """Of Layer.needs."""
 
 
@@ -216,6 +217,8 @@ class Layer(_Model):
         storages = [one for role in ROLES for one in (self[role].base_storage, self[role].delta_storage)]
         if any(one is not None and STORAGES[one.type].bits for one in storages):
             found.add(PACKED)
+        if self.gate.delta == "bases" and (own := self.gate.delta_storage) is not None and STORAGES[own.type].bits:
+            found.add(PACKED_BASES)
         if self.channels is not None:
             found.add(RAGGED)
         if self.gate.delta == "dense" or (self.down.delta == "dense" and (self.down.has_base or self.trimmed)):

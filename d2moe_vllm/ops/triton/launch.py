@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from d2moe_vllm.ops.packing import Packing
 from d2moe_vllm.ops.triton import mixing, products, routing, selection, sums, tiles
+from d2moe_vllm.ops.triton.layout import OUTPUTS, UNIT, Ragged, round_up, units
 from d2moe_vllm.ops.weights import HalfSpec
 
 DIRECT_ROWS = 16
@@ -44,6 +46,61 @@ def align_blocks(num_experts: int) -> tuple[int, int]:
     """(BLOCK_E, BLOCK_C) of routing.align."""
     block_e = max(power_of_two(num_experts), 16)
     return block_e, max(4096 // block_e, 1)
+
+
+class Matrices(NamedTuple):
+    """Matrices [outputs, inputs] in one tensor, as layout.pack leaves them.
+
+    values: [outputs, inputs] or [D, outputs, inputs], or flat; with `how`, codes, and their scales. first: where in a
+    whole row the inputs begin.
+    """
+
+    values: Tensor
+    outputs: int
+    inputs: int
+    scales: Tensor | None = None
+    how: Packing | None = None
+    first: int = 0
+
+    @property
+    def stride(self) -> int:
+        """Elements from a row to the next: of inputs, or, of codes and scales, of outputs."""
+        if self.how is not None:
+            return round_up(self.outputs, OUTPUTS)
+        return self.values.stride(-2) if self.values.dim() > 1 else self.inputs
+
+    @property
+    def places(self) -> int:
+        """Of inputs in a row, those of its neighbours in the first and the last unit included."""
+        return self.inputs if self.how is None else UNIT * units(self.inputs, self.first)
+
+    @property
+    def shift(self) -> int | None:
+        """How many places there are before the first input; None for none, which makes a simpler kernel."""
+        return None if self.how is None else self.first % UNIT or None
+
+    @property
+    def group_shift(self) -> int:
+        return 0 if self.how is None else self.first % self.how.group_size // UNIT
+
+    @property
+    def groups(self) -> int:
+        return 0 if self.how is None else self.how.row_groups(self.inputs, self.first)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return storage(self.how)
+
+    def kernel(self, name: str) -> str:
+        """Under which name tiles are looked up."""
+        return name if self.how is None else f"{name}{tiles.FEW}"
+
+
+def storage(how: Packing | None) -> dict[str, Any]:
+    """What kernels are compiled for of a storage."""
+    if how is None:
+        return {"BITS": 0, "ZERO": 0.0, "GROUP": UNIT}
+    return {"BITS": how.bits, "ZERO": float(how.zero), "GROUP": how.group_size}
 
 
 @dataclass
@@ -117,46 +174,54 @@ class Batch:
         self,
         kernel: str,
         a: Tensor,
-        b: Tensor,
+        b: Matrices,
         *,
         grouped: bool,
         places: Tensor | None = None,
         columns: Tensor | None = None,
         column_places: Tensor | None = None,
+        ragged: Ragged | None = None,
         exact: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
-        """[parts, rows, width]: B a, for all rows of a [rows, depth], or for the pairs, each by its expert's B.
+        """[parts, rows, outputs]: B a, for all rows of a [rows, inputs], or for the pairs, each by its expert's B.
 
-        b: [width, depth], or where it is grouped [D, width, depth] by `places`, with a's rows tokens or pairs. columns:
-        [D', depth], those of a that are multiplied. exact: as in base_product. out: where to, one part.
+        Where it is grouped B is by `places`, with a's rows tokens or pairs. columns: [D', inputs], those of a that are
+        multiplied. ragged: B's inputs are the channels that an expert keeps, b.inputs of them at most. exact: as in
+        base_product. out: where to, one part.
         """
-        tile, (width, depth) = self.tile(kernel), b.shape[-2:]
+        tile, width = self.tile(b.kernel(kernel)), b.outputs
         rows = self.tokens * self.top_k if grouped else len(a)
         blocks_m = len(self.block_experts) if grouped else ceil_div(rows, tile.block_m)
         programs = blocks_m * ceil_div(width, tile.block_n)
         if out is None:
-            splits = self._splits(programs, depth, tile.block_k)
+            splits = self._splits(programs, b.places, tile.block_k)
             dtype = torch.float32 if exact or splits > 1 else self.dtype
             out = self.empty(splits, rows, width, dtype=dtype)
         products.factor_product[(programs, len(out))](
             a,
-            b,
+            b.values,
+            b.scales,
             out,
             self.pairs if grouped else None,
             self.block_experts if grouped else None,
             places,
             columns,
             None if columns is None else column_places,
+            *((None,) * 4 if ragged is None else (ragged.width, ragged.start, ragged.group_shift, ragged.group_start)),
             rows,
-            depth,
+            b.inputs,
             width,
+            b.shift if ragged is None else None,
+            b.group_shift,
+            b.groups,
             a.stride(0),
-            b.stride(-2),
+            b.stride,
             out.stride(1),
             0 if columns is None else columns.stride(0),
             self.top_k if grouped and len(a) == self.tokens else 1,
             SPLITS=len(out),
+            **b.constants,
             **_matrix(tile),
         )
         return out
@@ -208,26 +273,33 @@ class Batch:
     def expand_and_activate(
         self,
         s: Tensor | None,
-        u: Tensor | None,
+        u: Matrices | None,
         z: Tensor | None,
         *,
         width: int,
         ranks: tuple[int, ...],
+        whole: bool,
         places: Tensor | None,
         columns: Tensor | None,
         column_places: Tensor | None,
+        ragged: Ragged | None,
+        channels: Tensor | None,
         bias: Tensor | None,
         activation: str,
         swiglu: tuple[float, ...],
     ) -> Tensor:
-        """h [pairs, width] from s [tokens or pairs, k], u [D, width, k], z [parts, tokens, 2 width] and bias [E, 2
-        width]."""
+        """h [pairs, width] from s [tokens or pairs, k], u [width, k], z [parts, tokens, 2 channels of the base] and
+        bias [E, 2 width]. ranks: of gate and of up, k in all; whole: each has all of s, and u has 2 width rows. ragged:
+        outputs are the channels that an expert keeps, width of them at most; channels: which of the base's these are.
+        """
         limit, alpha, beta = swiglu or (0.0, 0.0, 0.0)
-        tile, pairs = self.tile("expand_gate_up"), self.tokens * self.top_k
+        pairs = self.tokens * self.top_k
+        tile = self.tile("expand_gate_up" if u is None else u.kernel("expand_gate_up"))
         h = self.empty(pairs, width, dtype=self.dtype)
         products.expand_and_activate[(len(self.block_experts) * ceil_div(width, tile.block_n),)](
             s,
-            u,
+            None if u is None else u.values,
+            None if u is None else u.scales,
             z,
             bias,
             h,
@@ -236,19 +308,24 @@ class Batch:
             places,
             columns,
             None if columns is None else column_places,
+            *((None,) * 3 if ragged is None else (ragged.width, ragged.start, ragged.first)),
+            channels,
             self.tokens,
             *ranks,
             width,
+            width if z is None else z.shape[2] // 2,
             0 if s is None else s.stride(0),
-            0 if u is None else u.stride(1),
+            0 if u is None else u.stride,
             0 if columns is None else columns.stride(0),
             1 if s is None or len(s) == pairs else self.top_k,
             self.top_k,
+            WHOLE=whole,
             ACTIVATION=activation,
             LIMIT=limit,
             ALPHA=alpha,
             BETA=beta,
             Z_PARTS=1 if z is None else len(z),
+            **storage(None if u is None else u.how),
             **_matrix(tile),
         )
         return h
@@ -318,10 +395,13 @@ class Batch:
         selection.gather[grid](x, inputs, packed, rows, width, len(inputs), **_plain(tile))
         return packed
 
-    def mix(self, h: Tensor, inputs: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """[tokens, kept]: the gate-weighted sum of h [pairs, width] over a token's experts, at the columns `inputs`."""
+    def mix(self, h: Tensor, inputs: Tensor | None, dtype: torch.dtype, spots: Tensor | None = None) -> Tensor:
+        """[tokens, kept]: the gate-weighted sum of h [pairs, width] over a token's experts, at the columns `inputs`.
+        spots: int32 [E, kept], where among an expert's channels these are, -1 for those that it has not."""
         tile, width = self.tile("mix"), h.shape[1]
         count = width if inputs is None else len(inputs)
+        if spots is not None:
+            count = spots.shape[1]
         out = self.empty(self.tokens, count, dtype=dtype)
         grid = (ceil_div(self.tokens, tile.block_m), ceil_div(count, tile.block_n))
         sums.mix[grid](
@@ -329,6 +409,7 @@ class Batch:
             self.gates,
             self.ids,
             inputs,
+            spots,
             out,
             self.tokens,
             width,
