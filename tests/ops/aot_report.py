@@ -39,6 +39,8 @@ VARIANTS = ("base", "low-rank base", "no base", "shared V", "columns", "trimmed"
 FEW: dict[str, dict[str, Any]] = {
     **{f"{bits} bits": {"bits": bits} for bits in (8, 4, 3, 2)},
     "2 bits on a base": {"bits": 2, "base_bits": 4, "base": "full"},
+    "3 bits on a base of 8": {"bits": 3, "base_bits": 8, "base": "full"},
+    "3 bits on a base of 3": {"bits": 3, "base_bits": 3, "base": "full"},
     "2 bits, unequal": {"bits": 2, "unequal": True},
     "3 bits, unequal, on a base": {"bits": 3, "base_bits": 4, "base": "full", "unequal": True, "biased": True},
     "16 bits, unequal, on a base": {"bits": 16, "base": "full", "unequal": True},

@@ -185,6 +185,39 @@ def test_columns_of_a_packed_base_are_chosen_as_elsewhere(backend: Backend, scop
     assert torch.equal(run(backend, made.arguments, made.spec)[:4], clean)
 
 
+MERGED: dict[str, Few] = {
+    "all widths": replace(SMALL, storages=((2, 64), (4, 64)), base="full", base_storage=(3, 32), without=(1, 4)),
+    "another rank began": replace(
+        SMALL, storages=((2, 64), (3, 64)), base="full", base_storage=(4, 128), base_first=77, delta_first=77
+    ),
+    "unequal widths": replace(LAYERS["on a base, unequal widths"], biased=True),
+}
+
+
+@pytest.mark.usefixtures("large_tiles")
+@pytest.mark.parametrize("name", MERGED)
+def test_where_rows_are_many_a_base_is_added_to_deltas_before_one_product(
+    backend: Backend, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In gate and up, and in down where its inputs are the same for all; experts without deltas have the base alone."""
+    launch, few = backend.modules.launch, MERGED[name]
+    added = []
+
+    def noted(kernel: str, run: Any) -> Any:
+        def note(*args: Any, **options: Any) -> Any:
+            added.append((kernel, options.get("base") is not None))
+            return run(*args, **options)
+
+        return note
+
+    for kernel in ("expand_and_activate", "factor_product"):
+        monkeypatch.setattr(launch.Batch, kernel, noted(kernel, getattr(launch.Batch, kernel)))
+    monkeypatch.setattr(launch, "MANY_ROWS", 16)
+    equals_the_oracle(backend, few)
+    down = [("factor_product", False)] * 2 if few.widths else [("factor_product", True)]
+    assert added == [("expand_and_activate", True), *down]
+
+
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("name", ["4 and 2 bits", "unequal widths", "on a base, unequal widths"])
 def test_experts_that_are_nowhere_or_keep_nothing(backend: Backend, name: str) -> None:

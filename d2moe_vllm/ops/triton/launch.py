@@ -18,6 +18,8 @@ DIRECT_ROWS = 16
 programs as there are blocks do."""
 SQUARES_ROWS = 64
 """Rows that one program of column_squares sums."""
+MANY_ROWS = 64
+"""Of a block, from which on a product is bound by arithmetic rather than by reading."""
 ADD_BLOCK = 1024
 """Elements that one program of add_parts makes."""
 
@@ -87,20 +89,15 @@ class Matrices(NamedTuple):
     def groups(self) -> int:
         return 0 if self.how is None else self.how.row_groups(self.inputs, self.first)
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        return storage(self.how)
-
     def kernel(self, name: str) -> str:
         """Under which name tiles are looked up."""
         return name if self.how is None else f"{name}{tiles.FEW}"
 
 
-def storage(how: Packing | None) -> dict[str, Any]:
+def storage(how: Packing | None, prefix: str = "") -> dict[str, Any]:
     """What kernels are compiled for of a storage."""
-    if how is None:
-        return {"BITS": 0, "ZERO": 0.0, "GROUP": UNIT}
-    return {"BITS": how.bits, "ZERO": float(how.zero), "GROUP": how.group_size}
+    bits, zero, group = (0, 0.0, UNIT) if how is None else how
+    return {f"{prefix}BITS": bits, f"{prefix}ZERO": float(zero), f"{prefix}GROUP": group}
 
 
 @dataclass
@@ -155,6 +152,12 @@ class Batch:
             kernel, tiles.INVARIANT_ROWS if self.invariant else rows, self.dtype, tiles.device_name(self.device)
         )
 
+    @property
+    def adds_bases(self) -> bool:
+        """Whether a base is to be added to experts' own matrices before one product: where each expert has so many rows
+        that arithmetic is the limit, and not the bytes that are read."""
+        return not self.invariant and self.tile("shrink").block_m >= MANY_ROWS
+
     def _splits(self, programs: int, depth: int, block_k: int) -> int:
         return 1 if self.invariant else tiles.splits(programs, depth, block_k, self.device)
 
@@ -181,14 +184,15 @@ class Batch:
         columns: Tensor | None = None,
         column_places: Tensor | None = None,
         ragged: Ragged | None = None,
+        base: Matrices | None = None,
         exact: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
         """[parts, rows, outputs]: B a, for all rows of a [rows, inputs], or for the pairs, each by its expert's B.
 
         Where it is grouped B is by `places`, with a's rows tokens or pairs. columns: [D', inputs], those of a that are
-        multiplied. ragged: B's inputs are the channels that an expert keeps, b.inputs of them at most. exact: as in
-        base_product. out: where to, one part.
+        multiplied. ragged: B's inputs are the channels that an expert keeps, b.inputs of them at most. base: a matrix
+        that is added to each B, packed as B is. exact: as in base_product. out: where to, one part.
         """
         tile, width = self.tile(b.kernel(kernel)), b.outputs
         rows = self.tokens * self.top_k if grouped else len(a)
@@ -202,6 +206,8 @@ class Batch:
             a,
             b.values,
             b.scales,
+            None if base is None else base.values,
+            None if base is None else base.scales,
             out,
             self.pairs if grouped else None,
             self.block_experts if grouped else None,
@@ -220,8 +226,10 @@ class Batch:
             out.stride(1),
             0 if columns is None else columns.stride(0),
             self.top_k if grouped and len(a) == self.tokens else 1,
+            0 if base is None else base.group_shift,
             SPLITS=len(out),
-            **b.constants,
+            **storage(b.how),
+            **storage(None if base is None else base.how, "BASE_"),
             **_matrix(tile),
         )
         return out
@@ -284,6 +292,7 @@ class Batch:
         column_places: Tensor | None,
         ragged: Ragged | None,
         channels: Tensor | None,
+        base: Matrices | None,
         bias: Tensor | None,
         activation: str,
         swiglu: tuple[float, ...],
@@ -291,6 +300,7 @@ class Batch:
         """h [pairs, width] from s [tokens or pairs, k], u [width, k], z [parts, tokens, 2 channels of the base] and
         bias [E, 2 width]. ranks: of gate and of up, k in all; whole: each has all of s, and u has 2 width rows. ragged:
         outputs are the channels that an expert keeps, width of them at most; channels: which of the base's these are.
+        base: in z's place, [2 channels of the base, k], packed as u is: its rows are added to u's.
         """
         limit, alpha, beta = swiglu or (0.0, 0.0, 0.0)
         pairs = self.tokens * self.top_k
@@ -300,6 +310,8 @@ class Batch:
             s,
             None if u is None else u.values,
             None if u is None else u.scales,
+            None if base is None else base.values,
+            None if base is None else base.scales,
             z,
             bias,
             h,
@@ -313,12 +325,13 @@ class Batch:
             self.tokens,
             *ranks,
             width,
-            width if z is None else z.shape[2] // 2,
+            z.shape[2] // 2 if z is not None else width if base is None else base.outputs // 2,
             0 if s is None else s.stride(0),
             0 if u is None else u.stride,
             0 if columns is None else columns.stride(0),
             1 if s is None or len(s) == pairs else self.top_k,
             self.top_k,
+            0 if base is None else base.stride,
             WHOLE=whole,
             ACTIVATION=activation,
             LIMIT=limit,
@@ -326,6 +339,7 @@ class Batch:
             BETA=beta,
             Z_PARTS=1 if z is None else len(z),
             **storage(None if u is None else u.how),
+            **storage(None if base is None else base.how, "BASE_"),
             **_matrix(tile),
         )
         return h

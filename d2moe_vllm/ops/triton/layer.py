@@ -57,11 +57,15 @@ def fused_experts(
         own = layout.ragged(spec.widths, spec.skipped, spec.without, half2.delta, x.device)
         wide = max((*layout.padded_widths(spec), layout.UNIT))
     h = _gate_up(batch, x, w13, w2.channels, padding, spec, wide, own)
-    base = _base_down(batch, h, w2, half2, padding, spec, hidden)
+    # Of unequal widths the base's inputs are other channels with every expert: no tile of it is one of theirs.
+    added = None if spec.widths else _added(batch, w2, half2, spec.scope, hidden, wide)
+    base = None if added is not None else _base_down(batch, h, w2, half2, padding, spec, hidden)
     deltas, places = None, w2.u_index if own is None else own.place
     if _stored(w2.dense):
         dense = Matrices(w2.dense, hidden, wide, w2.dense_scales, half2.delta, half2.delta_first)
-        deltas = batch.factor_product("expand_down", h, dense, grouped=True, places=places, ragged=own, exact=True)
+        deltas = batch.factor_product(
+            "expand_down", h, dense, grouped=True, places=places, ragged=own, base=added, exact=True
+        )
     elif _has_deltas(w2):
         cut = 0 if w2.delta_columns is None else half2.delta_first
         deltas = batch.factor_product(
@@ -89,7 +93,8 @@ def _gate_up(
 ) -> Tensor:
     """h [pairs, wide]. channels: down's; own: what kernels are told where experts keep some channels only."""
     half, hidden = spec.w13, x.shape[1]
-    z = _base_gate_up(batch, x, weights, half, padding, spec)
+    added = _added(batch, weights, half, spec.scope, 2 * spec.intermediate_size, hidden)
+    z = None if added is not None else _base_gate_up(batch, x, weights, half, padding, spec)
     shrunk = u = None
     whole, rank = False, sum(half.ranks)
     if weights.bases is not None:
@@ -112,11 +117,23 @@ def _gate_up(
         columns=weights.delta_columns,
         column_places=weights.v_index,
         ragged=own,
-        channels=None if own is None or z is None else channels,
+        channels=None if own is None or (z is None and added is None) else channels,
+        base=added,
         bias=weights.bias,
         activation=str(spec.activation),
         swiglu=spec.swiglu,
     )
+
+
+def _added(batch: Batch, weights: Weights, half: HalfSpec, scope: str, width: int, inputs: int) -> Matrices | None:
+    """The base, where it is to be added to whole deltas before one product: both packed, of the same inputs."""
+    how, columns = half.base, weights.base_columns
+    if how is None or half.delta is None or weights.base is None or not _stored(weights.dense) or not batch.adds_bases:
+        return None
+    selects = scope != "off" and columns is not None and half.used < len(columns)
+    if selects or half.base_first != half.delta_first or (columns is not None and len(columns) != inputs):
+        return None
+    return Matrices(weights.base, width, inputs, weights.base_scales, how, half.base_first)
 
 
 def _stored(deltas: Tensor | None) -> bool:

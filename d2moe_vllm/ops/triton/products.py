@@ -59,6 +59,8 @@ def factor_product(
     a,
     b,
     scales,
+    base,
+    base_scales,
     out,
     pairs,
     block_experts,
@@ -80,9 +82,13 @@ def factor_product(
     out_stride,
     columns_stride,
     a_divisor,
+    base_group_shift,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
+    BASE_BITS: tl.constexpr,
+    BASE_ZERO: tl.constexpr,
+    BASE_GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -99,12 +105,14 @@ def factor_product(
     is at e. columns, column_places: int32 [D', columns_stride] and the same for them; None where there are none.
     kept: where experts keep some channels only and these are B's inputs, layout.Ragged's width, and after it its start,
     group_shift and group_start, in the place of depth, places and group_shift.
+    base: codes of BASE_BITS bits of one matrix of B's size, which is added to every expert's; None for none.
     """
     block_m, block_n = block_of(tl.program_id(0), tl.num_programs(0), width, BLOCK_N)
     outputs = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     own = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     there = own < rows
     in_all = depth
+    here = True
     if pairs is not None:
         expert = tl.load(block_experts + block_m)
         if expert < 0:
@@ -128,7 +136,9 @@ def factor_product(
             place = expert
             if places is not None:
                 place = tl.load(places + expert)
-                in_all = tl.where(place < 0, 0, depth)
+                here = place >= 0
+                if base is None:
+                    in_all = tl.where(here, depth, 0)
                 place = tl.maximum(place, 0)
             if BITS == 0:
                 b += place.to(tl.int64) * width * b_stride
@@ -145,12 +155,16 @@ def factor_product(
         in_all = tl.where(in_all > 0, units_of(depth, shift) * UNIT, 0)
         # Outputs are padded: a line is there or not as a whole.
         in_width = (outputs < b_stride)[None, :]
+    base_there = in_width
+    if base is not None:
+        in_width = in_width & here
     start, stop = split_of(in_all, BLOCK_K, SPLITS)
     a_start = a + (own // a_divisor).to(tl.int64)[:, None] * a_stride
     acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
     acc = add_stored(
         acc, a_start, there[:, None], b, scales, outputs, in_width, b_stride, columns, shift, group_shift,
-        start, stop, depth, BITS, ZERO, GROUP, BLOCK_K, BLOCK_N,
+        start, stop, depth, base, base_scales, outputs, base_there, b_stride, base_group_shift,
+        BITS, ZERO, GROUP, BASE_BITS, BASE_ZERO, BASE_GROUP, BLOCK_K, BLOCK_N,
     )  # fmt: skip
     out_rows = tl.program_id(1).to(tl.int64) * rows + own.to(tl.int64)
     pointers = out + out_rows[:, None] * out_stride + outputs[None, :]
@@ -183,6 +197,8 @@ def expand_and_activate(
     s,
     u,
     scales,
+    base,
+    base_scales,
     z,
     bias,
     h,
@@ -205,10 +221,14 @@ def expand_and_activate(
     columns_stride,
     s_divisor,
     top_k,
+    base_stride,
     WHOLE: tl.constexpr,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
+    BASE_BITS: tl.constexpr,
+    BASE_ZERO: tl.constexpr,
+    BASE_GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -226,7 +246,9 @@ def expand_and_activate(
     [D, 2 width, u_stride], gate's rows first; with BITS codes of as many bits, gate's matrix before up's, with scales
     (layout.py). None: no expert has deltas. z: [Z_PARTS, z_rows, 2 z_width]; None: there is no base. h: [pairs, width].
     kept: where experts keep some channels only, layout.Ragged's width, and after it its start and first: what of h is
-    whose; channels: which channels of z these are (layout._places). The rest as in factor_product.
+    whose; channels: which channels of z, or of the base, these are (layout._places). base: codes of one matrix [2
+    z_width, inputs], rows of which are added to an expert's before the product, in the place of z; WHOLE alone. The
+    rest as in factor_product.
     """
     block_m, block_n = block_of(tl.program_id(0), tl.num_programs(0), width, BLOCK_N)
     expert = tl.load(block_experts + block_m)
@@ -246,18 +268,21 @@ def expand_and_activate(
     if u is not None:
         gate_rank_used = gate_rank
         up_rank_used = up_rank
+        place = expert
+        here = True
         if kept is not None:
             place = tl.load(starts + expert)
-            gate_rank_used = tl.where(place < 0, 0, gate_rank)
-            up_rank_used = tl.where(place < 0, 0, up_rank)
-            place = tl.maximum(place, 0).to(tl.int64)
-        else:
-            place = expert
-            if places is not None:
-                place = tl.load(places + expert)
-                gate_rank_used = tl.where(place < 0, 0, gate_rank)
-                up_rank_used = tl.where(place < 0, 0, up_rank)
-            place = tl.maximum(place, 0).to(tl.int64) * width
+            here = place >= 0
+        elif places is not None:
+            place = tl.load(places + expert)
+            here = place >= 0
+        # An expert without deltas still has the base, where this is added to them.
+        if base is None:
+            gate_rank_used = tl.where(here, gate_rank, 0)
+            up_rank_used = tl.where(here, up_rank, 0)
+        place = tl.maximum(place, 0).to(tl.int64)
+        if kept is None:
+            place *= width
         # From here on `place` counts outputs before the expert's.
         s_start = s + (own // s_divisor).to(tl.int64)[:, None] * s_stride
         s_up = s_start
@@ -297,13 +322,23 @@ def expand_and_activate(
             up_scales = scales + gate_groups * u_stride
             gate_rank_used = units_of(gate_rank_used, None) * UNIT
             up_rank_used = units_of(up_rank_used, None) * UNIT
+        base_columns = outputs
+        base_there = in_width
+        if base is not None:
+            stored = stored & here
+            if channels is not None:
+                own_channels = channels + tl.load(firsts + expert) + outputs
+                base_columns = tl.load(own_channels, mask=outputs < width, other=-1)
+                base_there = (base_columns >= 0)[None, :]
         gate = add_stored(
             gate, s_start, there, u, scales, outputs, stored, u_stride, gate_columns, None, 0,
-            0, gate_rank_used, gate_rank, BITS, ZERO, GROUP, BLOCK_K, BLOCK_N,
+            0, gate_rank_used, gate_rank, base, base_scales, base_columns, base_there, base_stride, 0,
+            BITS, ZERO, GROUP, BASE_BITS, BASE_ZERO, BASE_GROUP, BLOCK_K, BLOCK_N,
         )  # fmt: skip
         up = add_stored(
             up, s_up, there, u_up, up_scales, outputs, stored, u_stride, up_columns, None, 0,
-            0, up_rank_used, up_rank, BITS, ZERO, GROUP, BLOCK_K, BLOCK_N,
+            0, up_rank_used, up_rank, base, base_scales, base_columns + z_width, base_there, base_stride, 0,
+            BITS, ZERO, GROUP, BASE_BITS, BASE_ZERO, BASE_GROUP, BLOCK_K, BLOCK_N,
         )  # fmt: skip
     first = 0
     if kept is not None:

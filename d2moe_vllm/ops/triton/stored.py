@@ -89,9 +89,18 @@ def add_widened(
     start,
     stop,
     depth,
+    base,
+    base_scales,
+    base_outputs,
+    base_there,
+    base_stride,
+    base_group_shift,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
+    BASE_BITS: tl.constexpr,
+    BASE_ZERO: tl.constexpr,
+    BASE_GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -99,25 +108,20 @@ def add_widened(
     `shift` on (None: from the first).
 
     a, a_mask: [M, 1], where A's rows begin and which there are; columns: which of A's columns the inputs are, or None
-    where they are all. The rest as in `widened`.
+    where they are all. The rest as in `widened`. base: another matrix of the same inputs, which is added to W before it
+    is rounded, and after it what `widened` asks of it: its outputs are W's; None for none.
     """
     units = units_of(depth, shift)
     for first in range(start, stop, BLOCK_K):
+        unit = first // UNIT
         w = widened(
-            words,
-            scales,
-            first // UNIT,
-            units,
-            outputs,
-            in_width,
-            stride,
-            group_shift,
-            BITS,
-            ZERO,
-            GROUP,
-            BLOCK_K,
-            BLOCK_N,
+            words, scales, unit, units, outputs, in_width, stride, group_shift, BITS, ZERO, GROUP, BLOCK_K, BLOCK_N
         )
+        if base is not None:
+            w += widened(
+                base, base_scales, unit, units, base_outputs, base_there, base_stride, base_group_shift,
+                BASE_BITS, BASE_ZERO, BASE_GROUP, BLOCK_K, BLOCK_N,
+            )  # fmt: skip
         inputs = first + tl.arange(0, BLOCK_K)
         there = inputs < depth
         if shift is not None:
@@ -145,9 +149,18 @@ def add_stored(
     start,
     stop,
     depth,
+    base,
+    base_scales,
+    base_outputs,
+    base_there,
+    base_stride,
+    base_group_shift,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
+    BASE_BITS: tl.constexpr,
+    BASE_ZERO: tl.constexpr,
+    BASE_GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -158,6 +171,7 @@ def add_stored(
     else:
         acc = add_widened(
             acc, a, a_mask, b, scales, outputs, in_width, stride, columns, shift, group_shift, start, stop, depth,
-            BITS, ZERO, GROUP, BLOCK_K, BLOCK_N,
+            base, base_scales, base_outputs, base_there, base_stride, base_group_shift,
+            BITS, ZERO, GROUP, BASE_BITS, BASE_ZERO, BASE_GROUP, BLOCK_K, BLOCK_N,
         )  # fmt: skip
     return acc
