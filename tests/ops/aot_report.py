@@ -54,6 +54,8 @@ FEW: dict[str, dict[str, Any]] = {
     "trimmed, whole": {"bits": 4, "base_bits": 4, "base": "full", "trimmed": True},
 }
 """Layers of few bits and of unequal widths, by what `few_half` makes of them."""
+MAIN = ("4 bits", "2 bits on a base", "3 bits, unequal, on a base")
+"""What `compress` makes most: in the sizes of every real model."""
 
 
 def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Weights, HalfSpec]:
@@ -238,7 +240,9 @@ def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
         yield partial(call, shape, dtype, "bases", "off", rows, "silu", invariant)
     for rows, function in itertools.product((1, 1024), ("silu", "tanh")):
         yield partial(call, SHAPES["Qwen3-30B-A3B"], dtype, "bases", "off", rows, "silu", function=function)
-    for variant, shape, rows in itertools.product(FEW, (*SHAPES.values(), ODD), every):
+    for variant, shape, rows in itertools.product(FEW, (SHAPES["DeepSeekMoE-16B"], ODD), every):
+        yield partial(call, shape, dtype, variant, "off", rows, "silu")
+    for variant, shape, rows in itertools.product(MAIN, SHAPES.values(), every):
         yield partial(call, shape, dtype, variant, "off", rows, "silu")
     for shape, rows in itertools.product((SHAPES["DeepSeekMoE-16B"], ODD), (1, 64)):
         yield partial(call, shape, dtype, "2 bits on a base", "token", rows, "silu", True)

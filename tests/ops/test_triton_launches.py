@@ -75,7 +75,8 @@ def recorded(variant: str, scope: str, dtype: torch.dtype, tokens: int) -> list[
 )
 def test_numbers_of_rows_make_no_kernel_of_their_own(variant: str, scope: str, dtype: torch.dtype) -> None:
     """Where they ask for the same tiles: a multiple of 16, of which triton would know, is like any other number."""
-    for few, many in ((15, 16), (17, 32)):
+    # Of five experts 32 rows are a bucket more.
+    for few, many in ((15, 16), (17, 20 if variant in FEW else 32)):
         assert recorded(variant, scope, dtype, few) == recorded(variant, scope, dtype, many)
 
 
@@ -91,7 +92,7 @@ def test_every_kernel_that_is_launched_is_compiled(dtype: torch.dtype) -> None:
     kinds = (*itertools.product(CROWDED, layer.SCOPES), *((variant, "off") for variant in (*MIXED_SMALL, *FEW)))
     for (variant, scope), tokens in itertools.product(kinds, (1, 16, 67)):
         found = recorded(variant, scope, dtype, tokens)
-        assert len(found) >= 5
+        assert len(found) >= 4
         assert {*map(pointers, found)} <= compiled, (variant, scope, tokens)
 
 
