@@ -24,7 +24,6 @@ import torch
 from layer_shapes import BYTES, GROUPS, SCOPES, SHAPES, Shape, dense_expert_bytes, sizes
 from torch import Tensor
 
-from d2moe_vllm.format.config import PACKED
 from d2moe_vllm.ops import BACKENDS
 from d2moe_vllm.ops.packing import Packing
 from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
@@ -184,9 +183,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 1024])
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.4, 0.6, 0.8])
     parser.add_argument("--scopes", nargs="+", default=list(SCOPES), choices=SCOPES)
-    parser.add_argument(
-        "--storages", nargs="*", default=[] if OURS.lacks >= {PACKED} else list(STORAGES), choices=STORAGES
-    )
+    parser.add_argument("--storages", nargs="*", default=list(STORAGES), choices=STORAGES)
     parser.add_argument("--seconds", type=float, default=1.5, help="per row")
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -162,6 +162,8 @@ class Channels(_Model):
 
 
 PACKED, RAGGED, DENSE = "packed matrices", "experts of unequal widths", "dense deltas of all projections"
+PACKED_BASES = "packed bases that matrices are mixed from"
+UNGATED_STORED = "packed matrices, unequal widths or dense deltas of experts without a gate"
 """Of Layer.needs."""
 
 
@@ -233,10 +235,14 @@ class Layer(_Model):
         storages = [one for role in self.roles for one in (self[role].base_storage, self[role].delta_storage)]
         if any(one is not None and STORAGES[one.type].bits for one in storages):
             found.add(PACKED)
+        if self.up.delta == "bases" and (own := self.up.delta_storage) is not None and STORAGES[own.type].bits:
+            found.add(PACKED_BASES)
         if self.channels is not None:
             found.add(RAGGED)
         if self.up.delta == "dense" or (self.down.delta == "dense" and (self.down.has_base or self.trimmed)):
             found.add(DENSE)
+        if "gate" not in self.roles and found & {PACKED, RAGGED, DENSE}:
+            found.add(UNGATED_STORED)
         return frozenset(found)
 
 

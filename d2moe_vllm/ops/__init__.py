@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from d2moe_vllm.format.config import DENSE, PACKED, RAGGED, deltas_of_kind
+from d2moe_vllm.format.config import DENSE, PACKED, PACKED_BASES, RAGGED, UNGATED_STORED, deltas_of_kind
 from d2moe_vllm.ops import cpu, reference, triton
 from d2moe_vllm.ops.packing import Packing
 from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
@@ -48,9 +48,10 @@ BACKENDS: dict[str, Backend] = {
     "triton": Backend(
         triton.fused_experts,
         ("cuda",),
-        missing=triton.missing,
+        triton.pack,
+        triton.missing,
         check=True,
-        lacks=frozenset({PACKED, RAGGED, DENSE}),
+        lacks=frozenset({PACKED_BASES, UNGATED_STORED}),
     ),
     "reference": Backend(reference.fused_experts),
 }
@@ -129,4 +130,6 @@ def _needs(w13: Weights, w2: Weights, spec: LayerSpec) -> set[str]:
     dense = w13.dense is not None or (w2.dense is not None and beside)
     kinds = [kind for kind in ("bases", "dense") if getattr(w13, kind) is not None or getattr(w2, kind) is not None]
     found = {PACKED: packed, RAGGED: bool(spec.widths), DENSE: dense, **dict.fromkeys(map(deltas_of_kind, kinds), True)}
+    found[UNGATED_STORED] = not spec.gate and (packed or bool(spec.widths) or dense)
+    found[PACKED_BASES] = w13.bases is not None and spec.w13.delta is not None
     return {name for name, there in found.items() if there}

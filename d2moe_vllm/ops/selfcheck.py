@@ -47,26 +47,36 @@ _DONE: set[tuple[object, ...]] = set()
 
 @contextmanager
 def against_reference(
-    read: Callable[[], Sequence[Tensor | None]], backend: str, spec: LayerSpec, *, hidden_size: int, top_k: int
+    read: Callable[[], Sequence[Tensor | None]],
+    backend: str,
+    spec: LayerSpec,
+    *,
+    hidden_size: int,
+    top_k: int,
+    dtype: torch.dtype,
 ) -> Iterator[None]:
     """Around the packing of a layer's weights: computes with them before and after, and compares.
 
     Does nothing for backends that need no check (`Backend.check`) and for a kind of layer checked before.
-    read: the layer's parameters as they are now, in the order of ops.PARAMETERS. Leaves torch's
-    random state alone. Raises SelfCheckError.
+    read: the layer's parameters as they are now, in the order of ops.PARAMETERS. dtype: of what the layer is given,
+    which packed weights do not tell. Leaves torch's random state alone. Raises SelfCheckError.
     """
     parameters = read()
     # Triton compiles sizes that are multiples of 16 for themselves.
     even = tuple(size % 16 == 0 for half in (spec.w13, spec.w2) for size in (*half.ranks, *half.base_ranks, half.used))
     # So many bases are mixed in one loop, and more of them in two.
     bases = None if (found := ops.halves(parameters)[0].bases) is None else len(found)
-    kind = (backend, even, spec.function, bases, *(None if t is None else t.dtype for t in parameters))
+    # Codes of each number of bits have kernels of their own, and so have rows that begin within a group.
+    storages = (bool(spec.widths), spec.w13.base, spec.w13.delta, spec.w2.base, spec.w2.delta)
+    begin = any((spec.w2.base_first, spec.w2.delta_first, *spec.skipped))
+    types = (None if t is None else t.dtype for t in parameters)
+    kind = (backend, even, spec.function, bases, dtype, storages, begin, *types)
     if not ops.BACKENDS[backend].check or kind in _DONE:
         yield
         return
     # Before packing, which may take the storage of the original.
     packed = ops.BACKENDS[backend].pack is not None
-    examples = list(_examples(parameters, hidden_size, top_k, spec, packed))
+    examples = list(_examples(parameters, hidden_size, top_k, dtype, spec, packed))
     yield
     for example in examples:
         if (wrong := _difference(backend, example, read(), spec)) is not None:
@@ -78,9 +88,14 @@ def against_reference(
 
 
 def _examples(
-    parameters: Sequence[Tensor | None], hidden_size: int, top_k: int, spec: LayerSpec, packed: bool
+    parameters: Sequence[Tensor | None],
+    hidden_size: int,
+    top_k: int,
+    dtype: torch.dtype,
+    spec: LayerSpec,
+    packed: bool,
 ) -> Iterator[Example]:
-    weights = next(t for t in parameters if t is not None and t.is_floating_point())
+    device = next(t.device for t in parameters if t is not None)
     # Weights that --load-format dummy invented may have norms below zero, by which nothing is selected.
     sane = all(half.base_norms is None or bool((half.base_norms >= 0).all()) for half in ops.halves(parameters))
     # Explicitly: while a model is loaded, torch's defaults are the model's.
@@ -95,10 +110,10 @@ def _examples(
             absent[rows // 2 + 1 : rows // 2 + 2] = True
             example = Example(
                 scope,
-                torch.randn(rows, hidden_size, **random).to(weights.device, weights.dtype),
-                torch.rand(rows, top_k, **random).to(weights.device),
-                ids.masked_fill(absent, -1).to(weights.device),
-                (torch.arange(rows, device="cpu") >= max(1, rows - 2)).to(weights.device) if scope == "batch" else None,
+                torch.randn(rows, hidden_size, **random).to(device, dtype),
+                torch.rand(rows, top_k, **random).to(device),
+                ids.masked_fill(absent, -1).to(device),
+                (torch.arange(rows, device="cpu") >= max(1, rows - 2)).to(device) if scope == "batch" else None,
             )
             expected = _compute("reference", example, parameters, spec)
             if not bool(expected.isfinite().all()):

@@ -84,6 +84,7 @@ class D2MoEMethod(FusedMoEMethodBase):
             tp_rank=parallel.tp_rank,
             tp_size=parallel.tp_size,
         )
+        self.dtype = params_dtype
         delta_bytes = 0
         for name, tensor in self.loader.empty_parameters(params_dtype).items():
             parameter = nn.Parameter(tensor, requires_grad=False)
@@ -126,7 +127,9 @@ class D2MoEMethod(FusedMoEMethodBase):
                 "copy the checkpoint again"
             )
         sizes = {"hidden_size": self.config.hidden_size, "top_k": self.moe.experts_per_token}
-        with selfcheck.against_reference(lambda: _parameters(layer), self.backend, self.spec, **sizes):
+        with selfcheck.against_reference(
+            lambda: _parameters(layer), self.backend, self.spec, **sizes, dtype=self.dtype
+        ):
             self._pack(layer)
 
     def _pack(self, layer: nn.Module) -> None:

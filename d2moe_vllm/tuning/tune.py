@@ -81,7 +81,7 @@ def _footprint(kernel: str, m: int, n: int, k: int) -> tuple[int, int]:
         rows = tiles.SLOTS * min(m, tiles.SLOT_ROWS)
         return rows * n + tiles.SLOTS * n * k, (rows + tiles.MIXED_AT_ONCE * n) * k
     # Gate and up are two sums.
-    return m * n * (2 if kernel == "expand_gate_up" else 1), (m + n) * k
+    return m * n * (2 if kernel.startswith("expand_gate_up") else 1), (m + n) * k
 
 
 def search(

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2moe_vllm import ops
 from d2moe_vllm.format.config import CheckpointConfig, Layer, Projection, Pruning, Scope, Source
 from d2moe_vllm.ops.shapes import GROUPS, Shape, sizes
-from d2moe_vllm.ops.triton import tiles
+from d2moe_vllm.ops.triton import pack, tiles
 from d2moe_vllm.serving.loading import LayerLoader
 
 Timer = Callable[[Callable[[], object]], float]
@@ -64,10 +64,9 @@ class Workload:
         for name, tensor in found.items():
             if tensor.is_floating_point() and not name.endswith("norms"):
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
-        self.halves = ops.halves([found.get(name) for name in ops.PARAMETERS])
-        self.spec = loader.spec(
-            config.pruning.scope, activation="silu" if "gate" in config.projections else "relu2", prune_down=True
-        )
+        activation = "silu" if "gate" in config.projections else "relu2"
+        self.spec = loader.spec(config.pruning.scope, activation=activation, prune_down=True)
+        self.halves = pack(*ops.halves([found.get(name) for name in ops.PARAMETERS]), self.spec)
         self.hidden_size = config.hidden_size
         self._batches: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 

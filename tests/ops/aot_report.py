@@ -23,19 +23,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import aot
 from layer_shapes import SHAPES, Shape
 
+from d2moe_vllm.ops.packing import Packing
 from d2moe_vllm.ops.triton import layer, tiles
+from d2moe_vllm.ops.triton.launch import Matrices
 from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 """Of A100, H100, B200: how sums are split depends on them."""
 ODD = Shape(200, 328, 6, 2)
 """Multiples of 8 and of no 16."""
+ZERO = {8: 128.0, 4: 8.0, 3: 3.5, 2: 1.5}
 MANY = Shape(7168, 2048, 256, 8)
 """DeepSeek-V3's experts: 64 bases, more than are mixed at once."""
 VARIANTS = (
     "base", "low-rank base", "no base", "shared V", "columns", "trimmed", "no deltas", "bases", "biases", "no gate",
     "no gate, low-rank base",
 )  # fmt: skip
+FEW: dict[str, dict[str, Any]] = {
+    **{f"{bits} bits": {"bits": bits} for bits in (8, 4, 3, 2)},
+    "2 bits on a base": {"bits": 2, "base_bits": 4, "base": "full"},
+    "3 bits on a base of 8": {"bits": 3, "base_bits": 8, "base": "full"},
+    "3 bits on a base of 3": {"bits": 3, "base_bits": 3, "base": "full"},
+    "2 bits, unequal": {"bits": 2, "unequal": True},
+    "3 bits, unequal, on a base": {"bits": 3, "base_bits": 4, "base": "full", "unequal": True, "biased": True},
+    "16 bits, unequal, on a base": {"bits": 16, "base": "full", "unequal": True},
+    "factors": {"bits": 4, "base_bits": 4, "base": "columns", "delta": "factors"},
+    "factors, unequal": {"bits": 4, "delta": "factors", "unequal": True},
+    "factors of 16 bits, unequal": {"bits": 16, "delta": "factors", "unequal": True},
+    "shared V of few bits": {"bits": 2, "delta": "shared V", "base_bits": 4, "base": "low rank"},
+    "columns of few bits": {"bits": 4, "delta": "columns"},
+    "cut": {"bits": 4, "first": 16, "base_bits": 4, "base": "full"},
+    "8 bits of MoBE": {"bits": 8, "delta": "bases"},
+    "trimmed, whole": {"bits": 4, "base_bits": 4, "base": "full", "trimmed": True},
+}
+"""Layers of few bits and of unequal widths, by what `few_half` makes of them."""
+MAIN = ("4 bits", "2 bits on a base", "3 bits, unequal, on a base")
+"""What `compress` makes most: in the sizes of every real model."""
 
 
 def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Weights, HalfSpec]:
@@ -81,6 +104,87 @@ def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Wei
     return Weights(**fields), HalfSpec(ranks, (base_rank,) * parts, groups=8, used=inputs // 16 * 8)
 
 
+def few_half(shape: Shape, dtype: torch.dtype, name: str, what: dict[str, Any]) -> tuple[Weights, HalfSpec]:
+    """The weights of "w13" or "w2" of a layer of FEW, as `layout.pack` leaves them: but that what is flat is as long as
+    it were without unequal widths, which nobody asks."""
+    inputs, out, parts = (
+        (shape.hidden, shape.intermediate, 2) if name == "w13" else (shape.intermediate, shape.hidden, 1)
+    )
+    rank = 33 if shape is ODD else 512
+    first = what.get("first", 0) if name == "w2" else 0
+    kind, ranks = what.get("delta", "dense"), (rank,) * parts
+    fields: dict[str, Tensor] = {}
+    integers = partial(torch.empty, dtype=torch.int32, device="meta")
+
+    def put(field: str, how: Packing | None, lead: int, *sizes: tuple[int, int], as_base: bool = False) -> None:
+        """Matrices of (outputs, inputs)."""
+        if how is not None:
+            matrices = [
+                Matrices(integers(0), *size, how=how, first=first if size[1] == inputs else 0) for size in sizes
+            ]
+            words = sum(one.places // 32 * how.bits * one.stride for one in matrices)
+            fields[field] = integers(lead * words)
+            groups = sum(one.groups * one.stride for one in matrices)
+            fields[f"{field}_scales"] = torch.empty(lead * groups, dtype=torch.bfloat16, device="meta")
+        elif as_base:
+            fields[field] = torch.empty(sizes[0][1], sizes[0][0], dtype=dtype, device="meta")
+        elif what.get("unequal"):
+            fields[field] = torch.empty(lead * sum(a * b for a, b in sizes), dtype=dtype, device="meta")
+        else:
+            fields[field] = torch.empty(lead, sizes[0][0], sum(b for _, b in sizes), dtype=dtype, device="meta")
+
+    how = None if what["bits"] == 16 else Packing(what["bits"], ZERO[what["bits"]], 64)
+    stored = shape.experts - bool(what.get("trimmed"))
+    if kind == "dense" or (kind == "bases" and name == "w2"):
+        put("dense", how, stored, *[(out, inputs)] * parts)
+        ranks = (0,) * parts
+        if how is None and parts == 2 and not what.get("unequal"):
+            raise ValueError("gate's rows and up's are one matrix")
+    elif kind == "bases":
+        count = max(shape.experts // 4, 2)
+        fields["bases"] = torch.empty(count, parts * rank, inputs, dtype=dtype, device="meta")
+        fields["alpha"] = torch.empty(stored, parts * count, dtype=dtype, device="meta")
+        put("a", None, stored, *[(out, rank)] * parts)
+        how = None
+    else:
+        put("delta_u", how, stored, *[(out, rank)] * parts)
+        if kind == "columns":
+            fields["delta_columns"] = integers(stored, parts * rank)
+        elif kind == "shared V":
+            put("shared_v", how, 1, (parts * rank, inputs))
+        elif how is None and name == "w13":
+            fields["delta_v"] = torch.empty(stored, parts * rank, inputs, dtype=dtype, device="meta")
+        else:
+            put("delta_v", how, stored, (parts * rank, inputs))
+        if how is None and name == "w2":
+            fields["delta_u"] = torch.empty(stored, out, rank, dtype=dtype, device="meta")
+    if what.get("trimmed"):
+        fields |= {"u_index": integers(shape.experts)}
+    base_bits, base_rank = what.get("base_bits"), ()
+    base = None if base_bits is None else Packing(base_bits, ZERO[base_bits], 64)
+    if what.get("base") == "low rank":
+        base_rank = (40 if shape is ODD else 512,) * parts
+        put("base_u", base, 1, *[(out, own) for own in base_rank])
+        put("base_v", base, 1, (sum(base_rank), inputs))
+    elif "base" in what:
+        kept = inputs // 64 * 56 if what["base"] == "columns" else inputs
+        put("base", base, 1, (parts * out, kept), as_base=True)
+        if what["base"] == "columns":
+            fields["base_columns"] = integers(kept)
+            fields["base_norms"] = torch.empty(kept, dtype=torch.float32, device="meta")
+    if what.get("biased"):
+        size = shape.experts * parts * out
+        fields["bias"] = torch.empty(size, dtype=dtype, device="meta")
+        if name == "w2":
+            fields["bias"] = fields["bias"].view(shape.experts, out)
+    if what.get("unequal") and name == "w2":
+        fields["channels"] = integers(2 * shape.experts * inputs)
+    half = HalfSpec(
+        ranks, base_rank, groups=8, used=inputs // 16 * 8, base=base, delta=how, base_first=first, delta_first=first
+    )
+    return Weights(**fields), half
+
+
 def call(
     shape: Shape,
     dtype: torch.dtype,
@@ -91,16 +195,23 @@ def call(
     invariant: bool = False,
     function: str = "silu",
 ) -> None:
-    (w13, half13), (w2, half2) = (half(shape, dtype, variant, name) for name in ("w13", "w2"))
+    if variant in FEW:
+        (w13, half13), (w2, half2) = (few_half(shape, dtype, name, FEW[variant]) for name in ("w13", "w2"))
+    else:
+        (w13, half13), (w2, half2) = (half(shape, dtype, variant, name) for name in ("w13", "w2"))
+    unequal = variant in FEW and FEW[variant].get("unequal", False)
     spec = LayerSpec(
         shape.experts,
-        shape.intermediate,
+        # Without a base nobody has channels that an expert has not.
+        shape.intermediate if not unequal or "base" in FEW[variant] else 0,
         half13,
         half2,
         activation,
         scope,
         function,
         batch_invariant=invariant,
+        widths=(shape.intermediate,) * shape.experts if unequal else (),
+        skipped=(0,) * shape.experts if unequal else (),
         swiglu=(7.0, 1.702, 1.0) if variant == "biases" else (),
     )
     new = partial(torch.empty, device="meta")
@@ -118,6 +229,8 @@ def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
         for scope, rows in (("off", 16), ("batch", 16), ("batch", 128), ("token", 1)):
             yield partial(call, SHAPES["Mixtral-8x7B"], dtype, "base", scope, rows, "silu")
         yield partial(call, SHAPES["Qwen3-30B-A3B"], dtype, "bases", "off", 128, "silu")
+        for variant, rows in itertools.product(("3 bits, unequal, on a base", "2 bits"), (16, 1024)):
+            yield partial(call, SHAPES["DeepSeekMoE-16B"], dtype, variant, "off", rows, "silu")
         for variant in ("no gate", "no gate, low-rank base"):
             yield partial(call, SHAPES["Mixtral-8x7B"], dtype, variant, "off", 16, "relu2")
         return
@@ -135,6 +248,13 @@ def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
         yield partial(call, shape, dtype, "bases", "off", rows, "silu", invariant)
     for rows, function in itertools.product((1, 1024), ("silu", "tanh")):
         yield partial(call, SHAPES["Qwen3-30B-A3B"], dtype, "bases", "off", rows, "silu", function=function)
+    for variant, shape, rows in itertools.product(FEW, (SHAPES["DeepSeekMoE-16B"], ODD), every):
+        yield partial(call, shape, dtype, variant, "off", rows, "silu")
+    for variant, shape, rows in itertools.product(MAIN, SHAPES.values(), every):
+        yield partial(call, shape, dtype, variant, "off", rows, "silu")
+    for shape, rows in itertools.product((SHAPES["DeepSeekMoE-16B"], ODD), (1, 64)):
+        yield partial(call, shape, dtype, "2 bits on a base", "token", rows, "silu", True)
+        yield from (partial(call, shape, dtype, "factors", scope, rows, "silu") for scope in ("token", "batch"))
     for activation in ("gelu", "gelu_tanh"):
         yield partial(call, SHAPES["Mixtral-8x7B"], dtype, "base", "off", 128, activation)
 

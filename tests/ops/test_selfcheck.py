@@ -34,7 +34,7 @@ def load(arguments: list[Any], spec: LayerSpec) -> list[Tensor | None]:
     """Packs as a layer that is loaded does, within the check."""
     parameters = [None if t is None else t.clone() for t in ops.flat(*arguments[3:5])]
     hidden, top_k = arguments[0].shape[1], arguments[2].shape[1]
-    with against_reference(lambda: parameters, "new", spec, hidden_size=hidden, top_k=top_k):
+    with against_reference(lambda: parameters, "new", spec, hidden_size=hidden, top_k=top_k, dtype=arguments[0].dtype):
         if (pack := ops.BACKENDS["new"].pack) is not None:
             parameters = ops.flat(*pack(*ops.halves(parameters), spec))
     return parameters
@@ -181,7 +181,7 @@ def test_damaged_weights_are_not_the_backends_fault(install: Callable[[Backend],
 def test_the_triton_backend_is_let_through_on_a_gpu(variant: str, scope: str, dtype: torch.dtype) -> None:
     arguments, spec = kernel_arguments(crowd(variant, scope), dtype)
     parameters = [None if t is None else t.cuda() for t in ops.flat(*arguments[3:5])]
-    with against_reference(lambda: parameters, "triton", spec, hidden_size=arguments[0].shape[1], top_k=2):
+    with against_reference(lambda: parameters, "triton", spec, hidden_size=arguments[0].shape[1], top_k=2, dtype=dtype):
         pass
     assert selfcheck._DONE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,22 @@ import aot
 import aot_report
 import pytest
 import torch
+from few_cases import make
 from layer_shapes import SHAPES
 from mixed_cases import MIXED_SMALL, mixed_case
 from moe_cases import CROWDED, crowd
 from moe_oracle import kernel_arguments
+from test_triton_few import LAYERS
 from triton.runtime.jit import JITFunction
 
-from d2moe_vllm.ops.triton import layer, tiles
+from d2moe_vllm.ops.triton import layer, pack, tiles
 from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
+FEW = (
+    "4 and 2 bits", "unequal widths", "biases, on a base, unequal widths", "factors", "factors, unequal widths",
+    "columns", "on a low-rank base",
+)  # fmt: skip
+"""Of the layers of few bits and unequal widths, those with kernels of their own."""
 OPTIONAL = ("padding", "inputs")
 """Leaving one of these out leaves instructions out, and makes no kernel of its own."""
 TARGET = aot.TARGETS["sm_90"]
@@ -49,7 +57,10 @@ def run_on_meta(arguments: list[Any], spec: LayerSpec) -> None:
 
 
 def recorded(variant: str, scope: str, dtype: torch.dtype, tokens: int) -> list[aot.Launch]:
-    if variant in MIXED_SMALL:
+    if variant in FEW:
+        made = make(replace(LAYERS[variant], dtype=dtype, tokens=67))
+        arguments, spec = [*made.arguments[:3], *pack(*made.arguments[3:5], made.spec), None], made.spec
+    elif variant in MIXED_SMALL:
         arguments, spec = mixed_case(0, dtype, **{**MIXED_SMALL[variant], "tokens": 67})
     else:
         arguments, spec = kernel_arguments(crowd(variant, scope), dtype)
@@ -59,11 +70,13 @@ def recorded(variant: str, scope: str, dtype: torch.dtype, tokens: int) -> list[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("variant", "scope"), [*itertools.product(CROWDED, layer.SCOPES), *((variant, "off") for variant in MIXED_SMALL)]
+    ("variant", "scope"),
+    [*itertools.product(CROWDED, layer.SCOPES), *((variant, "off") for variant in (*MIXED_SMALL, *FEW))],
 )
 def test_numbers_of_rows_make_no_kernel_of_their_own(variant: str, scope: str, dtype: torch.dtype) -> None:
     """Where they ask for the same tiles: a multiple of 16, of which triton would know, is like any other number."""
-    for few, many in ((15, 16), (17, 32)):
+    # Of five experts 32 rows are a bucket more.
+    for few, many in ((15, 16), (17, 20 if variant in FEW else 32)):
         assert recorded(variant, scope, dtype, few) == recorded(variant, scope, dtype, many)
 
 
@@ -76,10 +89,10 @@ def test_every_kernel_that_is_launched_is_compiled(dtype: torch.dtype) -> None:
         return launch.name, frozenset((n, kind) for n, kind in kinds if kind[0] == "*" and n not in OPTIONAL)
 
     compiled = {pointers(launch) for call in aot_report.calls(dtype, True) for launch in aot.record(call, TARGET)}
-    kinds = (*itertools.product(CROWDED, layer.SCOPES), *((variant, "off") for variant in MIXED_SMALL))
+    kinds = (*itertools.product(CROWDED, layer.SCOPES), *((variant, "off") for variant in (*MIXED_SMALL, *FEW)))
     for (variant, scope), tokens in itertools.product(kinds, (1, 16, 67)):
         found = recorded(variant, scope, dtype, tokens)
-        assert len(found) >= 5
+        assert len(found) >= 4
         assert {*map(pointers, found)} <= compiled, (variant, scope, tokens)
 
 
@@ -118,6 +131,16 @@ def test_few_launches_of_mixed_layers(seen: list[Any], tokens: int, launches: in
     """Sorting, mixing, expanding, down and the sum; one to add up parts, and one to count where pairs are many."""
     aot_report.call(SHAPES["Qwen3-30B-A3B"], torch.bfloat16, "bases", "off", tokens, "silu")
     assert len(seen) <= launches, [name for name, *_ in seen]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "invariant", "launches"),
+    # Sorting, base, gate and up, mix, base, down, sum; three fewer where the base is added, one more to count pairs.
+    [(16, False, 7), (128, False, 4), (1024, False, 5), (128, True, 7)],
+)
+def test_few_launches_of_few_bits(seen: list[Any], tokens: int, invariant: bool, launches: int) -> None:
+    aot_report.call(SHAPES["Mixtral-8x7B"], torch.bfloat16, "2 bits on a base", "off", tokens, "silu", invariant)
+    assert len(seen) == launches, [name for name, *_ in seen]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 64, 1024])

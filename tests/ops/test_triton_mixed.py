@@ -169,7 +169,8 @@ def check(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setitem(ops.BACKENDS, "new", ops.Backend(compute, check=True))
         arguments, spec = mixed_case(11, hidden=24, rank=(9, 4))
         parameters = backend.to(ops.flat(*arguments[3:5]))
-        with against_reference(lambda: parameters, "new", spec._replace(**changes), hidden_size=24, top_k=2):
+        sizes = {"hidden_size": 24, "top_k": 2, "dtype": arguments[0].dtype}
+        with against_reference(lambda: parameters, "new", spec._replace(**changes), **sizes):
             pass
 
     return load

@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 from d2moe_vllm.ops import triton as package
 from d2moe_vllm.ops.weights import LayerSpec, Weights
 
-MODULES = ("layer", "launch", "tiles", "routing", "selection", "products", "sums")
+MODULES = ("layer", "launch", "layout", "tiles", "routing", "selection", "products", "stored", "sums")
 DEVICES = [
     "cpu",
     pytest.param(
@@ -58,6 +58,17 @@ def modules(device: str) -> SimpleNamespace:
         sys.modules.update(compiled)
         vars(package).update(attributes)
     return found
+
+
+def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function that a kernel calls, interpreted. The interpreter itself puts its own into `triton.language` anew
+    before every such call, which takes longer than all that the function does; it has done so when the kernel began."""
+    if any(value is interpreter.tl.core for value in self.fn.__globals__.values()):
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
+interpreter.InterpretedFunction.__call__ = call
 
 
 @contextmanager

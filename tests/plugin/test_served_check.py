@@ -69,7 +69,9 @@ def test_every_variant_on_every_kind_of_rank(
     def load(backend: Backend) -> None:
         monkeypatch.setitem(ops.BACKENDS, "new", backend._replace(check=True))
         parameters = [None if name not in found else found[name].clone() for name in ops.PARAMETERS]
-        with against_reference(lambda: parameters, "new", spec, hidden_size=config.hidden_size, top_k=2):
+        dtype = next(tensor.dtype for tensor in found.values() if tensor.is_floating_point())
+        sizes = {"hidden_size": config.hidden_size, "top_k": 2, "dtype": dtype}
+        with against_reference(lambda: parameters, "new", spec, **sizes):
             if backend.pack is not None:
                 parameters = ops.flat(*backend.pack(*ops.halves(parameters), spec))
 

@@ -39,7 +39,7 @@ def pack(w13: Weights, w2: Weights, spec: LayerSpec) -> tuple[Weights, Weights]:
     Raises ValueError for weights that no checkpoint has.
     """
     refuse_unknown(w13, w2, spec)
-    hidden = _hidden_size(w2, spec)
+    hidden = hidden_size(w2, spec)
     return (
         _Half(w13, spec.w13, spec, hidden, down=False).packed(),
         _Half(w2, spec.w2, spec, hidden, down=True).packed(),
@@ -69,7 +69,7 @@ def by_columns(weights: Weights, half: HalfSpec, scope: str) -> bool:
     return half.base is None and selects(weights, half, scope)
 
 
-def _hidden_size(w2: Weights, spec: LayerSpec) -> int:
+def hidden_size(w2: Weights, spec: LayerSpec) -> int:
     """Down's outputs; 0 where nothing of down is here."""
     if w2.base is not None:
         return w2.base.shape[0 if spec.w2.base else 1]

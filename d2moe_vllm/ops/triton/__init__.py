@@ -1,4 +1,5 @@
-"""GPU backend: the layer in Triton kernels, over weights as they are loaded (docs/adr/0012-triton-backend.md).
+"""GPU backend: the layer in Triton kernels, over weights as they are loaded (docs/adr/0012-triton-backend.md), or laid
+anew once where they are of few bits or of unequal widths (docs/adr/0023-few-bits-on-a-gpu.md).
 
 triton is imported by the first call, not by this module.
 """
@@ -12,7 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["fused_experts", "missing"]
+from d2moe_vllm.ops.triton.layout import pack
+
+__all__ = ["fused_experts", "missing", "pack"]
 
 
 def missing() -> str | None:

@@ -70,5 +70,5 @@ def add_product(acc, a, a_mask, b, b_mask, columns, start, stop, depth, BLOCK_K:
         b_tile = tl.load(b + inputs[:, None], mask=there[:, None] & b_mask, other=0.0)
         places = inputs if columns is None else tl.load(columns + inputs, mask=there, other=0)
         a_tile = tl.load(a + places[None, :], mask=a_mask & there[None, :], other=0.0)
-        acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
+        acc = tl.dot(a_tile, b_tile.to(a_tile.dtype), acc, input_precision="ieee")
     return acc

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from d2moe_vllm.ops.packing import Packing
 from d2moe_vllm.ops.triton import mixing, products, routing, selection, sums, tiles
+from d2moe_vllm.ops.triton.layout import OUTPUTS, UNIT, Ragged, round_up, units
 from d2moe_vllm.ops.weights import HalfSpec
 
 DIRECT_ROWS = 16
@@ -16,6 +18,8 @@ DIRECT_ROWS = 16
 programs as there are blocks do."""
 SQUARES_ROWS = 64
 """Rows that one program of column_squares sums."""
+MANY_ROWS = 64
+"""Of a block, from which on a product is bound by arithmetic rather than by reading."""
 ADD_BLOCK = 1024
 """Elements that one program of add_parts makes."""
 
@@ -44,6 +48,56 @@ def align_blocks(num_experts: int) -> tuple[int, int]:
     """(BLOCK_E, BLOCK_C) of routing.align."""
     block_e = max(power_of_two(num_experts), 16)
     return block_e, max(4096 // block_e, 1)
+
+
+class Matrices(NamedTuple):
+    """Matrices [outputs, inputs] in one tensor, as layout.pack leaves them.
+
+    values: [outputs, inputs] or [D, outputs, inputs], or flat; with `how`, codes, and their scales. first: where in a
+    whole row the inputs begin.
+    """
+
+    values: Tensor
+    outputs: int
+    inputs: int
+    scales: Tensor | None = None
+    how: Packing | None = None
+    first: int = 0
+
+    @property
+    def stride(self) -> int:
+        """Elements from a row to the next: of inputs, or, of codes and scales, of outputs."""
+        if self.how is not None:
+            return round_up(self.outputs, OUTPUTS)
+        return self.values.stride(-2) if self.values.dim() > 1 else self.inputs
+
+    @property
+    def places(self) -> int:
+        """Of inputs in a row, those of its neighbours in the first and the last unit included."""
+        return self.inputs if self.how is None else UNIT * units(self.inputs, self.first)
+
+    @property
+    def shift(self) -> int | None:
+        """How many places there are before the first input; None for none, which makes a simpler kernel."""
+        return None if self.how is None else self.first % UNIT or None
+
+    @property
+    def group_shift(self) -> int:
+        return 0 if self.how is None else self.first % self.how.group_size // UNIT
+
+    @property
+    def groups(self) -> int:
+        return 0 if self.how is None else self.how.row_groups(self.inputs, self.first)
+
+    def kernel(self, name: str) -> str:
+        """Under which name tiles are looked up."""
+        return name if self.how is None else f"{name}{tiles.FEW}"
+
+
+def storage(how: Packing | None, prefix: str = "") -> dict[str, Any]:
+    """What kernels are compiled for of a storage."""
+    bits, zero, group = (0, 0.0, UNIT) if how is None else how
+    return {f"{prefix}BITS": bits, f"{prefix}ZERO": float(zero), f"{prefix}GROUP": group}
 
 
 @dataclass
@@ -98,6 +152,12 @@ class Batch:
             kernel, tiles.INVARIANT_ROWS if self.invariant else rows, self.dtype, tiles.device_name(self.device)
         )
 
+    @property
+    def adds_bases(self) -> bool:
+        """Whether a base is to be added to experts' own matrices before one product: where each expert has so many rows
+        that arithmetic is the limit, and not the bytes that are read."""
+        return not self.invariant and self.tile("shrink").block_m >= MANY_ROWS
+
     def _splits(self, programs: int, depth: int, block_k: int) -> int:
         return 1 if self.invariant else tiles.splits(programs, depth, block_k, self.device)
 
@@ -117,46 +177,59 @@ class Batch:
         self,
         kernel: str,
         a: Tensor,
-        b: Tensor,
+        b: Matrices,
         *,
         grouped: bool,
         places: Tensor | None = None,
         columns: Tensor | None = None,
         column_places: Tensor | None = None,
+        ragged: Ragged | None = None,
+        base: Matrices | None = None,
         exact: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
-        """[parts, rows, width]: B a, for all rows of a [rows, depth], or for the pairs, each by its expert's B.
+        """[parts, rows, outputs]: B a, for all rows of a [rows, inputs], or for the pairs, each by its expert's B.
 
-        b: [width, depth], or where it is grouped [D, width, depth] by `places`, with a's rows tokens or pairs. columns:
-        [D', depth], those of a that are multiplied. exact: as in base_product. out: where to, one part.
+        Where it is grouped B is by `places`, with a's rows tokens or pairs. columns: [D', inputs], those of a that are
+        multiplied. ragged: B's inputs are the channels that an expert keeps, b.inputs of them at most. base: a matrix
+        that is added to each B, packed as B is. exact: as in base_product. out: where to, one part.
         """
-        tile, (width, depth) = self.tile(kernel), b.shape[-2:]
+        tile, width = self.tile(b.kernel(kernel)), b.outputs
         rows = self.tokens * self.top_k if grouped else len(a)
         blocks_m = len(self.block_experts) if grouped else ceil_div(rows, tile.block_m)
         programs = blocks_m * ceil_div(width, tile.block_n)
         if out is None:
-            splits = self._splits(programs, depth, tile.block_k)
+            splits = self._splits(programs, b.places, tile.block_k)
             dtype = torch.float32 if exact or splits > 1 else self.dtype
             out = self.empty(splits, rows, width, dtype=dtype)
         products.factor_product[(programs, len(out))](
             a,
-            b,
+            b.values,
+            b.scales,
+            None if base is None else base.values,
+            None if base is None else base.scales,
             out,
             self.pairs if grouped else None,
             self.block_experts if grouped else None,
             places,
             columns,
             None if columns is None else column_places,
+            *((None,) * 4 if ragged is None else (ragged.width, ragged.start, ragged.group_shift, ragged.group_start)),
             rows,
-            depth,
+            b.inputs,
             width,
+            b.shift if ragged is None else None,
+            b.group_shift,
+            b.groups,
             a.stride(0),
-            b.stride(-2),
+            b.stride,
             out.stride(1),
             0 if columns is None else columns.stride(0),
             self.top_k if grouped and len(a) == self.tokens else 1,
+            0 if base is None else base.group_shift,
             SPLITS=len(out),
+            **storage(b.how),
+            **storage(None if base is None else base.how, "BASE_"),
             **_matrix(tile),
         )
         return out
@@ -208,26 +281,38 @@ class Batch:
     def expand_and_activate(
         self,
         s: Tensor | None,
-        u: Tensor | None,
+        u: Matrices | None,
         z: Tensor | None,
         *,
         width: int,
         ranks: tuple[int, ...],
+        whole: bool,
         places: Tensor | None,
         columns: Tensor | None,
         column_places: Tensor | None,
+        ragged: Ragged | None,
+        channels: Tensor | None,
+        base: Matrices | None,
         bias: Tensor | None,
         activation: str,
         swiglu: tuple[float, ...],
     ) -> Tensor:
-        """h [pairs, width] from s [tokens or pairs, k], u [D, width, k], z [parts, tokens, 2 width] and bias [E, 2
-        width]; ranks: gate's and up's, or up's alone, where these are width wide."""
+        """h [pairs, width] from s [tokens or pairs, k], u [width, k], z [parts, tokens, 2 channels of the base] and
+        bias [E, 2 width]. ranks: of gate and of up, k in all; of up alone where there is no gate, and z and bias are
+        half as wide; whole: each has all of s, and u has 2 width rows. ragged: outputs are the channels that an expert
+        keeps, width of them at most; channels: which of the base's these are. base: in z's place, [2 channels of the
+        base, k], packed as u is: its rows are added to u's.
+        """
         limit, alpha, beta = swiglu or (0.0, 0.0, 0.0)
-        tile, pairs = self.tile("expand_gate_up"), self.tokens * self.top_k
+        pairs = self.tokens * self.top_k
+        tile = self.tile("expand_gate_up" if u is None else u.kernel("expand_gate_up"))
         h = self.empty(pairs, width, dtype=self.dtype)
         products.expand_and_activate[(len(self.block_experts) * ceil_div(width, tile.block_n),)](
             s,
-            u,
+            None if u is None else u.values,
+            None if u is None else u.scales,
+            None if base is None else base.values,
+            None if base is None else base.scales,
             z,
             bias,
             h,
@@ -236,20 +321,27 @@ class Batch:
             places,
             columns,
             None if columns is None else column_places,
+            *((None,) * 3 if ragged is None else (ragged.width, ragged.start, ragged.first)),
+            channels,
             self.tokens,
             *((0, *ranks) if len(ranks) == 1 else ranks),
             width,
+            z.shape[2] // len(ranks) if z is not None else width if base is None else base.outputs // 2,
             0 if s is None else s.stride(0),
-            0 if u is None else u.stride(1),
+            0 if u is None else u.stride,
             0 if columns is None else columns.stride(0),
             1 if s is None or len(s) == pairs else self.top_k,
             self.top_k,
+            0 if base is None else base.stride,
+            WHOLE=whole,
             ACTIVATION=activation,
             LIMIT=limit,
             ALPHA=alpha,
             BETA=beta,
             GATED=len(ranks) == 2,
             Z_PARTS=1 if z is None else len(z),
+            **storage(None if u is None else u.how),
+            **storage(None if base is None else base.how, "BASE_"),
             **_matrix(tile),
         )
         return h
@@ -319,10 +411,13 @@ class Batch:
         selection.gather[grid](x, inputs, packed, rows, width, len(inputs), **_plain(tile))
         return packed
 
-    def mix(self, h: Tensor, inputs: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """[tokens, kept]: the gate-weighted sum of h [pairs, width] over a token's experts, at the columns `inputs`."""
+    def mix(self, h: Tensor, inputs: Tensor | None, dtype: torch.dtype, spots: Tensor | None = None) -> Tensor:
+        """[tokens, kept]: the gate-weighted sum of h [pairs, width] over a token's experts, at the columns `inputs`.
+        spots: int32 [E, kept], where among an expert's channels these are, -1 for those that it has not."""
         tile, width = self.tile("mix"), h.shape[1]
         count = width if inputs is None else len(inputs)
+        if spots is not None:
+            count = spots.shape[1]
         out = self.empty(self.tokens, count, dtype=dtype)
         grid = (ceil_div(self.tokens, tile.block_m), ceil_div(count, tile.block_n))
         sums.mix[grid](
@@ -330,6 +425,7 @@ class Batch:
             self.gates,
             self.ids,
             inputs,
+            spots,
             out,
             self.tokens,
             width,

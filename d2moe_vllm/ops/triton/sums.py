@@ -12,6 +12,7 @@ def mix(
     gates,
     ids,
     inputs,
+    spots,
     out,
     rows,
     width,
@@ -24,21 +25,28 @@ def mix(
     """out [rows, count] = sum_k gates[:, k] h[row * TOP_K + k], in float32, at the columns the base has kept.
 
     h: [rows * TOP_K, width]. gates: float32, ids: int32 [rows, TOP_K]; what is not one of num_experts adds nothing.
-    inputs: int32 [count], or None where count is width.
+    inputs: int32 [count], or None where count is width. spots: int32 [num_experts, count], where in an expert's row of
+    h they are, -1 where it has none; None where all experts have all.
     """
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    places = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    there, in_count = own < rows, places < count
-    columns = places if inputs is None else tl.load(inputs + places, mask=in_count, other=0)
+    kept = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there, in_count = own < rows, kept < count
+    columns = kept if inputs is None else tl.load(inputs + kept, mask=in_count, other=0)
     acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
     for choice in tl.static_range(TOP_K):
         pair = own * TOP_K + choice
         expert = tl.load(ids + pair, mask=there, other=-1)
         here = there & (expert >= 0) & (expert < num_experts)
         gate = tl.load(gates + pair, mask=here, other=0.0)
-        pointers = h + pair.to(tl.int64)[:, None] * width + columns[None, :]
-        acc += gate[:, None] * tl.load(pointers, mask=here[:, None] & in_count[None, :], other=0.0).to(tl.float32)
-    pointers = out + own.to(tl.int64)[:, None] * count + places[None, :]
+        mask = here[:, None] & in_count[None, :]
+        places = columns[None, :]
+        if spots is not None:
+            own_spots = spots + tl.maximum(expert, 0).to(tl.int64)[:, None] * count + columns[None, :]
+            places = tl.load(own_spots, mask=mask, other=-1)
+            mask = places >= 0
+        pointers = h + pair.to(tl.int64)[:, None] * width + places
+        acc += gate[:, None] * tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    pointers = out + own.to(tl.int64)[:, None] * count + kept[None, :]
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=there[:, None] & in_count[None, :])
 
 

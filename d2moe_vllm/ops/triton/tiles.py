@@ -19,8 +19,13 @@ from pathlib import Path
 import torch
 
 TABLES = Path(__file__).with_name("tables")
-GROUPED = ("shrink", "shrink_mixed", "expand_gate_up", "expand_down", "expand_columns")
-TABLE_KERNELS = ("base", *GROUPED, "mix", "combine", "gather")
+FEW = "_few"
+"""Ends the names of kernels whose weights are codes of few bits: they read less, and work more on it."""
+GROUPED = (
+    "shrink", "shrink_mixed", "expand_gate_up", "expand_down", "expand_columns",
+    "shrink_few", "expand_gate_up_few", "expand_down_few", "expand_columns_few",
+)  # fmt: skip
+TABLE_KERNELS = ("base", "base_few", *GROUPED, "mix", "combine", "gather")
 INVARIANT_ROWS = 16
 """Where a row's bits may not depend on other rows, their number must not choose the tile: this one does."""
 MAX_SPLITS = 8
@@ -116,10 +121,12 @@ def for_dtype(kernel: str, found: Tile, dtype: torch.dtype) -> Tile:
     if dtype != torch.float32 or found.block_k == 1:
         return found
     columns, warps = (8, 8) if kernel == "shrink_mixed" else (64, found.num_warps)
-    if kernel == "expand_gate_up" and found.block_m == 32:
+    if kernel.startswith("expand_gate_up") and found.block_m == 32:
         columns = 32
+    # Codes are widened by whole units.
+    least = 32 if kernel.endswith(FEW) else 16
     return Tile(
-        min(found.block_m, 64), min(found.block_n, columns), max(found.block_k // 4, 16), warps, found.num_stages
+        min(found.block_m, 64), min(found.block_n, columns), max(found.block_k // 4, least), warps, found.num_stages
     )
 
 
