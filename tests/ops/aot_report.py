@@ -91,7 +91,7 @@ def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Wei
             fields["delta_v"] = new(stored, parts * rank, inputs)
         if variant in ("trimmed", "biases"):
             fields |= {"u_index": integers(shape.experts), "v_index": integers(shape.experts)}
-    if variant == "biases":
+    if variant in ("biases", "no gate, low-rank base"):
         fields["bias"] = new(shape.experts, parts * out)
     if variant.endswith("low-rank base"):
         base_rank = 40 if odd else 512

@@ -292,14 +292,15 @@ def forward(few: Few, made: Made) -> np.ndarray:
 
 
 @st.composite
-def few_cases(draw: st.DrawFn) -> Few:
-    """Any such layer in float32: with a base or without, all bits and groups, widths that are multiples of nothing."""
+def few_cases(draw: st.DrawFn, *, gated: bool = False) -> Few:
+    """Any such layer in float32: with a base or without, all bits and groups, widths that are multiples of nothing;
+    gated: none without a gate."""
     storage = st.tuples(st.sampled_from([8, 4, 3, 2]), st.sampled_from([32, 64, 128]))
     narrow = draw(st.booleans())
     base = draw(st.sampled_from(["", "full"] if narrow else ["", "full", "columns", "low rank"]))
     delta = draw(st.sampled_from(["dense", "factors"] if narrow else ["dense", "factors", "columns", "shared V"]))
     experts, inner = draw(st.integers(2, 5)), 2 * draw(st.integers(1, 90))
-    gate = draw(st.booleans())
+    gate = gated or draw(st.booleans())
     widths = tuple(draw(st.integers(0, inner)) for _ in range(experts)) if narrow else ()
     return Few(
         draw(st.integers(0, 2**31)),

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2moe_vllm.format.config import UNGATED_STORED
 from d2moe_vllm.ops.cpu.pack import hidden_size
 from d2moe_vllm.ops.packing import Packing, from_bits, row_sizes, unpack
 from d2moe_vllm.ops.packing import pack as pack_codes
@@ -110,7 +111,10 @@ def pack(w13: Weights, w2: Weights, spec: LayerSpec) -> tuple[Weights, Weights]:
     room for one matrix more for a moment. channels: int32, see `_places`. bias of gate and up, where experts keep some
     channels only: as the channels are padded. `fused_experts` has to be given the same spec.
     """
-    if not spec.gate:  # of matrices in 16 bits alone, and whole widths: there are no kernels for others
+    if not spec.gate:
+        # Matrices in 16 bits, of whole widths: there are no kernels for others.
+        if spec.widths or any(half.base or half.delta for half in (spec.w13, spec.w2)):
+            raise ValueError(f"the Triton kernels take no {UNGATED_STORED}")
         return w13, w2
     hidden = hidden_size(w2, spec)
     return _Half(w13, spec.w13, spec, hidden).packed(), _Half(w2, spec.w2, spec, hidden).packed()
