@@ -130,8 +130,8 @@ def serving_modules() -> set[str]:
         name = todo.pop()
         path = root / name.replace(".", "/")
         file = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
-        # The Triton backend's modules import triton: only once a layer is on a GPU.
-        lazy = name.startswith("d2moe_vllm.ops.triton.")
+        # The Triton backend's modules import triton, only once a layer is on a GPU; but for the one that packs.
+        lazy = name.startswith("d2moe_vllm.ops.triton.") and name != "d2moe_vllm.ops.triton.layout"
         if name in found or name == "d2moe_vllm" or lazy or not file.is_file():
             continue
         found.add(name)
