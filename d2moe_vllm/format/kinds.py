@@ -28,6 +28,11 @@ def roles_of(named: Container[str]) -> tuple[Role, ...]:
     return tuple(role for role in ROLES if role in named)
 
 
+def halves_of(named: Container[str]) -> dict[str, tuple[Role, ...]]:
+    """HALVES, of the roles among those named."""
+    return {half: tuple(role for role in roles if role in named) for half, roles in HALVES.items()}
+
+
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: Mapping[Dtype, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """config.json's dtype names -> safetensors' names."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from d2moe_vllm.format.kinds import (
-    HALVES,
     KINDS,
     SCALES,
     STORAGES,
@@ -22,6 +21,7 @@ from d2moe_vllm.format.kinds import (
     Role,
     Shape,
     Stored,
+    halves_of,
     layer_of,
     owners,
     roles_of,
@@ -121,7 +121,7 @@ class D2Experts(nn.Module):
         self.num_experts, self.intermediate_size = num_experts, intermediate_size
         self.layer = layer_of(layer)
         self.groups, self.projections = groups, dict(projections)
-        self.gate_up = tuple(role for role in HALVES["w13"] if role in self.projections)
+        self.gate_up = halves_of(self.projections)["w13"]
         self.activation, self.scope = activation, scope
         self.swiglu = () if swiglu is None else tuple(swiglu[name] for name in ("limit", "alpha", "beta"))
         self.trimmed = self.layer.trimmed

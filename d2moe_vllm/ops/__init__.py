@@ -29,6 +29,7 @@ class Backend(NamedTuple):
     """fused_experts: see `reference.fused_experts`. devices: torch's device types it runs on, None for all.
 
     pack: the halves in the backend's own layout, called once after loading; None where it takes them as they are.
+    by_scope: whether what was packed serves the spec's scope alone.
     missing: why it cannot be used on this machine, in one line; None if it can.
     check: hold it against the reference when a model is loaded (selfcheck.py), as it has never run on such devices.
     lacks: what of config.Layer.needs it cannot compute with.
@@ -40,10 +41,11 @@ class Backend(NamedTuple):
     missing: Callable[[], str | None] = lambda: None
     check: bool = False
     lacks: frozenset[str] = frozenset()
+    by_scope: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing),
+    "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing, by_scope=True),
     # ROCm's devices are "cuda" to torch, too.
     "triton": Backend(
         triton.fused_experts,

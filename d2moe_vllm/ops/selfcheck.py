@@ -75,8 +75,8 @@ def against_reference(
         yield
         return
     # Before packing, which may take the storage of the original.
-    packed = ops.BACKENDS[backend].pack is not None
-    examples = list(_examples(parameters, hidden_size, top_k, dtype, spec, packed))
+    by_scope = ops.BACKENDS[backend].by_scope
+    examples = list(_examples(parameters, hidden_size, top_k, dtype, spec, by_scope=by_scope))
     yield
     for example in examples:
         if (wrong := _difference(backend, example, read(), spec)) is not None:
@@ -93,15 +93,16 @@ def _examples(
     top_k: int,
     dtype: torch.dtype,
     spec: LayerSpec,
-    packed: bool,
+    *,
+    by_scope: bool,
 ) -> Iterator[Example]:
     device = next(t.device for t in parameters if t is not None)
     # Weights that --load-format dummy invented may have norms below zero, by which nothing is selected.
     sane = all(half.base_norms is None or bool((half.base_norms >= 0).all()) for half in ops.halves(parameters))
     # Explicitly: while a model is loaded, torch's defaults are the model's.
     random: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
-    # What is packed is packed for the scope that is served.
-    scopes = {spec.scope: None} if packed else dict.fromkeys(("off", spec.scope if sane else "off"))
+    # Where columns are selected rounding decides between near ones: closely everything is compared without.
+    scopes = {spec.scope: None} if by_scope else dict.fromkeys(("off", spec.scope if sane else "off"))
     for scope in scopes:
         for rows in ROWS:
             # Experts that this rank does not have, where there are too few here or by chance, of one row all.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, Layer, Storage
-from d2moe_vllm.format.kinds import HALVES, KINDS, SCALES, STORAGES, Kind, Role, is_cut
+from d2moe_vllm.format.kinds import HALVES, KINDS, SCALES, STORAGES, Kind, Role, halves_of, is_cut
 from d2moe_vllm.ops.packing import Packing, row_sizes, to_bits
 from d2moe_vllm.ops.weights import HalfSpec, LayerSpec
 
@@ -103,7 +103,7 @@ class Share:
 
     def half(self, name: str) -> tuple[Role, ...]:
         """The projections of "w13" or "w2" that experts have."""
-        return tuple(role for role in HALVES[name] if role in self.config.projections)
+        return halves_of(self.config.projections)[name]
 
     # Parameters
 

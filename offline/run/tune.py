@@ -51,8 +51,8 @@ def what(
         if ratio is not None:
             raise InputError("a checkpoint has its ratio already; leave --ratio out")
         config = read_config(checkpoint)
-        kinds = {layer[role].delta for layer in config.layers.values() for role in config.roles}
-        if lacking := kinds & BACKENDS["triton"].lacks:
+        needs = frozenset[str]().union(*(layer.needs for layer in config.layers.values()))
+        if lacking := needs & BACKENDS["triton"].lacks:
             raise InputError(f"{checkpoint} has layers that Triton has no kernels for ({', '.join(sorted(lacking))})")
         pruning = config.pruning.model_copy(update={"scope": scope or config.pruning.scope})
         return config.model_copy(update={"pruning": pruning}), _experts_per_token(checkpoint)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from d2moe_vllm.format.config import QUANT_METHOD, CheckpointConfig, first_error
 from d2moe_vllm.format.familyrow import FamilyRow
-from d2moe_vllm.format.kinds import HALVES, ROLES, Role
+from d2moe_vllm.format.kinds import ROLES, Role, halves_of
 from offline.errors import InputError
 from offline.source.family import Family, Layout
 from offline.source.rows import ROWS
@@ -53,7 +53,7 @@ class MoEShape:
     @property
     def halves(self) -> Mapping[str, tuple[Role, ...]]:
         """HALVES, of the roles that experts have."""
-        return {half: tuple(role for role in every if role in self.roles) for half, every in HALVES.items()}
+        return halves_of(self.roles)
 
     @property
     def selections(self) -> Mapping[Site, tuple[Role, ...]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from d2moe_vllm.format.kinds import HALVES, Role, roles_of
+from d2moe_vllm.format.kinds import Role, halves_of, roles_of
 from d2moe_vllm.ops.reference import Gated
 from offline.algebra.moments import Moment
 from offline.algebra.products import Products, multiplying
@@ -39,7 +39,7 @@ class Weights(dict[Role, Tensor]):
     @property
     def first(self) -> tuple[Role, ...]:
         """Those that read the layer's input: gate and up, or up alone."""
-        return tuple(role for role in HALVES["w13"] if role in self)
+        return halves_of(self)["w13"]
 
     def gives(self, role: Role, rows: Tensor) -> Tensor:
         """What a projection gives for rows [n, in], in float32."""

@@ -3,6 +3,7 @@ token by token in float64: codes by their definition, matrices whole, every prod
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -289,6 +290,21 @@ def forward(few: Few, made: Made) -> np.ndarray:
                 output[t] += gate_value * (delta["down"].numpy() @ h)
     down = based(("down",), mix)
     return output + down["down"] if down else output
+
+
+def lowest_codes() -> Iterator[tuple[list[Any], LayerSpec, torch.Tensor]]:
+    """Arguments whose gate and up have code 0 everywhere, of 8 and 4 bits the lowest: -128 and -8 scales, which no
+    compressor writes; and what a layer gives then."""
+    for bits, lowest in ((8, -128.0), (4, -8.0)):
+        made = make(Few(3, tokens=1, experts=1, top_k=1, absent=0, storages=((bits, 32), None)))
+        weights = made.arguments[3]._replace(
+            dense=torch.zeros_like(made.arguments[3].dense),
+            dense_scales=torch.ones_like(made.arguments[3].dense_scales),
+        )
+        arguments = [*made.arguments[:3], weights, *made.arguments[4:]]
+        h = torch.nn.functional.silu(arguments[0].sum() * lowest) * arguments[0].sum() * lowest
+        expected = arguments[1] * h * arguments[4].dense[0].sum(dim=1)
+        yield arguments, made.spec, expected
 
 
 @st.composite

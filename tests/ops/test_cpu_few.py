@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from crowds import same_bits
-from few_cases import Few, few_cases, forward, make, packing
+from few_cases import Few, few_cases, forward, lowest_codes, make, packing
 from hypothesis import given, settings
 from mixed_cases import forward as mixed_forward
 from mixed_cases import mixed_case
@@ -194,17 +194,8 @@ def test_packing_takes_no_more_memory_where_sizes_are_multiples(bits: int, width
 
 
 def test_a_code_that_no_compressor_writes_is_the_number_it_stands_for() -> None:
-    """Code 0 of 8 and 4 bits, the lowest: -128 and -8 scales."""
-    for bits, lowest in ((8, -128.0), (4, -8.0)):
-        made = make(Few(3, tokens=1, experts=1, top_k=1, absent=0, storages=((bits, 32), None)))
-        weights = made.arguments[3]._replace(
-            dense=torch.zeros_like(made.arguments[3].dense),
-            dense_scales=torch.ones_like(made.arguments[3].dense_scales),
-        )
-        arguments = [*made.arguments[:3], weights, *made.arguments[4:]]
-        h = torch.nn.functional.silu(arguments[0].sum() * lowest) * arguments[0].sum() * lowest
-        expected = arguments[1] * h * arguments[4].dense[0].sum(dim=1)
-        torch.testing.assert_close(run(arguments, made.spec), expected, rtol=1e-5, atol=1e-5)
+    for arguments, spec, expected in lowest_codes():
+        torch.testing.assert_close(run(arguments, spec), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_of_the_format_is_left_to_the_reference() -> None:

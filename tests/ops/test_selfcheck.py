@@ -53,6 +53,25 @@ def test_a_right_backend_is_let_through(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("by_scope", [False, True])
+@pytest.mark.parametrize("scope", ["token", "batch"])
+def test_what_is_packed_for_every_scope_is_compared_without_one_too(
+    monkeypatch: pytest.MonkeyPatch, scope: str, by_scope: bool
+) -> None:
+    """Within the bound of rounding, which a selection has not."""
+    seen: list[str] = []
+
+    def computes(*inputs: Any) -> Tensor:
+        seen.append(inputs[-1].scope)
+        return reference.fused_experts(*inputs)
+
+    monkeypatch.setitem(
+        ops.BACKENDS, "new", Backend(computes, pack=lambda *halves: halves[:2], check=True, by_scope=by_scope)
+    )
+    load(*kernel_arguments(crowd(next(iter(CROWDED)), scope), torch.float32))
+    assert set(seen) == ({scope} if by_scope else {"off", scope})
+
+
 def wrong_column(output: Tensor) -> Tensor:
     """Of the last column, as a kernel that is off by one at an odd size would."""
     return torch.cat([output[:, :-1], output[:, -2:-1]], dim=1)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_cases import CROWDED, cases, crowd, random_case
 from moe_oracle import Case, forward, kernel_arguments
-from triton_kernels import DEVICES, Backend, Shapes, products_by_rows
+from triton_kernels import DEVICES, Backend, products_by_rows, shapes_seen
 
 from d2moe_vllm.ops import BACKENDS, choose_backend
 from d2moe_vllm.ops.reference import fused_experts, select_columns
@@ -251,12 +251,7 @@ def check_routing(backend: Backend, num_experts: int, ids: torch.Tensor, invaria
 def test_no_shape_depends_on_data_and_nothing_is_waited_for(backend: Backend, variant: str, scope: str) -> None:
     arguments, spec = kernel_arguments(crowd(variant, scope), torch.float32)
     arguments = backend.to([*(t[:3] for t in arguments[:3]), *arguments[3:]])
-    seen = []
-    for ids, scale in (([[0, 1]] * 3, 1.0), ([[-1, 7], [7, 7], [2, 5]], 0.0)):
-        with Shapes() as shapes:
-            new_ids = torch.tensor(ids, dtype=torch.int32, device=backend.device)
-            backend.modules.layer.fused_experts(arguments[0] * scale, arguments[1], new_ids, *arguments[3:], spec)
-        seen.append(shapes.seen)
+    seen = shapes_seen(backend, arguments, spec, [[-1, 7], [7, 7], [2, 5]])
     assert seen[0] == seen[1]
     assert any(name == "empty" for name, _ in seen[0])
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from few_cases import Few, few_cases, forward, make, packing
+from few_cases import Few, few_cases, forward, lowest_codes, make, packing
 from hypothesis import given, settings
 from mixed_cases import forward as mixed_forward
 from mixed_cases import mixed_case
 from moe_cases import SWIGLU
-from triton_kernels import DEVICES, Backend, Shapes, products_by_rows
+from triton_kernels import DEVICES, Backend, products_by_rows, shapes_seen
 
 from d2moe_vllm import ops
 from d2moe_vllm.ops import choose_backend, reference, selfcheck, triton
@@ -244,29 +244,15 @@ def test_no_shape_depends_on_data_and_nothing_is_waited_for(backend: Backend, na
     scope = "batch" if LAYERS[name].base == "columns" else "off"
     made = make(replace(LAYERS[name], tokens=3, scope=scope))
     arguments, spec = packed(backend, made)
-    seen = []
-    for ids, scale in (([[0, 1]] * 3, 1.0), ([[-1, 7], [4, 4], [2, 3]], 0.0)):
-        with Shapes() as shapes:
-            new_ids = torch.tensor(ids, dtype=torch.int32, device=backend.device)
-            backend.modules.layer.fused_experts(arguments[0] * scale, arguments[1], new_ids, *arguments[3:], spec)
-        seen.append(shapes.seen)
-        # What is copied to the device when a layer is first called is there from then on.
+    seen = shapes_seen(backend, arguments, spec, [[-1, 7], [4, 4], [2, 3]])
+    # What is copied to the device when a layer is first called is there from then on.
     assert seen[0][-8:] == seen[1][-8:]
     assert seen[1] == [one for one in seen[0] if one in seen[1]]
 
 
 def test_a_code_that_no_compressor_writes_is_the_number_it_stands_for(backend: Backend) -> None:
-    """Code 0 of 8 and 4 bits, the lowest: -128 and -8 scales."""
-    for bits, lowest in ((8, -128.0), (4, -8.0)):
-        made = make(Few(3, tokens=1, experts=1, top_k=1, absent=0, storages=((bits, 32), None)))
-        weights = made.arguments[3]._replace(
-            dense=torch.zeros_like(made.arguments[3].dense),
-            dense_scales=torch.ones_like(made.arguments[3].dense_scales),
-        )
-        arguments = [*made.arguments[:3], weights, *made.arguments[4:]]
-        h = torch.nn.functional.silu(arguments[0].sum() * lowest) * arguments[0].sum() * lowest
-        expected = arguments[1] * h * arguments[4].dense[0].sum(dim=1)
-        torch.testing.assert_close(run(backend, arguments, made.spec), expected, rtol=1e-3, atol=5e-3)
+    for arguments, spec, expected in lowest_codes():
+        torch.testing.assert_close(run(backend, arguments, spec), expected, rtol=1e-3, atol=5e-3)
 
 
 @pytest.mark.usefixtures("large_tiles")

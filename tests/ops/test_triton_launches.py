@@ -92,7 +92,8 @@ def test_every_kernel_that_is_launched_is_compiled(dtype: torch.dtype) -> None:
     kinds = (*itertools.product(CROWDED, layer.SCOPES), *((variant, "off") for variant in (*MIXED_SMALL, *FEW)))
     for (variant, scope), tokens in itertools.product(kinds, (1, 16, 67)):
         found = recorded(variant, scope, dtype, tokens)
-        assert len(found) >= 4
+        # Of whole deltas without a base there is no base's product.
+        assert len(found) >= (4 if variant in FEW else 5)
         assert {*map(pointers, found)} <= compiled, (variant, scope, tokens)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from mixed_cases import MIXED_SMALL, forward, mixed_case, mixed_cases
-from triton_kernels import DEVICES, Backend, Shapes, products_by_rows
+from triton_kernels import DEVICES, Backend, products_by_rows, shapes_seen
 
 from d2moe_vllm import ops
 from d2moe_vllm.ops import choose_backend, reference, selfcheck
@@ -135,12 +135,7 @@ def test_padding_rows_influence_nobody(backend: Backend) -> None:
 def test_no_shape_depends_on_data_and_nothing_is_waited_for(backend: Backend) -> None:
     arguments, spec = mixed_case(9, tokens=3)
     arguments = backend.to(arguments)
-    seen = []
-    for ids, scale in (([[0, 1]] * 3, 1.0), ([[-1, 7], [7, 7], [2, 5]], 0.0)):
-        with Shapes() as shapes:
-            new_ids = torch.tensor(ids, dtype=torch.int32, device=backend.device)
-            backend.modules.layer.fused_experts(arguments[0] * scale, arguments[1], new_ids, *arguments[3:], spec)
-        seen.append(shapes.seen)
+    seen = shapes_seen(backend, arguments, spec, [[-1, 7], [7, 7], [2, 5]])
     assert seen[0] == seen[1]
     # Of which none is a whole V: pairs, blocks, s, h, down's share and the output.
     sizes = [np.prod(shape) for name, shape in seen[0] if name == "empty"]
