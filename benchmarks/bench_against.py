@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from layer_shapes import SCOPES, SHAPES
+from layer_shapes import SCOPES, SHAPES, STORAGES
 from places import ROOT
 
 OUT = ROOT / "build" / "bench" / "against.json"
@@ -34,10 +34,10 @@ layer = None
 for line in sys.stdin:
     asked = json.loads(line)
     if "layer" in asked:
-        name, ratio, scope = asked["layer"]
+        name, what, scope = asked["layer"]
         layer, shape = None, bench_layer.SHAPES[name]
         torch.manual_seed(0)
-        layer = bench_layer.Ours(shape, ratio, scope)
+        layer = bench_layer.Few(shape, what) if isinstance(what, str) else bench_layer.Ours(shape, what, scope)
         answer(True)
     elif "tokens" in asked:
         torch.manual_seed(asked["tokens"])
@@ -89,8 +89,11 @@ def main() -> int:
     parser.add_argument("commit", help="what to compare with, as git names it")
     parser.add_argument("--shapes", nargs="+", default=["Mixtral-8x7B"], choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 256])
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.4, 0.6])
+    parser.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.4, 0.6], help="of low-rank deltas")
     parser.add_argument("--scopes", nargs="+", default=list(SCOPES), choices=SCOPES)
+    parser.add_argument(
+        "--storages", nargs="*", default=[], choices=list(STORAGES), help="of whole matrices, scope off"
+    )
     parser.add_argument("--pairs", type=int, default=15, help="calls of each, per row")
     parser.add_argument("--most", type=float, default=1.03, help="largest median of all rows' ratios")
     arguments = parser.parse_args()
@@ -114,10 +117,14 @@ def main() -> int:
 
 def measure(workers: dict[str, Worker], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    print(f"{'shape':16} {'ratio':>5} {'scope':>5} {'tokens':>6} {'before ms':>9} {'now ms':>9} {'now/before':>10}")
-    for name, ratio, scope in itertools.product(arguments.shapes, arguments.ratios, arguments.scopes):
+    print(f"{'shape':16} {'what':>21} {'scope':>5} {'tokens':>6} {'before ms':>9} {'now ms':>9} {'now/before':>10}")
+    kinds = [
+        *itertools.product(arguments.ratios, arguments.scopes),
+        *((storage, "off") for storage in arguments.storages),
+    ]
+    for name, (what, scope) in itertools.product(arguments.shapes, kinds):
         for worker in workers.values():
-            worker.ask(layer=(name, ratio, scope))
+            worker.ask(layer=(name, what, scope))
         for tokens in arguments.tokens:
             for worker in workers.values():
                 worker.ask(tokens=tokens)
@@ -129,9 +136,10 @@ def measure(workers: dict[str, Worker], arguments: argparse.Namespace) -> list[d
                 pairs.append((times["before"], times["now"]))
             before, now = (statistics.median(column) for column in zip(*pairs, strict=True))
             change = statistics.median(second / first for first, second in pairs)
-            rows.append({"shape": name, "asked": ratio, "scope": scope, "tokens": tokens, "before_ms": before,
+            rows.append({"shape": name, "asked": what, "scope": scope, "tokens": tokens, "before_ms": before,
                          "now_ms": now, "ratio": change})  # fmt: skip
-            print(f"{name:16} {ratio:5.0%} {scope:>5} {tokens:6} {before:9.2f} {now:9.2f} {change:10.3f}", flush=True)
+            said = what if isinstance(what, str) else f"{what:.0%}"
+            print(f"{name:16} {said:>21} {scope:>5} {tokens:6} {before:9.2f} {now:9.2f} {change:10.3f}", flush=True)
     return rows
 
 

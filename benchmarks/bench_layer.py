@@ -21,7 +21,7 @@ from typing import Any
 
 import layer_gpu
 import torch
-from layer_shapes import BYTES, GROUPS, SCOPES, SHAPES, Shape, dense_expert_bytes, sizes
+from layer_shapes import BYTES, GROUPS, SCOPES, SHAPES, STORAGES, Shape, dense_expert_bytes, sizes
 from torch import Tensor
 
 from d2moe_vllm.ops import BACKENDS
@@ -84,14 +84,6 @@ class Ours:
 
 ZERO = {8: 128, 4: 8, 3: 3.5, 2: 1.5}
 GROUP = 64
-STORAGES = {
-    "int8": (None, 8),
-    "int4": (None, 4),
-    "int3": (None, 3),
-    "int2": (None, 2),
-    "base int4, delta int2": (4, 2),
-}
-"""Bits of a base, and of each expert's own matrices."""
 
 
 class Few:

@@ -13,6 +13,16 @@ BYTES = 2
 SCOPES = ("off", "batch")
 
 
+STORAGES = {
+    "int8": (None, 8),
+    "int4": (None, 4),
+    "int3": (None, 3),
+    "int2": (None, 2),
+    "base int4, delta int2": (4, 2),
+}
+"""Bits of a base, and of each expert's own matrices, that are stored whole."""
+
+
 class Sizes(NamedTuple):
     """See shapes.Sizes."""
 

@@ -90,14 +90,20 @@ Element* zeros_between(Element* alpha, i64 rows, i64 m) {
   return alpha;
 }
 
+float lane(Floats v, i64 i) {
+  float numbers[LANES];
+  store(numbers, v);
+  return numbers[i];
+}
+
 // The functions of vectors.h against the C library's in double precision, where results are normal numbers.
 bool close(const char* name, Floats (*f)(Floats), double (*exact)(double), double tolerance) {
   for (i64 i = 0; i < 400000; ++i) {
     // Both signs, from 1e-30 to 80, all of about the same number of values.
     const float x = float((i % 2 ? 1 : -1) * std::exp(-69.0 + 73.3 * double(i) / 400000));
     const double expected = exact(x);
-    if (std::fabs(f(all(x))[i % LANES] - expected) <= tolerance * std::fabs(expected)) continue;
-    std::printf("%s(%g) is %g\n", name, x, f(all(x))[i % LANES]);
+    if (std::fabs(lane(f(all(x)), i % LANES) - expected) <= tolerance * std::fabs(expected)) continue;
+    std::printf("%s(%g) is %g\n", name, x, lane(f(all(x)), i % LANES));
     return false;
   }
   return true;
@@ -108,8 +114,9 @@ double exact_tanh(double x) { return std::tanh(x); }
 double exact_exp(double x) { return std::exp(x); }
 
 bool functions() {
-  const float limits = tanh(all(INFINITY))[0] + tanh(all(-INFINITY))[1] + exp(all(-INFINITY))[0] + silu_16_bits(all(0))[0];
-  return limits == 0 && tanh(all(NAN))[2] != tanh(all(NAN))[2] && close("exp", exp, exact_exp, 2e-7) &&
+  const float limits = lane(tanh(all(INFINITY)), 0) + lane(tanh(all(-INFINITY)), 1) + lane(exp(all(-INFINITY)), 0) +
+                       lane(silu_16_bits(all(0)), 0);
+  return limits == 0 && std::isnan(lane(tanh(all(NAN)), 2)) && close("exp", exp, exact_exp, 2e-7) &&
          close("silu", silu, exact_silu, 4e-7) && close("silu_16_bits", silu_16_bits, exact_silu, 1e-5) &&
          close("tanh", tanh, exact_tanh, 4e-7);
 }

@@ -27,8 +27,8 @@ class Tree:
 def test_calls_take_turns_and_the_ratio_is_of_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     log: list[tuple[str, dict[str, Any]]] = []
     workers: Any = {"before": Tree("before", 10.0, log), "now": Tree("now", 20.0, log)}
-    arguments = argparse.Namespace(shapes=["a"], ratios=[0.4], scopes=["off"], tokens=[1, 16], pairs=5)
-    rows = bench_against.measure(workers, arguments)
+    given = {"shapes": ["a"], "ratios": [0.4], "scopes": ["off"], "storages": [], "tokens": [1, 16], "pairs": 5}
+    rows = bench_against.measure(workers, argparse.Namespace(**given))
     assert [row["tokens"] for row in rows] == [1, 16]
     assert all(row["ratio"] == pytest.approx(2.0) for row in rows)
     assert all(row["before_ms"] < row["now_ms"] for row in rows)
@@ -40,6 +40,10 @@ def test_calls_take_turns_and_the_ratio_is_of_pairs(capsys: pytest.CaptureFixtur
     ]
     assert calls.count("before") == calls.count("now") == 2 * 5
     assert "now/before" in capsys.readouterr().out
+
+    stored = argparse.Namespace(**{**given, "ratios": [], "storages": ["int4"]})
+    assert [row["asked"] for row in bench_against.measure(workers, stored)] == ["int4", "int4"]
+    assert ("now", {"layer": ("a", "int4", "off")}) in log
 
 
 def test_an_unknown_commit_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

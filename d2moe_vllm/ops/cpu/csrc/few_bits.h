@@ -15,16 +15,15 @@ namespace d2moe {
 template <int BITS>
 constexpr float meaning(int code) { return BITS == 4 ? float(code - 8) : BITS == 3 ? code - 3.5f : code - 1.5f; }
 
-// Inputs that are multiplied with all rows before the next are read: as many as take 16 KB for four blocks.
-constexpr i64 inputs_at_once(i64 bits) { return INPUTS * 16 / bits; }
+// Groups of so many inputs that are multiplied with all rows before the next are read: as many as take 16 KB for four blocks.
+constexpr i64 MOST_GROUPS = 64;
+constexpr i64 groups_at_once(i64 bits, i64 group) { return std::clamp<i64>(INPUTS * 16 / bits / group, 1, MOST_GROUPS); }
 
 template <int BITS>
 struct Codes {
   static constexpr i64 INPUTS_OF_UNIT = unit_inputs(BITS), BYTES = unit_bytes(BITS), LINES = BYTES / 64;
 
-  typedef signed char Bytes __attribute__((vector_size(16), aligned(1), may_alias));
-
-  static Words words(const char* w) { return *reinterpret_cast<const Words*>(w); }
+  static Words words(const char* w) { return load_words(w); }
 
   // What the lowest bits stand for.
   static Floats value(Words code) {
@@ -36,23 +35,23 @@ struct Codes {
         meaning<BITS>(12 & MASK), meaning<BITS>(13 & MASK), meaning<BITS>(14 & MASK), meaning<BITS>(15 & MASK)};
     return bits<Floats>(_mm512_permutexvar_ps(bits<__m512i>(code), _mm512_load_ps(TABLE)));
 #else
-    return __builtin_convertvector(bits<Ints>(code & std::uint32_t(MASK)), Floats) + meaning<BITS>(0);
+    return convert<Floats>(bits<Ints>(code & std::uint32_t(MASK)));
 #endif
   }
   static constexpr int MASK = (1 << BITS) - 1;
-
-  // Of 16 bytes.
-  static Floats bytes(const char* w) {
+  // By which `value` is too large: there is no short way to what a code stands for without AVX-512, so the codes themselves are
+  // multiplied, and so many times the sum of a group's inputs taken off.
 #ifdef __AVX512F__
-    const __m128i code = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
-    return bits<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(code)));
+  static constexpr float ABOVE = 0;
 #else
-    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(w), Ints), Floats);
+  static constexpr float ABOVE = BITS == 8 ? 0 : -meaning<BITS>(0);
 #endif
-  }
 
-  // A unit's weights of input i.
-  static Floats weights(const char* w, i64 i) {
+  // Of 16 bytes, with their signs.
+  static Floats bytes(const char* w) { return convert<Floats>(widened_bytes(w)); }
+
+  // A unit's weights of input i, and ABOVE.
+  D2MOE_INLINE static Floats weights(const char* w, i64 i) {
     if constexpr (BITS == 8) {
       return bytes(w + i * LANES);
     } else {
@@ -70,8 +69,10 @@ struct Codes {
   }
 
   // sums[m][b] += the weights of inputs begin .. end, of a unit that begins at `origin`, times theirs of M rows.
+  // Rarely: where something has cut a group. Never inlined, so that it asks no registers of the rest.
   template <class P, int M, int NB>
-  static void some(const typename P::Input* x, const char* w, i64 stride, i64 origin, i64 begin, i64 end, Floats (&sums)[M][NB]) {
+  D2MOE_APART static void some(
+      const typename P::Input* x, const char* w, i64 stride, i64 origin, i64 begin, i64 end, Floats (&sums)[M][NB]) {
     for (i64 i = begin; i < end; ++i) {
       Floats lines[NB];
       for (int b = 0; b < NB; ++b) lines[b] = weights(w + b * stride, i - origin);
@@ -81,26 +82,37 @@ struct Codes {
 
   // x: the rows from the unit's first input on.
   template <class P, int M, int NB>
-  static void all_of(const typename P::Input* x, const char* w, i64 stride, Floats (&sums)[M][NB]) {
-#pragma GCC unroll 4
-    for (i64 i = 0; i < INPUTS_OF_UNIT; ++i) {
+  D2MOE_INLINE static void all_of(const typename P::Input* x, const char* w, i64 stride, Floats (&sums)[M][NB]) {
+    auto one = [&](i64 i) D2MOE_HERE {
       Floats lines[NB];
       for (int b = 0; b < NB; ++b) lines[b] = weights(w + b * stride, i);
       add<P>(x, i, lines, sums);
-    }
+    };
+#ifdef D2MOE_UNROLLED
+    every(one, std::make_integer_sequence<i64, INPUTS_OF_UNIT>{});
+#else
+#pragma GCC unroll 4
+    for (i64 i = 0; i < INPUTS_OF_UNIT; ++i) one(i);
+#endif
   }
+  // Shifts by constants, which a loop does not promise.
+  template <class F, i64... I>
+  D2MOE_INLINE static void every(F f, std::integer_sequence<i64, I...>) { (f(I), ...); }
 
   template <class P, int M, int NB>
-  static void add(const typename P::Input* x, i64 i, const Floats (&lines)[NB], Floats (&sums)[M][NB]) {
+  D2MOE_INLINE static void add(
+      const typename P::Input* x, i64 i, const Floats (&lines)[NB], Floats (&sums)[M][NB]) {
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
-      Floats value;
-      if constexpr (P::PAIR == 1) {
-        value = all(x[i * M + m]);
-      } else {
+#ifdef D2MOE_DPBF16
+      if constexpr (P::PAIR == 2) {
         const Words both = Words{} + Kernel<P>::pair(x + (i / 2 * M + m) * 2);
-        value = bits<Floats>(i % 2 ? both & 0xffff0000u : both << 16);
+        const Floats value = bits<Floats>(i % 2 ? both & 0xffff0000u : both << 16);
+        for (int b = 0; b < NB; ++b) sums[m][b] += lines[b] * value;
+        continue;
       }
+#endif
+      const float value = x[i / P::PAIR * M * P::PAIR + m * P::PAIR + i % P::PAIR];
       for (int b = 0; b < NB; ++b) sums[m][b] += lines[b] * value;
     }
   }
@@ -165,9 +177,9 @@ struct Codes {
 #endif
 
   // sums[m][b] += of inputs begin .. end of a group. x: a tile of M rows; w: the group's first unit, which begins at
-  // `origin`; in: of the row.
+  // `origin`; in: of the row. Inlined, so that sums stay in registers.
   template <class P, int M, int NB>
-  static void group(
+  D2MOE_INLINE static void group(
       const typename P::Input* x, const char* w, i64 stride, i64 origin, i64 begin, i64 end, i64 in, Next& next, i64& wait,
       Floats (&sums)[M][NB]) {
     x += origin * M;
@@ -194,11 +206,23 @@ struct Codes {
       return;
     }
 #endif
-    for (i64 unit = 0; unit < end; unit += INPUTS_OF_UNIT, w += BYTES) {
+    auto part = [&](i64 unit, i64 first, i64 last) {
       ask();
-      if (unit >= begin && unit + INPUTS_OF_UNIT <= end) all_of<P>(x + unit * M, w, stride, sums);
-      else some<P>(x, w, stride, unit, std::max(unit, begin), std::min(unit + INPUTS_OF_UNIT, end), sums);
+      Floats own[M][NB];
+      for (int m = 0; m < M; ++m) for (int b = 0; b < NB; ++b) own[m][b] = sums[m][b];
+      some<P>(x, w, stride, unit, first, last, own);
+      for (int m = 0; m < M; ++m) for (int b = 0; b < NB; ++b) sums[m][b] = own[m][b];
+    };
+    i64 unit = 0;
+    if (begin) {
+      part(0, begin, std::min(INPUTS_OF_UNIT, end));
+      unit += INPUTS_OF_UNIT, w += BYTES;
     }
+    for (; unit + INPUTS_OF_UNIT <= end; unit += INPUTS_OF_UNIT, w += BYTES) {
+      ask();
+      all_of<P>(x + unit * M, w, stride, sums);
+    }
+    if (unit < end) part(unit, unit, end);
   }
 };
 
@@ -213,36 +237,80 @@ struct Opened {
     const Groups groups = f.groups();
     const i64 g = (input + groups.within) / groups.group, at = input - groups.origin(g), inputs = unit_inputs(BITS);
     const char* unit = f.w + (groups.unit(g, BITS) + at / inputs) * unit_bytes(BITS);
-    return Codes<BITS>::weights(unit, at % inputs) * Kernel<BFloat16>::widen(f.scales + g * LANES);
+    return (Codes<BITS>::weights(unit, at % inputs) - Codes<BITS>::ABOVE) * Kernel<BFloat16>::widen(f.scales + g * LANES);
   }
 };
 
-// out[m][0 .. 16 NB) += x w^T for a tile of M rows over some groups.
+// Where the codes and the scales of some blocks lie.
+struct Stored {
+  const char* w;
+  i64 stride;
+  const std::uint16_t* scales;
+  i64 scale_stride;
+
+  Stored from(i64 b) const { return {w + b * stride, stride, scales + b * scale_stride, scale_stride}; }
+};
+
+// sums[m] = x[m][begin] + .. + x[m][end - 1], first those whose numbers are the same modulo 16: whatever M, a tile's are vectors.
+template <class P, int M>
+void sum_inputs(const typename P::Input* x, i64 begin, i64 end, float (&sums)[M]) {
+  constexpr i64 PAIR = P::PAIR;
+  auto place = [](i64 i, i64 m) { return i / PAIR * PAIR * M + m * PAIR + i % PAIR; };
+  Floats whole[M] = {};
+  i64 i = ceil_div(begin, LANES) * LANES;
+  const i64 until = std::min(i, end);
+  for (; i + LANES <= end; i += LANES)
+    for (int m = 0; m < M; ++m) whole[m] += load(x + i * M + m * LANES);
+  float all[LANES * M];
+  for (int m = 0; m < M; ++m) store(all + m * LANES, whole[m]);
+  for (i64 k = begin; k < until; ++k) for (i64 m = 0; m < M; ++m) all[place(k % LANES, m)] += x[place(k, m)];
+  for (; i < end; ++i) for (i64 m = 0; m < M; ++m) all[place(i % LANES, m)] += x[place(i, m)];
+  for (i64 left = LANES / 2; left >= PAIR; left /= 2) for (i64 j = 0; j < left * M; ++j) all[j] += all[j + left * M];
+  for (i64 m = 0; m < M; ++m) sums[m] = PAIR == 2 ? all[2 * m] + all[2 * m + 1] : all[m];
+}
+
+// out[m][0 .. 16 NB) += x w^T for a tile of M rows over some groups, whose inputs' sums are in `of_inputs`.
 template <class P, int BITS, int M, int NB>
-void codes_tile(const typename P::Input* x, const Factor<P>& f, i64 first, i64 last, Next next, float* out, i64 ld) {
+void some_codes(
+    const typename P::Input* x, const Groups& groups, const Stored& f, i64 first, i64 last, const float (*of_inputs)[M], Next next,
+    float* out, i64 ld) {
   using Widen = Kernel<BFloat16>;  // scales
-  const Groups groups = f.groups();
-  const i64 stride = f.stride(), scale_stride = f.scale_stride();
+  constexpr float ABOVE = Codes<BITS>::ABOVE;
+  const char* w = f.w + groups.unit(first, BITS) * Codes<BITS>::BYTES;
   i64 wait = 0;
-  for (i64 g = first; g < last; ++g) {
-    Floats sums[M][NB] = {};
+  for (i64 g = first; g < last; w += groups.units_of(g++, BITS) * Codes<BITS>::BYTES) {
+    Floats sums[M][NB];
+    for (auto& row : sums) for (Floats& sum : row) sum = Floats{};
     Codes<BITS>::template group<P>(
-        x, f.w + groups.unit(g, BITS) * Codes<BITS>::BYTES, stride, groups.origin(g), groups.begin(g), groups.end(g), f.in, next,
-        wait, sums);
+        x, w, f.stride, groups.origin(g), groups.begin(g), groups.end(g), groups.in, next, wait, sums);
     for (int b = 0; b < NB; ++b) {
-      const Floats scale = Widen::widen(f.scales + b * scale_stride + g * LANES);
+      const Floats scale = Widen::widen(f.scales + b * f.scale_stride + g * LANES);
       for (int m = 0; m < M; ++m) {
         float* to = out + m * ld + b * LANES;
+        if constexpr (ABOVE != 0) sums[m][b] -= all(ABOVE) * of_inputs[g - first][m];
         store(to, load(to) + sums[m][b] * scale);
       }
     }
   }
 }
 
+// The same, as many blocks at once as registers hold, which words of codes want as well.
+template <class P, int BITS, int M, int NB>
+void codes_tile(
+    const typename P::Input* x, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
+  constexpr int SOME = at_once<M, SUMS >= 24 ? NB : std::min(NB, 2)>();
+  float of_inputs[Codes<BITS>::ABOVE != 0 ? MOST_GROUPS : 1][M];
+  if constexpr (Codes<BITS>::ABOVE != 0)
+    for (i64 g = first; g < last; ++g) sum_inputs<P, M>(x, groups.begin(g), groups.end(g), of_inputs[g - first]);
+  for (int b = 0; b < NB; b += SOME)
+    some_codes<P, BITS, M, SOME>(x, groups, f.from(b), first, last, of_inputs, next.from(b), out + b * LANES, ld);
+}
+
 template <class P, int BITS, int NB>
 void codes_blocks(const Rows<P>& x, const Factor<P>& f, Next after, float* out, i64 ld) {
   const Groups groups = f.groups();
-  const i64 count = groups.count(), run = std::max<i64>(1, inputs_at_once(BITS) / groups.group), stride = f.stride();
+  const i64 count = groups.count(), run = groups_at_once(BITS, groups.group), stride = f.stride();
+  const Stored stored{f.w, stride, f.scales, f.scale_stride()};
   auto lines = [&](i64 from, i64 to) { return (groups.unit(to, BITS) - groups.unit(from, BITS)) * Codes<BITS>::LINES; };
   // Not by the first group instead: products that are added to nothing may be rounded twice, for some numbers of rows.
   for (i64 r = 0; r < x.n; ++r) std::fill_n(out + r * ld, NB * LANES, 0.0f);
@@ -253,7 +321,7 @@ void codes_blocks(const Rows<P>& x, const Factor<P>& f, Next after, float* out, 
     for (i64 t = 0; t < x.tiles; ++t) {
       with_rows<FACTOR_ROWS>(x.size(t), [&](auto m) {
         constexpr int M = decltype(m)::value;
-        codes_tile<P, BITS, M, NB>(x.tile(t), f, first, last, next.share(t, x.tiles), out + x.first(t) * ld, ld);
+        codes_tile<P, BITS, M, NB>(x.tile(t), groups, stored, first, last, next.share(t, x.tiles), out + x.first(t) * ld, ld);
       });
     }
   }

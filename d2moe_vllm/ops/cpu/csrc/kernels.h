@@ -37,14 +37,14 @@ struct Ahead {
     for (; next < until; ++next)
       __builtin_prefetch(reinterpret_cast<const char*>(w + selected[next / column] * fold) + next % column * 64, 0, 0);
   }
+  // The same columns, nothing of which is wanted any more.
+  Ahead none() const { return {w, selected, fold, column, end, end, at_once}; }
 };
 
 template <class P>
 struct Kernel;
 
 // float32 and float16: widen the weights, multiply by each row's value.
-typedef _Float16 Halves __attribute__((vector_size(32), aligned(2), may_alias));
-
 template <class P>
 struct Widening {
   using Element = typename P::Element;
@@ -54,13 +54,13 @@ struct Widening {
     if constexpr (sizeof(Element) == 4) {
       return load(reinterpret_cast<const float*>(w));
     } else {
-      return __builtin_convertvector(*reinterpret_cast<const Halves*>(w), Floats);
+      return widened_halves(w);
     }
   }
 
   static void narrow(Floats v, Element* to) {
     if constexpr (sizeof(Element) == 4) store(reinterpret_cast<float*>(to), v);
-    else *reinterpret_cast<Halves*>(to) = __builtin_convertvector(v, Halves);
+    else narrowed_to_halves(v, to);
   }
 
   template <int M, int NB>
@@ -76,13 +76,14 @@ struct Widening {
     }
   }
 
-  template <int M>
+  // NB of the four vectors of a slice.
+  template <int M, int NB>
   static void base(
-      const Input* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<P> ahead, Floats (&acc)[M][4]) {
+      const Input* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<P> ahead, Floats (&acc)[M][NB]) {
     for (i64 i = begin; i < end; ++i) {
       ahead.step();
       const Element* column = w + selected[i] * ahead.fold;
-      for (int l = 0; l < 4; ++l) {
+      for (int l = 0; l < NB; ++l) {
         const Floats line = widen(column + l * LANES);
 #pragma GCC unroll 6
         for (int m = 0; m < M; ++m) acc[m][l] += line * x[i * M + m];
@@ -99,20 +100,15 @@ struct Kernel<Float16> : Widening<Float16> {};
 template <>
 struct Kernel<BFloat16> {
   using Element = std::uint16_t;
-  using Input = std::uint16_t;
+  using Input = BFloat16::Input;
 
-  typedef std::uint16_t Elements __attribute__((vector_size(32), aligned(2), may_alias));
-
-  static Floats widen(const Element* w) {
-    return bits<Floats>(__builtin_convertvector(*reinterpret_cast<const Elements*>(w), Words) << 16);
-  }
+  static Floats widen(const Element* w) { return bits<Floats>(widened<Words>(w) << 16); }
 
   static void narrow(Floats v, Element* to) {
 #ifdef D2MOE_DPBF16
-    *reinterpret_cast<Elements*>(to) = bits<Elements>(_mm512_cvtneps_pbh(bits<__m512>(v)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits<__m256i>(_mm512_cvtneps_pbh(bits<__m512>(v))));
 #else
-    const Words w = bits<Words>(v), rounded = (w + 0x7fffu + ((w >> 16) & 1)) >> 16;  // to the nearest, ties to even
-    *reinterpret_cast<Elements*>(to) = __builtin_convertvector(v != v ? (w >> 16) | 0x40 : rounded, Elements);
+    narrowed(nearest(v), to);
 #endif
   }
 
@@ -122,16 +118,19 @@ struct Kernel<BFloat16> {
     return (w + 0x7fffu + ((w >> 16) & 1)) >> 16;
   }
 
-  static std::uint32_t pair(const Input* x) {
-    std::uint32_t both;
+#ifdef D2MOE_DPBF16
+  static void inputs(Floats v, Input* to) { narrow(v, to); }
+
+  using Pair = std::uint32_t;
+  static Pair pair(const Input* x) {
+    Pair both;
     std::memcpy(&both, x, 4);
     return both;
   }
 
-#ifdef D2MOE_DPBF16
   using Line = __m512i;
   static Line line(const Element* w) { return _mm512_loadu_si512(w); }
-  static Floats add(Floats sum, Line w, std::uint32_t both) {
+  static Floats add(Floats sum, Line w, Pair both) {
     const __m512i x = _mm512_set1_epi32(int(both));
     return bits<Floats>(_mm512_dpbf16_ps(bits<__m512>(sum), bits<__m512bh>(w), bits<__m512bh>(x)));
   }
@@ -141,11 +140,23 @@ struct Kernel<BFloat16> {
   // Where in a line of a base an output's weight lies, so that low and high above have them in order.
   static constexpr i64 slot(i64 out) { return out % 16 / 4 * 8 + out / 16 * 4 + out % 4; }
 #else
+  // As `rounded`; a NaN stays one.
+  static Words nearest(Floats v) {
+    const Words w = bits<Words>(v);
+    return by_parts<Words>([](auto f, auto w, auto near) {
+      return f != f ? (w >> 16) | 0x40 : near;
+    }, v, w, rounded(v));
+  }
+  static void inputs(Floats v, Input* to) { store(to, bits<Floats>(nearest(v) << 16)); }
+
+  struct Pair { float first, second; };
+  static Pair pair(const Input* x) { return {x[0], x[1]}; }
+
   using Line = Words;
-  static Line line(const Element* w) { return *reinterpret_cast<const Words*>(w); }
-  static Floats add(Floats sum, Line w, std::uint32_t both) {
-    sum += bits<Floats>(w << 16) * bits<float>(both << 16);
-    return sum + bits<Floats>(w & 0xffff0000u) * bits<float>(both & 0xffff0000u);
+  static Line line(const Element* w) { return load_words(w); }
+  static Floats add(Floats sum, Line w, Pair both) {
+    sum += bits<Floats>(w << 16) * both.first;
+    return sum + bits<Floats>(w & 0xffff0000u) * both.second;
   }
   static Line low(Line a, Line b) { return (a & 0xffffu) | (b << 16); }
   static Line high(Line a, Line b) { return (a >> 16) | (b & 0xffff0000u); }
@@ -163,26 +174,26 @@ struct Kernel<BFloat16> {
       for (int b = 0; b < NB; ++b) lines[b] = line(w + b * stride + i * 2 * LANES);
 #pragma GCC unroll 6
       for (int m = 0; m < M; ++m) {
-        const std::uint32_t both = pair(x + 2 * m);
+        const Pair both = pair(x + 2 * m);
         for (int b = 0; b < NB; ++b) acc[m][b] = add(acc[m][b], lines[b], both);
       }
     }
   }
 
-  template <int M>
+  template <int M, int NB>
   static void base(
       const Input* x, const Element* w, const i32* selected, i64 begin, i64 end, Ahead<BFloat16> ahead,
-      Floats (&acc)[M][4]) {
+      Floats (&acc)[M][NB]) {
     auto column = [&](i64 i) { return w + selected[i] * ahead.fold; };
     for (i64 i = begin; i < end; i += 2) {
       ahead.step();
       const Element *a = column(i), *b = i + 1 < end ? column(i + 1) : nullptr;
-      for (int l = 0; l < 2; ++l) {
+      for (int l = 0; l < NB / 2; ++l) {
         const Line first = line(a + 32 * l), second = b ? line(b + 32 * l) : none();
         const Line lo = low(first, second), hi = high(first, second);
 #pragma GCC unroll 6
         for (int m = 0; m < M; ++m) {
-          const std::uint32_t both = pair(x + i * M + 2 * m);
+          const Pair both = pair(x + i * M + 2 * m);
           acc[m][2 * l] = add(acc[m][2 * l], lo, both);
           acc[m][2 * l + 1] = add(acc[m][2 * l + 1], hi, both);
         }
@@ -212,7 +223,7 @@ inline void with_rows(i64 rows, F&& f) {
 
 // out[m][0 .. 16 NB) = x w^T for a tile of M rows over some steps, or += where there were steps before.
 template <class P, int M, int NB>
-void factor_tile(
+void some_blocks(
     const typename P::Input* x, const typename P::Element* w, i64 stride, i64 steps, bool more, Next next, float* out,
     i64 ld) {
   Floats acc[M][NB] = {};
@@ -222,6 +233,16 @@ void factor_tile(
   Kernel<P>::template factor<M, NB>(x, w, stride, steps, next, acc);
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b) store(out + m * ld + b * LANES, acc[m][b]);
+}
+
+// The same, as many blocks at once as registers hold.
+template <class P, int M, int NB>
+void factor_tile(
+    const typename P::Input* x, const typename P::Element* w, i64 stride, i64 steps, bool more, Next next, float* out,
+    i64 ld) {
+  constexpr int SOME = at_once<M, NB>();
+  for (int b = 0; b < NB; b += SOME)
+    some_blocks<P, M, SOME>(x, w + b * stride, stride, steps, more, next.from(b), out + b * LANES, ld);
 }
 
 template <class P, int NB>
@@ -259,14 +280,18 @@ void add_base(
       const Ahead<P> ahead{
           w, selected, fold, lines, from + more * pass / passes, from + more * (pass + 1) / passes, ceil_div(share, steps)};
       with_rows<BASE_ROWS>(x.size(t), [&](auto m) {
-        constexpr int M = decltype(m)::value;
-        float* to = out + (slice * rows + x.first(t)) * SLICE;
-        Floats acc[M][4];
-        for (int r = 0; r < M; ++r)
-          for (int v = 0; v < 4; ++v) acc[r][v] = load(to + r * SLICE + v * LANES);
-        Kernel<P>::template base<M>(x.tile(t), w + slice * SLICE, selected, begin, end, ahead, acc);
-        for (int r = 0; r < M; ++r)
-          for (int v = 0; v < 4; ++v) store(to + r * SLICE + v * LANES, acc[r][v]);
+        constexpr int M = decltype(m)::value, NB = at_once<M, 4>();
+        static_assert(NB * LANES >= P::LINE);
+        for (int b = 0; b < 4; b += NB) {
+          float* to = out + (slice * rows + x.first(t)) * SLICE + b * LANES;
+          Floats acc[M][NB];
+          for (int r = 0; r < M; ++r)
+            for (int v = 0; v < NB; ++v) acc[r][v] = load(to + r * SLICE + v * LANES);
+          Kernel<P>::template base<M, NB>(
+              x.tile(t), w + slice * SLICE + b * LANES, selected, begin, end, b ? ahead.none() : ahead, acc);
+          for (int r = 0; r < M; ++r)
+            for (int v = 0; v < NB; ++v) store(to + r * SLICE + v * LANES, acc[r][v]);
+        }
       });
     }
   }

@@ -99,17 +99,16 @@ inline float activate(Activation kind, float x) {
 inline Floats activate(Activation kind, Floats x) {
   if (kind == Activation::silu) return silu(x);
   if (kind == Activation::relu2) {
-    for (int i = 0; i < LANES; ++i) x[i] = x[i] < 0.0f ? 0.0f : x[i];  // what is no number stays none
+    x = each([](float v) { return v < 0.0f ? 0.0f : v; }, x);  // what is no number stays none
     return x * x;
   }
-  for (int i = 0; i < LANES; ++i) x[i] = activate(kind, x[i]);
-  return x;
+  return each([kind](float v) { return activate(kind, v); }, x);
 }
 
 inline Floats clamped(const Swiglu& s, Floats gate, Floats up) {
   // What is no number stays none.
-  for (int i = 0; i < LANES; ++i) gate[i] = gate[i] > s.limit ? s.limit : gate[i];
-  for (int i = 0; i < LANES; ++i) up[i] = up[i] > s.limit ? s.limit : up[i] < -s.limit ? -s.limit : up[i];
+  gate = each([&](float v) { return v > s.limit ? s.limit : v; }, gate);
+  up = each([&](float v) { return v > s.limit ? s.limit : v < -s.limit ? -s.limit : v; }, up);
   return gate / (1.0f + exp(-s.alpha * gate)) * (up + s.beta);
 }
 

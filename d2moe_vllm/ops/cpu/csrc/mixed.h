@@ -58,7 +58,7 @@ void mix(const Mixers<P>& of, i64 m, const typename P::Element* w, Next next, fl
       const typename P::Input* last = of.alphas + whole * M * P::PAIR;
       for (int b = 0; b < NB; ++b) {
         const Floats line = Kernel<P>::widen(w + b * stride + whole * LANES * P::PAIR);
-        for (int e = 0; e < M; ++e) acc[e][b] += line * P::value(last[e * P::PAIR]);
+        for (int e = 0; e < M; ++e) acc[e][b] += line * P::of(last[e * P::PAIR]);
       }
     }
   }
@@ -193,9 +193,10 @@ class Mixing {
           for (i64 i = 0; i < beside; ++i)
             for (int r = 0; r < 2; ++r) words[r] |= Kernel<P>::rounded(bases[i](input + r)) << 16 * i;
           if (beside == 2) {
-            store_words(group, __builtin_shufflevector(words[0], words[1], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-            store_words(group + LANES * m, __builtin_shufflevector(
-                words[0], words[1], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+            Words low, high;
+            interleave(words[0], words[1], low, high);
+            store_words(group, low);
+            store_words(group + LANES * m, high);
           } else {
             const Words both = words[0] | words[1] << 16;
             std::memcpy(group, &both, 32);
@@ -205,8 +206,6 @@ class Mixing {
       }
     }
   }
-
-  static void store_words(Element* to, Words words) { std::memcpy(to, &words, sizeof words); }
 
   // Tiles of n mixers. more: the next inputs are wanted next.
   void mix_all(const Piece& piece, const Mixers<P>* mixers, i64 n, bool more) const {
@@ -233,11 +232,12 @@ class Mixing {
     float mixed[M * GROUPS * LANES];
     for (i64 first = 0; first < groups; first += GROUPS) {
       const i64 last = std::min(groups, first + GROUPS);
+      constexpr int SOME = at_once<M, 4>();
       i64 g = first;
-      for (; g + 4 <= last; g += 4) {
+      for (; g + SOME <= last; g += SOME) {
         Next here = next;
         if (here.lines) here.w += g * LANES * m * i64(sizeof(Element));
-        mix<P, M, 4>(of, m, w + g * LANES * m, here, mixed + (g - first) * LANES, GROUPS * LANES);
+        mix<P, M, SOME>(of, m, w + g * LANES * m, here, mixed + (g - first) * LANES, GROUPS * LANES);
       }
       for (; g < last; ++g) mix<P, M, 1>(of, m, w + g * LANES * m, {}, mixed + (g - first) * LANES, GROUPS * LANES);
       for (int e = 0; e < M; ++e)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "vectors.h"
@@ -10,8 +11,16 @@
 namespace d2moe {
 
 // Rows of a tile: of a factor's product, and of a product with a base by columns. Times four vectors of outputs they fill
-// AVX-512's 32 registers, in the second case with room for what puts two columns together.
-constexpr i64 FACTOR_ROWS = 6, BASE_ROWS = 5;
+// AVX-512's 32 registers, in the second case with room for what puts two columns together; other processors have a quarter of
+// that, and are given fewer vectors at once.
+constexpr i64 FACTOR_ROWS = 6, BASE_ROWS = SUMS >= 24 ? 5 : 3;
+
+// Of NB vectors of outputs as many as registers hold the sums of, for M rows.
+template <int M, int NB>
+constexpr int at_once() {
+  if constexpr (NB == 1 || M * NB <= SUMS) return NB;
+  else return at_once<M, NB / 2>();
+}
 
 constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 template <class P>
@@ -42,11 +51,10 @@ struct Row {
   void put(i64 begin, i64 end, const float* from) const {
     i64 i = begin;
     if constexpr (P::PAIR == 2) {
-      typename P::Input* to = data + begin / 2 * step;
-      typename P::Element some[LANES];
+      typename P::Input *to = data + begin / 2 * step, some[LANES];
       for (; i + LANES <= end; i += LANES) {
-        Kernel<P>::narrow(load(from + i - begin), some);
-        for (i64 l = 0; l < LANES; l += 2, to += step) std::memcpy(to, some + l, 4);
+        Kernel<P>::inputs(load(from + i - begin), some);
+        for (i64 l = 0; l < LANES; l += 2, to += step) std::memcpy(to, some + l, 2 * sizeof(*to));
       }
     }
     fill(i, end, [&](i64 k) { return P::input(from[k - begin]); });

@@ -58,6 +58,9 @@ struct Next {
     }
   }
 
+  // Of the blocks from the `b`th on.
+  Next from(i64 b) const { return {w + b * stride, stride, lines, every}; }
+
   // The `t`th of n shares.
   Next share(i64 t, i64 n) const {
     const i64 begin = lines * t / n, end = lines * (t + 1) / n;

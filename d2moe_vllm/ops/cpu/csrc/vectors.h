@@ -1,43 +1,17 @@
-// Vectors of 16 floats and the three weight types, without torch.
+// Functions of 16 floats and the three weight types, without torch.
 //
-// GCC's and Clang's vector extensions become AVX-512, AVX2 or plain code by the compiler's -march; only bfloat16's
-// dot product is an intrinsic. A packed matrix is defined by the build that packed it (see pack.h).
+// A packed matrix is defined by the build that packed it (see pack.h).
 #pragma once
 
 #include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "lanes.h"
+
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define D2MOE_DPBF16 1
 #endif
 
 namespace d2moe {
-
-using i64 = std::int64_t;
-using i32 = std::int32_t;
-
-constexpr i64 LANES = 16;
-
-typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef std::uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
-typedef std::int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
-
-inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
-inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
-inline Floats all(float value) { return value - Floats{}; }
-
-template <class To, class From>
-inline To bits(From from) {
-  To to;
-  static_assert(sizeof(to) == sizeof(from));
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
 
 inline float from_bf16(std::uint16_t h) { return bits<float>(std::uint32_t(h) << 16); }
 inline std::uint16_t to_bf16(float f) {
@@ -65,7 +39,7 @@ inline Floats times_power(Floats p, Floats n) {
   return bits<Floats>(_mm512_scalef_ps(bits<__m512>(p), bits<__m512>(n)));
 #else
   // In two steps, since 2^n alone may be no normal number.
-  const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;
+  const Ints whole = convert<Ints>(n), half = whole >> 1;
   return p * bits<Floats>((half + 127) << 23) * bits<Floats>((whole - half + 127) << 23);
 #endif
 }
@@ -76,8 +50,10 @@ inline Floats clamp(Floats x, float low, float high) {
   const __m512 above = _mm512_max_ps(_mm512_set1_ps(low), bits<__m512>(x));
   return bits<Floats>(_mm512_min_ps(_mm512_set1_ps(high), above));
 #else
-  const Floats above = all(low) > x ? all(low) : x;
-  return all(high) < above ? all(high) : above;
+  return by_parts<Floats>([=](auto v) {
+    const decltype(v) least = low - decltype(v){}, most = high - decltype(v){}, above = least > v ? least : v;
+    return most < above ? most : above;
+  }, x);
 #endif
 }
 
@@ -115,8 +91,9 @@ inline Floats tanh(Floats x) {
   return bits<Floats>(bits<Words>(less_one / (less_one + 2.0f)) | sign);
 }
 
-// The weight types. Element: as stored; Input: what a row to be multiplied is held in; PAIR: consecutive inputs whose
-// weights lie together; LINE: outputs whose weights for one column of a packed base are loaded together.
+// The weight types. Element: as stored; Input: what a row to be multiplied is held in, bfloat16 only for its dot product;
+// PAIR: consecutive inputs whose weights lie together; LINE: outputs whose weights for one column of a packed base are
+// loaded together.
 struct Float32 {
   using Element = float;
   using Input = float;
@@ -139,12 +116,20 @@ struct Float16 {
 
 struct BFloat16 {
   using Element = std::uint16_t;
-  using Input = std::uint16_t;
   static constexpr i64 PAIR = 2, LINE = 32;
   static float value(Element e) { return from_bf16(e); }
   static Element element(float f) { return to_bf16(f); }
+#ifdef D2MOE_DPBF16
+  using Input = std::uint16_t;
   static Input input(float f) { return to_bf16(f); }
   static Input as_input(Element e) { return e; }
+  static float of(Input x) { return from_bf16(x); }
+#else
+  using Input = float;
+  static Input input(float f) { return value(element(f)); }
+  static Input as_input(Element e) { return value(e); }
+  static float of(Input x) { return x; }
+#endif
 };
 
 }  // namespace d2moe
