@@ -204,7 +204,10 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
     check_settings(family, config)
     config = family.settings(config)
     keys = family.num_experts_keys
-    num_experts = number(next((key for key in keys if key in config), keys[0]))
+    experts_key = next((key for key in keys if key in config), keys[0])
+    if isinstance(counts := config.get(experts_key), list):
+        raise InputError(f"config.json: {experts_key} is {counts!r}: {unequal(family.model_type)}")
+    num_experts = number(experts_key)
     if num_experts < 2:
         raise InputError("config.json: a single expert has nothing to share; this is no model for d2moe")
     if number(family.experts_per_token_key) > num_experts:
@@ -226,9 +229,17 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
     )
 
 
+def unequal(model_type: str) -> str:
+    """Why layers with experts of different numbers are refused, and what to do about it."""
+    return (
+        f"layers with experts of different numbers are not supported, as transformers builds every layer of "
+        f"{model_type} with as many; prune all layers to one number"
+    )
+
+
 FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """As many dense layers come first."""
-STEP = ("decoder_sparse_step", "moe_layer_interval")
+STEP = ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step")
 """Every so many-th layer has experts, counted from 1."""
 LEAST: Mapping[str, int] = MappingProxyType({**dict.fromkeys(FIRST, 0), "moe_layer_end_index": -1})
 """Of a setting's value; 1 of all others."""
