@@ -80,7 +80,8 @@ class Family:
         that is longer than "model" lies within a multimodal class, whose language model alone is calibrated and
         compressed.
     experts_module: path of the experts inside transformers' decoder layer; its forward takes
-        (hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k]).
+        (hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k]), or, where the router's
+        weights are on the experts' input, all tokens once for each expert, times these ([experts * tokens, hidden]).
     returned: how many values transformers' decoder layer returns beside hidden states, which come first; what a layer
         is given of one before it is nothing then.
     num_experts_keys: config.json's names of the number of experts; the first that is there counts.

@@ -201,7 +201,9 @@ def _stock(reader: SourceReader, model_type: str) -> tuple[Any, Any]:
 
 
 def _modules(model: Any) -> _Modules:
-    name, decoder = type(model).__name__, model.get_decoder()
+    from d2moe_vllm.hf.conversion import decoder_of
+
+    name, decoder = type(model).__name__, decoder_of(model)
     path = next((path for path, module in model.named_modules() if module is decoder), "")
     layers = getattr(decoder, "layers", None)
     if path.partition(".")[0] != "model" or not isinstance(layers, nn.ModuleList):

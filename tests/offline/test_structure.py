@@ -38,6 +38,8 @@ NOT_PROPOSED = {
     "gemma4": "its experts' activation is 'gelu_pytorch_tanh' (hidden_activation), not silu",
     "glm_moe_dsa": "layers of transformers' GlmMoeDsaDecoderLayer give more than hidden states",
     "gpt_oss": "its experts have biases (model.layers.0.mlp.experts.down_proj_bias)",
+    "laguna": "model.layers.1.mlp.experts.e_score_correction_bias lies among its experts",
+    "llama4_text": "Llama4TextExperts takes (hidden_states), not (hidden_states, top_k_index, top_k_weights)",
     "mimo_v2_flash": "does not attend by scaled_dot_product_attention",
     "nemotron_h": "its experts have no gate (transformers' NemotronHExperts holds up_proj and down_proj)",
 }
@@ -125,7 +127,6 @@ def test_families_that_nobody_described(name: str, tmp_path: Path) -> None:
         ("llama", "it has no routed experts: no layer of transformers' LlamaForCausalLM has a module called experts"),
         ("jamba", "layers 1, 3 of 4 have experts, which no key says that is known here"),
         ("jamba", "but perhaps expert_layer_offset and expert_layer_period"),
-        ("laguna", "model.layers.1.mlp.experts.e_score_correction_bias lies among its experts"),
     ],
 )
 def test_what_a_model_has_that_is_lacking_here(
