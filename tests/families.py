@@ -164,7 +164,7 @@ def write_exact(folder: Path, source: Path, dense: Sequence[int] = ()) -> Path:
         for role in shape.roles
     }
     config = CheckpointConfig(
-        family=family.model_type, experts=family.experts, projections=dict(family.projections),
+        family=family.model_type, family_row=family.row, experts=family.experts, projections=dict(family.projections),
         num_experts=shape.num_experts, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
         dtype=model.dtype, swiglu=swiglu_of(family.swiglu),
         layers={layer: Layer(**projections) for layer in shape.layers if layer not in dense},

@@ -52,9 +52,10 @@ def convert(model: Any, settings: Mapping[str, Any]) -> None:
         )
     config, layers = model.config.get_text_config(), decoder_of(model).layers
     names = (getattr(config, key, None) for key in ("hidden_act", "hidden_activation", "mlp_hidden_act"))
-    activation = next(filter(None, names), None)
+    usual = (settings.get("family_row") or {}).get("activation", "silu")
+    activation = next(filter(None, names), usual)
     for number, layer in settings["layers"].items():
-        _replace_experts(layers[int(number)], number, layer, settings, ACT2FN[activation or "silu"])
+        _replace_experts(layers[int(number)], number, layer, settings, ACT2FN[activation])
     # Layers that predict further tokens ride along in a checkpoint; transformers has no modules for them.
     for number in range(len(layers), len(layers) + (getattr(config, "num_nextn_predict_layers", 0) or 0)):
         model._keys_to_ignore_on_load_unexpected.add(rf"model\.layers\.{number}\.")

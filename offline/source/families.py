@@ -14,7 +14,7 @@ from d2moe_vllm.format.config import QUANT_METHOD, CheckpointConfig, first_error
 from d2moe_vllm.format.familyrow import FamilyRow
 from d2moe_vllm.format.kinds import ROLES, Role, halves_of
 from offline.errors import InputError
-from offline.source.family import Family, Layout
+from offline.source.family import ACTIVATION_KEYS, Family, Layout
 from offline.source.rows import ROWS
 from offline.source.sites import SELECTIONS, Site
 
@@ -95,12 +95,12 @@ def known(family: Family | None) -> Iterator[None]:
 
 
 def from_row(row: FamilyRow) -> Family:
-    """A family as a user described it: with nothing required of config.json but an activation that is known. Raises
+    """A family as a user described it: with nothing required of config.json but the row's activation. Raises
     InputError for dense_keys that nobody can read."""
     if strange := [key for key in row.dense_keys if key not in DENSE_KEYS]:
         raise InputError(f"dense_keys: {strange[0]!r} is none of {', '.join(DENSE_KEYS)}; leave it out")
     stored = row.released
-    released = Layout(stored.gate, stored.up, stored.down, stored.transposed) if stored else None
+    released = Layout(stored.gate or "", stored.up, stored.down, stored.transposed) if stored else None
     return Family(
         model_type=row.model_type,
         experts=row.experts,
@@ -111,6 +111,7 @@ def from_row(row: FamilyRow) -> Family:
         experts_per_token_key=row.experts_per_token_key,
         intermediate_size_key=row.intermediate_size_key,
         dense_keys=row.dense_keys,
+        requires=dict.fromkeys(ACTIVATION_KEYS, (row.activation, None)),
         checks=(),
         renames=row.renames,
         released=released,

@@ -56,6 +56,8 @@ class Layout:
 OUTSIDE = ("model_type", "architectures", "tie_word_embeddings")
 """What is the whole model's to say, wherever else it is said."""
 SILU: Mapping[str, tuple[Any, ...]] = MappingProxyType({"hidden_act": ("silu", None)})
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+"""Settings that say the experts' activation; the first that is there counts."""
 Attention = Literal["heads", "latent", "indexed"]
 """What attention keeps of a token: keys and values of every KV head; one latent vector and a rotated key (MLA); these,
 and a key of the indexer that chooses what is attended to (DeepSeek V3.2)."""

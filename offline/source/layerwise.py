@@ -20,7 +20,7 @@ from d2moe_vllm.ops.reference import gated
 from offline.errors import InputError
 from offline.io.shards import Reader
 from offline.source.families import find_family
-from offline.source.family import Family, predicts_further
+from offline.source.family import ACTIVATION_KEYS, Family, predicts_further
 from offline.source.missing import remedy
 
 UNUSED = (".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".prob_scale", ".output_scale", ".rotary_emb.inv_freq")
@@ -205,8 +205,11 @@ class LayerwiseModel:
         settings = hf_config.get_text_config()
         self.hidden_size: int = settings.hidden_size
         # Families without such a setting have SiLU in their code.
-        names = (getattr(settings, key, None) for key in ("hidden_act", "hidden_activation", "mlp_hidden_act"))
-        self.activation: Callable[[Tensor], Tensor] = ACT2FN[next(filter(None, names), "silu")]
+        usual = "silu" if family.row is None else family.row.activation
+        name = next(filter(None, (getattr(settings, key, None) for key in ACTIVATION_KEYS)), usual)
+        if family.row is not None and name != usual:
+            raise InputError(f"the family row says that experts have activation {usual}, transformers {name}; mend it")
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[name]
         self.gated = gated(self.activation, family.swiglu, gate="gate" in family.projections)
         self._blueprints = list(blueprint(hf_config).get_submodule(family.decoder).layers)
         self._recorders = nn.ModuleList(_Recorder(layer, family.returned) for layer in self._blueprints)
