@@ -35,7 +35,7 @@ from offline.source.family import OUTSIDE
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
 CONFIGS = {name: small.config for name, small in SMALL.items()}
-STACKABLE = sorted(set(CONFIGS) - {"deepseek", "gemma4", "gpt_oss", "llama4_text"})
+STACKABLE = sorted(set(CONFIGS) - {"deepseek", "gemma4", "gpt_oss", "llama4", "llama4_text"})
 """Families of which transformers writes two forms: the released one, and another."""
 
 

@@ -16,6 +16,7 @@ from d2moe_vllm.format.kinds import Stored
 CLASSES = {
     "gpt_oss": ("gpt_oss", "GptOssForCausalLM"),
     "granitemoehybrid": ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+    "llama4": ("mllama4", "Llama4ForConditionalGeneration"),
     "llama4_text": ("llama4", "Llama4ForCausalLM"),
 }
 """Family -> vLLM's module and class of such a loader."""

@@ -80,7 +80,7 @@ class Family:
         compressed expert's tensors are `<experts>.<expert>.<projection>.<kind>`.
     decoder: path of the module that holds the decoder layers, in transformers' class and in the names of tensors; one
         that is longer than "model" lies within a multimodal class, whose language model alone is calibrated and
-        compressed.
+        compressed; where it does not begin with "model", what it begins with is a language model with its head.
     experts_module: path of the experts inside transformers' decoder layer; its forward takes
         (hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k]), or, where the router's
         weights are on the experts' input, all tokens once for each expert, times these ([experts * tokens, hidden]).
@@ -197,8 +197,15 @@ class Family:
 
     def beside(self, name: str) -> bool:
         """Whether a tensor is of what a multimodal model has beside its language model, such as its vision tower."""
+        if self.outermost != "model":  # a whole language model, head and all, lies within
+            return not name.startswith(f"{self.outermost}.")
         holder = self.decoder.rpartition(".")[0]
         return bool(holder) and name.startswith(f"{holder}.") and not name.startswith(f"{self.decoder}.")
+
+    @property
+    def outermost(self) -> str:
+        """The first module of `decoder`: `model`, or a multimodal class's whole language model (Llama 4)."""
+        return self.decoder.partition(".")[0]
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -131,6 +131,7 @@ LLAMA4 = Family(
     ),
     recipe="mixtral",
 )
+LLAMA4_EXPERTS = "language_model.model.layers.{layer}.feed_forward.experts"
 ROWS = (
     Family(
         model_type="mixtral",
@@ -551,6 +552,25 @@ ROWS = (
             bias="_bias",
         ),
         recipe="qwen3_moe",
+    ),
+    Family(
+        model_type="llama4",
+        decoder="language_model.model",
+        experts=LLAMA4_EXPERTS,
+        projections=PROJ,
+        experts_module=LLAMA4.experts_module,
+        intermediate_size_key=LLAMA4.intermediate_size_key,
+        dense_keys=LLAMA4.dense_keys,
+        requires={**LLAMA4.requires, **UNTIED, "architectures": (["Llama4ForConditionalGeneration"],)},
+        checks=(*LLAMA4.checks, tied_within(default=False)),
+        remark=LLAMA4.remark,
+        released=Layout(
+            gate=f"{LLAMA4_EXPERTS}.gate_up_proj",
+            up=f"{LLAMA4_EXPERTS}.gate_up_proj",
+            down=f"{LLAMA4_EXPERTS}.down_proj",
+            transposed=True,
+        ),
+        recipe=LLAMA4.recipe,
     ),
     LLAMA4,
     Family(

@@ -39,6 +39,7 @@ NOT_PROPOSED = {
     "glm_moe_dsa": "layers of transformers' GlmMoeDsaDecoderLayer give more than hidden states",
     "gpt_oss": "its experts have biases (model.layers.0.mlp.experts.down_proj_bias)",
     "laguna": "model.layers.1.mlp.experts.e_score_correction_bias lies among its experts",
+    "llama4": "Llama4ForConditionalGeneration has its decoder in language_model.model, not in model.layers",
     "llama4_text": "Llama4TextExperts takes (hidden_states), not (hidden_states, top_k_index, top_k_weights)",
     "mimo_v2_flash": "does not attend by scaled_dot_product_attention",
     "nemotron_h": "config.json: num_hidden_layers is None",  # layers' kinds say how many there are
