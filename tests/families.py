@@ -35,7 +35,7 @@ from offline.source.family import OUTSIDE
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
 CONFIGS = {name: small.config for name, small in SMALL.items()}
-STACKABLE = sorted(set(CONFIGS) - {"deepseek", "gemma4", "gpt_oss"})
+STACKABLE = sorted(set(CONFIGS) - {"deepseek", "gemma4", "gpt_oss", "llama4", "llama4_text"})
 """Families of which transformers writes two forms: the released one, and another."""
 
 
@@ -164,7 +164,7 @@ def write_exact(folder: Path, source: Path, dense: Sequence[int] = ()) -> Path:
         for role in shape.roles
     }
     config = CheckpointConfig(
-        family=family.model_type, experts=family.experts, projections=dict(family.projections),
+        family=family.model_type, family_row=family.row, experts=family.experts, projections=dict(family.projections),
         num_experts=shape.num_experts, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
         dtype=model.dtype, swiglu=swiglu_of(family.swiglu),
         layers={layer: Layer(**projections) for layer in shape.layers if layer not in dense},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -22,30 +21,42 @@ VLLM = ("vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.entrypoi
 
 class ForkServer:
     def __init__(self, imports: tuple[str, ...], env: Mapping[str, str]) -> None:
+        self.broken = False
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), *imports]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **env})
         atexit.register(self.close)
 
     def run(self, job: Mapping[str, object]) -> int:
-        """Exit code; nothing that the code has started outlives this."""
-        print(json.dumps(job), file=self._process.stdin, flush=True)
-        group = int(self._process.stdout.readline())
+        """Exit code; nothing that the code has started outlives this. Whatever ends it early, a test's time limit for
+        one, ends this server too: its answers would be taken for those of jobs to come."""
         try:
-            return int(self._process.stdout.readline())
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
+            print(json.dumps(job), file=self._process.stdin, flush=True)
+            group = int(self._process.stdout.readline())
+            try:
+                return int(self._process.stdout.readline())
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+        except BaseException:
+            self.broken = True
+            self._process.kill()
+            raise
 
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
 
 
-@functools.cache
+_SERVERS: dict[tuple[str, ...], ForkServer] = {}
+
+
 def server(imports: tuple[str, ...]) -> ForkServer:
+    """One for each set of imports, made when it is first asked for, and anew where it broke."""
     os.environ.pop("TRANSFORMERS_VERBOSITY", None)  # our own command, if it has run here, asks for silence
-    return ForkServer(imports, {"HF_HUB_OFFLINE": "1"})
+    if imports not in _SERVERS or _SERVERS[imports].broken:
+        _SERVERS[imports] = ForkServer(imports, {"HF_HUB_OFFLINE": "1"})
+    return _SERVERS[imports]
 
 
 def python(

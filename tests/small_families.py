@@ -89,6 +89,22 @@ VISION = {
 """A vision tower of the Qwen models."""
 TOKENS_OF_IMAGES = {"image_token_id": 11, "video_token_id": 12, "vision_start_token_id": 13, "vision_end_token_id": 14}
 
+LLAMA4 = {
+    "intermediate_size": 48, "intermediate_size_mlp": 96, "num_local_experts": 8, "num_experts_per_tok": 1,
+    "head_dim": 32, "interleave_moe_layer_step": 2, "num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1],
+    "attention_chunk_size": 128,
+}  # fmt: skip
+LLAMA4_REFUSED: tuple[dict[str, Any], ...] = (
+    {"num_experts_per_tok": 2},
+    {"attention_bias": True},
+    {"moe_layers": [0, 1, 2, 3]},
+    {"attention_chunk_size": None},
+    {"layer_types": ["full_attention"] * 4},
+    {"no_rope_layers": [1, 1, 1, 1]},
+    {"hidden_act": "gelu"},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+)
+
 
 SMALL = {
     "mixtral": Small(
@@ -459,6 +475,33 @@ SMALL = {
         released=((2880, 2880),),
         stacked=True,
     ),
+    "llama4": Small(
+        LLAMA4,
+        refused=(
+            *LLAMA4_REFUSED,
+            {"architectures": ["Llama4ForCausalLM"]},
+            {"tie_word_embeddings": True},
+            {"text_config": {"tie_word_embeddings": True}},
+        ),
+        released=((5120, 8192),),
+        outside={
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "image_size": 16, "patch_size": 4, "vision_output_dim": 40, "projector_input_dim": 40,
+                "projector_output_dim": 40,
+            },
+            "image_token_index": 11, "boi_token_index": 12, "eoi_token_index": 13,
+        },
+        stacked=True,
+        imports="torchvision",
+    ),
+    "llama4_text": Small(
+        LLAMA4,
+        refused=LLAMA4_REFUSED,
+        expert_parallel=True,
+        released=((5120, 8192),),
+        stacked=True,
+    ),
     "afmoe": Small(
         {
             "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
@@ -478,6 +521,29 @@ SMALL = {
             {"partial_rotary_factor": 0.5},
         ),
         released=((2048, 1024), (3072, 3072)),
+    ),
+    "laguna": Small(
+        {
+            "intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
+            "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 32, "num_attention_heads_per_layer": [2, 4, 2],
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 16,
+            "moe_routed_scaling_factor": 1.5, "moe_router_logit_softcapping": 8.0, "gating": True,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        refused=(
+            {"gating": False},
+            {"swa_attention_sink_enabled": True},
+            {"moe_apply_router_weight_on_input": True},
+            {"swa_rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            {"partial_rotary_factor": 0.5},
+            {"sliding_window": 0},
+            {"mlp_layer_types": None},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+                                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        ),
+        released=((2048, 512),),
+        refused_on_cpus="vLLM's CPU backend does not route by sigmoid scores without groups of experts",
     ),
     "exaone_moe": Small(
         {
@@ -581,6 +647,7 @@ SMALL = {
             {"n_shared_experts": None},
             {"sliding_window": 16},
             {"tie_word_embeddings": True},
+            {"block_configs": [{"block_type": "moe", "n_routed_experts": 4}]},
             {"architectures": ["NemotronHPuzzleForCausalLM"]},
         ),
         expert_parallel=True,

@@ -21,7 +21,6 @@ UNLISTED: dict[str, dict[str, Any]] = {
         **COMMON, "intermediate_size": 48, "shared_intermediate_size": 80, "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    "laguna": {**_SIZES, "num_experts": 8, "head_dim": 32, "num_attention_heads_per_layer": [2, 2, 2]},
     "jamba": {
         **COMMON, "intermediate_size": 48, "num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 2,
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,

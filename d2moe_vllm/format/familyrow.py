@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -62,21 +62,26 @@ class ReleasedRow(_Described):
     """Names of the tensors that hold a layer's experts where that is not one tensor for each expert and projection.
 
     With {expert}: one expert's matrices; without: stacks [experts, out, in], or [experts, in, out] where `transposed`.
-    Where gate and up have one name they lie in one matrix, gate's outputs first.
+    Where gate and up have one name they lie in one matrix, gate's outputs first. gate: None of experts that have none.
     """
 
-    gate: Pattern
+    gate: Pattern | None = None
     up: Pattern
     down: Pattern
     transposed: bool = False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of those that there are."""
+        return tuple(name for name in (self.gate, self.up, self.down) if name is not None)
+
     @model_validator(mode="after")
     def _fits(self) -> ReleasedRow:
-        if len({"{expert}" in name for name in (self.gate, self.up, self.down)}) > 1:
-            raise ValueError("all three names have {expert}, or none")
+        if len({"{expert}" in name for name in self.names}) > 1:
+            raise ValueError("all names have {expert}, or none")
         if self.down in (self.gate, self.up):
             raise ValueError("down has a tensor of its own; give it another name than gate and up")
-        if self.transposed and "{expert}" in self.gate:
+        if self.transposed and "{expert}" in self.down:
             raise ValueError("transposed is for stacks, whose names have no {expert}; leave it out")
         return self
 
@@ -86,15 +91,17 @@ class FamilyRow(_Described):
 
     model_type: of config.json, which transformers has to know. experts: prefix of a layer's experts, with {layer}, as
     vLLM's loader of the family routes it; the tensors of a compressed expert are named
-    `<experts>.<expert>.<projection>.<kind>`. projections: role -> its name there. decoder: path of the module that has
+    `<experts>.<expert>.<projection>.<kind>`. projections: role -> its name there, without gate where experts have none.
+    activation: of what gate gives, or up where there is no gate. decoder: path of the module that has
     the decoder's `layers`. experts_module: path of the experts within such a layer. dense_keys: config.json's keys that
     say which layers have no experts. renames: parts of names on disk -> the same in transformers' modules. released:
-    None where each expert has three tensors `<experts>.<expert>.<projection>.weight`.
+    None where each expert has a tensor for each projection, `<experts>.<expert>.<projection>.weight`.
     """
 
     model_type: Word
     experts: Pattern
     projections: dict[Role, Word]
+    activation: Literal["silu", "relu2"] = "silu"
     decoder: Path = "model"
     experts_module: Path = "mlp.experts"
     num_experts_key: Word = "num_experts"
@@ -106,14 +113,16 @@ class FamilyRow(_Described):
 
     @model_validator(mode="after")
     def _fits(self) -> FamilyRow:
-        if set(self.projections) != set(ROLES) or len(set(self.projections.values())) != len(ROLES):
-            raise ValueError("projections must name gate, up and down, each differently")
+        if not fit_names(self.projections):
+            raise ValueError("projections must name gate, up and down, or up and down alone, each differently")
+        if self.released and (self.released.gate is None) == ("gate" in self.projections):
+            raise ValueError("released has to name gate where projections do, and only there")
         if self.decoder.partition(".")[0] != "model":
             raise ValueError(f"decoder {self.decoder!r} is not within `model`, which no reader here can run")
         if self.experts_module.rpartition(".")[2] != "experts":
             raise ValueError(f"experts_module {self.experts_module!r} must end with `experts`, the name looked for")
         prefix = f"{self.decoder}.layers.{{layer}}."
-        names = [self.experts, *((self.released.gate, self.released.up, self.released.down) if self.released else ())]
+        names = [self.experts, *(self.released.names if self.released else ())]
         if wrong := next((name for name in names if not name.startswith(prefix)), None):
             raise ValueError(f"{wrong!r} is not within {prefix!r}, where decoder says that layers are")
         if "{expert}" in self.experts:

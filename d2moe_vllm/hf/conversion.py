@@ -32,6 +32,12 @@ class D2MoEQuantizationConfig(QuantizationConfigMixin):
         self.__dict__.update(fields)
 
 
+def decoder_of(model: Any) -> Any:
+    """The module that has a model's decoder layers. Llama 4 gives as its decoder what has that in turn."""
+    found = model.get_decoder()
+    return found if hasattr(found, "layers") else getattr(found, "model", found)
+
+
 def convert(model: Any, settings: Mapping[str, Any]) -> None:
     """Puts D2Experts in the place of a model's dense experts, and makes it a D2Mixin. Its weights come later.
 
@@ -44,11 +50,12 @@ def convert(model: Any, settings: Mapping[str, Any]) -> None:
             f"{type(model).__name__} is the language model alone of a multimodal checkpoint; load it with "
             "AutoModelForImageTextToText"
         )
-    config, layers = model.config.get_text_config(), model.get_decoder().layers
+    config, layers = model.config.get_text_config(), decoder_of(model).layers
     names = (getattr(config, key, None) for key in ("hidden_act", "hidden_activation", "mlp_hidden_act"))
-    activation = next(filter(None, names), None)
+    usual = (settings.get("family_row") or {}).get("activation", "silu")
+    activation = next(filter(None, names), usual)
     for number, layer in settings["layers"].items():
-        _replace_experts(layers[int(number)], number, layer, settings, ACT2FN[activation or "silu"])
+        _replace_experts(layers[int(number)], number, layer, settings, ACT2FN[activation])
     # Layers that predict further tokens ride along in a checkpoint; transformers has no modules for them.
     for number in range(len(layers), len(layers) + (getattr(config, "num_nextn_predict_layers", 0) or 0)):
         model._keys_to_ignore_on_load_unexpected.add(rf"model\.layers\.{number}\.")

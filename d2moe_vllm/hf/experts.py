@@ -160,16 +160,40 @@ class D2Experts(nn.Module):
 
         return run
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [..., H], top_k_index int [T, K], top_k_weights [T, K]: [..., H]. METHODS 1.6."""
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states [..., H], top_k_index int [T, K], top_k_weights [T, K]: [..., H]. METHODS 1.6.
+
+        Without the last two, hidden_states [E T, H] is all tokens once for each expert, times the router's weight, 0
+        where a token does not go (Llama 4): [E T, H]."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if top_k_index is None or top_k_weights is None:
+            return self._scaled(rows).reshape(hidden_states.shape)
         # Only a selection shared by the batch can be influenced by padding rows.
         mask = self.padding_mask if self.scope == "batch" else None
+        return self._run(rows, top_k_index, top_k_weights, mask).reshape(hidden_states.shape)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        """rows [E T, H], times the router's weights: what each expert gives for those that are not 0, else 0."""
+        tokens, going = len(rows) // self.num_experts, rows.ne(0).any(dim=1)
+        number = torch.arange(len(rows), device=rows.device)
+        mask = self.padding_mask if self.scope == "batch" else None
+        if self.static_shapes:
+            index = torch.where(going, number // tokens, -1)
+            mask = None if mask is None else mask.repeat(self.num_experts)
+            return self._run(rows, index[:, None], rows.new_ones(len(rows), 1), mask)
+        own = number[going]
+        mask = None if mask is None else mask[own % tokens]
+        found = self._run(rows[own], (own // tokens)[:, None], rows.new_ones(len(own), 1), mask)
+        return torch.zeros_like(rows).index_copy(0, own, found)
+
+    def _run(self, rows: Tensor, top_k_index: Tensor, top_k_weights: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None and mask.shape[0] != rows.shape[0]:
             raise ValueError(f"padding mask for {mask.shape[0]} rows, but {rows.shape[0]} tokens reach the experts")
         every, channels = self.intermediate_size, self.layer.channels
         widths = () if channels is None else tuple(width(self.layer, e, every) for e in range(self.num_experts))
-        output = fused_experts(
+        return fused_experts(
             rows,
             top_k_weights,
             top_k_index,
@@ -192,7 +216,6 @@ class D2Experts(nn.Module):
                 swiglu=self.swiglu,
             ),
         )
-        return output.reshape(hidden_states.shape)
 
     def _half(self, *roles: Role) -> HalfSpec:
         own = [getattr(self.layer, role) for role in roles]

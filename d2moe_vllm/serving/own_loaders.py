@@ -1,5 +1,6 @@
 """Families whose loaders in vLLM know no other tensors of experts than their own: ours are taken out before they see
-them, which gpt-oss's would drop without a word and Granite 4's would fail at."""
+them, which gpt-oss's would drop without a word, and Granite 4's and, behind a layer that stays dense, Llama 4's would
+fail at."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from d2moe_vllm.format.kinds import Stored
 CLASSES = {
     "gpt_oss": ("gpt_oss", "GptOssForCausalLM"),
     "granitemoehybrid": ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+    "llama4": ("mllama4", "Llama4ForConditionalGeneration"),
+    "llama4_text": ("llama4", "Llama4ForCausalLM"),
 }
 """Family -> vLLM's module and class of such a loader."""
 Weights = Iterable[tuple[str, Tensor]]

@@ -268,6 +268,62 @@ def least_step(config: Config) -> str | None:
     )
 
 
+def blocks_alike(config: Config) -> str | None:
+    """Nemotron-H: vLLM takes sizes and numbers of experts of each layer from block_configs, as Puzzle's models have
+    them; transformers' class knows one number."""
+    return None if config.get("block_configs") is None else "block_configs (sizes and experts layer by layer)"
+
+
+def laguna(config: Config) -> str | None:
+    """Laguna: rotary embeddings by kind of layer, which vLLM also takes in one, or from other settings; and windows."""
+    if "sliding_attention" in (config.get("layer_types") or ()) and not config.get("sliding_window", 512):
+        return f"sliding_window {config.get('sliding_window')!r}"
+    rotary, kinds = config.get("rope_parameters"), ("full_attention", "sliding_attention")
+    if rotary is None:
+        return None
+    if not isinstance(rotary, dict) or set(rotary) != set(kinds) or not all(isinstance(rotary[k], dict) for k in kinds):
+        return f"rope_parameters of other layers than {' and '.join(kinds)}"
+    for kind in kinds:
+        if problem := rope("default", "yarn", partial=True)({"rope_parameters": rotary[kind]}):
+            return f"{problem} in layers of {kind}"
+    return None
+
+
+def every_so_many(config: Config) -> str | None:
+    """Llama 4: vLLM counts layers with experts by interleave_moe_layer_step, transformers takes those that moe_layers
+    lists, where it is said."""
+    step, listed, layers = (config.get(key) for key in ("interleave_moe_layer_step", "moe_layers", "num_hidden_layers"))
+    step = 1 if step is None else step
+    if listed is None or not isinstance(step, int) or step < 1 or not isinstance(layers, int):
+        return None
+    return None if listed == list(range(step - 1, layers, step)) else f"moe_layers other than each {step}."
+
+
+def chunks(config: Config) -> str | None:
+    """Llama 4: layers with rotary embeddings attend within chunks in vLLM; transformers takes layer_types for it, where
+    it is said, and needs a size of chunks."""
+    layers, every = config.get("num_hidden_layers") or 0, config.get("no_rope_layer_interval", 4)
+    rotated = config.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(layers)]
+    usual = ["chunked_attention" if one else "full_attention" for one in rotated]
+    if config.get("layer_types") not in (None, usual):
+        return "layer_types other than chunked_attention where no_rope_layers is 1, and full_attention elsewhere"
+    size = config.get("attention_chunk_size", 8192)
+    return None if size else f"attention_chunk_size {size!r}"
+
+
+def tuned_late(config: Config) -> str | None:
+    """A remark on Llama 4: from some position on, queries of layers without rotary embeddings are scaled."""
+    first, longest = config.get("floor_scale", 8192), config.get("max_position_embeddings", 131072)
+    if not isinstance(first, int) or not isinstance(longest, int) or longest < first:
+        return None
+    tuned = config.get("attn_temperature_tuning", True)
+    return (
+        f"config.json: attn_temperature_tuning {tuned!r} is transformers' to read, which calibrates; vLLM "
+        f"scales queries from position {first} on where generation_config.json says so, or where that is silent "
+        "and --max-model-len is above 32768"
+    )
+
+
 def latent_norms(config: Config) -> str | None:
     """A remark: the norms within latent attention, whose epsilon transformers fixes at 1e-6."""
     epsilon = config.get("rms_norm_eps")

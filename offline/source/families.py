@@ -14,7 +14,7 @@ from d2moe_vllm.format.config import QUANT_METHOD, CheckpointConfig, first_error
 from d2moe_vllm.format.familyrow import FamilyRow
 from d2moe_vllm.format.kinds import ROLES, Role, halves_of
 from offline.errors import InputError
-from offline.source.family import Family, Layout
+from offline.source.family import ACTIVATION_KEYS, Family, Layout
 from offline.source.rows import ROWS
 from offline.source.sites import SELECTIONS, Site
 
@@ -95,12 +95,12 @@ def known(family: Family | None) -> Iterator[None]:
 
 
 def from_row(row: FamilyRow) -> Family:
-    """A family as a user described it: with nothing required of config.json but an activation that is known. Raises
+    """A family as a user described it: with nothing required of config.json but the row's activation. Raises
     InputError for dense_keys that nobody can read."""
     if strange := [key for key in row.dense_keys if key not in DENSE_KEYS]:
         raise InputError(f"dense_keys: {strange[0]!r} is none of {', '.join(DENSE_KEYS)}; leave it out")
     stored = row.released
-    released = Layout(stored.gate, stored.up, stored.down, stored.transposed) if stored else None
+    released = Layout(stored.gate or "", stored.up, stored.down, stored.transposed) if stored else None
     return Family(
         model_type=row.model_type,
         experts=row.experts,
@@ -111,6 +111,7 @@ def from_row(row: FamilyRow) -> Family:
         experts_per_token_key=row.experts_per_token_key,
         intermediate_size_key=row.intermediate_size_key,
         dense_keys=row.dense_keys,
+        requires=dict.fromkeys(ACTIVATION_KEYS, (row.activation, None)),
         checks=(),
         renames=row.renames,
         released=released,
@@ -204,7 +205,10 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
     check_settings(family, config)
     config = family.settings(config)
     keys = family.num_experts_keys
-    num_experts = number(next((key for key in keys if key in config), keys[0]))
+    experts_key = next((key for key in keys if key in config), keys[0])
+    if isinstance(counts := config.get(experts_key), list):
+        raise InputError(f"config.json: {experts_key} is {counts!r}: {unequal(family.model_type)}")
+    num_experts = number(experts_key)
     if num_experts < 2:
         raise InputError("config.json: a single expert has nothing to share; this is no model for d2moe")
     if number(family.experts_per_token_key) > num_experts:
@@ -226,9 +230,17 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> MoEShape:
     )
 
 
+def unequal(model_type: str) -> str:
+    """Why layers with experts of different numbers are refused, and what to do about it."""
+    return (
+        f"layers with experts of different numbers are not supported, as transformers builds every layer of "
+        f"{model_type} with as many; prune all layers to one number"
+    )
+
+
 FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """As many dense layers come first."""
-STEP = ("decoder_sparse_step", "moe_layer_interval")
+STEP = ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step")
 """Every so many-th layer has experts, counted from 1."""
 LEAST: Mapping[str, int] = MappingProxyType({**dict.fromkeys(FIRST, 0), "moe_layer_end_index": -1})
 """Of a setting's value; 1 of all others."""

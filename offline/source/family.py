@@ -56,6 +56,8 @@ class Layout:
 OUTSIDE = ("model_type", "architectures", "tie_word_embeddings")
 """What is the whole model's to say, wherever else it is said."""
 SILU: Mapping[str, tuple[Any, ...]] = MappingProxyType({"hidden_act": ("silu", None)})
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+"""Settings that say the experts' activation; the first that is there counts."""
 Attention = Literal["heads", "latent", "indexed"]
 """What attention keeps of a token: keys and values of every KV head; one latent vector and a rotated key (MLA); these,
 and a key of the indexer that chooses what is attended to (DeepSeek V3.2)."""
@@ -78,9 +80,10 @@ class Family:
         compressed expert's tensors are `<experts>.<expert>.<projection>.<kind>`.
     decoder: path of the module that holds the decoder layers, in transformers' class and in the names of tensors; one
         that is longer than "model" lies within a multimodal class, whose language model alone is calibrated and
-        compressed.
+        compressed; where it does not begin with "model", what it begins with is a language model with its head.
     experts_module: path of the experts inside transformers' decoder layer; its forward takes
-        (hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k]).
+        (hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k]), or, where the router's
+        weights are on the experts' input, all tokens once for each expert, times these ([experts * tokens, hidden]).
     returned: how many values transformers' decoder layer returns beside hidden states, which come first; what a layer
         is given of one before it is nothing then.
     num_experts_keys: config.json's names of the number of experts; the first that is there counts.
@@ -194,8 +197,15 @@ class Family:
 
     def beside(self, name: str) -> bool:
         """Whether a tensor is of what a multimodal model has beside its language model, such as its vision tower."""
+        if self.outermost != "model":  # a whole language model, head and all, lies within
+            return not name.startswith(f"{self.outermost}.")
         holder = self.decoder.rpartition(".")[0]
         return bool(holder) and name.startswith(f"{holder}.") and not name.startswith(f"{self.decoder}.")
+
+    @property
+    def outermost(self) -> str:
+        """The first module of `decoder`: `model`, or a multimodal class's whole language model (Llama 4)."""
+        return self.decoder.partition(".")[0]
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -20,7 +20,7 @@ from d2moe_vllm.ops.reference import gated
 from offline.errors import InputError
 from offline.io.shards import Reader
 from offline.source.families import find_family
-from offline.source.family import Family, predicts_further
+from offline.source.family import ACTIVATION_KEYS, Family, predicts_further
 from offline.source.missing import remedy
 
 UNUSED = (".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".prob_scale", ".output_scale", ".rotary_emb.inv_freq")
@@ -151,8 +151,9 @@ def check_parameters(
         for name, disk in others.items()
         if name not in state and not _is_further(name, model) and family.layer_of(name) not in behind
     }
+    within = tuple(f"{name}." for name, _ in model.named_children())
     for disk, name in strange.items():
-        if name.startswith(("model.", "lm_head.")) and not name.endswith(UNUSED):
+        if name.startswith(within) and not name.endswith(UNUSED):
             raise InputError(
                 f"the model that config.json describes has no place for the source's {disk}, and would be loaded "
                 "without it; wrong config.json?"
@@ -205,8 +206,11 @@ class LayerwiseModel:
         settings = hf_config.get_text_config()
         self.hidden_size: int = settings.hidden_size
         # Families without such a setting have SiLU in their code.
-        names = (getattr(settings, key, None) for key in ("hidden_act", "hidden_activation", "mlp_hidden_act"))
-        self.activation: Callable[[Tensor], Tensor] = ACT2FN[next(filter(None, names), "silu")]
+        usual = "silu" if family.row is None else family.row.activation
+        name = next(filter(None, (getattr(settings, key, None) for key in ACTIVATION_KEYS)), usual)
+        if family.row is not None and name != usual:
+            raise InputError(f"the family row says that experts have activation {usual}, transformers {name}; mend it")
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[name]
         self.gated = gated(self.activation, family.swiglu, gate="gate" in family.projections)
         self._blueprints = list(blueprint(hf_config).get_submodule(family.decoder).layers)
         self._recorders = nn.ModuleList(_Recorder(layer, family.returned) for layer in self._blueprints)
@@ -230,14 +234,21 @@ class LayerwiseModel:
                         setattr(module, buffer, torch.empty_like(getattr(module, buffer), device="cpu"))
                     model._init_weights(module)
             decoder.layers = nn.ModuleList()
-            for name in [name for name, _ in model.model.named_children() if self._family.beside(f"model.{name}.")]:
-                setattr(model.model, name, None)
+            holder, lead = (model.model, "model.") if self._family.outermost == "model" else (model, "")
+            for name in [name for name, _ in holder.named_children() if self._family.beside(f"{lead}{name}.")]:
+                setattr(holder, name, None)
             tied, prefix = _tied(model), self._family.layers_prefix
             self._load(model, lambda name: not name.startswith(prefix), lambda name: name, tied)
             if tied:
                 model.tie_weights()
             self._ends = model.to(self.device)
         return self._ends
+
+    @property
+    def _headed(self) -> Any:
+        """Of `_model`, what has `model` and a head."""
+        outermost = self._family.outermost
+        return self._model if outermost == "model" else self._model.get_submodule(outermost)
 
     @property
     def _decoder(self) -> Any:
@@ -253,7 +264,7 @@ class LayerwiseModel:
         shape = (int(tokens.shape[0]), int(tokens.shape[1]))
         self._decoder.layers = self._recorders
         with torch.no_grad():
-            self._model.model(input_ids=tokens.to(self.device))
+            self._headed.model(input_ids=tokens.to(self.device))
         hidden = self._recorders[0].hidden
         # Masks and rotary tables depend on the batch's shape alone: windows are never padded.
         self._arguments.setdefault(shape, [recorder.arguments for recorder in self._recorders])
@@ -295,7 +306,7 @@ class LayerwiseModel:
         self._injector.hidden = hidden
         self._decoder.layers = nn.ModuleList([self._injector])
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
-        return self._model(input_ids=tokens).logits.float()
+        return self._headed(input_ids=tokens).logits.float()
 
     def _load(
         self,

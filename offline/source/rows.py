@@ -11,12 +11,16 @@ from d2moe_vllm.format.kinds import Role
 from offline.source.agreement import (
     ALIKE,
     alike,
+    blocks_alike,
+    chunks,
     dense_first,
     every_other_window,
+    every_so_many,
     full_indexers,
     gate_of_one,
     groups,
     head_size,
+    laguna,
     latent_attention,
     latent_norms,
     least_step,
@@ -31,6 +35,7 @@ from offline.source.agreement import (
     some_windows,
     tied_within,
     told_by_shape,
+    tuned_late,
 )
 from offline.source.family import SILU, Family, Layout
 
@@ -102,6 +107,31 @@ GRANITE = Layout(
     up="model.layers.{layer}.block_sparse_moe.input_linear.weight",
     down="model.layers.{layer}.block_sparse_moe.output_linear.weight",
 )
+LLAMA4 = Family(
+    model_type="llama4_text",
+    experts="model.layers.{layer}.feed_forward.experts",
+    projections=PROJ,
+    experts_module="feed_forward.experts",
+    intermediate_size_key="intermediate_size",
+    dense_keys=("interleave_moe_layer_step",),
+    # Experts see their input times the router's weight: one row of a token, so one expert. vLLM has no biases.
+    requires={
+        **SILU,
+        **NO_BIAS,
+        "architectures": (["Llama4ForCausalLM"], None),
+        "num_experts_per_tok": (1,),
+    },
+    checks=(rope("default", "llama3"), every_so_many, chunks),
+    remark=tuned_late,
+    released=Layout(
+        gate="model.layers.{layer}.feed_forward.experts.gate_up_proj",
+        up="model.layers.{layer}.feed_forward.experts.gate_up_proj",
+        down="model.layers.{layer}.feed_forward.experts.down_proj",
+        transposed=True,
+    ),
+    recipe="mixtral",
+)
+LLAMA4_EXPERTS = "language_model.model.layers.{layer}.feed_forward.experts"
 ROWS = (
     Family(
         model_type="mixtral",
@@ -524,6 +554,26 @@ ROWS = (
         recipe="qwen3_moe",
     ),
     Family(
+        model_type="llama4",
+        decoder="language_model.model",
+        experts=LLAMA4_EXPERTS,
+        projections=PROJ,
+        experts_module=LLAMA4.experts_module,
+        intermediate_size_key=LLAMA4.intermediate_size_key,
+        dense_keys=LLAMA4.dense_keys,
+        requires={**LLAMA4.requires, **UNTIED, "architectures": (["Llama4ForConditionalGeneration"],)},
+        checks=(*LLAMA4.checks, tied_within(default=False)),
+        remark=LLAMA4.remark,
+        released=Layout(
+            gate=f"{LLAMA4_EXPERTS}.gate_up_proj",
+            up=f"{LLAMA4_EXPERTS}.gate_up_proj",
+            down=f"{LLAMA4_EXPERTS}.down_proj",
+            transposed=True,
+        ),
+        recipe=LLAMA4.recipe,
+    ),
+    LLAMA4,
+    Family(
         model_type="afmoe",
         experts="model.layers.{layer}.mlp.experts",
         projections=PROJ,
@@ -545,6 +595,32 @@ ROWS = (
         },
         checks=(rope(*ALIKE), real_window),
         recipe="olmoe",
+    ),
+    Family(
+        model_type="laguna",
+        experts="model.layers.{layer}.mlp.experts",
+        projections=PROJ,
+        num_experts_keys=("num_experts",),
+        dense_keys=("mlp_layer_types",),
+        # transformers always gates attention and has a shared expert; sinks, a second place of rotary embeddings and
+        # one for their part of the head only vLLM knows.
+        requires={
+            **SILU,
+            "architectures": (["LagunaForCausalLM"], None),
+            "gating": (True, "per-head", "per-element", None),
+            "moe_apply_router_weight_on_input": (False, None),
+            "swa_attention_sink_enabled": (False, None),
+            "swa_rope_parameters": (None,),
+            "partial_rotary_factor": (None,),
+            "rope_scaling": (None,),
+        },
+        not_null=("gating", "moe_apply_router_weight_on_input"),
+        checks=(laguna, said("mlp_layer_types")),
+        renames={
+            ".mlp.experts.e_score_correction_bias": ".mlp.gate.e_score_correction_bias",
+            ".mlp.shared_expert.": ".mlp.shared_experts.",
+        },
+        recipe="granitemoe",
     ),
     Family(
         model_type="exaone_moe",
@@ -655,7 +731,7 @@ ROWS = (
             "n_shared_experts": (1, None),
         },
         not_null=("mlp_hidden_act", "mamba_hidden_act", "mlp_bias", "n_shared_experts", "n_group", "topk_group"),
-        checks=(),
+        checks=(blocks_alike,),
         remark=least_step,
         renames={"backbone.": "model."},
         recipe="qwen3_moe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from d2moe_vllm.format.config import CheckpointError
 from d2moe_vllm.format.kinds import Role, TensorSpec
 from offline.errors import InputError
 from offline.io.shards import TORCH_DTYPES, Reader
-from offline.source.families import MoEShape
+from offline.source.families import MoEShape, unequal
 from offline.source.family import Family, Layout
 from offline.source.missing import remedy
 from offline.source.quantized import Quantized, Scheme, beside, find_quantized
@@ -186,10 +187,12 @@ def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: 
     """The expert weights of some layers.
 
     Raises InputError where one is missing, has another shape than config.json says, is of another dtype than
-    the rest or of none that can be computed with, where experts have biases, or a tensor among them is strange.
+    the rest or of none that can be computed with, where layers have experts of different numbers, where experts have
+    biases, or a tensor among them is strange.
     """
     layers, specs = tuple(layers), reader.specs
     layout = next((one for one in family.layouts if one.name(layers[0], 0, "up") in specs), family.layouts[0])
+    _refuse_unequal(family, reader, layout, layers)
     expected: dict[str, ExpertTensor] = {}
     for name, tensor in expert_tensors(shape, layout, layers):
         if name not in specs:  # at once: absurd sizes in config.json must not fill the memory
@@ -217,13 +220,31 @@ def find_experts(family: Family, shape: MoEShape, reader: SourceReader, layers: 
     return StoredExperts(reader, shape, layout, transposed, dtype, frozenset(expected))
 
 
+def _refuse_unequal(family: Family, reader: SourceReader, layout: Layout, layers: Iterable[int]) -> None:
+    """Raises InputError where layers have experts of different numbers, each of them from the first one on."""
+    before, single, _ = layout.down.partition("{expert}")
+    layer, number = r"(?P<layer>\d+)", r"(?P<expert>\d+)\."
+    pattern = re.compile(re.escape(before).replace(re.escape("{layer}"), layer) + (number if single else "$"))
+    found: dict[int, set[int]] = {number: set() for number in layers}
+    for name, spec in reader.specs.items():
+        if (match := pattern.match(name)) is not None and int(match["layer"]) in found and spec.shape:
+            found[int(match["layer"])] |= {int(match["expert"])} if single else set(range(min(spec.shape[0], 100_000)))
+    there = {layer: len(experts) for layer, experts in found.items() if experts == set(range(len(experts))) != set()}
+    if len(set(there.values())) > 1:
+        few, many = min(there, key=lambda one: there[one]), max(there, key=lambda one: there[one])
+        raise InputError(
+            f"{reader.folder.name}: layer {few} has {there[few]} experts and layer {many} {there[many]}: "
+            f"{unequal(family.model_type)}, or download what is missing"
+        )
+
+
 def _refuse_strangers(family: Family, reader: SourceReader, known: Mapping[str, Any], layers: Iterable[int]) -> None:
     """Raises InputError for a tensor that lies among the experts but is no weight of theirs."""
     modules = (family.experts_path, family.experts)
     prefixes = tuple(module.replace("{layer}", str(layer)) + "." for layer in layers for module in modules)
     for name in reader.specs:
-        if name in known or not name.startswith(prefixes):
-            continue
+        if name in known or not name.startswith(prefixes) or not family.module_name(name).startswith(prefixes):
+            continue  # transformers has it elsewhere, as Laguna's biases by which experts are chosen
         if name.endswith("bias"):
             raise InputError(f"{reader.folder.name}: experts with biases ({name}) are not supported; serve it as it is")
         raise InputError(f"{reader.folder.name}: expert tensor {name} does not fit config.json; wrong config.json?")

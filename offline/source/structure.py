@@ -14,7 +14,7 @@ import itertools
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ PAIRS = (("gate_proj", "up_proj"), ("w1", "w3"), ("gate", "up"), ("gate_linear",
 """What gate and up are called; down is the third, told by its shape."""
 FUSED = (("gate_up_proj", "down_proj"), ("input_linear", "output_linear"))
 """What a matrix of gate's outputs and then up's is called, and the one of down beside it."""
+UNGATED = (("up_proj", "down_proj"), ("up", "down"), ("w1", "w2"))
+"""What up and down of experts without a gate are called."""
 USUAL = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 """Names of compressed projections where the original has none of its own."""
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
@@ -86,6 +88,10 @@ class _Modules:
     layers: tuple[int, ...]
     experts: nn.Module
 
+    @property
+    def gated(self) -> bool:
+        return hasattr(self.experts, "gate_up_proj")
+
 
 @dataclass(frozen=True)
 class _Disk:
@@ -118,14 +124,16 @@ def _look(reader: SourceReader, config: Mapping[str, Any]) -> tuple[FamilyRow, l
         raise _LackError(
             f"layers {_listed(disk.layers)} have experts on disk, {_listed(modules.layers)} in transformers"
         )
-    if not _computes_swiglu(modules.experts):
+    activation = next((name for name in ACTIVATIONS if _computes(modules.experts, name)), None)
+    if activation is None:
         raise _LackError(
-            f"transformers' {type(modules.experts).__name__} computes something else than down(silu(gate) * up)"
+            f"transformers' {type(modules.experts).__name__} computes something else than {_formula('silu', modules)}"
         )
     fields: dict[str, Any] = {
         "model_type": model_type,
         "decoder": modules.decoder,
         "experts_module": modules.path,
+        "activation": activation,
         **disk.fields,
         "num_experts_key": _key(settings, disk.num_experts, NUM_EXPERTS, "the number of experts"),
         "experts_per_token_key": _per_token(settings, disk.num_experts),
@@ -144,13 +152,17 @@ def _look(reader: SourceReader, config: Mapping[str, Any]) -> tuple[FamilyRow, l
         f"{shape.num_experts} experts of {shape.intermediate_size} channels, {shape.experts_per_token} a token, in "
         f"{len(shape.layers)} of {num_layers} layers; every tensor has its place in transformers' "
         f"{type(model).__name__}",
-        f"{type(modules.experts).__name__}, tried with small random weights, computes down(silu(gate) * up)",
+        f"{type(modules.experts).__name__}, tried with small random weights, computes {_formula(activation, modules)}",
         *disk.notes,
         served_by(config),
     ]
     if unread := [key for key in _present(settings) if key not in family.dense_keys]:
         notes.append(f"left out, as it does not say which layers have experts: {', '.join(unread)}")
     return family.row, notes
+
+
+def _formula(activation: str, modules: _Modules) -> str:
+    return f"down({activation}(gate) * up)" if modules.gated else f"down({activation}(up))"
 
 
 def _family(fields: Mapping[str, Any]) -> Family:
@@ -201,7 +213,9 @@ def _stock(reader: SourceReader, model_type: str) -> tuple[Any, Any]:
 
 
 def _modules(model: Any) -> _Modules:
-    name, decoder = type(model).__name__, model.get_decoder()
+    from d2moe_vllm.hf.conversion import decoder_of
+
+    name, decoder = type(model).__name__, decoder_of(model)
     path = next((path for path, module in model.named_modules() if module is decoder), "")
     layers = getattr(decoder, "layers", None)
     if path.partition(".")[0] != "model" or not isinstance(layers, nn.ModuleList):
@@ -245,7 +259,7 @@ def _refuse_settings(settings: Mapping[str, Any]) -> None:
     if value := settings.get("zero_expert_num"):
         raise _LackError(f"tokens may go to experts that are none (zero_expert_num {value!r})")
     for key in ("hidden_act", "hidden_activation"):
-        if (value := settings.get(key)) not in ("silu", None):
+        if (value := settings.get(key)) not in (*ACTIVATIONS, None):
             raise _LackError(f"its experts' activation is {value!r} ({key}), not silu")
 
 
@@ -255,28 +269,35 @@ def _check_module(modules: _Modules) -> None:
     held = {key: parameter.dim() for key, parameter in modules.experts.named_parameters()}
     if bias := next((key for key in held if "bias" in key), None):
         raise _LackError(f"its experts have biases (transformers' {name} holds {bias})")
-    if held == {"up_proj": 3, "down_proj": 3}:
-        raise _LackError(f"its experts have no gate (transformers' {name} holds up_proj and down_proj)")
     takes = list(inspect.signature(type(modules.experts).forward).parameters)[1:]
     if takes != FORWARD:
         raise _LackError(f"transformers' {name} takes ({', '.join(takes)}), not ({', '.join(FORWARD)})")
-    if held != {"gate_up_proj": 3, "down_proj": 3}:
+    if held not in ({"gate_up_proj": 3, "down_proj": 3}, {"up_proj": 3, "down_proj": 3}):
         told = ", ".join([*held][:4]) + (", ..." if len(held) > 4 else "")
         raise _LackError(f"transformers' {name} holds {told or 'nothing'}, not gate_up_proj and down_proj")
 
 
+def _relu2(rows: Tensor) -> Tensor:
+    return nn.functional.relu(rows).square()
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": nn.functional.silu, "relu2": _relu2}
+"""Of a row."""
+
+
 @torch.no_grad()
-def _computes_swiglu(experts: nn.Module) -> bool:
+def _computes(experts: nn.Module, activation: str) -> bool:
     """Whether a module of experts, of its own code, computes what ours compute: tried on small random weights in its
     weights' places, with inputs so large that a value that is cut off anywhere shows."""
     probe: Any = copy.deepcopy(experts)
-    count, second, third = probe.gate_up_proj.shape
-    flipped = (third, second) == (2 * probe.down_proj.shape[1], probe.down_proj.shape[2])
+    gated, act = hasattr(probe, "gate_up_proj"), ACTIVATIONS[activation]
+    first = "gate_up_proj" if gated else "up_proj"
+    count, second, third = getattr(probe, first).shape
+    flipped = gated and (third, second) == (2 * probe.down_proj.shape[1], probe.down_proj.shape[2])
     generator = torch.Generator().manual_seed(0)
     gate, up = torch.randn(2, count, 8, 16, generator=generator)
     down = torch.randn(count, 16, 8, generator=generator)
-    stacks = torch.cat([gate, up], 1), down
-    for name, stack in zip(("gate_up_proj", "down_proj"), stacks, strict=True):
+    for name, stack in ((first, torch.cat([gate, up], 1) if gated else up), ("down_proj", down)):
         setattr(probe, name, nn.Parameter((stack.mT if flipped else stack).contiguous(), requires_grad=False))
     if hasattr(probe, "config"):
         probe.config._experts_implementation = "eager"
@@ -287,7 +308,7 @@ def _computes_swiglu(experts: nn.Module) -> bool:
         expected = torch.zeros_like(rows)
         for row, expert in itertools.product(range(6), range(chosen.shape[1])):
             e = chosen[row, expert]
-            inner = nn.functional.silu(gate[e] @ rows[row]) * (up[e] @ rows[row])
+            inner = act(gate[e] @ rows[row]) * (up[e] @ rows[row]) if gated else act(up[e] @ rows[row])
             expected[row] += weights[row, expert] * (down[e] @ inner)
         try:
             found = probe(rows, chosen, weights)
@@ -332,9 +353,9 @@ def _tensors(specs: Mapping[str, TensorSpec], modules: _Modules, hidden: int, nu
         inside = (name for name, rest in rests.items() if rest.startswith(f"{path}."))
         if odd := next((name for name in inside if not name.split(f".{path}.")[1].partition(".")[0].isdigit()), None):
             raise _LackError(f"{odd} lies among its experts and is none of them")
-        return _of_matrices(specs, prefix, path, group, hidden)
+        return _of_matrices(specs, prefix, path, group, hidden, modules.gated)
     if stacks:
-        return _of_stacks(specs, prefix, stacks, hidden)
+        return _of_stacks(specs, prefix, stacks, hidden, modules.gated)
     raise _LackError("no tensor of it is called after an expert's number, and none is a stack of experts")
 
 
@@ -344,6 +365,7 @@ def _of_matrices(
     path: str,
     group: Mapping[int, Mapping[int, Mapping[str, str]]],
     hidden: int,
+    gated: bool,
 ) -> _Disk:
     """Experts with tensors of their own; group: layer -> expert -> what is behind its number -> name."""
     layers = tuple(sorted(group))
@@ -370,31 +392,36 @@ def _of_matrices(
         raise _LackError(f"an expert holds {other}, which is no weight of a projection")
     experts = f"{prefix}{{layer}}.{path}"
     sizes = layers, len(group[layers[0]])
-    if fused := next((pair for pair in FUSED if set(pair) == set(ends)), None):
+    if gated and (fused := next((pair for pair in FUSED if set(pair) == set(ends)), None)):
         size = _fused_size(ends[fused[0]], ends[fused[1]], hidden, fused[0])
         both, down = (f"{experts}.{{expert}}.{name}.weight" for name in fused)
         released = {"gate": both, "up": both, "down": down}
         return _Disk({"experts": experts, "projections": USUAL, "released": released}, *sizes, size, _named(experts))
-    if len(ends) == 2:
-        raise _LackError(f"its experts have no gate, only {' and '.join(sorted(ends))}")
+    if gated != (len(ends) > 2):
+        has = "a gate in transformers" if gated else "no gate in transformers"
+        raise _LackError(f"its experts have {'no gate, only ' * gated}{_and(sorted(ends))} on disk, and {has}")
     projections = _roles(ends)
     size = _size({role: ends[name] for role, name in projections.items()}, hidden, path)
     return _Disk({"experts": experts, "projections": projections}, *sizes, size)
 
 
 def _of_stacks(
-    specs: Mapping[str, TensorSpec], prefix: str, stacks: Mapping[str, Mapping[int, str]], hidden: int
+    specs: Mapping[str, TensorSpec], prefix: str, stacks: Mapping[str, Mapping[int, str]], hidden: int, gated: bool
 ) -> _Disk:
     """Stacks of experts; stacks: what is behind the layer's number -> layer -> name."""
     ends = {rest.removesuffix(".weight").rpartition(".")[2]: rest for rest in stacks}
-    fused = next((pair for pair in FUSED if set(pair) <= set(ends)), None)
+    fused = next((pair for pair in FUSED if gated and set(pair) <= set(ends)), None)
     roles = dict(zip(("gate", "up", "down"), (fused[0], *fused), strict=True)) if fused else _roles(ends)
     shapes: dict[str, tuple[int, ...]] = {}
-    layers = tuple(sorted(stacks[ends[roles["gate"]]]))
+    if gated != ("gate" in roles):
+        raise _LackError(
+            f"its experts have {_and(sorted(ends))} on disk, and {'a' if gated else 'no'} gate in transformers"
+        )
+    layers = tuple(sorted(stacks[ends[roles["up"]]]))
     for role, end in roles.items():
         names = stacks[ends[end]]
         if tuple(sorted(names)) != layers:
-            raise _LackError(f"not every layer that has {roles['gate']} has {end}")
+            raise _LackError(f"not every layer that has {roles['up']} has {end}")
         first = names[layers[0]]
         shapes[role] = specs[first].shape
         for name in names.values():
@@ -430,8 +457,10 @@ def _named(experts: str) -> tuple[str, ...]:
 
 
 def _roles(ends: Iterable[str]) -> dict[str, str]:
-    """Three names by their roles."""
+    """Three names by their roles, or two of experts without a gate."""
     names = sorted(ends)
+    if both := next((pair for pair in UNGATED if set(pair) == set(names)), None):
+        return dict(zip(("up", "down"), both, strict=True))
     pair = next((pair for pair in PAIRS if set(pair) <= set(names)), None)
     if pair is None or len(names) != 3:
         raise _LackError(
@@ -441,12 +470,13 @@ def _roles(ends: Iterable[str]) -> dict[str, str]:
 
 
 def _size(shapes: Mapping[str, tuple[int, ...]], hidden: int, where: str) -> int:
-    """The intermediate size of experts with three matrices of these shapes [out, in]."""
-    gate, up, down = (tuple(shapes[role]) for role in ("gate", "up", "down"))
-    if len(down) != 2 or down[0] != hidden or not gate == up == down[::-1]:
+    """The intermediate size of experts with matrices of these shapes [out, in]."""
+    found = {role: tuple(shapes[role]) for role in ROLES if role in shapes}
+    up, down = found["up"], found["down"]
+    if len(down) != 2 or down[0] != hidden or up != down[::-1] or found.get("gate", up) != up:
         raise _LackError(
-            f"gate, up and down of {where} are {list(gate)}, {list(up)} and {list(down)}: with hidden_size {hidden} "
-            "they do not make an expert"
+            f"{_and(list(found))} of {where} are {_and([str(list(shape)) for shape in found.values()])}: with "
+            f"hidden_size {hidden} they do not make an expert"
         )
     return down[1]
 
@@ -518,7 +548,7 @@ def _renames(specs: Mapping[str, TensorSpec], model: Any, family: Family) -> dic
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     state, found = set(model.state_dict()), {}
-    names = {getattr(layout, role) for layout in family.layouts for role in ROLES}
+    names = {getattr(layout, role) for layout in family.layouts for role in family.roles}
     experts = tuple({name.partition("{expert}")[0].partition("{layer}")[2] for name in names})
     for name in specs:
         if name in state or predicts_further(name) or any(part in name for part in experts):

@@ -119,8 +119,26 @@ class DenseExperts(nn.Module):
         self._shape, self._fetch, self._gated, self._recorder = shape, fetch, gated, recorder
         self._biases = biases
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden]."""
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden].
+
+        Without the last two, hidden_states is all tokens once for each expert, times the router's weight, 0 where a
+        token does not go: [experts * tokens, hidden], and so is what is returned. A token's input is then what its one
+        expert sees, and its gate 1. Raises ValueError where a token goes to several."""
+        if top_k_index is not None and top_k_weights is not None:
+            return self._run(hidden_states, top_k_index, top_k_weights)
+        blocks = hidden_states.unflatten(0, (self._shape.num_experts, -1))
+        going = blocks.ne(0).any(dim=-1)
+        if bool((going.sum(dim=0) > 1).any()):
+            raise ValueError("router weights on the experts' input need one expert for each token")
+        chosen, token = going.int().argmax(dim=0), torch.arange(blocks.shape[1], device=blocks.device)
+        rows = blocks[chosen, token]
+        gave = self._run(rows, chosen[:, None], torch.ones_like(rows[:, :1]))
+        return torch.zeros_like(blocks).index_put((chosen, token), gave).flatten(0, 1)
+
+    def _run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         recorder = self._recorder
         output = torch.zeros_like(hidden_states)
         mix = None

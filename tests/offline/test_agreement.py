@@ -71,7 +71,7 @@ def test_f9_what_released_models_say_is_taken(
 
 
 def test_f9_what_is_nearly_the_same_is_said(family: Callable[[str], Path], tmp_path: Path) -> None:
-    """Phi's head: vLLM leaves its bias out; Moonlight's norms."""
+    """Phi's head: vLLM leaves its bias out; Moonlight's norms; Llama 4's queries far along."""
     phi = shutil.copytree(family("phimoe"), tmp_path / "phi")
     assert "lm_head.bias" not in d2moe_here("plan", phi, *FEW).stderr
     edit(phi, lambda tensors: tensors["lm_head.bias"].fill_(0.5))
@@ -79,6 +79,10 @@ def test_f9_what_is_nearly_the_same_is_said(family: Callable[[str], Path], tmp_p
     moonlight = shutil.copytree(family("deepseek_v3"), tmp_path / "moonlight")
     change_config(moonlight, rms_norm_eps=1e-5)
     assert "rms_norm_eps 1e-05" in d2moe_here("plan", moonlight, *FEW).stderr
+    llama = shutil.copytree(family("llama4_text"), tmp_path / "llama")
+    assert "attn_temperature_tuning" not in d2moe_here("plan", llama, *FEW).stderr
+    change_config(llama, max_position_embeddings=131072)
+    assert "attn_temperature_tuning True is transformers' to read" in d2moe_here("plan", llama, *FEW).stderr
 
 
 def test_f9_transformers_loads_what_was_taken(family: Callable[[str], Path], few_words: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from d2moe_vllm.families import auto_map, stock_model_class
 from d2moe_vllm.format.files import check_checkpoint
 from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.hf.conversion import decoder_of
 from offline.errors import InputError
 from offline.run.evaluate import open_evaluated
 from offline.source.dense import open_dense
@@ -77,12 +78,14 @@ def stock_weight(experts: Any, expert: int, role: str) -> Tensor:
         return getattr(experts, f"{role}_proj")[expert]
     if not hasattr(experts, "gate_up_proj"):
         return getattr(experts[expert], f"{role}_proj").weight
-    transposed = getattr(experts, "is_transposed", False)
+    both, down = experts.gate_up_proj[expert], experts.down_proj[expert]
+    if both.shape[1] == 2 * len(down):  # transposed, as gpt-oss's and Llama 4's are
+        both, down = both.mT, down.mT
     if role == "down":
-        return experts.down_proj[expert].mT if transposed else experts.down_proj[expert]
-    if transposed:  # gpt-oss's
-        return experts.gate_up_proj[expert].mT[int(role == "up") :: 2]
-    return experts.gate_up_proj[expert].chunk(2)[0 if role == "gate" else 1]
+        return down
+    if getattr(experts, "is_transposed", False):  # gpt-oss's
+        return both[int(role == "up") :: 2]
+    return both.chunk(2)[0 if role == "gate" else 1]
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -121,7 +124,7 @@ def test_the_documents_name_every_family() -> None:
 def test_reads_and_runs_as_the_stock_model_does(family: str, released: Callable[[str], Path]) -> None:
     stock = stock_model(stock_config(family))
     model = open_dense(str(released(family)))
-    layers = {number: stock_experts(layer, family) for number, layer in enumerate(stock.get_decoder().layers)}
+    layers = {number: stock_experts(layer, family) for number, layer in enumerate(decoder_of(stock).layers)}
     with_experts = [number for number, experts in layers.items() if experts is not None]
     assert model.num_layers == len(layers)
     assert list(model.shape.layers) == with_experts

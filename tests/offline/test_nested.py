@@ -41,7 +41,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def vision(names: object) -> set[str]:
     """Of tensors' names those of the tower and of what leads from it into the language model."""
-    return {str(name) for name in names if ".visual." in str(name) or "vision" in str(name)}  # type: ignore[attr-defined]
+    parts = (".visual.", "vision", "multi_modal_projector")
+    return {name for name in map(str, names) if any(part in name for part in parts)}  # type: ignore[attr-defined]
 
 
 def test_they_are_those_that_the_tests_give_a_vision_tower() -> None:
@@ -81,7 +82,7 @@ def test_the_compressed_has_the_tower_and_the_settings_of_the_source(
         assert torch.equal(before.tensor(one).view(torch.uint8), after.tensor(one).view(torch.uint8))
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoModelForCausalLM", "AutoModelForImageTextToText"}
-    assert config["quantization_config"]["experts"].startswith("model.language_model.layers.{layer}.")
+    assert config["quantization_config"]["experts"].startswith(f"{FAMILIES[name].decoder}.layers.{{layer}}.")
     original = json.loads((source(name) / "config.json").read_text())
     assert {key: value for key, value in config.items() if key in original} == original
     assert (tmp_path / "ours" / PROCESSOR).read_bytes() == (source(name) / PROCESSOR).read_bytes()

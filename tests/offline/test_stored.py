@@ -86,6 +86,7 @@ def test_fp8_without_its_scales(tmp_path: Path) -> None:
         ("mixtral", {"num_local_experts": 10**9}, "positive number"),
         ("mixtral", {"num_local_experts": 999_999, "num_experts_per_tok": 2}, "no tensor"),
         ("mixtral", {"num_hidden_layers": 999_999}, "no tensor"),
+        ("mixtral", {"num_local_experts": [4, 3]}, r"num_local_experts is \[4, 3\]: layers with experts of different"),
         ("mixtral", {"model_type": "jetmoe"}, "supported families: afmoe, deepseek, deepseek_v2"),
         ("mixtral", {"model_type": "cohere2_moe"}, "windows"),
         ("mixtral", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
@@ -111,6 +112,27 @@ def test_refusals(family: str, changes: dict[str, Any], problem: str, tmp_path: 
     with pytest.raises(InputError, match=problem) as error:
         open_dense(str(folder))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("said", [8, 7])
+def test_layers_with_experts_of_different_numbers_are_refused(said: int, stacked: bool, tmp_path: Path) -> None:
+    """As pruning layer by layer leaves them, whichever of the numbers config.json says; a hole is something missing."""
+    folder = write_family(tmp_path / "m", "qwen2_moe", stacked=stacked)
+    tensors = load_file(folder / "model.safetensors")
+    last = "model.layers.2.mlp.experts."
+    pruned = {name: tensor[:7].contiguous() if name.startswith(last) and stacked else tensor
+              for name, tensor in tensors.items() if not name.startswith(f"{last}7.")}  # fmt: skip
+    save_file(pruned, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, num_experts=said)
+    with pytest.raises(InputError, match="layer 2 has 7 experts and layer 1 8: layers with experts of different numb"):
+        open_dense(str(folder))
+    if not stacked:
+        save_file({name: tensor for name, tensor in tensors.items() if f"{last}3." not in name},
+                  folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+        change_config(folder, num_experts=8)
+        with pytest.raises(InputError, match=r"the source has no tensor model\.layers\.2\.mlp\.experts\.3"):
+            open_dense(str(folder))
 
 
 def test_a_key_that_says_which_layers_have_experts_must_not_be_left_to_defaults(tmp_path: Path) -> None:

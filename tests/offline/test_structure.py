@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from compression import ROOT, d2moe_here
-from families import CONFIGS, change_config, write_family
+from families import CONFIGS, change_config, load_stock, write_exact, write_family
 from hostile import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,15 +31,18 @@ from offline.source.dense import open_dense
 from offline.source.families import FAMILIES, from_row, known
 from offline.source.familyfile import read_family_file, written
 from offline.source.served import served_by
-from offline.source.structure import ProposalError, _computes_swiglu, _difference, _returns_more
+from offline.source.structure import ProposalError, _computes, _difference, _returns_more
 
 NOT_PROPOSED = {
     "deepseek": "DeepseekExperts holds 0.gate_proj.weight",  # one module for each expert
     "gemma4": "its experts' activation is 'gelu_pytorch_tanh' (hidden_activation), not silu",
     "glm_moe_dsa": "layers of transformers' GlmMoeDsaDecoderLayer give more than hidden states",
     "gpt_oss": "its experts have biases (model.layers.0.mlp.experts.down_proj_bias)",
+    "laguna": "model.layers.1.mlp.experts.e_score_correction_bias lies among its experts",
+    "llama4": "Llama4ForConditionalGeneration has its decoder in language_model.model, not in model.layers",
+    "llama4_text": "Llama4TextExperts takes (hidden_states), not (hidden_states, top_k_index, top_k_weights)",
     "mimo_v2_flash": "does not attend by scaled_dot_product_attention",
-    "nemotron_h": "its experts have no gate (transformers' NemotronHExperts holds up_proj and down_proj)",
+    "nemotron_h": "config.json: num_hidden_layers is None",  # layers' kinds say how many there are
 }
 AXK1: dict[str, Any] = {
     "model_type": "axk1",
@@ -108,6 +111,66 @@ def test_what_of_ours_would_not_be(name: str, tmp_path: Path, monkeypatch: pytes
     assert NOT_PROPOSED[name] in refusal(folder)
 
 
+def without_a_gate(folder: Path, stacked: bool) -> Path:
+    """Nemotron-H with experts in every layer and the names of its modules on disk."""
+    kinds = {"layers_block_type": ["moe", "moe"], "mlp_hidden_act": "relu2"}
+    write_family(folder, "nemotron_h", stacked=stacked, dtype=torch.float32, **kinds)
+    spoil(folder, renamed("backbone.", "model."))
+    change_config(folder, num_hidden_layers=2)
+    return folder
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_row_of_experts_without_a_gate(stacked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read with it, the model is the one that our own row gives; the compressed one carries it into transformers."""
+    folder = without_a_gate(tmp_path / "nemotron", stacked)
+    tokens = torch.arange(24)[None]
+    expected = load_stock(folder, dtype=torch.float32)(tokens, use_cache=False).logits
+    forget(monkeypatch, "nemotron_h")
+    found = proposal(folder)
+    assert (found.row.projections, found.row.activation) == ({"up": "up_proj", "down": "down_proj"}, "relu2")
+    assert found.row.released is None or (stacked and found.row.released.gate is None)
+    assert any("computes down(relu2(up))" in note for note in found.notes)
+    (tmp_path / "row.yaml").write_text(written(found.row, found.notes))
+    family = read_family_file(tmp_path / "row.yaml")
+    assert family.row == found.row
+    with known(family):
+        model = open_dense(str(folder))
+        assert (model.shape.roles, model.shape.layers) == (("up", "down"), (0, 1))
+        ours = write_exact(tmp_path / "ours", folder)
+        change_config(folder, mlp_hidden_act="silu")
+        with pytest.raises(InputError, match="mlp_hidden_act 'silu'; vLLM serves nemotron_h with relu2 only"):
+            open_dense(str(folder))
+    carried = json.loads((ours / "config.json").read_text())["quantization_config"]["family_row"]
+    assert carried["activation"] == "relu2"
+    loaded = AutoModelForCausalLM.from_pretrained(ours, trust_remote_code=True, dtype=torch.float32)
+    assert float((loaded(tokens, use_cache=False).logits - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("renamed", "which of down_proj, other is an expert's gate, and which its up, is not known by these names"),
+        ("gated", "its experts have down_proj and gate_proj and up_proj on disk, and no gate in transformers"),
+    ],
+)
+def test_experts_without_a_gate_that_do_not_fit(
+    change: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = without_a_gate(tmp_path / "nemotron", stacked=False)
+
+    def more(tensors: Tensors) -> Tensors:
+        ups = {name: tensor for name, tensor in tensors.items() if ".experts." in name and ".up_proj." in name}
+        return {**tensors, **{name.replace("up_proj", "gate_proj"): one.clone() for name, one in ups.items()}}
+
+    def other(tensors: Tensors) -> Tensors:
+        return {n.replace("up_proj", "other") if ".experts." in n else n: one for n, one in tensors.items()}
+
+    spoil(folder, more if change == "gated" else other)
+    forget(monkeypatch, "nemotron_h")
+    assert reason in refusal(folder)
+
+
 @pytest.mark.parametrize("name", ["hunyuan_v1_moe", "granitemoeshared"])
 def test_families_that_nobody_described(name: str, tmp_path: Path) -> None:
     row = proposal(write_unlisted(tmp_path / name, name)).row
@@ -125,7 +188,6 @@ def test_families_that_nobody_described(name: str, tmp_path: Path) -> None:
         ("llama", "it has no routed experts: no layer of transformers' LlamaForCausalLM has a module called experts"),
         ("jamba", "layers 1, 3 of 4 have experts, which no key says that is known here"),
         ("jamba", "but perhaps expert_layer_offset and expert_layer_period"),
-        ("laguna", "model.layers.1.mlp.experts.e_score_correction_bias lies among its experts"),
     ],
 )
 def test_what_a_model_has_that_is_lacking_here(
@@ -262,8 +324,8 @@ class Experts(nn.Module):
     ],
 )
 def test_what_experts_compute_is_tried(inner: Callable[[Tensor, Tensor], Tensor], same: bool) -> None:
-    assert _computes_swiglu(Experts(inner)) is same
-    assert _computes_swiglu(Experts(inner, transposed=True)) is same
+    assert _computes(Experts(inner), "silu") is same
+    assert _computes(Experts(inner, transposed=True), "silu") is same
 
 
 class _Layer(nn.Module):
@@ -307,7 +369,8 @@ def test_what_layers_give_is_read_in_their_code(kind: type[nn.Module], more: boo
 def test_a_real_class_is_tried_whatever_its_size() -> None:
     with torch.device("meta"):
         experts = MixtralExperts(MixtralConfig())
-    assert _computes_swiglu(experts)
+    assert _computes(experts, "silu")
+    assert not _computes(experts, "relu2")
 
 
 @pytest.mark.parametrize(
@@ -382,6 +445,12 @@ def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"experts": "../{layer}"}, "is no path of modules"),
         ({"projections": {"gate": "a", "up": "b"}}, "projections must name gate, up and down"),
         ({"projections": {"gate": "a", "up": "a", "down": "b"}}, "each differently"),
+        ({"projections": {"gate": "a", "down": "b"}}, "or up and down alone"),
+        ({"activation": "gelu"}, "activation: Input should be 'silu' or 'relu2'"),
+        (
+            {"released": {role: f"model.layers.{{layer}}.{role}.{{expert}}" for role in ("up", "down")}},
+            "released has to name gate where projections do, and only there",
+        ),
         ({"projections": {"gate": "a", "up": "b", "down": "c", "more": "d"}}, "projections.more"),
         ({"decoder": "transformer"}, "is not within `model`"),
         ({"experts_module": "mlp.moe"}, "must end with `experts`"),
@@ -455,6 +524,11 @@ def test_the_other_commands_propose_nothing_and_name_plan(axk1: Path, few_words:
         ("eval", axk1, "--text", few_words),
     ):
         refused(d2moe_here(*command), "`d2moe plan SRC > axk1.yaml` writes it")
+
+
+def test_a_row_says_the_activation_that_config_json_says(axk1: Path, tmp_path: Path) -> None:
+    done = d2moe_here("plan", axk1, "--ratio", "0.1", "--family-file", row_file(tmp_path, activation="relu2"))
+    refused(done, "config.json: hidden_act 'silu'; vLLM serves axk1 with relu2 only")
 
 
 def test_a_row_is_for_its_own_family_and_one_command(axk1: Path, tmp_path: Path) -> None:
