@@ -49,7 +49,8 @@ def test_v_is_rounded_to_the_weights_type(backend: Backend, function: str) -> No
     x, alpha = torch.ones_like(x), torch.full_like(w13.alpha, 0.5)
     x, gates, ids, bases, alpha = backend.to([x, gates, ids, w13.bases, alpha])
     batch = backend.modules.launch.Batch(gates, ids, 4, torch.float16, False)
-    (found,) = batch.mixed_product(x, bases, alpha, gate_rank=70, function=function)
+    matrices = backend.modules.launch.Matrices(bases, 120, 1)
+    (found,) = batch.mixed_product(x, matrices, alpha, gate_rank=70, function=function)
     mix = (w13.bases.double().sum(dim=0) / 2).half()
     assert torch.equal(found[0].cpu(), FUNCTIONS[function](mix)[:, 0])
 
