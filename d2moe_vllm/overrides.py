@@ -17,17 +17,12 @@ def overrides(additional_config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def backend_in_force(
-    config: CheckpointConfig, additional_config: dict[str, Any], device: str, layer: int | None = None
-) -> tuple[str, str | None]:
-    """`ops.choose_backend` of what `--additional-config` says, for a layer, None: for all. Raises ValueError, in one
-    line."""
+def backend_in_force(additional_config: dict[str, Any], device: str) -> tuple[str, str | None]:
+    """`ops.choose_backend` of what `--additional-config` says. Raises ValueError, in one line."""
     from d2moe_vllm import ops
 
     try:
-        numbers = config.layers if layer is None else (layer,)
-        needs = frozenset[str]().union(*(config.layers[number].needs for number in numbers))
-        return ops.choose_backend(device, overrides(additional_config).get("backend"), needs)
+        return ops.choose_backend(device, overrides(additional_config).get("backend"))
     except ValueError as error:
         raise ValueError(f"--additional-config: d2moe {error}") from None
 

@@ -110,7 +110,7 @@ class D2MoEConfig(QuantizationConfig):
                 self._refuse_rounding_again(type(layer), prefix)
                 recorder.start(self.metrics_folder, self.config)
                 take_ours_first(self.config.family)
-                return D2MoEMethod(layer.moe_config, self.config, number, scope, self._settle_backend(number))
+                return D2MoEMethod(layer.moe_config, self.config, number, scope, self._settle_backend())
             if compat.on_cpu() and "gate" not in self.config.projections:
                 raise ValueError(
                     f"layer {number} was left dense, and vLLM's CPU backend has no kernel for experts without a gate; "
@@ -150,16 +150,14 @@ class D2MoEConfig(QuantizationConfig):
             )
         return scope
 
-    def _settle_backend(self, number: int) -> str:
-        """The backend to serve a layer with. Raises ValueError, in one line. Where one of the layers does not get the
-        fastest, it is said: in the same words for all of them, and so once."""
+    def _settle_backend(self) -> str:
+        """The backend to serve with, said where it is not the fastest. Raises ValueError, in one line."""
         from d2moe_vllm import compat
 
-        options = self.config, compat.additional_config(), compat.device_type()
-        name, why_not_better = backend_in_force(*options)
+        name, why_not_better = backend_in_force(compat.additional_config(), compat.device_type())
         if why_not_better:
             compat.init_logger(__name__).warning_once(f"d2moe: the slow backend {name!r} is used: {why_not_better}")
-        return backend_in_force(*options, number)[0]
+        return name
 
     def _check_once(self) -> None:
         from d2moe_vllm import compat
