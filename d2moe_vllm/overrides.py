@@ -6,6 +6,8 @@ from typing import Any, get_args
 
 from d2moe_vllm.format.config import CheckpointConfig, Scope
 
+VLLM = "vllm"
+"""The backend that is none of ops.BACKENDS: vLLM's own fused experts (serving/plain.py)."""
 SCOPE_HINT = """--additional-config '{"d2moe": {"scope": "token"}}'"""
 
 
@@ -21,8 +23,11 @@ def backend_in_force(additional_config: dict[str, Any], device: str) -> tuple[st
     """`ops.choose_backend` of what `--additional-config` says. Raises ValueError, in one line."""
     from d2moe_vllm import ops
 
+    asked = overrides(additional_config).get("backend")
+    if asked == VLLM and device == "cuda":
+        asked = None
     try:
-        return ops.choose_backend(device, overrides(additional_config).get("backend"))
+        return ops.choose_backend(device, asked)
     except ValueError as error:
         raise ValueError(f"--additional-config: d2moe {error}") from None
 
