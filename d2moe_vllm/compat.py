@@ -5,6 +5,7 @@ Supported: vLLM 0.32 and 0.33. tests/plugin/test_contract.py names each of these
 
 from __future__ import annotations
 
+import copy
 from functools import wraps
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ __all__ = [
     "fails_on_cpu",
     "global_rank",
     "init_logger",
+    "int_experts",
     "is_profile_run",
     "let_cpus_have_experts_without_a_gate",
     "load_format",
@@ -172,6 +174,29 @@ _NO_GATE = "_no_mul"
 def activation_of(moe: FusedMoEConfig) -> str:
     """vLLM's name of a layer's activation, be it of what gate gives or, without one, of what up gives."""
     return str(moe.activation.value).removesuffix(_NO_GATE)
+
+
+def int_experts(moe: FusedMoEConfig, bits: int, group_size: int) -> Any:
+    """vLLM's own method for experts whose matrices are codes of 4 or 8 bits, c for scale * (c - 2^(bits - 1)), with a
+    scale for every group of inputs: that of compressed-tensors checkpoints, by Marlin's kernels unless --moe-backend
+    names others. It takes parameters w13_weight_packed, int32 [E, out, in bits / 32], w13_weight_scale [E, out, groups]
+    and w2's. Raises ValueError, in a few words, for a device, sizes or an activation that these kernels refuse."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
+        CompressedTensorsWNA16MoEMethod,
+    )
+
+    own = copy.copy(moe)
+    if own.moe_backend == "auto":
+        own.moe_backend = "marlin"
+    how = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group_size)
+    try:
+        method = CompressedTensorsWNA16MoEMethod(how, None, own)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if method.is_monolithic:
+        raise ValueError(f"vLLM's {own.moe_backend} experts choose experts themselves")
+    return method
 
 
 def let_cpus_have_experts_without_a_gate() -> None:

@@ -6,6 +6,8 @@ from typing import Any, get_args
 
 from d2moe_vllm.format.config import CheckpointConfig, Scope
 
+VLLM = "vllm"
+"""The backend that is none of ops.BACKENDS: vLLM's own fused experts (serving/plain.py)."""
 SCOPE_HINT = """--additional-config '{"d2moe": {"scope": "token"}}'"""
 
 
@@ -17,17 +19,15 @@ def overrides(additional_config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def backend_in_force(
-    config: CheckpointConfig, additional_config: dict[str, Any], device: str, layer: int | None = None
-) -> tuple[str, str | None]:
-    """`ops.choose_backend` of what `--additional-config` says, for a layer, None: for all. Raises ValueError, in one
-    line."""
+def backend_in_force(additional_config: dict[str, Any], device: str) -> tuple[str, str | None]:
+    """`ops.choose_backend` of what `--additional-config` says. Raises ValueError, in one line."""
     from d2moe_vllm import ops
 
+    asked = overrides(additional_config).get("backend")
+    if asked == VLLM and device == "cuda":
+        asked = None
     try:
-        numbers = config.layers if layer is None else (layer,)
-        needs = frozenset[str]().union(*(config.layers[number].needs for number in numbers))
-        return ops.choose_backend(device, overrides(additional_config).get("backend"), needs)
+        return ops.choose_backend(device, asked)
     except ValueError as error:
         raise ValueError(f"--additional-config: d2moe {error}") from None
 

@@ -161,17 +161,6 @@ class Channels(_Model):
     base: tuple[int, ...] | None = None
 
 
-PACKED, RAGGED, DENSE = "packed matrices", "experts of unequal widths", "dense deltas of all projections"
-PACKED_BASES = "packed bases that matrices are mixed from"
-UNGATED_STORED = "packed matrices, unequal widths or dense deltas of experts without a gate"
-"""Of Layer.needs."""
-
-
-def deltas_of_kind(delta: str) -> str:
-    """Likewise."""
-    return f"deltas of kind {delta!r}"
-
-
 class Layer(_Model):
     """gate: None of experts that have none. trimmed: experts without any deltas, in ascending order; they run on the
     base alone (METHODS 1.7). channels: None where every expert keeps all of them."""
@@ -227,23 +216,6 @@ class Layer(_Model):
         if (found := getattr(self, role)) is None:
             raise KeyError(role)
         return found
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What a backend has to be able to compute with, in words."""
-        found = {deltas_of_kind(self[role].delta) for role in self.roles}
-        storages = [one for role in self.roles for one in (self[role].base_storage, self[role].delta_storage)]
-        if any(one is not None and STORAGES[one.type].bits for one in storages):
-            found.add(PACKED)
-        if self.up.delta == "bases" and (own := self.up.delta_storage) is not None and STORAGES[own.type].bits:
-            found.add(PACKED_BASES)
-        if self.channels is not None:
-            found.add(RAGGED)
-        if self.up.delta == "dense" or (self.down.delta == "dense" and (self.down.has_base or self.trimmed)):
-            found.add(DENSE)
-        if "gate" not in self.roles and found & {PACKED, RAGGED, DENSE}:
-            found.add(UNGATED_STORED)
-        return frozenset(found)
 
 
 class Pruning(_Model):

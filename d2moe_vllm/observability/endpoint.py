@@ -60,7 +60,7 @@ class Checkpoint:
             model=served.name,
             folder=_checkpoint_folder(served),
             scope=scope_in_force(quantization.config, served.additional_config),
-            backend=backend_in_force(quantization.config, served.additional_config, compat.device_type())[0],
+            backend=backend_in_force(served.additional_config, compat.device_type())[0],
             tp_size=served.tensor_parallel_size,
             ep_size=served.expert_parallel_size,
         )

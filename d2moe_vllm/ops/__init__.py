@@ -7,13 +7,12 @@ PARAMETERS (`flat`, `halves`), and its LayerSpec as a text (`encoded`, `decoded`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from d2moe_vllm.format.config import DENSE, PACKED, PACKED_BASES, RAGGED, UNGATED_STORED, deltas_of_kind
 from d2moe_vllm.ops import cpu, reference, triton
 from d2moe_vllm.ops.packing import Packing
 from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
@@ -32,7 +31,6 @@ class Backend(NamedTuple):
     by_scope: whether what was packed serves the spec's scope alone.
     missing: why it cannot be used on this machine, in one line; None if it can.
     check: hold it against the reference when a model is loaded (selfcheck.py), as it has never run on such devices.
-    lacks: what of config.Layer.needs it cannot compute with.
     """
 
     fused_experts: FusedExperts
@@ -40,38 +38,27 @@ class Backend(NamedTuple):
     pack: Pack | None = None
     missing: Callable[[], str | None] = lambda: None
     check: bool = False
-    lacks: frozenset[str] = frozenset()
     by_scope: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing, by_scope=True),
     # ROCm's devices are "cuda" to torch, too.
-    "triton": Backend(
-        triton.fused_experts,
-        ("cuda",),
-        triton.pack,
-        triton.missing,
-        check=True,
-        lacks=frozenset({PACKED_BASES, UNGATED_STORED}),
-    ),
+    "triton": Backend(triton.fused_experts, ("cuda",), triton.pack, triton.missing, check=True),
     "reference": Backend(reference.fused_experts),
 }
 """By preference."""
 
 
-def choose_backend(device: str, asked: str | None = None, needs: Collection[str] = ()) -> tuple[str, str | None]:
+def choose_backend(device: str, asked: str | None = None) -> tuple[str, str | None]:
     """The backend for a device type, and why it is not a better one. Raises ValueError, in one line, where the one
-    that is asked for cannot be used. needs: what a layer has that backends may lack (config.Layer.needs)."""
+    that is asked for cannot be used."""
     able = [name for name, backend in BACKENDS.items() if backend.devices is None or device in backend.devices]
     if asked is not None and asked not in able:
         raise ValueError(f"backend {asked!r} is none of those for this device: {', '.join(able)}")
     reasons: list[str] = []
     for name in able if asked is None else [asked]:
-        reason = None
-        if lacking := sorted(BACKENDS[name].lacks & set(needs)):
-            reason = f"it has no kernel for {' and '.join(lacking)} yet"
-        if (reason := reason or BACKENDS[name].missing()) is None:
+        if (reason := BACKENDS[name].missing()) is None:
             return name, "; ".join(reasons) or None
         reasons.append(f"backend {name!r} cannot be used: {reason}")
     raise ValueError(reasons[0])
@@ -119,19 +106,5 @@ def fused_experts(
     padding_mask: Tensor | None,
     spec: LayerSpec,
 ) -> Tensor:
-    """`reference.fused_experts` by the named backend. Raises ValueError for weights it has no kernel for."""
-    if lacking := BACKENDS[backend].lacks & _needs(w13, w2, spec):
-        raise ValueError(f"backend {backend!r} has no kernel for {' and '.join(sorted(lacking))}; use 'reference'")
+    """`reference.fused_experts` by the named backend."""
     return BACKENDS[backend].fused_experts(x, topk_weights, topk_ids, w13, w2, padding_mask, spec)
-
-
-def _needs(w13: Weights, w2: Weights, spec: LayerSpec) -> set[str]:
-    """What of config.Layer.needs these weights have that not every backend can compute with."""
-    packed = any((spec.w13.base, spec.w13.delta, spec.w2.base, spec.w2.delta))
-    beside = w2.base is not None or w2.base_u is not None or w2.u_index is not None
-    dense = w13.dense is not None or (w2.dense is not None and beside)
-    kinds = [kind for kind in ("bases", "dense") if getattr(w13, kind) is not None or getattr(w2, kind) is not None]
-    found = {PACKED: packed, RAGGED: bool(spec.widths), DENSE: dense, **dict.fromkeys(map(deltas_of_kind, kinds), True)}
-    found[UNGATED_STORED] = not spec.gate and (packed or bool(spec.widths) or dense)
-    found[PACKED_BASES] = w13.bases is not None and spec.w13.delta is not None
-    return {name for name, there in found.items() if there}

@@ -23,6 +23,9 @@ SELECTING = 0.2
 """In place of TOLERANCE where columns are selected: between two nearly equal ones rounding decides."""
 
 SWITCH = """--additional-config '{"d2moe": {"backend": "reference"}}'"""
+OURS = SWITCH.replace("reference", "triton")
+Theirs = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Computes a packed layer in a backend's place, of x [T, H], gates [T, K] and local ids [T, K], -1 for none: [T, H]."""
 
 
 class SelfCheckError(RuntimeError):
@@ -54,12 +57,14 @@ def against_reference(
     hidden_size: int,
     top_k: int,
     dtype: torch.dtype,
+    theirs: Theirs | None = None,
 ) -> Iterator[None]:
     """Around the packing of a layer's weights: computes with them before and after, and compares.
 
     Does nothing for backends that need no check (`Backend.check`) and for a kind of layer checked before.
     read: the layer's parameters as they are now, in the order of ops.PARAMETERS. dtype: of what the layer is given,
-    which packed weights do not tell. Leaves torch's random state alone. Raises SelfCheckError.
+    which packed weights do not tell. theirs: see there; `backend` is what it is called then. Leaves torch's random
+    state alone. Raises SelfCheckError.
     """
     parameters = read()
     # Triton compiles sizes that are multiples of 16 for themselves.
@@ -71,18 +76,24 @@ def against_reference(
     begin = any((spec.w2.base_first, spec.w2.delta_first, *spec.skipped))
     types = (None if t is None else t.dtype for t in parameters)
     kind = (backend, even, spec.function, bases, dtype, storages, begin, *types)
-    if not ops.BACKENDS[backend].check or kind in _DONE:
+    if (theirs is None and not ops.BACKENDS[backend].check) or kind in _DONE:
         yield
         return
     # Before packing, which may take the storage of the original.
-    by_scope = ops.BACKENDS[backend].by_scope
+    by_scope = theirs is None and ops.BACKENDS[backend].by_scope
     examples = list(_examples(parameters, hidden_size, top_k, dtype, spec, by_scope=by_scope))
     yield
     for example in examples:
-        if (wrong := _difference(backend, example, read(), spec)) is not None:
+
+        def compute(example: Example = example) -> Tensor:
+            if theirs is not None:
+                return _real(example, theirs(example.x, example.gates, example.ids))
+            return _compute(backend, example, read(), spec)
+
+        if (wrong := _difference(example, compute)) is not None:
             raise SelfCheckError(
                 f"backend {backend!r} does not compute what the reference does on {_device(example.x)} ({wrong}): "
-                f"not serving; start with {SWITCH} and report it"
+                f"not serving; start with {SWITCH if theirs is None else OURS} and report it"
             )
     _DONE.add(kind)
 
@@ -124,15 +135,19 @@ def _examples(
 
 def _compute(backend: str, example: Example, parameters: Sequence[Tensor | None], spec: LayerSpec) -> Tensor:
     inputs = (example.x, example.gates, example.ids, *ops.halves(parameters), example.padding)
-    output = ops.fused_experts(backend, *inputs, spec._replace(scope=example.scope))
+    return _real(example, ops.fused_experts(backend, *inputs, spec._replace(scope=example.scope)))
+
+
+def _real(example: Example, output: Tensor) -> Tensor:
+    """Rows that are no padding."""
     return (output if example.padding is None else output[~example.padding]).float()
 
 
-def _difference(backend: str, example: Example, parameters: Sequence[Tensor | None], spec: LayerSpec) -> str | None:
+def _difference(example: Example, compute: Callable[[], Tensor]) -> str | None:
     """What is wrong, in a few words; None if nothing is."""
     rows, where = len(example.x), f"{len(example.x)} rows, scope {example.scope!r}"
     try:
-        output = _compute(backend, example, parameters, spec)
+        output = compute()
     except Exception as failure:  # whatever a compiler, a driver or a kernel raises
         return f"{where}: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
     if output.shape != example.expected.shape:

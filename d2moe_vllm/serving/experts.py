@@ -127,10 +127,15 @@ class D2MoEMethod(FusedMoEMethodBase):
                 "copy the checkpoint again"
             )
         sizes = {"hidden_size": self.config.hidden_size, "top_k": self.moe.experts_per_token}
+        theirs = self._in_place_of_backend(layer)
         with selfcheck.against_reference(
-            lambda: _parameters(layer), self.backend, self.spec, **sizes, dtype=self.dtype
+            lambda: _parameters(layer), self.backend, self.spec, **sizes, dtype=self.dtype, theirs=theirs
         ):
             self._pack(layer)
+
+    def _in_place_of_backend(self, layer: nn.Module) -> selfcheck.Theirs | None:
+        """What computes the layer once it is packed, given x, gates and local ids, where that is no backend of ours."""
+        return None
 
     def _pack(self, layer: nn.Module) -> None:
         if (pack := ops.BACKENDS[self.backend].pack) is not None:
@@ -160,9 +165,15 @@ class D2MoEMethod(FusedMoEMethodBase):
         """x [T, H], topk_weights [T, K], topk_ids [T, K]: [T, H]. Shared experts are the runner's business."""
         if layer.apply_router_weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        if (expert_map := layer.expert_map) is not None:
-            topk_ids = torch.where(topk_ids >= 0, expert_map[topk_ids.clamp(min=0).long()], -1)
+        topk_ids = self.local_ids(layer, topk_ids)
         return torch.ops.d2moe.fused_experts(x, topk_weights, topk_ids, *_parameters(layer), **self.constants)
+
+    @staticmethod
+    def local_ids(layer: RoutedExperts, topk_ids: Tensor) -> Tensor:
+        """Experts by this rank's numbers, -1 for those that are elsewhere."""
+        if (expert_map := layer.expert_map) is None:
+            return topk_ids
+        return torch.where(topk_ids >= 0, expert_map[topk_ids.clamp(min=0).long()], -1)
 
 
 def _parameters(layer: nn.Module) -> list[Tensor | None]:

@@ -18,10 +18,12 @@ from d2moe_vllm.format.config import (
     parse_config,
 )
 from d2moe_vllm.format.files import check_checkpoint
-from d2moe_vllm.overrides import SCOPE_HINT, backend_in_force, chosen_scope, scope_in_force
+from d2moe_vllm.overrides import SCOPE_HINT, VLLM, backend_in_force, chosen_scope, overrides, scope_in_force
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from d2moe_vllm.compat import FusedMoEConfig
 
 
 class D2MoEConfig(QuantizationConfig):
@@ -65,7 +67,7 @@ class D2MoEConfig(QuantizationConfig):
         """Raises CheckpointError, in one line; RuntimeError where this vLLM's insides are not what we know."""
         try:
             from d2moe_vllm.observability import collector  # noqa: F401
-            from d2moe_vllm.serving import experts, own_loaders  # noqa: F401
+            from d2moe_vllm.serving import experts, own_loaders, plain  # noqa: F401
         except Exception as error:
             raise RuntimeError(unsupported(error)) from None
         if "format_version" not in config:
@@ -95,7 +97,6 @@ class D2MoEConfig(QuantizationConfig):
         """Our method for the MoE layers in `layers`; vLLM's own for all else."""
         from d2moe_vllm import compat
         from d2moe_vllm.observability import recorder
-        from d2moe_vllm.serving.experts import D2MoEMethod
         from d2moe_vllm.serving.own_loaders import take_ours_first
 
         # The first layer to ask is the embedding, before its weights are allocated.
@@ -110,7 +111,7 @@ class D2MoEConfig(QuantizationConfig):
                 self._refuse_rounding_again(type(layer), prefix)
                 recorder.start(self.metrics_folder, self.config)
                 take_ours_first(self.config.family)
-                return D2MoEMethod(layer.moe_config, self.config, number, scope, self._settle_backend(number))
+                return self._method(layer.moe_config, number, scope)
             if compat.on_cpu() and "gate" not in self.config.projections:
                 raise ValueError(
                     f"layer {number} was left dense, and vLLM's CPU backend has no kernel for experts without a gate; "
@@ -150,16 +151,36 @@ class D2MoEConfig(QuantizationConfig):
             )
         return scope
 
-    def _settle_backend(self, number: int) -> str:
-        """The backend to serve a layer with. Raises ValueError, in one line. Where one of the layers does not get the
-        fastest, it is said: in the same words for all of them, and so once."""
+    def _method(self, moe: FusedMoEConfig, number: int, scope: Scope) -> QuantizeMethodBase:
+        """For a layer of ours; vLLM's own experts serve it where they can. Raises ValueError, in one line."""
+        from d2moe_vllm import compat
+        from d2moe_vllm.serving import plain
+        from d2moe_vllm.serving.experts import D2MoEMethod
+
+        backend, asked = self._settle_backend(), overrides(compat.additional_config()).get("backend")
+        if asked in (None, VLLM) and compat.device_type() == "cuda":
+            try:
+                theirs = plain.experts_of(moe, self.config, number, scope)
+                return plain.PlainMethod(moe, self.config, number, scope, theirs)
+            except plain.NotPlainError as reason:
+                if asked == VLLM:
+                    raise ValueError(
+                        f"--additional-config: d2moe backend 'vllm' does not serve this: {reason}"
+                    ) from None
+                if plain.plain_storage(self.config.layers[number]) is not None:
+                    compat.init_logger(__name__).info_once(
+                        f"d2moe: backend {backend!r} serves layers that vLLM's own experts might have served: {reason}"
+                    )
+        return D2MoEMethod(moe, self.config, number, scope, backend)
+
+    def _settle_backend(self) -> str:
+        """The backend to serve with, said where it is not the fastest. Raises ValueError, in one line."""
         from d2moe_vllm import compat
 
-        options = self.config, compat.additional_config(), compat.device_type()
-        name, why_not_better = backend_in_force(*options)
+        name, why_not_better = backend_in_force(compat.additional_config(), compat.device_type())
         if why_not_better:
             compat.init_logger(__name__).warning_once(f"d2moe: the slow backend {name!r} is used: {why_not_better}")
-        return backend_in_force(*options, number)[0]
+        return name
 
     def _check_once(self) -> None:
         from d2moe_vllm import compat

@@ -64,7 +64,10 @@ def candidates(kernel: str, rows: int, block_m: int | None, shared_limit: int) -
     if kernel in PLAIN:
         return [Tile(m, n, 1, 4, 1) for m in (1, 2, 4, 8) if m <= rows for n in (256, 512, 1024)]
     blocks_m = (block_m,) if block_m else [m for m in (16, 32, 64, 128) if max(rows // 4, 16) <= m <= max(2 * rows, 16)]
-    columns, inputs = ((8, 16, 32), (16, 32, 64)) if kernel == "shrink_mixed" else ((32, 64, 128), (32, 64, 128))
+    columns, inputs = [32, 64, 128], [32, 64, 128]
+    if kernel.startswith("shrink_mixed"):
+        # Codes are widened by whole units of 32 inputs.
+        columns, inputs = [8, 16, 32], [32, 64] if kernel.endswith(tiles.FEW) else [16, 32, 64]
     found = []
     for m, n, k in itertools.product(blocks_m or [128], columns, inputs):
         accumulators, values = _footprint(kernel, m, n, k)
@@ -77,7 +80,7 @@ def candidates(kernel: str, rows: int, block_m: int | None, shared_limit: int) -
 
 def _footprint(kernel: str, m: int, n: int, k: int) -> tuple[int, int]:
     """(sums, values that are read in one step) of a program with such a tile."""
-    if kernel == "shrink_mixed":
+    if kernel.startswith("shrink_mixed"):
         rows = tiles.SLOTS * min(m, tiles.SLOT_ROWS)
         return rows * n + tiles.SLOTS * n * k, (rows + tiles.MIXED_AT_ONCE * n) * k
     # Gate and up are two sums.

@@ -41,7 +41,6 @@ def what(
     checkpoint: Path | None, shape: str | None, ratio: float | None, scope: Scope | None
 ) -> tuple[CheckpointConfig, int]:
     """The layers to tune for, and to how many experts a token goes. Raises InputError and CheckpointError."""
-    from d2moe_vllm.ops import BACKENDS
     from d2moe_vllm.ops.shapes import SHAPES
     from d2moe_vllm.tuning.workload import uniform_config
 
@@ -51,9 +50,6 @@ def what(
         if ratio is not None:
             raise InputError("a checkpoint has its ratio already; leave --ratio out")
         config = read_config(checkpoint)
-        needs = frozenset[str]().union(*(layer.needs for layer in config.layers.values()))
-        if lacking := needs & BACKENDS["triton"].lacks:
-            raise InputError(f"{checkpoint} has layers that Triton has no kernels for ({', '.join(sorted(lacking))})")
         pruning = config.pruning.model_copy(update={"scope": scope or config.pruning.scope})
         return config.model_copy(update={"pruning": pruning}), _experts_per_token(checkpoint)
     if shape not in SHAPES:

@@ -1,6 +1,7 @@
-"""Compiles the Triton kernels that layers launch for GPUs: `python aot_report.py TARGETS DTYPES [all | KERNEL]`, in a
-process of its own, where nothing is interpreted or found in a cache. One line of JSON per kernel on stdout; "odd": it
-is launched for sizes only that no real model has, whose rows do not begin at multiples of 16 bytes.
+"""Compiles the Triton kernels that layers launch for GPUs: `aot_report.py TARGETS DTYPES [all | KERNEL [rotated]]`, in
+a process of its own, where nothing is interpreted or found in a cache. One line of JSON per kernel on stdout; "odd": it
+is launched for sizes only that no real model has, whose rows do not begin at multiples of 16 bytes. rotated: each for
+one of the targets, the next for the next.
 
 Layers are on the meta device, in the sizes of real models and in odd ones, of every variant of the format.
 """
@@ -54,7 +55,21 @@ FEW: dict[str, dict[str, Any]] = {
     "columns of few bits": {"bits": 4, "delta": "columns"},
     "cut": {"bits": 4, "first": 16, "base_bits": 4, "base": "full"},
     "8 bits of MoBE": {"bits": 8, "delta": "bases"},
+    "3 bits of MoBE": {"bits": 3, "delta": "bases"},
     "trimmed, whole": {"bits": 4, "base_bits": 4, "base": "full", "trimmed": True},
+    "no gate, 4 bits": {"bits": 4, "gate": False},
+    "no gate, 16 bits": {"bits": 16, "gate": False},
+    "no gate, 2 bits on a base": {"bits": 2, "base_bits": 4, "base": "full", "gate": False},
+    "no gate, 3 bits, unequal, on a base": {
+        "bits": 3,
+        "base_bits": 4,
+        "base": "full",
+        "unequal": True,
+        "biased": True,
+        "gate": False,
+    },
+    "no gate, 16 bits, unequal": {"bits": 16, "unequal": True, "biased": True, "gate": False},
+    "no gate, factors": {"bits": 4, "base_bits": 4, "base": "columns", "delta": "factors", "gate": False},
 }
 """Layers of few bits and of unequal widths, by what `few_half` makes of them."""
 MAIN = ("4 bits", "2 bits on a base", "3 bits, unequal, on a base")
@@ -107,8 +122,9 @@ def half(shape: Shape, dtype: torch.dtype, variant: str, name: str) -> tuple[Wei
 def few_half(shape: Shape, dtype: torch.dtype, name: str, what: dict[str, Any]) -> tuple[Weights, HalfSpec]:
     """The weights of "w13" or "w2" of a layer of FEW, as `layout.pack` leaves them: but that what is flat is as long as
     it were without unequal widths, which nobody asks."""
+    gated = what.get("gate", True)
     inputs, out, parts = (
-        (shape.hidden, shape.intermediate, 2) if name == "w13" else (shape.intermediate, shape.hidden, 1)
+        (shape.hidden, shape.intermediate, 1 + gated) if name == "w13" else (shape.intermediate, shape.hidden, 1)
     )
     rank = 33 if shape is ODD else 512
     first = what.get("first", 0) if name == "w2" else 0
@@ -142,10 +158,9 @@ def few_half(shape: Shape, dtype: torch.dtype, name: str, what: dict[str, Any]) 
             raise ValueError("gate's rows and up's are one matrix")
     elif kind == "bases":
         count = max(shape.experts // 4, 2)
-        fields["bases"] = torch.empty(count, parts * rank, inputs, dtype=dtype, device="meta")
+        put("bases", how, count, (parts * rank, inputs))
         fields["alpha"] = torch.empty(stored, parts * count, dtype=dtype, device="meta")
-        put("a", None, stored, *[(out, rank)] * parts)
-        how = None
+        put("a", how, stored, *[(out, rank)] * parts)
     else:
         put("delta_u", how, stored, *[(out, rank)] * parts)
         if kind == "columns":
@@ -223,6 +238,10 @@ def call(
     )  # fmt: skip
 
 
+def _activation(variant: str) -> str:
+    return "relu2" if variant.startswith("no gate") else "silu"
+
+
 def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
     """Layers whose launches are compiled. Not everything: Mixtral's at one number of rows, each kernel a few times."""
     if not everything:
@@ -231,6 +250,9 @@ def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
         yield partial(call, SHAPES["Qwen3-30B-A3B"], dtype, "bases", "off", 128, "silu")
         for variant, rows in itertools.product(("3 bits, unequal, on a base", "2 bits"), (16, 1024)):
             yield partial(call, SHAPES["DeepSeekMoE-16B"], dtype, variant, "off", rows, "silu")
+        yield partial(call, SHAPES["DeepSeekMoE-16B"], dtype, "3 bits of MoBE", "off", 16, "silu")
+        for variant in ("no gate, 4 bits", "no gate, 3 bits, unequal, on a base"):
+            yield partial(call, SHAPES["DeepSeekMoE-16B"], dtype, variant, "off", 16, "relu2")
         for variant in ("no gate", "no gate, low-rank base"):
             yield partial(call, SHAPES["Mixtral-8x7B"], dtype, variant, "off", 16, "relu2")
         return
@@ -242,14 +264,15 @@ def calls(dtype: torch.dtype, everything: bool) -> Iterator[Any]:
         yield partial(call, shape, dtype, "base", scope, rows, "silu")
         yield partial(call, shape, dtype, "base", scope, rows, "silu", True)
     for shape, variant, rows in itertools.product((SHAPES["Mixtral-8x7B"], ODD), VARIANTS, every):
-        activation = "relu2" if variant.startswith("no gate") else "silu"
-        yield partial(call, shape, dtype, variant, "off", rows, activation)
+        yield partial(call, shape, dtype, variant, "off", rows, _activation(variant))
     for shape, invariant, rows in itertools.product((*list(SHAPES.values())[1:], MANY), (False, True), every):
         yield partial(call, shape, dtype, "bases", "off", rows, "silu", invariant)
     for rows, function in itertools.product((1, 1024), ("silu", "tanh")):
         yield partial(call, SHAPES["Qwen3-30B-A3B"], dtype, "bases", "off", rows, "silu", function=function)
     for variant, shape, rows in itertools.product(FEW, (SHAPES["DeepSeekMoE-16B"], ODD), every):
-        yield partial(call, shape, dtype, variant, "off", rows, "silu")
+        yield partial(call, shape, dtype, variant, "off", rows, _activation(variant))
+    for variant, rows, invariant in itertools.product(("8 bits of MoBE", "3 bits of MoBE"), every, (False, True)):
+        yield partial(call, MANY, dtype, variant, "off", rows, "silu", invariant)
     for variant, shape, rows in itertools.product(MAIN, SHAPES.values(), every):
         yield partial(call, shape, dtype, variant, "off", rows, "silu")
     for shape, rows in itertools.product((SHAPES["DeepSeekMoE-16B"], ODD), (1, 64)):
@@ -296,9 +319,10 @@ def refused(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    names, dtypes, what = (*sys.argv[1:], "")[:3]
+    names, dtypes, what, rotated = (*sys.argv[1:], "", "")[:4]
     pairs = itertools.product(names.split(","), dtypes.split(","))
-    items = [item for name, dtype in pairs for item in launches(name, dtype, what)]
+    found = [list(launches(name, dtype, what)) for name, dtype in pairs]
+    items = [item for place, own in enumerate(found) for item in (own[place :: len(found)] if rotated else own)]
     sys.stderr.write(f"{len(items)} kernels\n")
     with ThreadPoolExecutor(2) as pool:
         for line in pool.map(described, items):

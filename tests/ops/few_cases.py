@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from few_bits import HIGHEST, ZERO, Storage, _bytes
 from hypothesis import strategies as st
+from mixed_cases import forward as mixed_forward
+from mixed_cases import mixed_case
 from moe_cases import SWIGLU
 from moe_oracle import gated, select
 from torch import Tensor
@@ -292,6 +294,23 @@ def forward(few: Few, made: Made) -> np.ndarray:
     return output + down["down"] if down else output
 
 
+def mixed_few(seed: int, dtype: torch.dtype, storage: Storage, **sizes: Any) -> tuple[list[Any], LayerSpec, np.ndarray]:
+    """Arguments and spec of a layer of MoBE whose bases and A are packed (sizes: of mixed_case), and what it gives."""
+    few, (hidden, intermediate, rank) = Few(seed, dtype), (sizes[name] for name in ("hidden", "intermediate", "rank"))
+    arguments, spec = mixed_case(seed, dtype, **sizes)
+    bases = [few.matrix(sum(rank), hidden, storage) for _ in arguments[3].bases]
+    a = [few.side_by_side(intermediate, rank, storage) for _ in arguments[3].a]
+    exact = arguments[3]._replace(bases=torch.stack([one[2] for one in bases]), a=torch.stack([one[2] for one in a]))
+    expected = mixed_forward([*arguments[:3], exact, *arguments[4:]], spec)
+    packed = {
+        name + suffix: torch.stack([one[i] for one in matrices])  # type: ignore[misc]
+        for name, matrices in (("bases", bases), ("a", a))
+        for i, suffix in enumerate(("", "_scales"))
+    }
+    arguments[3] = arguments[3]._replace(**packed)
+    return arguments, spec._replace(w13=spec.w13._replace(delta=packing(storage))), expected
+
+
 def lowest_codes() -> Iterator[tuple[list[Any], LayerSpec, torch.Tensor]]:
     """Arguments whose gate and up have code 0 everywhere, of 8 and 4 bits the lowest: -128 and -8 scales, which no
     compressor writes; and what a layer gives then."""
@@ -308,15 +327,14 @@ def lowest_codes() -> Iterator[tuple[list[Any], LayerSpec, torch.Tensor]]:
 
 
 @st.composite
-def few_cases(draw: st.DrawFn, *, gated: bool = False) -> Few:
-    """Any such layer in float32: with a base or without, all bits and groups, widths that are multiples of nothing;
-    gated: none without a gate."""
+def few_cases(draw: st.DrawFn) -> Few:
+    """Any such layer in float32: with a base or without, all bits and groups, widths that are multiples of nothing."""
     storage = st.tuples(st.sampled_from([8, 4, 3, 2]), st.sampled_from([32, 64, 128]))
     narrow = draw(st.booleans())
     base = draw(st.sampled_from(["", "full"] if narrow else ["", "full", "columns", "low rank"]))
     delta = draw(st.sampled_from(["dense", "factors"] if narrow else ["dense", "factors", "columns", "shared V"]))
     experts, inner = draw(st.integers(2, 5)), 2 * draw(st.integers(1, 90))
-    gate = gated or draw(st.booleans())
+    gate = draw(st.booleans())
     widths = tuple(draw(st.integers(0, inner)) for _ in range(experts)) if narrow else ()
     return Few(
         draw(st.integers(0, 2**31)),

@@ -16,10 +16,9 @@ from hypothesis import given, settings
 from moe_cases import CROWDED, cases, crowd, random_case
 from moe_oracle import Case, forward, kernel_arguments
 
-from d2moe_vllm.ops import BACKENDS, choose_backend, cpu
-from d2moe_vllm.ops import fused_experts as every_backend
+from d2moe_vllm.ops import choose_backend, cpu
 from d2moe_vllm.ops.reference import fused_experts
-from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
+from d2moe_vllm.ops.weights import LayerSpec, Weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -154,17 +153,6 @@ def test_without_a_compiler_it_falls_back_and_says_why(environment: dict[str, st
     assert name == "reference"
     assert words in reason
     assert "\n" not in reason
-
-
-@pytest.mark.parametrize("kind", ["bases", "dense"])
-def test_weights_without_a_kernel_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not left out of the sum."""
-    lacking = f"deltas of kind '{kind}'"
-    monkeypatch.setitem(BACKENDS, "new", BACKENDS["cpu"]._replace(lacks=frozenset((lacking,))))
-    halves = (Weights(), Weights(**{kind: torch.ones(1)}))
-    spec = LayerSpec(1, 8, HalfSpec((0, 0)), HalfSpec((0,)), "silu", "off")
-    with pytest.raises(ValueError, match=f"backend 'new' has no kernel for {lacking}; use 'reference'"):
-        every_backend("new", torch.ones(1, 8), torch.ones(1, 1), torch.zeros(1, 1), *halves, None, spec)
 
 
 def test_a_backend_that_is_asked_for_is_not_replaced() -> None:

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 from crowds import same_bits
-from few_cases import Few, few_cases, forward, lowest_codes, make, packing
+from few_cases import Few, few_cases, forward, lowest_codes, make, mixed_few
 from hypothesis import given, settings
-from mixed_cases import forward as mixed_forward
-from mixed_cases import mixed_case
 from moe_cases import SWIGLU
 from test_cpu import DTYPES, run
 
-from d2moe_vllm.ops import choose_backend, cpu
+from d2moe_vllm.ops import cpu
 from d2moe_vllm.ops.reference import fused_experts
 from d2moe_vllm.ops.weights import Weights
 
@@ -150,19 +148,9 @@ def test_columns_of_a_packed_base_are_chosen_as_elsewhere(delta: str, scope: str
 @pytest.mark.parametrize("storage", [(8, 64), (4, 32), (3, 64), (2, 128)])
 def test_packed_bases_that_vs_are_mixed_from(storage: tuple[int, int], bases: int, dtype: torch.dtype) -> None:
     """MoBE's in few bits: no worse than the reference, which opens all bases, and the same bits in other company."""
-    few, rank = Few(6, dtype, hidden=150), (19, 33)
-    arguments, spec = mixed_case(6, dtype, tokens=33, hidden=150, intermediate=40, bases=bases, rank=rank, groups=bases)
-    each = [few.matrix(sum(rank), 150, storage) for _ in range(bases)]
-    own = [few.side_by_side(40, rank, storage) for _ in range(4)]
-    exact = arguments[3]._replace(bases=torch.stack([one[2] for one in each]), a=torch.stack([one[2] for one in own]))
-    expected = torch.from_numpy(mixed_forward([*arguments[:3], exact, *arguments[4:]], spec))
-    packed = {
-        name + suffix: torch.stack([one[i] for one in matrices])
-        for name, matrices in (("bases", each), ("a", own))
-        for i, suffix in enumerate(("", "_scales"))
-    }
-    arguments[3] = arguments[3]._replace(**packed)
-    spec = spec._replace(w13=spec.w13._replace(delta=packing(storage)))
+    sizes: dict[str, Any] = {"tokens": 33, "hidden": 150, "intermediate": 40, "rank": (19, 33)}
+    arguments, spec, found = mixed_few(6, dtype, storage, bases=bases, groups=bases, **sizes)
+    expected = torch.from_numpy(found)
     outputs = (run(arguments, spec), fused_experts(*arguments, spec))
     errors = [float((y.double() - expected).norm() / expected.norm()) for y in outputs]
     assert errors[0] <= 1.3 * errors[1] + 3e-7
@@ -196,8 +184,3 @@ def test_packing_takes_no_more_memory_where_sizes_are_multiples(bits: int, width
 def test_a_code_that_no_compressor_writes_is_the_number_it_stands_for() -> None:
     for arguments, spec, expected in lowest_codes():
         torch.testing.assert_close(run(arguments, spec), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_nothing_of_the_format_is_left_to_the_reference() -> None:
-    needs = {"packed matrices", "experts of unequal widths", "dense deltas of all projections"}
-    assert choose_backend("cpu", None, needs | {"deltas of kind 'bases'", "deltas of kind 'dense'"}) == ("cpu", None)

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from few_cases import Few, few_cases, forward, lowest_codes, make, packing
+from few_cases import Few, few_cases, forward, lowest_codes, make, mixed_few, packing
 from hypothesis import given, settings
 from mixed_cases import forward as mixed_forward
 from mixed_cases import mixed_case
-from moe_cases import SWIGLU
+from moe_cases import NO_GATE, SWIGLU
 from triton_kernels import DEVICES, Backend, products_by_rows, shapes_seen
 
 from d2moe_vllm import ops
-from d2moe_vllm.ops import choose_backend, reference, selfcheck, triton
+from d2moe_vllm.ops import reference, selfcheck, triton
 from d2moe_vllm.ops.packing import Packing, opened
 from d2moe_vllm.ops.reference import fused_experts
 from d2moe_vllm.ops.selfcheck import SelfCheckError, against_reference
@@ -59,6 +59,23 @@ LAYERS: dict[str, Few] = {
     "biases, on a base, unequal widths": replace(
         SMALL, storages=((2, 64), (3, 64)), base="full", without=(3,), biased=True, swiglu=SWIGLU, **UNEQUAL
     ),
+    "no gate": replace(SMALL, storages=((4, 32), (3, 64)), **NO_GATE),
+    "no gate, not packed": replace(SMALL, storages=(None, None), **NO_GATE),
+    "no gate, on a base, unequal widths": replace(
+        SMALL, storages=((2, 64), (3, 64)), base="full", base_storage=(4, 64), without=(3,), **NO_GATE, **UNEQUAL
+    ),
+    "no gate, biases, unequal widths, not packed": replace(
+        SMALL, storages=(None, None), biased=True, **NO_GATE, **UNEQUAL
+    ),
+    "no gate, on a base of columns": replace(
+        SMALL, storages=((3, 64), (8, 64)), base_storage=(2, 64), biased=True, **NO_GATE, **COLUMNS
+    ),
+    "no gate, factors, unequal widths": replace(
+        SMALL, delta="factors", storages=((8, 64), (2, 32)), **NO_GATE, **UNEQUAL
+    ),
+    "no gate, on a low-rank base": replace(
+        SMALL, storages=((8, 64), (4, 64)), base="low rank", base_storage=(3, 32), **NO_GATE
+    ),
 }
 """Sizes that are multiples of nothing, experts with no tokens and with no channels among them."""
 
@@ -77,9 +94,10 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def large_tiles(backend: Backend) -> Iterator[None]:
     """As few steps as can be, where each is interpreted; on a GPU the tiles that are served with."""
     tiles = backend.modules.tiles
-    kernels = ("base", "base_few", *(kernel for kernel in tiles.GROUPED if kernel != "shrink_mixed"))
-    forced = {kernel: {1: tiles.Tile(16, 64, 256, 4, 1)} for kernel in kernels} if backend.device == "cpu" else {}
-    with tiles.using(forced):
+    forced = {kernel: {1: tiles.Tile(16, 64, 256, 4, 1)} for kernel in ("base", "base_few", *tiles.GROUPED)}
+    # V's, of all experts at once, are large.
+    forced |= {kernel: {1: tiles.Tile(16, 16, 32, 4, 1)} for kernel in ("shrink_mixed", "shrink_mixed_few")}
+    with tiles.using(forced if backend.device == "cpu" else {}):
         yield
 
 
@@ -99,21 +117,17 @@ def equals_the_oracle(backend: Backend, few: Few) -> None:
 
 
 @settings(max_examples=6, deadline=None)
-@given(few_cases(gated=True))  # of others it takes 16 bits alone
+@given(few_cases())
 def test_float32_equals_the_oracle(backend: Backend, few: Few) -> None:
     """Any variant of weights, scope, routing, padding: experts without channels, no token at all."""
     tiles = backend.modules.tiles
-    with tiles.using({kernel: {1: tiles.Tile(16, 64, 256, 4, 1)} for kernel in LARGE}):
+    with tiles.using({kernel: {1: tiles.Tile(16, 64, 256, 4, 1)} for kernel in ("base", "base_few", *tiles.GROUPED)}):
         equals_the_oracle(backend, few)
-
-
-LARGE = ("base", "base_few", "shrink", "shrink_few", "expand_gate_up", "expand_gate_up_few", "expand_down",
-         "expand_down_few", "expand_columns", "expand_columns_few")  # fmt: skip
 
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
-@given(few_cases(gated=True))  # of others it takes 16 bits alone
+@given(few_cases())
 def test_float32_equals_the_oracle_in_many_layers(backend: Backend, few: Few) -> None:
     equals_the_oracle(backend, few)
 
@@ -191,6 +205,8 @@ MERGED: dict[str, Few] = {
         SMALL, storages=((2, 64), (3, 64)), base="full", base_storage=(4, 128), base_first=77, delta_first=77
     ),
     "unequal widths": replace(LAYERS["on a base, unequal widths"], biased=True),
+    "no gate": replace(SMALL, storages=((4, 64), (2, 64)), base="full", base_storage=(2, 32), without=(1,), **NO_GATE),
+    "no gate, unequal widths": replace(LAYERS["no gate, on a base, unequal widths"], biased=True),
 }
 
 
@@ -253,6 +269,33 @@ def test_no_shape_depends_on_data_and_nothing_is_waited_for(backend: Backend, na
 def test_a_code_that_no_compressor_writes_is_the_number_it_stands_for(backend: Backend) -> None:
     for arguments, spec, expected in lowest_codes():
         torch.testing.assert_close(run(backend, arguments, spec), expected, rtol=1e-3, atol=5e-3)
+
+
+PACKED_BASES: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
+    "8 bits": ((8, 64), {"bases": 1, "hidden": 72}),
+    "4 bits, more bases than are mixed at once": ((4, 32), {"bases": 37, "hidden": 40, "function": "tanh"}),
+    "3 bits, a last group that is short": ((3, 64), {"bases": 5, "groups": 5, "hidden": 100, "num_experts": 20}),
+    "2 bits": ((2, 128), {"bases": 3, "hidden": 140, "absent": 0.3}),
+}
+"""Of MoBE; in sizes that are multiples of nothing, in several blocks of rows of V and steps of its inputs."""
+
+
+@pytest.mark.usefixtures("large_tiles")
+@pytest.mark.parametrize("name", PACKED_BASES)
+def test_packed_bases_that_vs_are_mixed_from(backend: Backend, name: str) -> None:
+    """No worse than the reference, which opens all bases; a row's bits in other company are the same."""
+    storage, sizes = PACKED_BASES[name]
+    for dtype in backend.dtypes:
+        arguments, spec, expected = mixed_few(6, dtype, storage, tokens=7, intermediate=40, rank=(19, 9), **sizes)
+        exact = torch.from_numpy(expected)
+        outputs = (run(backend, arguments, spec), fused_experts(*arguments, spec))
+        errors = [float((y.double() - exact).norm() / exact.norm()) for y in outputs]
+        assert errors[0] <= 1.3 * errors[1] + 3e-7, dtype
+    spec = spec._replace(batch_invariant=True)
+    with products_by_rows():
+        together = run(backend, arguments, spec)
+        some = torch.tensor([5, 2])
+        assert torch.equal(run(backend, [*(t[some] for t in arguments[:3]), *arguments[3:]], spec), together[some])
 
 
 @pytest.mark.usefixtures("large_tiles")
@@ -318,28 +361,6 @@ def test_channels_are_padded_to_whole_units() -> None:
 
 
 # What is chosen, checked and refused
-
-
-def test_a_gpu_gets_the_kernels_for_all_of_the_format_but_packed_bases() -> None:
-    needs = {"packed matrices", "experts of unequal widths", "dense deltas of all projections"}
-    assert choose_backend("cuda", None, needs | {"deltas of kind 'bases'", "deltas of kind 'dense'"}) == (
-        "triton",
-        None,
-    )
-    name, reason = choose_backend("cuda", None, needs | {"packed bases that matrices are mixed from"})
-    assert name == "reference"
-    assert reason == (
-        "backend 'triton' cannot be used: it has no kernel for packed bases that matrices are mixed from yet"
-    )
-
-
-def test_packed_bases_are_refused_in_one_line() -> None:
-    arguments, spec = mixed_case(6)
-    spec = spec._replace(w13=spec.w13._replace(delta=packing((4, 32))))
-    with pytest.raises(
-        ValueError, match="backend 'triton' has no kernel for packed bases that matrices are mixed from; "
-    ):
-        ops.fused_experts("triton", *arguments, spec)
 
 
 @pytest.fixture

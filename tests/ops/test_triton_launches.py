@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import aot
 import aot_report
 import pytest
 import torch
-from few_cases import make
+from few_cases import make, mixed_few
 from layer_shapes import SHAPES
 from mixed_cases import MIXED_SMALL, mixed_case
 from moe_cases import CROWDED, crowd
 from moe_oracle import kernel_arguments
-from test_triton_few import LAYERS
+from test_triton_few import LAYERS, PACKED_BASES
 from triton.runtime.jit import JITFunction
 
 from d2moe_vllm.ops.triton import layer, pack, tiles
@@ -25,7 +26,7 @@ from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 FEW = (
     "4 and 2 bits", "unequal widths", "biases, on a base, unequal widths", "factors", "factors, unequal widths",
-    "columns", "on a low-rank base",
+    "columns", "on a low-rank base", "no gate", "no gate, biases, unequal widths, not packed",
 )  # fmt: skip
 """Of the layers of few bits and unequal widths, those with kernels of their own."""
 OPTIONAL = ("padding", "inputs")
@@ -45,33 +46,48 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     return launches
 
 
+def on_meta(value: Any) -> Any:
+    if isinstance(value, Weights):
+        return Weights(*map(on_meta, value))
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
 def run_on_meta(arguments: list[Any], spec: LayerSpec) -> None:
     """Shapes and launches only; tensors without memory, so that whoever waits for a value of theirs fails."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Weights):
-            return Weights(*map(move, value))
-        return value.to("meta") if isinstance(value, torch.Tensor) else value
-
-    layer.fused_experts(*map(move, arguments), spec)
+    layer.fused_experts(*map(on_meta, arguments), spec)
 
 
-def recorded(variant: str, scope: str, dtype: torch.dtype, tokens: int) -> list[aot.Launch]:
+@cache
+def layer_of(variant: str, scope: str, dtype: torch.dtype) -> tuple[list[Any], LayerSpec]:
+    """Of 67 tokens, on the meta device."""
     if variant in FEW:
         made = make(replace(LAYERS[variant], dtype=dtype, tokens=67))
         arguments, spec = [*made.arguments[:3], *pack(*made.arguments[3:5], made.spec), None], made.spec
+    elif variant in PACKED_BASES:
+        storage, sizes = PACKED_BASES[variant]
+        arguments, spec, _ = mixed_few(0, dtype, storage, tokens=67, intermediate=40, rank=(19, 9), **sizes)
+        arguments[3:5] = pack(*arguments[3:5], spec)
     elif variant in MIXED_SMALL:
         arguments, spec = mixed_case(0, dtype, **{**MIXED_SMALL[variant], "tokens": 67})
     else:
         arguments, spec = kernel_arguments(crowd(variant, scope), dtype)
+    return [*map(on_meta, arguments)], spec
+
+
+def recorded(variant: str, scope: str, dtype: torch.dtype, tokens: int) -> list[aot.Launch]:
+    arguments, spec = layer_of(variant, scope, dtype)
     arguments = [*(tensor[:tokens] for tensor in arguments[:3]), *arguments[3:]]
     return aot.record(lambda: run_on_meta(arguments, spec), TARGET)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+VARIANTS = [*itertools.product(CROWDED, layer.SCOPES)]
+VARIANTS += [(variant, "off") for variant in (*MIXED_SMALL, *FEW, "3 bits, a last group that is short")]
+"""With scopes."""
+
+
 @pytest.mark.parametrize(
-    ("variant", "scope"),
-    [*itertools.product(CROWDED, layer.SCOPES), *((variant, "off") for variant in (*MIXED_SMALL, *FEW))],
+    ("variant", "scope", "dtype"),
+    [(*case, dtype) for case, dtype in zip(VARIANTS, itertools.cycle((torch.float32, torch.bfloat16)), strict=False)],
 )
 def test_numbers_of_rows_make_no_kernel_of_their_own(variant: str, scope: str, dtype: torch.dtype) -> None:
     """Where they ask for the same tiles: a multiple of 16, of which triton would know, is like any other number."""
@@ -89,8 +105,7 @@ def test_every_kernel_that_is_launched_is_compiled(dtype: torch.dtype) -> None:
         return launch.name, frozenset((n, kind) for n, kind in kinds if kind[0] == "*" and n not in OPTIONAL)
 
     compiled = {pointers(launch) for call in aot_report.calls(dtype, True) for launch in aot.record(call, TARGET)}
-    kinds = (*itertools.product(CROWDED, layer.SCOPES), *((variant, "off") for variant in (*MIXED_SMALL, *FEW)))
-    for (variant, scope), tokens in itertools.product(kinds, (1, 16, 67)):
+    for (variant, scope), tokens in itertools.product(VARIANTS, (1, 16, 67)):
         found = recorded(variant, scope, dtype, tokens)
         # Of whole deltas without a base there is no base's product.
         assert len(found) >= (4 if variant in FEW else 5)
@@ -180,7 +195,7 @@ def test_the_default_table_has_every_kernel() -> None:
             assert rows & (rows - 1) == 0
             sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
             assert all(size & (size - 1) == 0 for size in sizes)
-            least = (16, 8 if kernel == "shrink_mixed" else 16, 16)
+            least = (16, 8 if kernel.startswith("shrink_mixed") else 16, 32 if kernel.endswith(tiles.FEW) else 16)
             if kernel in ("base", *tiles.GROUPED):
                 assert all(size >= limit for size, limit in zip(sizes, least, strict=False)), "of a dot product"
 

@@ -163,9 +163,32 @@ CONTRACT = (
             "swiglu_limit",
             "swiglu_alpha",
             "swiglu_beta",
+            "in_dtype",
+            "moe_backend",
         ),
-        properties=("dp_size", "pcp_size", "is_sequence_parallel"),
-        behaves=("dp_size", "pcp_size", "is_sequence_parallel"),
+        properties=("dp_size", "pcp_size", "is_sequence_parallel", "tp_size", "ep_size"),
+        behaves=("dp_size", "pcp_size", "is_sequence_parallel", "tp_size", "ep_size"),
+    ),
+    # Who serves layers that are plainly of 8 or 4 bits, under which names.
+    Use(
+        f"{LAYERS}.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16"
+        ".CompressedTensorsWNA16MoEMethod",
+        parameters=("weight_quant", "input_quant", "moe"),
+        attributes=("moe_kernel", "moe_quant_config"),
+        properties=("is_monolithic",),
+        methods={
+            "process_weights_after_loading": ("self", "layer"),
+            "apply": (
+                "self",
+                "layer",
+                "x",
+                "topk_weights",
+                "topk_ids",
+                "shared_experts",
+                "shared_experts_input",
+            ),
+        },
+        behaves=("get_weight_shape", "apply"),
     ),
     Use(
         f"{LAYERS}.fused_moe.config.FusedMoEParallelConfig",

@@ -21,7 +21,7 @@ from d2moe_vllm.format.config import CheckpointConfig, CheckpointError, parse_co
 from d2moe_vllm.format.files import check_checkpoint, read_config
 from d2moe_vllm.hf.checks import check_files
 from d2moe_vllm.hf.experts import D2Experts
-from d2moe_vllm.ops import BACKENDS, choose_backend, reference
+from d2moe_vllm.ops import reference
 from d2moe_vllm.serving.loading import LayerLoader
 from offline.checkpoint.reconstruction import Reconstruction
 from offline.io.shards import Reader
@@ -240,21 +240,6 @@ def test_reconstruction_is_what_the_tensors_mean(folder: Path, function: str) ->
         for role in NAMES:
             expected = dense_expert(tensors, layer, 5, role, function)
             torch.testing.assert_close(rebuilt.weight(layer, 5, role), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_a_backend_is_not_taken_for_what_it_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next one that can is; one that is asked for is refused."""
-    kinds = {"deltas of kind 'bases'", "deltas of kind 'dense'"}
-    assert choose_backend("cpu", None, kinds) == ("cpu", None)
-    monkeypatch.setitem(BACKENDS, "cpu", BACKENDS["cpu"]._replace(lacks=frozenset(kinds)))
-    name, reason = choose_backend("cpu", None, kinds)
-    assert name == "reference"
-    assert (
-        reason
-        == "backend 'cpu' cannot be used: it has no kernel for deltas of kind 'bases' and deltas of kind 'dense' yet"
-    )
-    with pytest.raises(ValueError, match="backend 'cpu' cannot be used: it has no kernel"):
-        choose_backend("cpu", "cpu", {"deltas of kind 'bases'"})
 
 
 def test_the_other_layers_are_untouched(folder: Path, batch: tuple[Tensor, Tensor]) -> None:

@@ -234,19 +234,20 @@ class Batch:
         )
         return out
 
-    def mixed_product(self, x: Tensor, bases: Tensor, alpha: Tensor, *, gate_rank: int, function: str) -> Tensor:
-        """[parts, pairs, k]: V x of each pair's token, V mixed from bases [m, k, depth] by its expert's alpha [2 m]."""
-        tile, (count, rank, depth), pairs = self.tile("shrink_mixed"), bases.shape, self.tokens * self.top_k
+    def mixed_product(self, x: Tensor, bases: Matrices, alpha: Tensor, *, gate_rank: int, function: str) -> Tensor:
+        """[parts, pairs, k]: V x of each pair's token, V mixed from m bases [k, depth] by its expert's alpha [2 m]."""
+        tile, rank, depth = self.tile(bases.kernel("shrink_mixed")), bases.outputs, bases.inputs
+        count, pairs = alpha.shape[1] // 2, self.tokens * self.top_k
         block_m = min(tile.block_m, tiles.SLOT_ROWS)
-        most = tiles.MIXED_AT_ONCE * (2 if self.dtype == torch.float32 else 1)
-        block_j = min(max(power_of_two(count), 16), most)
+        block_j = min(max(power_of_two(count), 16), tiles.mixed_at_once(self.dtype, bases.how is not None))
         groups = ceil_div(len(self.pairs), block_m * tiles.SLOTS)
         blocks_n = sum(ceil_div(part, tile.block_n) for part in (gate_rank, rank - gate_rank))
         splits = self._splits(groups * blocks_n, depth, tile.block_k)
         out = self.empty(splits, pairs, rank, dtype=torch.float32 if splits > 1 else self.dtype)
         mixing.mixed_product[(groups * blocks_n, splits)](
             x,
-            bases,
+            bases.values,
+            bases.scales,
             alpha,
             out,
             self.pairs,
@@ -257,7 +258,9 @@ class Batch:
             gate_rank,
             rank,
             depth,
+            bases.stride,
             self.top_k,
+            **storage(bases.how),
             FUNCTION=function,
             SPLITS=splits,
             PAIRS_M=tile.block_m,
@@ -299,9 +302,9 @@ class Batch:
     ) -> Tensor:
         """h [pairs, width] from s [tokens or pairs, k], u [width, k], z [parts, tokens, 2 channels of the base] and
         bias [E, 2 width]. ranks: of gate and of up, k in all; of up alone where there is no gate, and z and bias are
-        half as wide; whole: each has all of s, and u has 2 width rows. ragged: outputs are the channels that an expert
-        keeps, width of them at most; channels: which of the base's these are. base: in z's place, [2 channels of the
-        base, k], packed as u is: its rows are added to u's.
+        half as wide; whole: each has all of s, and u has `width` rows for each. ragged: outputs are the channels that
+        an expert keeps, width of them at most; channels: which of the base's these are. base: in z's place, [2 channels
+        of the base, k], packed as u is: its rows are added to u's.
         """
         limit, alpha, beta = swiglu or (0.0, 0.0, 0.0)
         pairs = self.tokens * self.top_k
@@ -326,7 +329,7 @@ class Batch:
             self.tokens,
             *((0, *ranks) if len(ranks) == 1 else ranks),
             width,
-            z.shape[2] // len(ranks) if z is not None else width if base is None else base.outputs // 2,
+            z.shape[2] // len(ranks) if z is not None else width if base is None else base.outputs // len(ranks),
             0 if s is None else s.stride(0),
             0 if u is None else u.stride,
             0 if columns is None else columns.stride(0),

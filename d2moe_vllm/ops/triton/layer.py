@@ -97,12 +97,13 @@ def _gate_up(
 ) -> Tensor:
     """h [pairs, wide]. channels: down's; own: what kernels are told where experts keep some channels only."""
     half, hidden = spec.w13, x.shape[1]
-    added = _added(batch, weights, half, spec.scope, 2 * spec.intermediate_size, hidden)
+    added = _added(batch, weights, half, spec.scope, len(half.ranks) * spec.intermediate_size, hidden)
     z = None if added is not None else _base_gate_up(batch, x, weights, half, padding, spec)
     shrunk = u = None
     whole, rank = False, sum(half.ranks)
     if weights.bases is not None:
-        parts = batch.mixed_product(x, weights.bases, weights.alpha, gate_rank=half.ranks[0], function=spec.function)
+        bases = Matrices(weights.bases, rank, hidden, weights.bases_scales, half.delta)
+        parts = batch.mixed_product(x, bases, weights.alpha, gate_rank=half.ranks[0], function=spec.function)
         u, shrunk = Matrices(weights.a, wide, rank, weights.a_scales, half.delta), batch.added(parts)
     elif _stored(weights.dense):
         whole = True
@@ -115,7 +116,7 @@ def _gate_up(
         u,
         z,
         width=wide,
-        ranks=(hidden, hidden) if whole else half.ranks,
+        ranks=(hidden,) * len(half.ranks) if whole else half.ranks,
         whole=whole,
         places=weights.u_index if own is None else own.place,
         columns=weights.delta_columns,

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2moe_vllm.format.config import UNGATED_STORED
 from d2moe_vllm.ops.cpu.pack import hidden_size
 from d2moe_vllm.ops.packing import Packing, from_bits, row_sizes, unpack
 from d2moe_vllm.ops.packing import pack as pack_codes
@@ -111,13 +110,11 @@ def pack(w13: Weights, w2: Weights, spec: LayerSpec) -> tuple[Weights, Weights]:
     room for one matrix more for a moment. channels: int32, see `_places`. bias of gate and up, where experts keep some
     channels only: as the channels are padded. `fused_experts` has to be given the same spec.
     """
-    if not spec.gate:
-        # Matrices in 16 bits, of whole widths: there are no kernels for others.
-        if spec.widths or any(half.base or half.delta for half in (spec.w13, spec.w2)):
-            raise ValueError(f"the Triton kernels take no {UNGATED_STORED}")
-        return w13, w2
     hidden = hidden_size(w2, spec)
-    return _Half(w13, spec.w13, spec, hidden).packed(), _Half(w2, spec.w2, spec, hidden).packed()
+    return (
+        _Half(w13, spec.w13, spec, hidden, down=False).packed(),
+        _Half(w2, spec.w2, spec, hidden, down=True).packed(),
+    )
 
 
 class _Matrix(NamedTuple):
@@ -135,9 +132,8 @@ class _Matrix(NamedTuple):
 class _Half:
     """One half of a layer, to be packed."""
 
-    def __init__(self, weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int) -> None:
-        self.weights, self.half, self.spec, self.hidden = weights, half, spec, hidden
-        self.down = len(half.ranks) == 1
+    def __init__(self, weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int, *, down: bool) -> None:
+        self.weights, self.half, self.spec, self.hidden, self.down = weights, half, spec, hidden, down
         self.inputs = spec.intermediate_size if self.down else hidden
         self.outputs = hidden if self.down else spec.intermediate_size
         own = [expert for expert in range(len(spec.widths)) if expert not in spec.without]
@@ -155,6 +151,8 @@ class _Half:
         parts = [[(self.outputs, self.inputs, half.delta_first)]] * len(half.ranks)
         self._of_experts("dense", parts, found, tall=not self.down, wide=self.down)
         self._of_layer("shared_v", how, [(sum(half.ranks), self.inputs, half.delta_first)], found)
+        count = 0 if weights.bases is None else len(weights.bases)
+        self._of_layer("bases", how, [(sum(half.ranks), self.inputs, 0)], found, count)
         kept = self.inputs if weights.base_columns is None else len(weights.base_columns)
         self._of_layer("base", half.base, [(self.outputs * len(half.ranks), kept, half.base_first)], found)
         self._of_layer("base_u", half.base, [(self.outputs, inputs, 0) for inputs in half.base_ranks], found)
@@ -201,18 +199,24 @@ class _Half:
         found |= _laid(name, values, scales, self.half.delta, matrices)
 
     def _of_layer(
-        self, name: str, how: Packing | None, side: Sequence[tuple[int, int, int]], found: dict[str, Tensor]
+        self,
+        name: str,
+        how: Packing | None,
+        side: Sequence[tuple[int, int, int]],
+        found: dict[str, Tensor],
+        count: int = 1,
     ) -> None:
-        """A matrix that all experts share."""
+        """`count` matrices that all experts share."""
         values, scales = getattr(self.weights, name), getattr(self.weights, f"{name}_scales")
         if how is not None and values is not None:
-            found |= _laid(name, values, scales, how, [[[_Matrix(*one, outputs=one[0]) for one in side]]])
+            found |= _laid(name, values, scales, how, [[[_Matrix(*one, outputs=one[0]) for one in side]]] * count)
 
     def _bias(self, bias: Tensor) -> Tensor:
-        """[2 padded width] of every expert."""
-        spec, each = self.spec, bias.split([2 * width for width in self.spec.widths])
+        """[2 padded width] of every expert; [padded width] of those without a gate."""
+        spec, parts = self.spec, len(self.half.ranks)
+        each = bias.split([parts * width for width in spec.widths])
         sizes = zip(each, shifts(spec), padded_widths(spec), spec.widths, strict=True)
-        padded = [F.pad(one.view(2, -1), (shift, width - shift - own)) for one, shift, width, own in sizes if own]
+        padded = [F.pad(one.view(parts, -1), (shift, width - shift - own)) for one, shift, width, own in sizes if own]
         return torch.cat([one.flatten() for one in padded]) if padded else bias
 
 

@@ -305,7 +305,7 @@ def expand_and_activate(
         stored = in_width
         up_scales = scales
         if BITS == 0:
-            if WHOLE:
+            if WHOLE and GATED:
                 u += place * 2 * u_stride
                 u_up = u + tl.cast(width, tl.int64) * u_stride
             else:
@@ -328,6 +328,7 @@ def expand_and_activate(
             gate_rank_used = units_of(gate_rank_used, None) * UNIT
             up_rank_used = units_of(up_rank_used, None) * UNIT
         base_columns = outputs
+        base_up = z_width if GATED else 0
         base_there = in_width
         if base is not None:
             stored = stored & here
@@ -343,7 +344,7 @@ def expand_and_activate(
             )  # fmt: skip
         up = add_stored(
             up, s_up, there, u_up, up_scales, outputs, stored, u_stride, up_columns, None, 0,
-            0, up_rank_used, up_rank, base, base_scales, base_columns + z_width, base_there, base_stride, 0,
+            0, up_rank_used, up_rank, base, base_scales, base_columns + base_up, base_there, base_stride, 0,
             BITS, ZERO, GROUP, BASE_BITS, BASE_ZERO, BASE_GROUP, BLOCK_K, BLOCK_N,
         )  # fmt: skip
     first = 0
@@ -364,7 +365,7 @@ def expand_and_activate(
         up += load_parts(z_start, z_part, there & z_there, Z_PARTS)
     if bias is not None:
         if kept is not None:
-            own_bias = bias + tl.cast(first, tl.int64) * 2 + outputs
+            own_bias = bias + tl.cast(first, tl.int64) * (2 if GATED else 1) + outputs
         else:
             own_bias = bias + expert.to(tl.int64) * (2 * width if GATED else width) + outputs
         if GATED:

@@ -8,7 +8,7 @@ is multiplied with, as the reference rounds it.
 import triton
 import triton.language as tl
 
-from d2moe_vllm.ops.triton.common import add_product
+from d2moe_vllm.ops.triton.common import add_product, ceil_div
 
 UNIT = tl.constexpr(32)
 """layout.UNIT"""
@@ -71,6 +71,52 @@ def widened(
         codes = tl.reshape(codes_of(found, BITS), [UNITS, UNIT, BLOCK_N])
     value = codes.to(tl.float32) * scale[:, None, :] - (ZERO * scale)[:, None, :]
     return tl.reshape(value, [BLOCK_K, BLOCK_N])
+
+
+@triton.jit
+def widened_matrices(
+    words,
+    scales,
+    first,
+    count,
+    unit,
+    depth,
+    outputs,
+    stride,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """float32 [BLOCK_J, BLOCK_K * BLOCK_N]: the same tile of BLOCK_J matrices from number `first` on, of `count` that
+    lie one after the other, each with `depth` inputs from its first on; zeros where there is no such matrix or input.
+    """
+    UNITS: tl.constexpr = BLOCK_K // UNIT
+    # Words of a unit that are read at once: 3 bits are a plane of two and, read by itself, a plane of one.
+    LINES: tl.constexpr = 2 if BITS == 3 else BITS
+    units = units_of(depth, None)
+    in_width = (outputs < stride)[None, :]
+    rows = tl.arange(0, BLOCK_J * UNITS)
+    own = unit + rows % UNITS
+    numbers = (first + rows // UNITS).to(tl.int64)
+    there = ((numbers < count) & (own < units))[:, None] & in_width
+    groups = numbers * ceil_div(depth, GROUP) + own // (GROUP // UNIT)
+    scale = tl.load(scales + groups[:, None] * stride + outputs[None, :], mask=there, other=0.0).to(tl.float32)
+    lines = tl.arange(0, BLOCK_J * UNITS * LINES)
+    line_unit = unit + lines // LINES % UNITS
+    line_number = (first + lines // (UNITS * LINES)).to(tl.int64)
+    line_there = ((line_number < count) & (line_unit < units))[:, None] & in_width
+    places = (line_number * units + line_unit) * BITS + lines % LINES
+    found = tl.load(words + places[:, None] * stride + outputs[None, :], mask=line_there, other=0)
+    codes = tl.reshape(codes_of(found, LINES), [BLOCK_J * UNITS, UNIT, BLOCK_N])
+    if BITS == 3:
+        places = (numbers * units + own) * BITS + LINES
+        high = tl.load(words + places[:, None] * stride + outputs[None, :], mask=there, other=0)
+        codes |= codes_of(high, 1) << LINES
+    value = codes.to(tl.float32) * scale[:, None, :] - (ZERO * scale)[:, None, :]
+    return tl.reshape(value, [BLOCK_J, BLOCK_K * BLOCK_N])
 
 
 @triton.jit

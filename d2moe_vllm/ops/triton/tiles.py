@@ -23,7 +23,7 @@ FEW = "_few"
 """Ends the names of kernels whose weights are codes of few bits: they read less, and work more on it."""
 GROUPED = (
     "shrink", "shrink_mixed", "expand_gate_up", "expand_down", "expand_columns",
-    "shrink_few", "expand_gate_up_few", "expand_down_few", "expand_columns_few",
+    "shrink_few", "shrink_mixed_few", "expand_gate_up_few", "expand_down_few", "expand_columns_few",
 )  # fmt: skip
 TABLE_KERNELS = ("base", "base_few", *GROUPED, "mix", "combine", "gather")
 INVARIANT_ROWS = 16
@@ -35,7 +35,7 @@ tensor core's product has at least, as the mix is one, of alphas [SLOTS, m] with
 SLOT_ROWS = 32
 """Most rows of such a piece."""
 MIXED_AT_ONCE = 32
-"""Most bases that it reads at once; twice as many of float32, whose tiles are smaller."""
+"""Most bases that it reads at once; see `mixed_at_once`."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def tile(kernel: str, rows: int, dtype: torch.dtype, device_name: str) -> Tile:
 
     float32 takes twice the shared memory and is multiplied without tensor cores: a quarter of the inputs at a time, and
     blocks of at most 64 x 64; of 32 x 32 where gate and up are expanded together by few warps, and of 8 columns, by
-    eight warps, where V is mixed from bases: more do not fit into the registers.
+    eight warps, where V is mixed from bases, two steps at a time where these are packed: more do not fit into the
+    registers.
     """
     bucket = 1 << max(rows - 1, 0).bit_length()
     found = _at(_entries(kernel, device_name), bucket)
@@ -120,14 +121,21 @@ def for_dtype(kernel: str, found: Tile, dtype: torch.dtype) -> Tile:
     """A table's entry as it is used for dtype."""
     if dtype != torch.float32 or found.block_k == 1:
         return found
-    columns, warps = (8, 8) if kernel == "shrink_mixed" else (64, found.num_warps)
+    columns, warps = (8, 8) if kernel.startswith("shrink_mixed") else (64, found.num_warps)
     if kernel.startswith("expand_gate_up") and found.block_m == 32:
         columns = 32
     # Codes are widened by whole units.
     least = 32 if kernel.endswith(FEW) else 16
-    return Tile(
-        min(found.block_m, 64), min(found.block_n, columns), max(found.block_k // 4, least), warps, found.num_stages
-    )
+    stages = 2 if kernel == "shrink_mixed_few" else found.num_stages
+    return Tile(min(found.block_m, 64), min(found.block_n, columns), max(found.block_k // 4, least), warps, stages)
+
+
+def mixed_at_once(dtype: torch.dtype, packed: bool) -> int:
+    """The most bases that one program mixes at once: twice as many of float32, whose tiles are smaller; half as many of
+    float32 that are packed, whose tiles are whole units, and which lie in registers while they are widened."""
+    if dtype != torch.float32:
+        return MIXED_AT_ONCE
+    return MIXED_AT_ONCE // 2 if packed else 2 * MIXED_AT_ONCE
 
 
 def _entries(kernel: str, device_name: str) -> Mapping[int, Tile]:
