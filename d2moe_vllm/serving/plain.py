@@ -1,4 +1,4 @@
-"""Layers that turn out to be plainly of 8 or 4 bits, through vLLM's own fused experts (docs/adr/0024-plain-layers.md).
+"""Layers that turn out to be plainly of 8 or 4 bits, through vLLM's own fused experts (docs/adr/0025-plain-layers.md).
 
 Nothing is rounded again: codes and scales are as vLLM's compressed-tensors checkpoints have them.
 """
