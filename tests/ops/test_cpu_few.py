@@ -30,7 +30,18 @@ COLUMNS: dict[str, Any] = {"base": "columns", "groups": 4, "kept": (40, 60), "us
 LAYERS: dict[str, Few] = {
     **{
         f"{bits} bits by {group}": replace(BIG, storages=((bits, group), (bits, group)))
-        for bits, group in ((8, 64), (4, 64), (3, 64), (2, 64), (8, 128), (4, 32), (3, 32), (2, 128))
+        for bits, group in (
+            (8, 64),
+            (4, 64),
+            (3, 64),
+            (2, 64),
+            (8, 128),
+            (4, 32),
+            (3, 32),
+            (2, 128),
+            (8, 512),
+            (3, 512),
+        )
     },
     "not packed": replace(BIG, storages=(None, None)),
     "a group that another rank began": replace(BIG, storages=((8, 64), (2, 64)), delta_first=147),
@@ -106,6 +117,33 @@ def test_rounding_is_no_worse_than_the_reference(name: str, dtype: torch.dtype) 
     outputs = (run(made.arguments, made.spec), fused_experts(*made.arguments, made.spec))
     errors = [float((y.double() - exact).norm() / exact.norm()) for y in outputs]
     assert errors[0] <= 1.3 * errors[1] + 2e-7
+
+
+@pytest.mark.parametrize("name", ["8 bits by 128", "4 bits by 64", "3 bits by 64", "2 bits by 64"])
+def test_an_input_far_above_the_others_of_its_group_costs_them_nothing(name: str) -> None:
+    """Where a processor multiplies integers, 16 bits are what the largest of a group leaves to the others."""
+    few = replace(LAYERS[name], dtype=torch.bfloat16)
+    made = make(few)
+    made.arguments[0][::2, ::37] *= 1000
+    exact = torch.from_numpy(forward(few, made))
+    size = exact.norm(dim=1)
+    outputs = (run(made.arguments, made.spec), fused_experts(*made.arguments, made.spec))
+    errors = [((y.double() - exact).norm(dim=1) / size)[size > 0].max() for y in outputs]
+    assert errors[0] <= 1.3 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["8 bits by 64", "4 bits by 64", "3 bits by 64", "2 bits by 64"])
+def test_what_is_no_number_stays_in_its_row(name: str) -> None:
+    made = make(replace(LAYERS[name], dtype=torch.bfloat16))
+    x, *rest = made.arguments
+    strange = x.clone()
+    strange[3, 5], strange[4, 70], strange[5] = float("nan"), float("inf"), 0.0
+    before, after = run(made.arguments, made.spec), run((strange, *rest), made.spec)
+    used = (made.arguments[2] >= 0).any(dim=1)
+    assert not after[[3, 4]][used[[3, 4]]].isfinite().any()
+    assert not after[5].any()
+    others = [row for row in range(len(x)) if row not in (3, 4, 5)]
+    assert torch.equal(before[others], after[others])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@
 // products save.
 #pragma once
 
-#include "kernels.h"
+#include "integers.h"
 
 namespace d2moe {
 
@@ -16,7 +16,6 @@ template <int BITS>
 constexpr float meaning(int code) { return BITS == 4 ? float(code - 8) : BITS == 3 ? code - 3.5f : code - 1.5f; }
 
 // Groups of so many inputs that are multiplied with all rows before the next are read: as many as take 16 KB for four blocks.
-constexpr i64 MOST_GROUPS = 64;
 constexpr i64 groups_at_once(i64 bits, i64 group) { return std::clamp<i64>(INPUTS * 16 / bits / group, 1, MOST_GROUPS); }
 
 template <int BITS>
@@ -35,22 +34,15 @@ struct Codes {
         meaning<BITS>(12 & MASK), meaning<BITS>(13 & MASK), meaning<BITS>(14 & MASK), meaning<BITS>(15 & MASK)};
     return bits<Floats>(_mm512_permutexvar_ps(bits<__m512i>(code), _mm512_load_ps(TABLE)));
 #else
-    return convert<Floats>(bits<Ints>(code & std::uint32_t(MASK)));
+    return convert<Floats>(bits<Ints>(code & std::uint32_t(MASK))) + meaning<BITS>(0);
 #endif
   }
   static constexpr int MASK = (1 << BITS) - 1;
-  // By which `value` is too large: there is no short way to what a code stands for without AVX-512, so the codes themselves are
-  // multiplied, and so many times the sum of a group's inputs taken off.
-#ifdef __AVX512F__
-  static constexpr float ABOVE = 0;
-#else
-  static constexpr float ABOVE = BITS == 8 ? 0 : -meaning<BITS>(0);
-#endif
 
   // Of 16 bytes, with their signs.
   static Floats bytes(const char* w) { return convert<Floats>(widened_bytes(w)); }
 
-  // A unit's weights of input i, and ABOVE.
+  // A unit's weights of input i.
   D2MOE_INLINE static Floats weights(const char* w, i64 i) {
     if constexpr (BITS == 8) {
       return bytes(w + i * LANES);
@@ -237,45 +229,15 @@ struct Opened {
     const Groups groups = f.groups();
     const i64 g = (input + groups.within) / groups.group, at = input - groups.origin(g), inputs = unit_inputs(BITS);
     const char* unit = f.w + (groups.unit(g, BITS) + at / inputs) * unit_bytes(BITS);
-    return (Codes<BITS>::weights(unit, at % inputs) - Codes<BITS>::ABOVE) * Kernel<BFloat16>::widen(f.scales + g * LANES);
+    return Codes<BITS>::weights(unit, at % inputs) * Kernel<BFloat16>::widen(f.scales + g * LANES);
   }
 };
 
-// Where the codes and the scales of some blocks lie.
-struct Stored {
-  const char* w;
-  i64 stride;
-  const std::uint16_t* scales;
-  i64 scale_stride;
-
-  Stored from(i64 b) const { return {w + b * stride, stride, scales + b * scale_stride, scale_stride}; }
-};
-
-// sums[m] = x[m][begin] + .. + x[m][end - 1], first those whose numbers are the same modulo 16: whatever M, a tile's are vectors.
-template <class P, int M>
-void sum_inputs(const typename P::Input* x, i64 begin, i64 end, float (&sums)[M]) {
-  constexpr i64 PAIR = P::PAIR;
-  auto place = [](i64 i, i64 m) { return i / PAIR * PAIR * M + m * PAIR + i % PAIR; };
-  Floats whole[M] = {};
-  i64 i = ceil_div(begin, LANES) * LANES;
-  const i64 until = std::min(i, end);
-  for (; i + LANES <= end; i += LANES)
-    for (int m = 0; m < M; ++m) whole[m] += load(x + i * M + m * LANES);
-  float all[LANES * M];
-  for (int m = 0; m < M; ++m) store(all + m * LANES, whole[m]);
-  for (i64 k = begin; k < until; ++k) for (i64 m = 0; m < M; ++m) all[place(k % LANES, m)] += x[place(k, m)];
-  for (; i < end; ++i) for (i64 m = 0; m < M; ++m) all[place(i % LANES, m)] += x[place(i, m)];
-  for (i64 left = LANES / 2; left >= PAIR; left /= 2) for (i64 j = 0; j < left * M; ++j) all[j] += all[j + left * M];
-  for (i64 m = 0; m < M; ++m) sums[m] = PAIR == 2 ? all[2 * m] + all[2 * m + 1] : all[m];
-}
-
-// out[m][0 .. 16 NB) += x w^T for a tile of M rows over some groups, whose inputs' sums are in `of_inputs`.
+// out[m][0 .. 16 NB) += x w^T for a tile of M rows over some groups.
 template <class P, int BITS, int M, int NB>
 void some_codes(
-    const typename P::Input* x, const Groups& groups, const Stored& f, i64 first, i64 last, const float (*of_inputs)[M], Next next,
-    float* out, i64 ld) {
+    const typename P::Input* x, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
   using Widen = Kernel<BFloat16>;  // scales
-  constexpr float ABOVE = Codes<BITS>::ABOVE;
   const char* w = f.w + groups.unit(first, BITS) * Codes<BITS>::BYTES;
   i64 wait = 0;
   for (i64 g = first; g < last; w += groups.units_of(g++, BITS) * Codes<BITS>::BYTES) {
@@ -287,7 +249,6 @@ void some_codes(
       const Floats scale = Widen::widen(f.scales + b * f.scale_stride + g * LANES);
       for (int m = 0; m < M; ++m) {
         float* to = out + m * ld + b * LANES;
-        if constexpr (ABOVE != 0) sums[m][b] -= all(ABOVE) * of_inputs[g - first][m];
         store(to, load(to) + sums[m][b] * scale);
       }
     }
@@ -298,12 +259,13 @@ void some_codes(
 template <class P, int BITS, int M, int NB>
 void codes_tile(
     const typename P::Input* x, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
+#ifdef D2MOE_INTEGERS
+  if constexpr (P::PAIR == 2)
+    if (groups.group <= MOST_OF_GROUP) return integers_tile<BITS, M, NB>(x, groups, f, first, last, next, out, ld);
+#endif
   constexpr int SOME = at_once<M, SUMS >= 24 ? NB : std::min(NB, 2)>();
-  float of_inputs[Codes<BITS>::ABOVE != 0 ? MOST_GROUPS : 1][M];
-  if constexpr (Codes<BITS>::ABOVE != 0)
-    for (i64 g = first; g < last; ++g) sum_inputs<P, M>(x, groups.begin(g), groups.end(g), of_inputs[g - first]);
   for (int b = 0; b < NB; b += SOME)
-    some_codes<P, BITS, M, SOME>(x, groups, f.from(b), first, last, of_inputs, next.from(b), out + b * LANES, ld);
+    some_codes<P, BITS, M, SOME>(x, groups, f.from(b), first, last, next.from(b), out + b * LANES, ld);
 }
 
 template <class P, int BITS, int NB>

@@ -42,6 +42,19 @@ struct Groups {
   }
 };
 
+// Groups that are multiplied with all rows at once, at most.
+constexpr i64 MOST_GROUPS = 64;
+
+// Where the codes and the scales of some blocks lie.
+struct Stored {
+  const char* w;
+  i64 stride;
+  const std::uint16_t* scales;
+  i64 scale_stride;
+
+  Stored from(i64 b) const { return {w + b * stride, stride, scales + b * scale_stride, scale_stride}; }
+};
+
 // What is asked for ahead: lines of 64 bytes, of blocks that are `stride` bytes apart.
 struct Next {
   const char* w = nullptr;

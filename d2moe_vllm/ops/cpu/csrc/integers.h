@@ -1,0 +1,201 @@
+// Rows of bfloat16 times codes, in integers: on processors with AVX2 and no more, where a number of 32 bits takes twice the room of
+// one of 16, and a code is the longer way to a float.
+//
+// A group's inputs are rounded to 16 bits of what is the largest among them: bfloat16 has 8. Products and their sums are then exact,
+// whatever their order; the scales of the group and of its inputs come last.
+#pragma once
+
+#include "kernels.h"
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define D2MOE_INTEGERS 1
+
+namespace d2moe {
+
+// Inputs of a group whose sums of 8-bit codes are within 31 bits.
+constexpr i64 MOST_OF_GROUP = 256;
+
+// Inputs of a group that cannot be told from 0, of whatever scale.
+constexpr float LEAST = 1e-30f;
+
+// M rows' inputs of some groups.
+template <int M>
+struct Rounded {
+  std::vector<std::uint32_t> pairs;  // [pairs of inputs][M], of every group as many as its units have
+  float scales[MOST_GROUPS][M];
+  i32 sums[MOST_GROUPS][M];
+
+  // x: a tile of rows. unit: inputs.
+  void fill(const float* x, const Groups& groups, i64 first, i64 last, i64 bits) {
+    const i64 unit = unit_inputs(bits);
+    i64 inputs = 0;
+    for (i64 g = first; g < last; ++g) inputs += groups.units_of(g, bits) * unit;
+    pairs.resize((inputs / 2 + LANES) * M);
+    auto* to = reinterpret_cast<std::int16_t*>(pairs.data());
+    for (i64 g = first; g < last; ++g) {
+      const i64 origin = groups.origin(g), begin = groups.begin(g), end = groups.end(g), n = groups.units_of(g, bits) * unit;
+      const float* from = x + origin * M;
+      float copy[(MOST_OF_GROUP + 2 * LANES) * M];
+      if (begin != origin || end - origin != n || n % LANES) {
+        std::fill_n(copy, ceil_div(n, LANES) * LANES * M, 0.0f);
+        for (i64 i = begin - origin; i < end - origin; ++i)
+          for (i64 m = 0; m < M; ++m) copy[i / 2 * 2 * M + m * 2 + i % 2] = from[i / 2 * 2 * M + m * 2 + i % 2];
+        from = copy;
+      }
+      round(from, ceil_div(n, LANES) * LANES, to, scales[g - first], sums[g - first]);
+      to += n * M;
+    }
+  }
+
+ private:
+  // f of all of a row's lanes.
+  template <class F>
+  static void joined(const Ints (&lanes)[M], F f, i32 (&to)[M]) {
+    if constexpr (M == 1) {
+      typedef i32 Four __attribute__((vector_size(16)));
+      const auto eight = f(lanes[0].part[0], lanes[0].part[1]);
+      Four four = f(Four(__builtin_shufflevector(eight, eight, 0, 1, 2, 3)), Four(__builtin_shufflevector(eight, eight, 4, 5, 6, 7)));
+      four = f(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
+      to[0] = f(four, __builtin_shufflevector(four, four, 1, 0, 3, 2))[0];
+      return;
+    }
+    i32 all[LANES * M];
+    for (int k = 0; k < M; ++k) store_ints(all + k * LANES, lanes[k]);
+    for (i64 left = LANES / 2; left >= 2; left /= 2)
+      for (i64 j = 0; j < left * M; ++j) all[j] = f(all[j], all[j + left * M]);
+    for (i64 m = 0; m < M; ++m) to[m] = f(all[2 * m], all[2 * m + 1]);
+  }
+  static void store_ints(i32* to, const Ints& v) { store_parts(to, v); }
+
+  // n inputs, a multiple of 16.
+  static void round(const float* x, i64 n, std::int16_t* to, float (&scales)[M], i32 (&sums)[M]) {
+    // Sizes as whole numbers: one that is no number is the largest.
+    Ints most[M];
+    for (auto& one : most) one = Ints{};
+    for (i64 i = 0; i < n; i += LANES)
+      for (int k = 0; k < M; ++k)
+        most[k] = by_parts<Ints>([](auto a, auto b) {
+          const auto size = b & 0x7fffffff;
+          return a > size ? a : size;
+        }, most[k], bits<Ints>(load(x + i * M + k * LANES)));
+    i32 largest[M];
+    joined(most, [](auto a, auto b) { return a > b ? a : b; }, largest);
+    float inverse[LANES * M], of_row[M];
+    for (int m = 0; m < M; ++m) {
+      const float size = bits<float>(largest[m]);
+      const bool finite = largest[m] < 0x7f800000;
+      scales[m] = !finite ? NAN : size < LEAST ? 0.0f : size / 32767.0f;
+      of_row[m] = !finite || size < LEAST ? 0.0f : 32767.0f / size;
+    }
+    for (i64 j = 0; j < LANES * M; ++j) inverse[j] = of_row[j / 2 % M];
+    Ints total[M];
+    for (auto& one : total) one = Ints{};
+    for (i64 i = 0; i < n; i += LANES)
+      for (int k = 0; k < M; ++k) {
+        const Floats v = load(x + i * M + k * LANES) * (M == 1 ? all(of_row[0]) : load(inverse + k * LANES));
+        const __m256i low = _mm256_cvtps_epi32(bits<__m256>(v.part[0])), high = _mm256_cvtps_epi32(bits<__m256>(v.part[1]));
+        total[k].part[0] += bits<Ints::Part>(low), total[k].part[1] += bits<Ints::Part>(high);
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * M + k * LANES), packed);
+      }
+    joined(total, [](auto a, auto b) { return a + b; }, sums);
+  }
+};
+
+// 16 outputs of two inputs, side by side.
+struct Line { __m256i part[2]; };
+
+template <int BITS>
+struct IntegerCodes {
+  static constexpr i64 PAIRS = unit_inputs(BITS) / 2, BYTES = unit_bytes(BITS), LINES = BYTES / 64;
+  // Codes are whole numbers from 0 up, but for 8 bits: half of this is what they are too large by.
+  static constexpr i32 TWICE_ABOVE = BITS == 8 ? 0 : BITS == 4 ? 16 : BITS == 3 ? 7 : 3;
+
+  static __m256i load(const char* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
+
+  D2MOE_INLINE static Line pair(const char* w, int p) {
+    Line line;
+    if constexpr (BITS == 8) {
+      const auto* bytes = reinterpret_cast<const __m128i*>(w) + 2 * p;
+      const __m128i a = _mm_loadu_si128(bytes), b = _mm_loadu_si128(bytes + 1);
+      line.part[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+      line.part[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+    } else {
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const char* half = w + 32 * h;
+        if (BITS == 3 && p == 15) {
+          const __m256i low = _mm256_srli_epi16(load(half), 15);
+          const __m256i middle = _mm256_and_si256(_mm256_srli_epi16(load(half + 64), 14), _mm256_set1_epi16(2));
+          const __m256i top = _mm256_and_si256(_mm256_srli_epi16(load(half + 128), 13), _mm256_set1_epi16(4));
+          line.part[h] = _mm256_or_si256(low, _mm256_or_si256(middle, top));
+        } else {
+          const int of_line = BITS == 3 ? 5 : int(PAIRS), shift = p % of_line * BITS;
+          const __m256i code = _mm256_srli_epi16(load(half + (BITS == 3 ? p / 5 * 64 : 0)), shift);
+          line.part[h] = _mm256_and_si256(code, _mm256_set1_epi16((1 << BITS) - 1));
+        }
+      }
+    }
+    return line;
+  }
+
+  template <int M, int NB, int... P>
+  D2MOE_INLINE static void unit(
+      const std::uint32_t* x, const char* w, i64 stride, Ints (&sums)[M][NB], std::integer_sequence<int, P...>) {
+    auto one = [&](int p) D2MOE_HERE {
+      Line lines[NB];
+#pragma GCC unroll 4
+      for (int b = 0; b < NB; ++b) lines[b] = pair(w + b * stride, p);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) {
+        const __m256i both = _mm256_set1_epi32(int(x[p * M + m]));
+#pragma GCC unroll 4
+        for (int b = 0; b < NB; ++b)
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; ++h) sums[m][b].part[h] += bits<Ints::Part>(_mm256_madd_epi16(lines[b].part[h], both));
+      }
+    };
+    (one(P), ...);
+  }
+};
+
+// out[m][0 .. 16 NB) += x w^T for a tile of M rows over some groups.
+template <int BITS, int M, int NB>
+void some_integers(
+    const Rounded<M>& x, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
+  using C = IntegerCodes<BITS>;
+  const std::uint32_t* pairs = x.pairs.data();
+  const char* w = f.w + groups.unit(first, BITS) * C::BYTES;
+  i64 wait = 0;
+  for (i64 g = first; g < last; ++g) {
+    Ints sums[M][NB];
+    for (auto& row : sums) for (Ints& sum : row) sum = Ints{};
+    for (i64 units = groups.units_of(g, BITS); units; --units, w += C::BYTES, pairs += C::PAIRS * M) {
+      for (i64 i = 0; i < C::LINES; ++i) next.step<NB, 3>(wait);
+      C::template unit<M, NB>(pairs, w, f.stride, sums, std::make_integer_sequence<int, int(C::PAIRS)>{});
+    }
+    for (int b = 0; b < NB; ++b) {
+      const Floats scale = Kernel<BFloat16>::widen(f.scales + b * f.scale_stride + g * LANES);
+      for (int m = 0; m < M; ++m) {
+        float* to = out + m * ld + b * LANES;
+        const float of_inputs = C::TWICE_ABOVE ? 0.5f * x.scales[g - first][m] : x.scales[g - first][m];
+        Ints sum = sums[m][b];
+        if constexpr (C::TWICE_ABOVE != 0) sum = sum + sum - C::TWICE_ABOVE * x.sums[g - first][m];
+        store(to, load(to) + convert<Floats>(sum) * (scale * of_inputs));
+      }
+    }
+  }
+}
+
+template <int BITS, int M, int NB>
+void integers_tile(
+    const float* x, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
+  thread_local Rounded<M> rounded;
+  rounded.fill(x, groups, first, last, BITS);
+  constexpr int SOME = at_once<M, std::min(NB, 2)>();
+  for (int b = 0; b < NB; b += SOME)
+    some_integers<BITS, M, SOME>(rounded, groups, f.from(b), first, last, next.from(b), out + b * LANES, ld);
+}
+
+}  // namespace d2moe
+#endif
