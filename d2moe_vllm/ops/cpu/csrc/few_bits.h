@@ -260,7 +260,7 @@ template <class P, int BITS, int M, int NB>
 void codes_tile(
     const typename P::Input* x, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
 #ifdef D2MOE_INTEGERS
-  if constexpr (P::PAIR == 2)
+  if constexpr (P::PAIR == 2 && BITS < 8)
     if (groups.group <= MOST_OF_GROUP) return integers_tile<BITS, M, NB>(x, groups, f, first, last, next, out, ld);
 #endif
   constexpr int SOME = at_once<M, SUMS >= 24 ? NB : std::min(NB, 2)>();

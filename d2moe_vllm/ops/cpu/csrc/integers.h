@@ -1,5 +1,5 @@
-// Rows of bfloat16 times codes, in integers: on processors with AVX2 and no more, where a number of 32 bits takes twice the room of
-// one of 16, and a code is the longer way to a float.
+// Rows of bfloat16 times codes of fewer than 8 bits, in integers: on processors with AVX2 and no more, where a number of 32 bits
+// takes twice the room of one of 16, and a code is the longer way to a float.
 //
 // A group's inputs are rounded to 16 bits of what is the largest among them: bfloat16 has 8. Products and their sums are then exact,
 // whatever their order; the scales of the group and of its inputs come last.
@@ -12,7 +12,7 @@
 
 namespace d2moe {
 
-// Inputs of a group whose sums of 8-bit codes are within 31 bits.
+// Inputs of a group whose sums of codes are within 31 bits, twice.
 constexpr i64 MOST_OF_GROUP = 256;
 
 // Inputs of a group that cannot be told from 0, of whatever scale.
@@ -108,32 +108,25 @@ struct Line { __m256i part[2]; };
 template <int BITS>
 struct IntegerCodes {
   static constexpr i64 PAIRS = unit_inputs(BITS) / 2, BYTES = unit_bytes(BITS), LINES = BYTES / 64;
-  // Codes are whole numbers from 0 up, but for 8 bits: half of this is what they are too large by.
-  static constexpr i32 TWICE_ABOVE = BITS == 8 ? 0 : BITS == 4 ? 16 : BITS == 3 ? 7 : 3;
+  // Codes are whole numbers from 0 up: half of this is what they are too large by.
+  static constexpr i32 TWICE_ABOVE = BITS == 4 ? 16 : BITS == 3 ? 7 : 3;
 
   static __m256i load(const char* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
 
   D2MOE_INLINE static Line pair(const char* w, int p) {
     Line line;
-    if constexpr (BITS == 8) {
-      const auto* bytes = reinterpret_cast<const __m128i*>(w) + 2 * p;
-      const __m128i a = _mm_loadu_si128(bytes), b = _mm_loadu_si128(bytes + 1);
-      line.part[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
-      line.part[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
-    } else {
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        const char* half = w + 32 * h;
-        if (BITS == 3 && p == 15) {
-          const __m256i low = _mm256_srli_epi16(load(half), 15);
-          const __m256i middle = _mm256_and_si256(_mm256_srli_epi16(load(half + 64), 14), _mm256_set1_epi16(2));
-          const __m256i top = _mm256_and_si256(_mm256_srli_epi16(load(half + 128), 13), _mm256_set1_epi16(4));
-          line.part[h] = _mm256_or_si256(low, _mm256_or_si256(middle, top));
-        } else {
-          const int of_line = BITS == 3 ? 5 : int(PAIRS), shift = p % of_line * BITS;
-          const __m256i code = _mm256_srli_epi16(load(half + (BITS == 3 ? p / 5 * 64 : 0)), shift);
-          line.part[h] = _mm256_and_si256(code, _mm256_set1_epi16((1 << BITS) - 1));
-        }
+    for (int h = 0; h < 2; ++h) {
+      const char* half = w + 32 * h;
+      if (BITS == 3 && p == 15) {
+        const __m256i low = _mm256_srli_epi16(load(half), 15);
+        const __m256i middle = _mm256_and_si256(_mm256_srli_epi16(load(half + 64), 14), _mm256_set1_epi16(2));
+        const __m256i top = _mm256_and_si256(_mm256_srli_epi16(load(half + 128), 13), _mm256_set1_epi16(4));
+        line.part[h] = _mm256_or_si256(low, _mm256_or_si256(middle, top));
+      } else {
+        const int of_line = BITS == 3 ? 5 : int(PAIRS), shift = p % of_line * BITS;
+        const __m256i code = _mm256_srli_epi16(load(half + (BITS == 3 ? p / 5 * 64 : 0)), shift);
+        line.part[h] = _mm256_and_si256(code, _mm256_set1_epi16((1 << BITS) - 1));
       }
     }
     return line;
@@ -178,10 +171,8 @@ void some_integers(
       const Floats scale = Kernel<BFloat16>::widen(f.scales + b * f.scale_stride + g * LANES);
       for (int m = 0; m < M; ++m) {
         float* to = out + m * ld + b * LANES;
-        const float of_inputs = C::TWICE_ABOVE ? 0.5f * x.scales[g - first][m] : x.scales[g - first][m];
-        Ints sum = sums[m][b];
-        if constexpr (C::TWICE_ABOVE != 0) sum = sum + sum - C::TWICE_ABOVE * x.sums[g - first][m];
-        store(to, load(to) + convert<Floats>(sum) * (scale * of_inputs));
+        const Ints twice = sums[m][b] + sums[m][b] - C::TWICE_ABOVE * x.sums[g - first][m];
+        store(to, load(to) + convert<Floats>(twice) * (scale * (0.5f * x.scales[g - first][m])));
       }
     }
   }
