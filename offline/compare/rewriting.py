@@ -24,6 +24,7 @@ RECORD_FILE = "d2moe_baseline.json"
 ROUTERS = (
     "gate.weight",
     "gate.e_score_correction_bias",
+    "experts.e_score_correction_bias",
     "moe_statics.e_score_correction_bias",
     "e_score_correction_bias",
     "expert_bias",

@@ -14,6 +14,7 @@ from families import CONFIGS, load_stock, quantize_fp8, write_family
 from torch import Tensor, nn
 
 from d2moe_vllm.format.kinds import ROLES
+from d2moe_vllm.hf.conversion import decoder_of
 from offline.compare.baselines import (
     by_frequency,
     by_output_norm,
@@ -58,7 +59,7 @@ def masked(model: nn.Module, dropped: dict[int, list[int]], monkeypatch: pytest.
     """The whole model, whose routers find some of their experts impossible."""
     routers = {}
     for layer, experts in dropped.items():
-        for name, parameter in model.get_decoder().layers[layer].state_dict(keep_vars=True).items():
+        for name, parameter in decoder_of(model).layers[layer].state_dict(keep_vars=True).items():
             if f".{name}".endswith(ROUTERS):
                 routers[parameter.data_ptr()] = experts
             if name.endswith(("e_score_correction_bias", "expert_bias")):
