@@ -259,10 +259,6 @@ void some_codes(
 template <class P, int BITS, int M, int NB>
 void codes_tile(
     const typename P::Input* x, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
-#ifdef D2MOE_INTEGERS
-  if constexpr (P::PAIR == 2 && BITS < 8)
-    if (groups.group <= MOST_OF_GROUP) return integers_tile<BITS, M, NB>(x, groups, f, first, last, next, out, ld);
-#endif
   constexpr int SOME = at_once<M, SUMS >= 24 ? NB : std::min(NB, 2)>();
   for (int b = 0; b < NB; b += SOME)
     some_codes<P, BITS, M, SOME>(x, groups, f.from(b), first, last, next.from(b), out + b * LANES, ld);
@@ -273,6 +269,11 @@ void codes_blocks(const Rows<P>& x, const Factor<P>& f, Next after, float* out, 
   const Groups groups = f.groups();
   const i64 count = groups.count(), run = groups_at_once(BITS, groups.group), stride = f.stride();
   const Stored stored{f.w, stride, f.scales, f.scale_stride()};
+#ifdef D2MOE_INTEGERS
+  const Wholes* wholes = nullptr;
+  if constexpr (P::PAIR == 2 && BITS < 8)
+    if (groups.group <= MOST_OF_GROUP) wholes = &wholes_of(x, groups);
+#endif
   auto lines = [&](i64 from, i64 to) { return (groups.unit(to, BITS) - groups.unit(from, BITS)) * Codes<BITS>::LINES; };
   // Not by the first group instead: products that are added to nothing may be rounded twice, for some numbers of rows.
   for (i64 r = 0; r < x.n; ++r) std::fill_n(out + r * ld, NB * LANES, 0.0f);
@@ -283,7 +284,13 @@ void codes_blocks(const Rows<P>& x, const Factor<P>& f, Next after, float* out, 
     for (i64 t = 0; t < x.tiles; ++t) {
       with_rows<FACTOR_ROWS>(x.size(t), [&](auto m) {
         constexpr int M = decltype(m)::value;
-        codes_tile<P, BITS, M, NB>(x.tile(t), groups, stored, first, last, next.share(t, x.tiles), out + x.first(t) * ld, ld);
+        const Next own = next.share(t, x.tiles);
+        float* to = out + x.first(t) * ld;
+#ifdef D2MOE_INTEGERS
+        if constexpr (P::PAIR == 2 && BITS < 8)
+          if (wholes) return integers_tile<BITS, M, NB>(*wholes, x.first(t), groups, stored, first, last, own, to, ld);
+#endif
+        codes_tile<P, BITS, M, NB>(x.tile(t), groups, stored, first, last, own, to, ld);
       });
     }
   }
@@ -294,7 +301,7 @@ void blocks_of(const Rows<P>& x, const Factor<P>& f, Next after, float* out, i64
   if (!f.how.bits) return factor_blocks<P, NB>(x, f, after, out, ld);
   // What rows are held in is all that matters: float16's are float32's.
   using Q = std::conditional_t<P::PAIR == 1, Float32, P>;
-  const Rows<Q> rows{x.data, x.n, x.k, x.tiles};
+  const Rows<Q> rows{x.data, x.n, x.k, x.tiles, x.wholes};
   const Factor<Q> codes{f.w, f.scales, f.how, f.out, f.in, f.first};
   switch (f.how.bits) {
     case 8: return codes_blocks<Q, 8, NB>(rows, codes, after, out, ld);

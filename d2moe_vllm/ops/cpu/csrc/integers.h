@@ -18,39 +18,55 @@ constexpr i64 MOST_OF_GROUP = 256;
 // Inputs of a group that cannot be told from 0, of whatever scale.
 constexpr float LEAST = 1e-30f;
 
-// M rows' inputs of some groups.
-template <int M>
-struct Rounded {
-  std::vector<std::uint32_t> pairs;  // [pairs of inputs][M], of every group as many as its units have
-  float scales[MOST_GROUPS][M];
-  i32 sums[MOST_GROUPS][M];
+// Rows as whole numbers, for factors whose inputs are grouped so: rounded once for all of their outputs.
+struct Wholes {
+  // Of every group as many inputs as fill units of any number of bits.
+  static constexpr i64 UNIT = 32;
 
-  // x: a tile of rows. unit: inputs.
-  void fill(const float* x, const Groups& groups, i64 first, i64 last, i64 bits) {
-    const i64 unit = unit_inputs(bits);
-    i64 inputs = 0;
-    for (i64 g = first; g < last; ++g) inputs += groups.units_of(g, bits) * unit;
-    pairs.resize((inputs / 2 + LANES) * M);
-    auto* to = reinterpret_cast<std::int16_t*>(pairs.data());
-    for (i64 g = first; g < last; ++g) {
-      const i64 origin = groups.origin(g), begin = groups.begin(g), end = groups.end(g), n = groups.units_of(g, bits) * unit;
+  // Tile by tile: [pairs of inputs][rows], [groups][rows] twice.
+  std::vector<std::uint32_t> pairs;
+  std::vector<float> scales;
+  std::vector<i32> sums;
+  i64 count = 0, inputs = 0, in = 0, group = 0, within = 0;
+
+  void forget() { group = 0; }
+  bool fits(const Groups& of) const { return in == of.in && group == of.group && within == of.within; }
+
+  static i64 inputs_of(const Groups& groups, i64 g) { return ceil_div(groups.end(g) - groups.origin(g), UNIT) * UNIT; }
+  // Inputs before a group's, in a row.
+  static i64 place(const Groups& groups, i64 g) { return g ? inputs_of(groups, 0) + (g - 1) * inputs_of(groups, 1) : 0; }
+
+  void fill(const Rows<BFloat16>& rows, const Groups& groups) {
+    count = groups.count(), in = groups.in, group = groups.group, within = groups.within;
+    inputs = count ? place(groups, count - 1) + inputs_of(groups, count - 1) : 0;
+    pairs.resize(inputs / 2 * rows.n), scales.resize(count * rows.n), sums.resize(count * rows.n);
+    for (i64 t = 0; t < rows.tiles; ++t)
+      with_rows<FACTOR_ROWS>(rows.size(t), [&](auto m) { tile<decltype(m)::value>(rows.tile(t), groups, rows.first(t)); });
+  }
+
+ private:
+  // x: a tile, whose first row is the `row`th.
+  template <int M>
+  void tile(const float* x, const Groups& groups, i64 row) {
+    auto* to = reinterpret_cast<std::int16_t*>(pairs.data() + row * inputs / 2);
+    for (i64 g = 0; g < count; ++g) {
+      const i64 origin = groups.origin(g), begin = groups.begin(g), end = groups.end(g), n = inputs_of(groups, g);
       const float* from = x + origin * M;
-      float copy[(MOST_OF_GROUP + 2 * LANES) * M];
-      if (begin != origin || end - origin != n || n % LANES) {
-        std::fill_n(copy, ceil_div(n, LANES) * LANES * M, 0.0f);
+      float copy[(MOST_OF_GROUP + 2 * UNIT) * M];
+      if (begin != origin || end - origin != n) {
+        std::fill_n(copy, n * M, 0.0f);
         for (i64 i = begin - origin; i < end - origin; ++i)
           for (i64 m = 0; m < M; ++m) copy[i / 2 * 2 * M + m * 2 + i % 2] = from[i / 2 * 2 * M + m * 2 + i % 2];
         from = copy;
       }
-      round(from, ceil_div(n, LANES) * LANES, to, scales[g - first], sums[g - first]);
+      round<M>(from, n, to, &scales[(row * count) + g * M], &sums[(row * count) + g * M]);
       to += n * M;
     }
   }
 
- private:
   // f of all of a row's lanes.
-  template <class F>
-  static void joined(const Ints (&lanes)[M], F f, i32 (&to)[M]) {
+  template <int M, class F>
+  static void joined(const Ints (&lanes)[M], F f, i32* to) {
     if constexpr (M == 1) {
       typedef i32 Four __attribute__((vector_size(16)));
       const auto eight = f(lanes[0].part[0], lanes[0].part[1]);
@@ -67,8 +83,9 @@ struct Rounded {
   }
   static void store_ints(i32* to, const Ints& v) { store_parts(to, v); }
 
-  // n inputs, a multiple of 16.
-  static void round(const float* x, i64 n, std::int16_t* to, float (&scales)[M], i32 (&sums)[M]) {
+  // n inputs of M rows, a multiple of 16.
+  template <int M>
+  static void round(const float* x, i64 n, std::int16_t* to, float* scales, i32* sums) {
     // Sizes as whole numbers: one that is no number is the largest.
     Ints most[M];
     for (auto& one : most) one = Ints{};
@@ -79,7 +96,7 @@ struct Rounded {
           return a > size ? a : size;
         }, most[k], bits<Ints>(load(x + i * M + k * LANES)));
     i32 largest[M];
-    joined(most, [](auto a, auto b) { return a > b ? a : b; }, largest);
+    joined<M>(most, [](auto a, auto b) { return a > b ? a : b; }, largest);
     float inverse[LANES * M], of_row[M];
     for (int m = 0; m < M; ++m) {
       const float size = bits<float>(largest[m]);
@@ -98,7 +115,7 @@ struct Rounded {
         const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * M + k * LANES), packed);
       }
-    joined(total, [](auto a, auto b) { return a + b; }, sums);
+    joined<M>(total, [](auto a, auto b) { return a + b; }, sums);
   }
 };
 
@@ -152,27 +169,29 @@ struct IntegerCodes {
   }
 };
 
-// out[m][0 .. 16 NB) += x w^T for a tile of M rows over some groups.
+// out[m][0 .. 16 NB) += x w^T for M rows from the `row`th on, a tile, over some groups.
 template <int BITS, int M, int NB>
 void some_integers(
-    const Rounded<M>& x, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
+    const Wholes& x, i64 row, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
   using C = IntegerCodes<BITS>;
-  const std::uint32_t* pairs = x.pairs.data();
   const char* w = f.w + groups.unit(first, BITS) * C::BYTES;
   i64 wait = 0;
   for (i64 g = first; g < last; ++g) {
+    const std::uint32_t* pairs = x.pairs.data() + row * x.inputs / 2 + Wholes::place(groups, g) / 2 * M;
     Ints sums[M][NB];
-    for (auto& row : sums) for (Ints& sum : row) sum = Ints{};
+    for (auto& one : sums) for (Ints& sum : one) sum = Ints{};
     for (i64 units = groups.units_of(g, BITS); units; --units, w += C::BYTES, pairs += C::PAIRS * M) {
       for (i64 i = 0; i < C::LINES; ++i) next.step<NB, 3>(wait);
       C::template unit<M, NB>(pairs, w, f.stride, sums, std::make_integer_sequence<int, int(C::PAIRS)>{});
     }
+    const float* of_inputs = x.scales.data() + row * x.count + g * M;
+    const i32* all = x.sums.data() + row * x.count + g * M;
     for (int b = 0; b < NB; ++b) {
       const Floats scale = Kernel<BFloat16>::widen(f.scales + b * f.scale_stride + g * LANES);
       for (int m = 0; m < M; ++m) {
         float* to = out + m * ld + b * LANES;
-        const Ints twice = sums[m][b] + sums[m][b] - C::TWICE_ABOVE * x.sums[g - first][m];
-        store(to, load(to) + convert<Floats>(twice) * (scale * (0.5f * x.scales[g - first][m])));
+        const Ints twice = sums[m][b] + sums[m][b] - C::TWICE_ABOVE * all[m];
+        store(to, load(to) + convert<Floats>(twice) * (scale * (0.5f * of_inputs[m])));
       }
     }
   }
@@ -180,12 +199,18 @@ void some_integers(
 
 template <int BITS, int M, int NB>
 void integers_tile(
-    const float* x, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
-  thread_local Rounded<M> rounded;
-  rounded.fill(x, groups, first, last, BITS);
+    const Wholes& x, i64 row, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
   constexpr int SOME = at_once<M, std::min(NB, 2)>();
   for (int b = 0; b < NB; b += SOME)
-    some_integers<BITS, M, SOME>(rounded, groups, f.from(b), first, last, next.from(b), out + b * LANES, ld);
+    some_integers<BITS, M, SOME>(x, row, groups, f.from(b), first, last, next.from(b), out + b * LANES, ld);
+}
+
+// Rows as whole numbers: as somebody has them, or in memory that is good until this thread rounds others.
+inline const Wholes& wholes_of(const Rows<BFloat16>& rows, const Groups& groups) {
+  if (rows.wholes && rows.wholes->fits(groups)) return *rows.wholes;
+  thread_local Wholes own;
+  own.fill(rows, groups);
+  return own;
 }
 
 }  // namespace d2moe

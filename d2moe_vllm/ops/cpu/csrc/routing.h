@@ -51,6 +51,10 @@ struct Half {
   std::vector<Input> s[2], common[2], low[2];  // V x by expert; of a V that is shared; of a base's V
   std::vector<Input> alphas[2];                // of the experts in use
   Gathered<P> base;
+#ifdef D2MOE_INTEGERS
+  std::vector<Wholes> wholes;  // of `pairs`, expert by expert
+  Wholes of_base;
+#endif
 
   Rows<P> rows_of_tokens(i64 n, i64 in) { return factor_rows<P>(tokens.data(), n, in); }
 };

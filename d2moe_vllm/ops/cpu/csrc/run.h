@@ -48,6 +48,7 @@ class Run {
     auto x = [&](i64 t, i64 i) { return P::as_input(batch_.x[t * hidden + i]); };
     if (w13.base_v || w13.shared_v) fill_tokens(b_.half13, hidden, x);
     if ((w13.v && !w13.shared_v) || w13.mixed || w13.whole) fill_pairs(w13, hidden, x);
+    whole_numbers(w13, b_.half13);
     const Shrink<P> shrink13(w13, b_.half13, r_, parallel_, threads_, batch_.tokens, hidden);
     if (w13.shared_v) shrink13(b_.half13.rows_of_tokens(batch_.tokens, hidden), [&](i64 p) { return r_.pairs[p].token; });
     else shrink13({}, {});
@@ -63,6 +64,7 @@ class Run {
     auto mix = [&](i64 t, i64 i) { return b_.mix[t * mix_step_ + i]; };
     gather(w2, b_.half2, mix);
     if (w2.base_v) fill_tokens(b_.half2, intermediate, [&](i64 t, i64 i) { return P::input(mix(t, i)); });
+    whole_numbers(w2, b_.half2);
     const Shrink<P> shrink2(w2, b_.half2, r_, parallel_, threads_, batch_.tokens, widest_);
     if (w2.shared_v) shrink2(hidden_rows(), [](i64 p) { return p; });
     else shrink2({}, {});
@@ -117,6 +119,27 @@ class Run {
     });
   }
 
+  // The rows that all slices of packed matrices are multiplied with, rounded for them once.
+  void whole_numbers([[maybe_unused]] const Weights<P>& w, [[maybe_unused]] Half<P>& half) {
+#ifdef D2MOE_INTEGERS
+    if constexpr (P::PAIR == 2) {
+      auto fits = [](Storage how) { return how.bits && how.bits < 8 && how.group <= MOST_OF_GROUP; };
+      half.of_base.forget();
+      if (w.base[0] && !w.by_columns && fits(w.base[0].how))
+        half.of_base.fill(half.base.rows(batch_.tokens, false), w.base[0].groups());
+      if (!w.whole) return;
+      half.wholes.resize(layer_.experts);
+      parallel_(i64(r_.active.size()), [&](i64 number) {
+        const i64 e = r_.active[number];
+        half.wholes[e].forget();
+        if (!w.has_delta(e) || !layer_.width(e)) return;
+        const Factor<P> u = w.u[0].at(w.u_place(e));
+        if (fits(u.how)) half.wholes[e].fill(r_.rows_of<P>(half.pairs, e, u.in, w.rank[0]), u.groups());
+      });
+    }
+#endif
+  }
+
   // f(first, end) for all outputs: slices, or as much of a fold of a base that is packed by columns as leaves each thread
   // some tasks.
   template <class F>
@@ -154,7 +177,10 @@ class Run {
       }
     } else if (w.base[j] || w.base_rank[j]) {
       const bool whole = bool(w.base[j]);
-      const Rows<P> rows = whole ? half.base.rows(tokens, false) : factor_rows<P>(half.low[j].data(), tokens, w.base_rank[j]);
+      Rows<P> rows = whole ? half.base.rows(tokens, false) : factor_rows<P>(half.low[j].data(), tokens, w.base_rank[j]);
+#ifdef D2MOE_INTEGERS
+      if (whole) rows.wholes = &half.of_base;
+#endif
       multiply_factor<P>(rows, (whole ? w.base[j] : w.base_u[j]).from(first), blocks_from(first, out), after, z, SLICE);
     }
   }
@@ -164,7 +190,10 @@ class Run {
     if (!w.rank[j] || !w.has_delta(e) || !layer_.width(e)) return false;
     const Factor<P> u = w.u[j].at(w.u_place(e));
     // Rows lie as far apart as the widest expert's.
-    const Rows<P> rows = r_.rows_of<P>(w.whole ? half.pairs : half.s[j], e, u.in, w.rank[j]);
+    Rows<P> rows = r_.rows_of<P>(w.whole ? half.pairs : half.s[j], e, u.in, w.rank[j]);
+#ifdef D2MOE_INTEGERS
+    if (w.whole) rows.wholes = &half.wholes[e];
+#endif
     multiply_factor<P>(rows, u.from(first), blocks_from(first, u.out), after, d, SLICE);
     return true;
   }
