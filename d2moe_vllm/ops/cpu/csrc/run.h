@@ -179,7 +179,7 @@ class Run {
       const bool whole = bool(w.base[j]);
       Rows<P> rows = whole ? half.base.rows(tokens, false) : factor_rows<P>(half.low[j].data(), tokens, w.base_rank[j]);
 #ifdef D2MOE_INTEGERS
-      if (whole) rows.wholes = &half.of_base;
+      if (P::PAIR == 2 && whole) rows.wholes = &half.of_base;
 #endif
       multiply_factor<P>(rows, (whole ? w.base[j] : w.base_u[j]).from(first), blocks_from(first, out), after, z, SLICE);
     }
@@ -192,7 +192,7 @@ class Run {
     // Rows lie as far apart as the widest expert's.
     Rows<P> rows = r_.rows_of<P>(w.whole ? half.pairs : half.s[j], e, u.in, w.rank[j]);
 #ifdef D2MOE_INTEGERS
-    if (w.whole) rows.wholes = &half.wholes[e];
+    if constexpr (P::PAIR == 2) if (w.whole) rows.wholes = &half.wholes[e];
 #endif
     multiply_factor<P>(rows, u.from(first), blocks_from(first, u.out), after, d, SLICE);
     return true;
