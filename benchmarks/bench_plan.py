@@ -1,8 +1,9 @@
 """`make bench-plan`: what `d2moe plan` says of time, memory and disk, beside what a run takes, at real models' shapes.
 
-Models of a layer or two with random weights (synthetic_mixtral.py), compressed, verified and inspected by the commands
-themselves, in processes of their own. At two numbers of windows, so that what a window costs can be told from what a
-layer costs. Results: build/bench/plan.json, a row for each run; rows that are there are not run again. Options: --help.
+Models of a layer or two with random weights (synthetic_mixtral.py), compressed, verified, inspected and served by the
+commands themselves, in processes of their own. At two numbers of windows, so that what a window costs can be told from
+what a layer costs. Results: build/bench/plan.json, a row for each run; rows that are there are not run again. Options:
+--help.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from openai import OpenAI
 from places import ROOT
 from synthetic_mixtral import Size, write_dense
 from watching import beside_plan, said, watched_compress
 
+from offline.compare.server import Server
 from offline.io.shards import write_file
 
 RESULTS = ROOT / "build" / "bench" / "plan.json"
@@ -58,6 +62,7 @@ class Run:
             found = watched_compress(arguments, out)
             sound = said(["verify", str(out), "--source", str(source)])["sound"]
             stores = said(["inspect", str(out)])["stores"]
+            served = _served(out, log=Path(name) / "server.log")
         return {
             **asdict(self),
             "predicted": found["predicted"],
@@ -65,7 +70,24 @@ class Run:
             "sound": sound,
             "stores": stores,
             "based": found["based"],
+            "served": served,
         }
+
+
+def _served(out: Path, log: Path, tokens: int = 16) -> dict[str, float]:
+    """Of `vllm serve`: seconds until it answers, and tokens a second of its second completion (the first compiles)."""
+    started = time.monotonic()
+    with Server(out, ["--max-model-len", "512"], log=log, env={"VLLM_CPU_KVCACHE_SPACE": "1"}, timeout=1800) as server:
+        up = time.monotonic() - started
+        client = OpenAI(base_url=server.base_url, api_key="none")
+        for _ in range(2):
+            asked = time.monotonic()
+            reply = client.completions.create(
+                model=str(out), prompt="The `for` statement", max_tokens=tokens, extra_body={"ignore_eos": True}
+            )
+            seconds = time.monotonic() - asked
+    assert reply.usage is not None
+    return {"start_seconds": up, "tokens_per_s": reply.usage.completion_tokens / seconds}
 
 
 def _long(text: Path, folder: str) -> Path:
@@ -76,12 +98,15 @@ def _long(text: Path, folder: str) -> Path:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
+    columns = ["shape", "windows", "predicted and real time", "ratio", "memory, the same", "working folder, the same"]
     lines = [
-        "| shape | windows | predicted and real time | ratio | memory, the same | working folder, the same |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| {' | '.join([*columns, 'served: start, decode'])} |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        lines.append(f"| {row['shape']} | {row['windows']} x {row['seq_len']} | {beside_plan(row)} |")
+        served = row["served"]
+        answers = f"{served['start_seconds']:.0f} s, {served['tokens_per_s']:.1f} tokens/s"
+        lines.append(f"| {row['shape']} | {row['windows']} x {row['seq_len']} | {beside_plan(row)} | {answers} |")
     return "\n".join(lines)
 
 
