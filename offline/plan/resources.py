@@ -154,8 +154,9 @@ def _running(plan: Plan) -> dict[str, int]:
     # A decoder layer's own tensors: normed, projected and attended states, and their gradients.
     states = FLOAT32 * batch * (shape.model_hidden_size * (20 if backwards else 12) + 3 * widest)
     states += scores(plan.model.family, plan.model.settings, plan.windows[1], batch, backwards=backwards)
-    # Autograd keeps three tensors of an expert's width per routed token; then the mix, and one expert at work.
-    kept = shape.experts_per_token * (3 * middle + 2 * hidden) if backwards else 0
+    # Routed rows, of which autograd keeps three tensors of an expert's width and what it gives; then the mix, and one
+    # expert at work.
+    kept = shape.experts_per_token * (3 * middle + 2 * hidden if backwards else hidden)
     routed = FLOAT32 * batch * (kept + 4 * middle + 3 * hidden)
     held = (len(shape.roles) * shape.num_experts if plan.resources.hold_layer else 1) * matrix * width
     result = {"layer": FLOAT32 * (inside + matrix) + held + states + routed}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -86,17 +85,32 @@ class Recorder:
 
 
 class _Project(torch.autograd.Function):
-    """rows [n, in] @ weight [out, in]ᵀ in float32. The weight is fetched and widened once more on the way back:
+    """rows [n, in] @ weight [out, in]ᵀ in float32, of what `fetch` gives. It is fetched once more on the way back:
     autograd's own product would keep a float32 copy of every expert alive."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, fetch: Callable[[], Tensor]) -> Tensor:
         ctx.fetch = fetch
-        return linear(rows, fetch().float())
+        return linear(rows, fetch())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] @ ctx.fetch().float(), None
+        return gradients[0] @ ctx.fetch(), None
+
+
+class _Widened:
+    """A matrix in float32, until the next one is asked for: all in the same place. What is allocated and freed for each
+    leaves a hole that autograd's next small tensor breaks, so that the next matrix does not fit into it."""
+
+    def __init__(self) -> None:
+        self._room = torch.empty(0)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        if weight.dtype == torch.float32:
+            return weight
+        if self._room.numel() < weight.numel() or self._room.device != weight.device:
+            self._room = torch.empty(weight.numel(), device=weight.device)
+        return self._room[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 class DenseExperts(nn.Module):
@@ -117,7 +131,7 @@ class DenseExperts(nn.Module):
     ) -> None:
         super().__init__()
         self._shape, self._fetch, self._gated, self._recorder = shape, fetch, gated, recorder
-        self._biases = biases
+        self._biases, self._widened = biases, _Widened()
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -145,16 +159,20 @@ class DenseExperts(nn.Module):
         if recorder is not None:
             recorder.routed(hidden_states, top_k_index, top_k_weights)
             mix = hidden_states.new_zeros(len(hidden_states), self._shape.intermediate_size)
-        for expert in range(self._shape.num_experts):
-            token, slot = (top_k_index == expert).nonzero(as_tuple=True)
+        # Gathered at once: on the way back each gathering would make a gradient of all tokens.
+        visits = [(top_k_index == expert).nonzero(as_tuple=True) for expert in range(self._shape.num_experts)]
+        all_rows = hidden_states.index_select(0, torch.cat([token for token, _ in visits]))
+        routed = all_rows.split([len(token) for token, _ in visits])
+        for expert, ((token, slot), rows) in enumerate(zip(visits, routed, strict=True)):
             if not len(token):
                 continue
-            rows, gates = hidden_states[token], top_k_weights[token, slot, None]
+            gates = top_k_weights[token, slot, None]
             biases = self._biases(expert)
             middle = self._gated(*(self._project(expert, role, rows, biases) for role in self._shape.halves["w13"]))
             weighted = gates * self._project(expert, "down", middle, biases)
             self.gave(expert, weighted)
-            output = output.index_add(0, token, weighted)
+            # In place: of each new one, what autograd keeps would make holes that the next does not fit into.
+            output.index_add_(0, token, weighted)
             if mix is not None:
                 mix.index_add_(0, token, (gates * middle).detach())
         if recorder is not None and mix is not None:
@@ -166,7 +184,7 @@ class DenseExperts(nn.Module):
         """Told what each expert gives, times the gates: [rows routed to it, hidden]."""
 
     def _project(self, expert: int, role: Role, rows: Tensor, biases: Mapping[Role, Tensor]) -> Tensor:
-        found = _Project.apply(rows, partial(self._fetch, expert, role))
+        found = _Project.apply(rows, lambda: self._widened(self._fetch(expert, role)))
         return found + biases[role].float() if role in biases else found
 
 
