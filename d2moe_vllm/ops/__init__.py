@@ -29,6 +29,7 @@ class Backend(NamedTuple):
 
     pack: the halves in the backend's own layout, called once after loading; None where it takes them as they are.
     by_scope: whether what was packed serves the spec's scope alone.
+    opted: used where it is asked for, and never chosen.
     missing: why it cannot be used on this machine, in one line; None if it can.
     check: hold it against the reference when a model is loaded (selfcheck.py), as it has never run on such devices.
     """
@@ -39,10 +40,13 @@ class Backend(NamedTuple):
     missing: Callable[[], str | None] = lambda: None
     check: bool = False
     by_scope: bool = False
+    opted: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(cpu.fused_experts, ("cpu",), cpu.pack, cpu.missing, by_scope=True),
+    # Computes something else: only where it is asked for.
+    "cpu-int8": Backend(cpu.fused_experts_int8, ("cpu",), cpu.pack_int8, cpu.missing, by_scope=True, opted=True),
     # ROCm's devices are "cuda" to torch, too.
     "triton": Backend(triton.fused_experts, ("cuda",), triton.pack, triton.missing, check=True),
     "reference": Backend(reference.fused_experts),
@@ -57,7 +61,7 @@ def choose_backend(device: str, asked: str | None = None) -> tuple[str, str | No
     if asked is not None and asked not in able:
         raise ValueError(f"backend {asked!r} is none of those for this device: {', '.join(able)}")
     reasons: list[str] = []
-    for name in able if asked is None else [asked]:
+    for name in [name for name in able if not BACKENDS[name].opted] if asked is None else [asked]:
         if (reason := BACKENDS[name].missing()) is None:
             return name, "; ".join(reasons) or None
         reasons.append(f"backend {name!r} cannot be used: {reason}")

@@ -65,15 +65,15 @@ struct Owned {
 
   // Bases of which V's are mixed.
   Factors<P> mixed(Storage how, i64 m, i64 out, i64 k) {
-    if (how.bits) return factors(how, m, out, k);
+    if (how.bits) return factors({how.bits, how.group}, m, out, k);
     const i64 strides[] = {out * k, k, 1};
     auto *bases = values(m * out * k, 0.5f), *packed = values(m * packed_size<P>(out, k), 0);
     for (i64 block = 0; block < ceil_div(out, LANES); ++block) pack_mixed<P>(bases, strides, m, out, k, block, packed);
     return Factor<P>{reinterpret_cast<const char*>(packed), nullptr, {}, out, k, 0};
   }
 
-  Factor<P> base(Storage how, i64 out, i64 kept, bool by_columns) {
-    if (!by_columns) return factor(how, out, kept, below(100));
+  Factor<P> base(Storage how, i64 out, i64 kept, bool by_columns, i64 first) {
+    if (!by_columns) return factor(how, out, kept, first);
     auto* packed = values(packed_base_size<P>(out, kept), 0);
     pack_base<P>(values(out * kept, 0.2f), out, out, kept, packed);
     return {reinterpret_cast<const char*>(packed), nullptr, {}, out, kept, 0};
@@ -149,7 +149,9 @@ void narrow_half(Owned<P>& own, const Layer<P>& layer, Weights<P>& w, int half, 
     w.v.each.push_back(own.factor(of_delta, w.ranks(), half ? width : hidden, half ? skipped : 0));
     w.v.first = w.v.each[0];
   }
-  for (int j = 0; j < parts && based; ++j) w.base[j] = own.base(of_base, half ? hidden : channels, half ? channels : hidden, false);
+  const i64 first = below(100);
+  for (int j = 0; j < parts && based; ++j)
+    w.base[j] = own.base(of_base, half ? hidden : channels, half ? channels : hidden, false, first);
   w.kept = half ? channels : hidden;
 }
 
@@ -171,7 +173,11 @@ bool one(int number) {
   std::vector<float> norms(layer.hidden + layer.intermediate, 1.0f);
   const bool trimmed = below(3) == 0;
   // Few bits, and experts that keep some channels, some of them none.
-  auto storage = [] { return below(2) ? Storage{} : Storage{(const i64[]){8, 4, 3, 2}[below(4)], 32 << below(3)}; };
+  auto storage = [] {
+    if (below(2)) return Storage{};
+    const i64 bits = (const i64[]){8, 4, 3, 2}[below(4)];
+    return Storage{bits, 32 << below(3), bits < 8 && below(2)};
+  };
   std::vector<i32> widths;
   const bool narrow = number % 4 == 3, based = below(2);
   if (narrow) {
@@ -209,7 +215,8 @@ bool one(int number) {
       w.alpha = zeros_between(own.values(layer.experts * 2 * w.mixed, 0.3f), layer.experts * 2, w.mixed);
     } else if (kind == 3) {
       w.whole = true;
-      for (int j = 0; j < parts; ++j) w.rank[j] = in, w.u[j] = own.factors(of_delta, layer.experts, out, in, below(100));
+      const i64 first = below(100);
+      for (int j = 0; j < parts; ++j) w.rank[j] = in, w.u[j] = own.factors(of_delta, layer.experts, out, in, first);
     }
     const i64 base = below(3);
     if (base == 0) {
@@ -221,7 +228,8 @@ bool one(int number) {
       w.base_norms = norms.data();
       w.selects = layer.scope != Scope::off && w.used < w.kept;
       w.by_columns = w.selects && !of_base.bits;
-      for (int j = 0; j < parts; ++j) w.base[j] = own.base(of_base, out, w.kept, w.by_columns);
+      const i64 first = below(100);
+      for (int j = 0; j < parts; ++j) w.base[j] = own.base(of_base, out, w.kept, w.by_columns, first);
     } else if (base == 1 || trimmed) {
       for (int j = 0; j < parts; ++j) w.base_rank[j] = 1 + below(9);
       for (int j = 0; j < parts; ++j) w.base_u[j] = own.factor(of_base, out, w.base_rank[j]);

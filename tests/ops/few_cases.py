@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,16 +98,47 @@ class Few:
         return torch.cat([part[0] for part in parts], dim=1), scales, torch.cat([part[2] for part in parts], dim=1)
 
 
+class Matrix(NamedTuple):
+    """float64 [out, in], how it is stored, and where in a whole row its inputs begin."""
+
+    values: Tensor
+    how: Storage | None = None
+    first: int = 0
+
+    def of(self, x: np.ndarray, int8: bool) -> np.ndarray:
+        """x [..., in] times it; int8: of few bits, after the inputs of each of its groups were rounded to 8."""
+        if int8 and self.how is not None and self.how[0] < 8:
+            x = self._rounded(x)
+        return x @ self.values.numpy().T
+
+    def _rounded(self, x: np.ndarray) -> np.ndarray:
+        assert self.how is not None
+        rounded, group = np.zeros_like(x), self.how[1]
+        begin = 0
+        while begin < x.shape[-1]:
+            end = min(x.shape[-1], (begin + self.first) // group * group + group - self.first)
+            own = x[..., begin:end]
+            step = np.abs(own).max(axis=-1, keepdims=True) / 127
+            with np.errstate(invalid="ignore"):
+                rounded[..., begin:end] = np.where(step > 0, np.rint(own / step) * step, 0)
+            begin = end
+        return rounded
+
+
+Chain = tuple[Matrix, ...]
+"""Matrices that something is multiplied with one after the other."""
+
+
 @dataclass
 class Made:
-    """A layer: what backends are given, and per role its base [out, in], per expert and role its delta, or None."""
+    """A layer: what backends are given, and per role its base, per expert and role its delta, or None."""
 
     arguments: list[Any]
     spec: LayerSpec
-    base: dict[str, Tensor | None]
+    base: dict[str, Chain | None]
     columns: dict[str, np.ndarray]
     norms: dict[str, np.ndarray]
-    deltas: list[dict[str, Tensor | None]]
+    deltas: list[dict[str, Chain | None]]
     channels: list[np.ndarray]
     biases: list[dict[str, Tensor]]
 
@@ -122,8 +153,8 @@ def make(few: Few) -> Made:
     channels = [np.arange(inner)] * few.experts
     if few.widths and few.base:
         channels = [torch.randperm(inner, generator=few.generator)[:w].sort().values.numpy() for w in widths]
-    base: dict[str, Tensor | None] = dict.fromkeys(few.halves[0] + few.halves[1])
-    deltas: list[dict[str, Tensor | None]] = [dict.fromkeys(base) for _ in widths]
+    base: dict[str, Chain | None] = dict.fromkeys(few.halves[0] + few.halves[1])
+    deltas: list[dict[str, Chain | None]] = [dict.fromkeys(base) for _ in widths]
     columns, norms, halves = {}, {}, []
     sizes = [{"gate": width, "up": width, "down": hidden} for width in widths if few.biased]
     biases = [{role: few.random(size).to(few.dtype) for role, size in of.items()} for of in sizes]
@@ -183,22 +214,25 @@ def _deltas(few: Few, half: int, roles: Any, widths: tuple[int, ...], deltas: li
             parts = [few.matrix(out, k, how, first) for _ in roles]
             scales = None if how is None else torch.cat([part[1] for part in parts])  # type: ignore[misc]
             found.setdefault("dense", []).append((torch.cat([part[0] for part in parts]), scales))
-            deltas[expert] |= {role: part[2] for role, part in zip(roles, parts, strict=True)}
+            deltas[expert] |= {role: (Matrix(part[2], how, first),) for role, part in zip(roles, parts, strict=True)}
             continue
-        *u, meaning = few.side_by_side(out, ranks, how, first if few.delta == "columns" else 0)
+        cut = first if few.delta == "columns" else 0
+        *u, meaning = few.side_by_side(out, ranks, how, cut)
         found.setdefault("delta_u", []).append(tuple(u))
         if few.delta == "columns":
             places = [torch.randperm(k, generator=few.generator)[:rank].sort().values for rank in ranks]
             columns.append(torch.cat(places).int())
-            vs = torch.cat([torch.eye(k, dtype=torch.float64)[place] for place in places])
+            chosen = torch.cat([torch.eye(k, dtype=torch.float64)[place] for place in places])
+            vs = [Matrix(one) for one in chosen.split(ranks)]
         elif few.delta == "shared V":
             shared = few.matrix(sum(ranks), k, how, first) if shared is None else shared
-            vs = shared[2]
+            vs = [Matrix(one, how, first) for one in shared[2].split(ranks)]
         else:
-            *v, vs = few.matrix(sum(ranks), k, how, first)
+            *v, whole = few.matrix(sum(ranks), k, how, first)
+            vs = [Matrix(one, how, first) for one in whole.split(ranks)]
             found.setdefault("delta_v", []).append(tuple(v))
-        pairs = zip(meaning.split(ranks, dim=1), vs.split(ranks), strict=True)
-        deltas[expert] |= {role: u_part @ v_part for role, (u_part, v_part) in zip(roles, pairs, strict=True)}
+        us = [Matrix(one, how, cut) for one in meaning.split(ranks, dim=1)]
+        deltas[expert] |= dict(zip(roles, zip(vs, us, strict=True), strict=True))
     result: dict[str, Tensor] = {}
     for name, each in found.items():
         flat = bool(few.widths) and name != ("delta_u" if down else "delta_v")
@@ -228,8 +262,8 @@ def _base(few: Few, half: int, roles: Any, base: dict[str, Any], columns: Any, n
         ranks = few.of_half(few.base_ranks, half)
         u, u_scales, us = few.side_by_side(out, ranks, how)
         v, v_scales, vs = few.matrix(sum(ranks), k, how, first)
-        pairs = zip(us.split(ranks, dim=1), vs.split(ranks), strict=True)
-        base |= {role: u_part @ v_part for role, (u_part, v_part) in zip(roles, pairs, strict=True)}
+        pairs = zip(vs.split(ranks), us.split(ranks, dim=1), strict=True)
+        base |= {role: (Matrix(v, how, first), Matrix(u, how)) for role, (v, u) in zip(roles, pairs, strict=True)}
         scales = {} if how is None else {"base_u_scales": u_scales, "base_v_scales": v_scales}
         return {"base_u": u, "base_v": v, **scales}
     found: dict[str, Any] = {}
@@ -249,11 +283,18 @@ def _base(few: Few, half: int, roles: Any, base: dict[str, Any], columns: Any, n
     if how:
         found["base_scales"] = torch.cat([part[1] for part in parts])  # type: ignore[misc]
     for role, part in zip(roles, parts, strict=True):
-        base[role] = torch.zeros(out, k, dtype=torch.float64).index_copy_(1, chosen, part[2])
+        base[role] = (Matrix(torch.eye(k, dtype=torch.float64)[chosen]), Matrix(part[2], how, first))
     return found
 
 
-def forward(few: Few, made: Made) -> np.ndarray:
+def forward(few: Few, made: Made, *, int8: bool = False) -> np.ndarray:
+    """[tokens, hidden]. int8: what matrices of fewer than 8 bits are multiplied with is rounded to 8."""
+
+    def product(chain: Chain, rows: np.ndarray) -> np.ndarray:
+        for matrix in chain:
+            rows = matrix.of(rows, int8)
+        return rows
+
     x, gates, ids = (made.arguments[i].double().numpy() for i in range(3))
     padding = made.arguments[5]
 
@@ -267,7 +308,7 @@ def forward(few: Few, made: Made) -> np.ndarray:
                 chosen = select(rows[:, own], made.norms[roles[0]], used, few.groups, few.scope, padding)
             masked = np.zeros_like(rows)
             masked[:, own] = np.where(chosen, rows[:, own], 0)
-        return {role: masked @ made.base[role].numpy().T for role in roles}  # type: ignore[union-attr]
+        return {role: product(made.base[role], masked) for role in roles}  # type: ignore[arg-type]
 
     z = based(few.halves[0], x)
     mix, output = np.zeros((few.tokens, few.intermediate)), np.zeros((few.tokens, few.hidden))
@@ -281,15 +322,15 @@ def forward(few: Few, made: Made) -> np.ndarray:
             parts = []
             for role in few.halves[0]:
                 value = z[role][t, own] if role in z else np.zeros(len(own))
-                value = value if delta[role] is None else value + delta[role].numpy() @ x[t]  # type: ignore[union-attr]
+                value = value if (chain := delta[role]) is None else value + product(chain, x[t])
                 parts.append(value + made.biases[expert][role].double().numpy() if few.biased else value)
             h = gated(parts, few.swiglu, few.activation)
             if few.biased:
                 output[t] += gate_value * made.biases[expert]["down"].double().numpy()
             if few.base:
                 mix[t, own] += gate_value * h
-            if delta["down"] is not None:
-                output[t] += gate_value * (delta["down"].numpy() @ h)
+            if (chain := delta["down"]) is not None:
+                output[t] += gate_value * product(chain, h)
     down = based(("down",), mix)
     return output + down["down"] if down else output
 

@@ -23,11 +23,11 @@ from d2moe_vllm.ops.weights import LayerSpec, Weights
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def run(arguments: list[Any], spec: LayerSpec) -> torch.Tensor:
+def run(arguments: list[Any], spec: LayerSpec, *, int8: bool = False) -> torch.Tensor:
     """Packs copies: packing takes the storage it is given."""
     copies = [Weights(*(None if t is None else t.clone() for t in half)) for half in arguments[3:5]]
-    packed = cpu.pack(*copies, spec)
-    return cpu.fused_experts(*arguments[:3], *packed, arguments[5], spec)
+    packed = cpu.pack(*copies, spec, int8=int8)
+    return cpu.fused_experts(*arguments[:3], *packed, arguments[5], spec, int8=int8)
 
 
 @settings(max_examples=200, deadline=None)

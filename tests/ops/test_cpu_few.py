@@ -132,13 +132,14 @@ def test_an_input_far_above_the_others_of_its_group_costs_them_nothing(name: str
     assert errors[0] <= 1.3 * errors[1]
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("name", ["8 bits by 64", "4 bits by 64", "3 bits by 64", "2 bits by 64"])
-def test_what_is_no_number_stays_in_its_row(name: str) -> None:
+def test_what_is_no_number_stays_in_its_row(name: str, int8: bool) -> None:
     made = make(replace(LAYERS[name], dtype=torch.bfloat16))
     x, *rest = made.arguments
     strange = x.clone()
     strange[3, 5], strange[4, 70], strange[5] = float("nan"), float("inf"), 0.0
-    before, after = run(made.arguments, made.spec), run((strange, *rest), made.spec)
+    before, after = (run(arguments, made.spec, int8=int8) for arguments in (made.arguments, (strange, *rest)))
     used = (made.arguments[2] >= 0).any(dim=1)
     assert not after[[3, 4]][used[[3, 4]]].isfinite().any()
     assert not after[5].any()
@@ -146,21 +147,22 @@ def test_what_is_no_number_stays_in_its_row(name: str) -> None:
     assert torch.equal(before[others], after[others])
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("name", "scope"),
     [*((name, "off") for name in LAYERS), *((name, "token") for name, few in LAYERS.items() if few.base == "columns")],
 )
 def test_rows_are_the_same_bits_alone_in_a_crowd_and_on_any_number_of_threads(
-    name: str, scope: str, dtype: torch.dtype
+    name: str, scope: str, dtype: torch.dtype, int8: bool
 ) -> None:
     made = make(replace(LAYERS[name], dtype=dtype, scope=scope))
     packed = cpu.pack(
-        *(Weights(*(None if t is None else t.clone() for t in h)) for h in made.arguments[3:5]), made.spec
+        *(Weights(*(None if t is None else t.clone() for t in h)) for h in made.arguments[3:5]), made.spec, int8=int8
     )
 
     def some(rows: torch.Tensor) -> torch.Tensor:
-        return cpu.fused_experts(*(t[rows] for t in made.arguments[:3]), *packed, None, made.spec)
+        return cpu.fused_experts(*(t[rows] for t in made.arguments[:3]), *packed, None, made.spec, int8=int8)
 
     same_bits(some)
 
@@ -194,6 +196,43 @@ def test_packed_bases_that_vs_are_mixed_from(storage: tuple[int, int], bases: in
     assert errors[0] <= 1.3 * errors[1] + 3e-7
     some = torch.tensor([4, 17, 32])
     assert torch.equal(run([*(t[some] for t in arguments[:3]), *arguments[3:]], spec), outputs[0][some])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_of_8_bits_equal_the_oracle_that_rounds_them(name: str) -> None:
+    """float32, so that little else is rounded; what is on the edge between two steps goes either way."""
+    few = LAYERS[name]
+    made = make(few)
+    exact, rounded = forward(few, made), forward(few, made, int8=True)
+    found = run(made.arguments, made.spec, int8=True).double().numpy()
+    size = np.linalg.norm(exact)
+    asked = np.linalg.norm(rounded - exact) / size
+    assert np.linalg.norm(found - rounded) <= (1e-3 if asked else 1e-6) * size
+    assert asked <= 0.03
+
+
+@settings(max_examples=100, deadline=None)
+@given(few_cases())
+def test_rows_of_8_bits_of_any_layer(few: Few) -> None:
+    """Small ones, where a single step of a single input is not little: within what rounding costs."""
+    made = make(few)
+    real = slice(0, few.tokens - few.padding)
+    exact, rounded = forward(few, made)[real], forward(few, made, int8=True)[real]
+    found = run(made.arguments, made.spec, int8=True).double().numpy()[real]
+    np.testing.assert_allclose(found, rounded, rtol=0.05, atol=0.05 * max(np.abs(exact).max(initial=0), 1e-2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["4 bits by 64", "3 bits by 64", "2 bits by 64", "on a base, unequal widths", "factors"]
+)
+def test_rows_of_8_bits_cost_no_more_than_these(name: str, dtype: torch.dtype) -> None:
+    few = replace(LAYERS[name], dtype=dtype)
+    made = make(few)
+    exact, rounded = (torch.from_numpy(forward(few, made, int8=int8)) for int8 in (False, True))
+    found, stock = run(made.arguments, made.spec, int8=True), fused_experts(*made.arguments, made.spec)
+    errors = [float((y.double() - exact).norm() / exact.norm()) for y in (found, rounded, stock)]
+    assert errors[0] <= 1.1 * (errors[1] + errors[2])
 
 
 @pytest.mark.parametrize("name", ["4 bits by 64", "unequal widths", "on a base, unequal widths"])

@@ -7,7 +7,7 @@ of threads, to the last bit, in scopes "off" and "token".
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from d2moe_vllm.ops.cpu.compiler import CompilerError
 from d2moe_vllm.ops.cpu.library import I64, Call, Half, Matrices, load
-from d2moe_vllm.ops.cpu.pack import DTYPES, by_columns, pack, refuse_unknown, selects
+from d2moe_vllm.ops.cpu.pack import DTYPES, by_columns, in_bytes, pack, refuse_unknown, selects
 from d2moe_vllm.ops.packing import Packing
 from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
-__all__ = ["CompilerError", "fused_experts", "load", "missing", "pack"]
+__all__ = ["CompilerError", "fused_experts", "fused_experts_int8", "load", "missing", "pack", "pack_int8"]
 
 SCOPES = ("off", "token", "batch")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
@@ -46,11 +46,15 @@ def fused_experts(
     w2: Weights,
     padding_mask: Tensor | None,
     spec: LayerSpec,
+    *,
+    int8: bool = False,
 ) -> Tensor:
     """`reference.fused_experts` for halves that `pack` returned, x on the CPU in float32, float16 or bfloat16.
 
-    It is always batch-invariant, and static_shapes has no meaning here. Raises ValueError for an unknown scope or
-    activation, for a clamped SwiGLU of another than silu or without a gate, and for weights that no checkpoint has.
+    int8: what a matrix of fewer than 8 bits is multiplied with is rounded to 8 bits: the inputs of each of the matrix's
+    groups to 127 steps of the largest among them. The backend is always batch-invariant, and static_shapes has no
+    meaning here. Raises ValueError for an unknown scope or activation, for a clamped SwiGLU of another than silu or
+    without a gate, and for weights that no checkpoint has.
     """
     refuse_unknown(w13, w2, spec)
     if spec.swiglu and spec.activation != "silu":
@@ -62,8 +66,10 @@ def fused_experts(
     # Kept until the call returns, as all that it is given pointers of.
     widths = _widths(spec.widths, spec.skipped, spec.without) if spec.widths else None
     call = Call(
-        w13=_half(w13, spec.w13, spec, x.shape[1], x.shape[1], widths),
-        w2=_half(w2, spec.w2, spec, spec.intermediate_size, max(spec.widths, default=spec.intermediate_size), widths),
+        w13=_half(w13, spec.w13, spec, x.shape[1], x.shape[1], widths, int8),
+        w2=_half(
+            w2, spec.w2, spec, spec.intermediate_size, max(spec.widths, default=spec.intermediate_size), widths, int8
+        ),
         x=x.data_ptr(),
         gates=gates.data_ptr(),
         ids=ids.data_ptr(),
@@ -88,6 +94,9 @@ def fused_experts(
     return y
 
 
+pack_int8, fused_experts_int8 = partial(pack, int8=True), partial(fused_experts, int8=True)
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -108,13 +117,17 @@ def _widths(widths: tuple[int, ...], skipped: tuple[int, ...], without: tuple[in
     return _Widths(*(torch.tensor(values, dtype=torch.int32, device="cpu") for values in (widths, skipped, places)))
 
 
-def _matrices(values: Tensor | None, scales: Tensor | None, how: Packing | None, first: int = 0) -> Matrices:
+def _matrices(
+    values: Tensor | None, scales: Tensor | None, how: Packing | None, first: int = 0, *, int8: bool
+) -> Matrices:
     if how is None:
-        return Matrices(_pointer(values), None, 0, 1, 0)
-    return Matrices(_pointer(values), _pointer(scales), how.bits, how.group_size, first)
+        return Matrices(_pointer(values), None, 0, 1, 0, 0)
+    return Matrices(_pointer(values), _pointer(scales), how.bits, how.group_size, first, in_bytes(how, int8))
 
 
-def _half(weights: Weights, half: HalfSpec, spec: LayerSpec, inputs: int, whole: int, widths: _Widths | None) -> Half:
+def _half(
+    weights: Weights, half: HalfSpec, spec: LayerSpec, inputs: int, whole: int, widths: _Widths | None, int8: bool
+) -> Half:
     """inputs: of a base without columns of its own; where experts keep some channels, all that any of them has. whole:
     of a matrix that is an expert's whole delta, at most."""
     kept = inputs if weights.base_columns is None else weights.base_columns.numel()
@@ -136,12 +149,12 @@ def _half(weights: Weights, half: HalfSpec, spec: LayerSpec, inputs: int, whole:
     # Ranks share out the inputs of a U only where these are a delta's columns.
     cut = weights.dense is not None or weights.delta_columns is not None
     return Half(
-        u=_matrices(u, u_scales, half.delta, half.delta_first if cut else 0),
-        v=_matrices(v, v_scales, half.delta, half.delta_first),
-        base=_matrices(weights.base, weights.base_scales, half.base, half.base_first),
-        base_u=_matrices(weights.base_u, weights.base_u_scales, half.base),
-        base_v=_matrices(weights.base_v, weights.base_v_scales, half.base, half.base_first),
-        bases=_matrices(weights.bases, weights.bases_scales, half.delta),
+        u=_matrices(u, u_scales, half.delta, half.delta_first if cut else 0, int8=int8),
+        v=_matrices(v, v_scales, half.delta, half.delta_first, int8=int8),
+        base=_matrices(weights.base, weights.base_scales, half.base, half.base_first, int8=int8),
+        base_u=_matrices(weights.base_u, weights.base_u_scales, half.base, int8=int8),
+        base_v=_matrices(weights.base_v, weights.base_v_scales, half.base, half.base_first, int8=int8),
+        bases=_matrices(weights.bases, weights.bases_scales, half.delta, int8=False),
         alpha=_pointer(weights.alpha),
         columns=_pointer(weights.delta_columns),
         u_index=_pointer(weights.u_index if widths is None else widths.places),

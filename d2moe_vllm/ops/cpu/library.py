@@ -23,7 +23,7 @@ I64, POINTER = ctypes.c_int64, ctypes.c_void_p
 class Matrices(ctypes.Structure):
     """`MatricesC` of api.cpp."""
 
-    _fields_ = [("data", POINTER), ("scales", POINTER), ("bits", I64), ("group", I64), ("first", I64)]
+    _fields_ = [("data", POINTER), ("scales", POINTER), *((name, I64) for name in ("bits", "group", "first", "bytes"))]
 
 
 class Half(ctypes.Structure):
@@ -67,7 +67,7 @@ def load() -> ctypes.CDLL:
     library.d2moe_codes_size.argtypes = library.d2moe_scales_size.argtypes = [I64] * 5
     library.d2moe_codes_size.restype = library.d2moe_scales_size.restype = I64
     strided: Any = [POINTER, ctypes.POINTER(I64)]
-    library.d2moe_pack_codes.argtypes = [I64, I64, I64, *strided, *strided, I64, I64, I64, POINTER, POINTER]
+    library.d2moe_pack_codes.argtypes = [I64, I64, I64, I64, *strided, *strided, I64, I64, I64, POINTER, POINTER]
     library.d2moe_pack_codes.restype = None
     library.d2moe_pack_factors.argtypes = [I64, POINTER, ctypes.POINTER(I64), I64, I64, I64, POINTER]
     library.d2moe_pack_factors.restype = None

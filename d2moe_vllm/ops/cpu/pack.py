@@ -31,19 +31,26 @@ class _Factors(NamedTuple):
     first: int = 0
 
 
-def pack(w13: Weights, w2: Weights, spec: LayerSpec) -> tuple[Weights, Weights]:
+def pack(w13: Weights, w2: Weights, spec: LayerSpec, *, int8: bool = False) -> tuple[Weights, Weights]:
     """The two halves of a layer in this backend's layout; what is packed is flat, all else the same tensor.
 
-    `fused_experts` has to be given the same spec. What is packed takes the storage of the original where both have one
-    size: packing then needs the room of one tensor more for a moment, and none afterwards.
+    int8: for rows that are rounded to 8 bits. `fused_experts` has to be given the same, and the same spec. What is
+    packed takes the storage of the original where both have one size: packing then needs the room of one tensor more
+    for a moment, and none afterwards.
     Raises ValueError for weights that no checkpoint has.
     """
     refuse_unknown(w13, w2, spec)
     hidden = hidden_size(w2, spec)
     return (
-        _Half(w13, spec.w13, spec, hidden, down=False).packed(),
-        _Half(w2, spec.w2, spec, hidden, down=True).packed(),
+        _Half(w13, spec.w13, spec, hidden, down=False, int8=int8).packed(),
+        _Half(w2, spec.w2, spec, hidden, down=True, int8=int8).packed(),
     )
+
+
+def in_bytes(how: Packing, int8: bool) -> bool:
+    """Whether rows are rounded to 8 bits before they meet a matrix packed so. Bytes are multiplied as floats, whatever
+    was asked for: their products with bytes have no room for a second one beside them."""
+    return int8 and how.bits < 8
 
 
 def refuse_unknown(w13: Weights, w2: Weights, spec: LayerSpec) -> None:
@@ -89,9 +96,11 @@ def hidden_size(w2: Weights, spec: LayerSpec) -> int:
 class _Half:
     """One half of a layer, to be packed."""
 
-    def __init__(self, weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int, *, down: bool) -> None:
+    def __init__(
+        self, weights: Weights, half: HalfSpec, spec: LayerSpec, hidden: int, *, down: bool, int8: bool
+    ) -> None:
         self.weights, self.half, self.scope, self.hidden = weights, half, spec.scope, hidden
-        self.parts, self.down = len(half.ranks), down
+        self.parts, self.down, self.int8 = len(half.ranks), down, int8
         self.inputs = spec.intermediate_size if self.down else hidden
         self.every = spec.widths
         own = [expert for expert in range(len(spec.widths)) if expert not in spec.without]
@@ -119,7 +128,7 @@ class _Half:
                 factors = _cut(values, scales, half.delta, parts, inputs, first)
             else:
                 factors = self._flat(values, scales, rows, parts, inputs, first)
-            found |= _packed(name, values, scales, half.delta, factors)
+            found |= _packed(name, values, scales, half.delta, factors, self.int8)
         if weights.bases is not None and half.delta is None:
             found["bases"] = _pack_mixed(weights.bases, half.ranks)
         elif weights.bases is not None:
@@ -127,7 +136,8 @@ class _Half:
             assert weights.bases_scales is not None
             both = (tensor.split(list(half.ranks), dim=1) for tensor in (weights.bases, weights.bases_scales))
             factors = [_Factors(values, scales, self.hidden) for values, scales in zip(*both, strict=True)]
-            found |= _packed("bases", weights.bases, weights.bases_scales, half.delta, factors)
+            # Never for rows of 8 bits: they are opened to be mixed.
+            found |= _packed("bases", weights.bases, weights.bases_scales, half.delta, factors, int8=False)
         found |= self._of_layer("shared_v", half.delta, (self.inputs,), half.delta_first)
         found |= self._of_layer("base_u", half.base, half.base_ranks)
         found |= self._of_layer("base_v", half.base, (self.inputs,), half.base_first)
@@ -136,7 +146,7 @@ class _Half:
         elif weights.base is not None and half.base is None:
             # The original is input-major.
             outputs = weights.base.t().unflatten(0, (self.parts, -1))
-            found |= _packed("base", weights.base, None, None, [_Factors(outputs, None, len(weights.base))])
+            found |= _packed("base", weights.base, None, None, [_Factors(outputs, None, len(weights.base))], int8=False)
         elif weights.base is not None:
             kept = self.inputs if weights.base_columns is None else len(weights.base_columns)
             found |= self._of_layer("base", half.base, (kept,), half.base_first, self.parts)
@@ -179,7 +189,7 @@ class _Half:
         if values is None:
             return {}
         one = None if scales is None else scales.unsqueeze(0)
-        return _packed(name, values, scales, how, _cut(values.unsqueeze(0), one, how, parts, inputs, first))
+        return _packed(name, values, scales, how, _cut(values.unsqueeze(0), one, how, parts, inputs, first), self.int8)
 
 
 def _cut(
@@ -196,7 +206,7 @@ def _cut(
 
 
 def _packed(
-    name: str, values: Tensor, scales: Tensor | None, how: Packing | None, factors: Sequence[_Factors]
+    name: str, values: Tensor, scales: Tensor | None, how: Packing | None, factors: Sequence[_Factors], int8: bool
 ) -> dict[str, Tensor]:
     """Factors one after the other: flat, under their name, and their scales; see `pack` for whose storage they take."""
     library = load()
@@ -224,9 +234,8 @@ def _packed(
             # A last dimension that is cut keeps its stride, which is 1.
             pointers += [tensor.data_ptr(), (I64 * 2)(*tensor.stride()[:2])]
         shape = (*one.values.shape[:2], one.inputs)
-        library.d2moe_pack_codes(
-            how.bits, how.group_size, one.first, *pointers, *shape, to.data_ptr(), to_scales.data_ptr()
-        )
+        how_it_lies = (how.bits, how.group_size, one.first, in_bytes(how, int8))
+        library.d2moe_pack_codes(*how_it_lies, *pointers, *shape, to.data_ptr(), to_scales.data_ptr())
     return {name: _in_place(values, codes), f"{name}_scales": _in_place(scales, of_codes)}
 
 

@@ -12,11 +12,11 @@ namespace {
 
 using namespace d2moe;
 
-// A tensor that holds packed factors; scales: of codes. first: see Factor.
+// A tensor that holds packed factors; scales: of codes. first: see Factor. bytes: for rows of 8 bits.
 struct MatricesC {
   const void* data;
   const std::uint16_t* scales;
-  i64 bits, group, first;
+  i64 bits, group, first, bytes;
 };
 
 // One half's tensors and sizes; null and 0 where there is none.
@@ -60,7 +60,7 @@ void in_threads(i64 n, const std::function<void(i64)>& f) {
 
 template <class P>
 Factor<P> factor(const MatricesC& from, i64 out, i64 in) {
-  return {static_cast<const char*>(from.data), from.scales, {from.bits, from.group}, out, in, from.first};
+  return {static_cast<const char*>(from.data), from.scales, {from.bits, from.group, from.bytes != 0}, out, in, from.first};
 }
 
 // What lies behind `places` factors like one.
@@ -189,9 +189,9 @@ i64 d2moe_scales_size(i64 bits, i64 group, i64 first, i64 out, i64 in) {
 
 // codes: [places, out, ...], with these strides in bytes, scales: likewise in scales. to: places * d2moe_codes_size bytes.
 void d2moe_pack_codes(
-    i64 bits, i64 group, i64 first, const std::uint8_t* codes, const i64* strides, const std::uint16_t* scales,
+    i64 bits, i64 group, i64 first, i64 bytes, const std::uint8_t* codes, const i64* strides, const std::uint16_t* scales,
     const i64* scale_strides, i64 places, i64 out, i64 in, char* to, std::uint16_t* to_scales) {
-  const Factor<BFloat16> f{nullptr, nullptr, {bits, group}, out, in, first};
+  const Factor<BFloat16> f{nullptr, nullptr, {bits, group, bytes != 0}, out, in, first};
   const i64 blocks = ceil_div(out, LANES);
   in_threads(places * blocks, [&](i64 task) {
     const i64 d = task / blocks;

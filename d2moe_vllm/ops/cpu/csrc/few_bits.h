@@ -7,6 +7,7 @@
 // products save.
 #pragma once
 
+#include "bytes.h"
 #include "integers.h"
 
 namespace d2moe {
@@ -269,11 +270,6 @@ void codes_blocks(const Rows<P>& x, const Factor<P>& f, Next after, float* out, 
   const Groups groups = f.groups();
   const i64 count = groups.count(), run = groups_at_once(BITS, groups.group), stride = f.stride();
   const Stored stored{f.w, stride, f.scales, f.scale_stride()};
-#ifdef D2MOE_INTEGERS
-  const Wholes* wholes = nullptr;
-  if constexpr (P::PAIR == 2 && BITS < 8)
-    if (groups.group <= MOST_OF_GROUP) wholes = &wholes_of(x, groups);
-#endif
   auto lines = [&](i64 from, i64 to) { return (groups.unit(to, BITS) - groups.unit(from, BITS)) * Codes<BITS>::LINES; };
   // Not by the first group instead: products that are added to nothing may be rounded twice, for some numbers of rows.
   for (i64 r = 0; r < x.n; ++r) std::fill_n(out + r * ld, NB * LANES, 0.0f);
@@ -286,9 +282,12 @@ void codes_blocks(const Rows<P>& x, const Factor<P>& f, Next after, float* out, 
         constexpr int M = decltype(m)::value;
         const Next own = next.share(t, x.tiles);
         float* to = out + x.first(t) * ld;
+        if constexpr (BITS < 8)
+          if (f.how.bytes) return bytes_tile<BITS, M, NB>(*x.rounded, x.first(t), groups, stored, first, last, own, to, ld);
 #ifdef D2MOE_INTEGERS
         if constexpr (P::PAIR == 2 && BITS < 8)
-          if (wholes) return integers_tile<BITS, M, NB>(*wholes, x.first(t), groups, stored, first, last, own, to, ld);
+          if (rounds<P>(f.how))
+            return integers_tile<BITS, M, NB>(*x.rounded, x.first(t), groups, stored, first, last, own, to, ld);
 #endif
         codes_tile<P, BITS, M, NB>(x.tile(t), groups, stored, first, last, own, to, ld);
       });
@@ -301,7 +300,7 @@ void blocks_of(const Rows<P>& x, const Factor<P>& f, Next after, float* out, i64
   if (!f.how.bits) return factor_blocks<P, NB>(x, f, after, out, ld);
   // What rows are held in is all that matters: float16's are float32's.
   using Q = std::conditional_t<P::PAIR == 1, Float32, P>;
-  const Rows<Q> rows{x.data, x.n, x.k, x.tiles, x.wholes};
+  const Rows<Q> rows{x.data, x.n, x.k, x.tiles, x.rounded};
   const Factor<Q> codes{f.w, f.scales, f.how, f.out, f.in, f.first};
   switch (f.how.bits) {
     case 8: return codes_blocks<Q, 8, NB>(rows, codes, after, out, ld);
@@ -311,7 +310,7 @@ void blocks_of(const Rows<P>& x, const Factor<P>& f, Next after, float* out, i64
   }
 }
 
-// out[r][0 .. 16 blocks) = x[r] W^T by the factor's first blocks. after: what is read next.
+// out[r][0 .. 16 blocks) = x[r] W^T by the factor's first blocks; x.rounded where that `rounds`. after: what is read next.
 template <class P>
 void multiply_factor(const Rows<P>& x, const Factor<P>& f, i64 blocks, Next after, float* out, i64 ld) {
   i64 b = 0;

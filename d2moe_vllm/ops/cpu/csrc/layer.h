@@ -15,7 +15,8 @@ enum class Function { silu, tanh };
 template <class P>
 struct Weights {
   using Element = typename P::Element;
-  Factors<P> u[2];              // gate and up, or down alone: by place [out, rank[j]]
+  // Gate and up, or down alone: by place [out, rank[j]]. Of whole matrices both have the same groups of inputs, as a base has.
+  Factors<P> u[2];
   i64 rank[2] = {};
   Factors<P> v;                 // by place, or one for all, [rank[0] + rank[1], in]
   const i32* columns = nullptr; // [places, rank], instead of v

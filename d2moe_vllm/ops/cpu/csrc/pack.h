@@ -23,6 +23,14 @@ inline int code_of(const std::uint8_t* row, i64 bits, i64 i) {
   return both >> within & ((1 << bits) - 1);
 }
 
+// The `v`th code of an output and of every fourth input of a unit for rows of 8 bits: byte is that of the first line.
+inline void put_byte(unsigned char* byte, i64 bits, i64 v, int code) {
+  auto put = [&](i64 line, i64 bit, int value) { byte[line * 64] |= static_cast<unsigned char>(value << bit); };
+  if (bits != 3) put(0, v * bits, code);
+  else if (v < 6) put(v / 2, v % 2 * 3, code);
+  else put(v - 6, 6, code & 3), put(2, v, code >> 2);
+}
+
 // Block `block` of 16 outputs of a factor in codes. codes: [out, ...], rows `row` bytes apart; scales: [out, groups], rows `scale_row`
 // apart. f: what it becomes; to, to_scales: all of its blocks.
 template <class P>
@@ -52,7 +60,8 @@ void pack_codes(
           word[0] |= value << bit & 255;
           word[1] |= value << bit >> 8;
         };
-        if (bits == 8) unit[within * LANES + o] = static_cast<unsigned char>(code ^ 128);
+        if (f.how.bytes) put_byte(unit + 4 * o + within % 4, bits, within / 4, code);
+        else if (bits == 8) unit[within * LANES + o] = static_cast<unsigned char>(code ^ 128);
         else if (bits != 3) put(0, line * bits, code);
         else if (line < 15) put(line / 5, line % 5 * 3, code);
         else for (i64 b = 0; b < 3; ++b) put(b, 15, code >> b & 1);

@@ -51,10 +51,9 @@ struct Half {
   std::vector<Input> s[2], common[2], low[2];  // V x by expert; of a V that is shared; of a base's V
   std::vector<Input> alphas[2];                // of the experts in use
   Gathered<P> base;
-#ifdef D2MOE_INTEGERS
-  std::vector<Wholes> wholes;  // of `pairs`, expert by expert
-  Wholes of_base;
-#endif
+  // The same as whole numbers: for V's, job by job; for U's, expert by expert; for a base, or for its U's.
+  std::vector<Rounded> of_v, of_u[2];
+  Rounded of_base[2];
 
   Rows<P> rows_of_tokens(i64 n, i64 in) { return factor_rows<P>(tokens.data(), n, in); }
 };

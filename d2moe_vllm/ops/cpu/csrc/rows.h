@@ -61,7 +61,7 @@ struct Row {
   }
 };
 
-struct Wholes;
+struct Rounded;
 
 // [n, k], cut into tiles of about equal size; of a tile [k / PAIR][rows][PAIR]: what a step of a product needs of all its
 // rows lies together, and needs one pointer instead of one per row. What fills up k is zero.
@@ -69,7 +69,7 @@ template <class P>
 struct Rows {
   typename P::Input* data = nullptr;
   i64 n = 0, k = 0, tiles = 1;
-  const Wholes* wholes = nullptr;  // the same as whole numbers (integers.h), where somebody has them
+  const Rounded* rounded = nullptr;  // the same as whole numbers, where `rounds` of what they meet
 
   i64 first(i64 tile) const { return n * tile / tiles; }
   i64 size(i64 tile) const { return first(tile + 1) - first(tile); }

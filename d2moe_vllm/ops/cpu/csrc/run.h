@@ -48,12 +48,12 @@ class Run {
     auto x = [&](i64 t, i64 i) { return P::as_input(batch_.x[t * hidden + i]); };
     if (w13.base_v || w13.shared_v) fill_tokens(b_.half13, hidden, x);
     if ((w13.v && !w13.shared_v) || w13.mixed || w13.whole) fill_pairs(w13, hidden, x);
-    whole_numbers(w13, b_.half13);
     const Shrink<P> shrink13(w13, b_.half13, r_, parallel_, threads_, batch_.tokens, hidden);
     if (w13.shared_v) shrink13(b_.half13.rows_of_tokens(batch_.tokens, hidden), [&](i64 p) { return r_.pairs[p].token; });
     else shrink13({}, {});
     if (w13.mixed) Mixing<P>(w13, b_.half13, r_, parallel_, threads_, hidden)();
     if (w13.columns) shrink13.pick([&](i64 p, i64 i) { return x(r_.pairs[p].token, i); });
+    round_all(w13, b_.half13);
 
     b_.half2.pairs.resize(r_.all() * packed_inputs<P>(widest_));
     mix_step_ = w2.based() ? ceil_div(intermediate, SLICE) * SLICE : 0;
@@ -64,11 +64,11 @@ class Run {
     auto mix = [&](i64 t, i64 i) { return b_.mix[t * mix_step_ + i]; };
     gather(w2, b_.half2, mix);
     if (w2.base_v) fill_tokens(b_.half2, intermediate, [&](i64 t, i64 i) { return P::input(mix(t, i)); });
-    whole_numbers(w2, b_.half2);
     const Shrink<P> shrink2(w2, b_.half2, r_, parallel_, threads_, batch_.tokens, widest_);
     if (w2.shared_v) shrink2(hidden_rows(), [](i64 p) { return p; });
     else shrink2({}, {});
     if (w2.columns) shrink2.pick([&](i64 p, i64 i) { return hidden_row(p)[i]; });
+    round_all(w2, b_.half2);
     in_slices(w2, hidden, [&](i64 first, i64 end) { down(first, end); });
   }
 
@@ -119,25 +119,37 @@ class Run {
     });
   }
 
-  // The rows that all slices of packed matrices are multiplied with, rounded for them once.
-  void whole_numbers([[maybe_unused]] const Weights<P>& w, [[maybe_unused]] Half<P>& half) {
-#ifdef D2MOE_INTEGERS
-    if constexpr (P::PAIR == 2) {
-      auto fits = [](Storage how) { return how.bits && how.bits < 8 && how.group <= MOST_OF_GROUP; };
-      half.of_base.forget();
-      if (w.base[0] && !w.by_columns && fits(w.base[0].how))
-        half.of_base.fill(half.base.rows(batch_.tokens, false), w.base[0].groups());
-      if (!w.whole) return;
-      half.wholes.resize(layer_.experts);
-      parallel_(i64(r_.active.size()), [&](i64 number) {
-        const i64 e = r_.active[number];
-        half.wholes[e].forget();
-        if (!w.has_delta(e) || !layer_.width(e)) return;
-        const Factor<P> u = w.u[0].at(w.u_place(e));
-        if (fits(u.how)) half.wholes[e].fill(r_.rows_of<P>(half.pairs, e, u.in, w.rank[0]), u.groups());
-      });
+  // The rows that all slices of a base's matrices and of U's are multiplied with.
+  void round_all(const Weights<P>& w, Half<P>& half) const {
+    std::vector<ToRound<P>> all;
+    std::vector<Factor<P>> factors;
+    factors.reserve(2 + 2 * r_.active.size());
+    auto add = [&](Rounded& to, const Rows<P>& rows, const Factor<P>& factor) {
+      if (!factor || !rounds<P>(factor.how)) return;
+      factors.push_back(factor);
+      all.push_back({&to, rows, &factors.back()});
+    };
+    for (int j = 0; j < 2; ++j) {
+      if (w.base_rank[j]) add(half.of_base[j], low_rows(w, half, j), w.base_u[j]);
+      half.of_u[j].resize(layer_.experts);
     }
-#endif
+    if (!w.by_columns) add(half.of_base[0], half.base.rows(batch_.tokens, false), w.base[0]);
+    for (i64 e : r_.active)
+      for (int j = 0; j < (w.whole ? 1 : 2); ++j)
+        if (w.rank[j] && w.has_delta(e) && layer_.width(e)) {
+          const Factor<P> u = w.u[j].at(w.u_place(e));
+          add(half.of_u[j][e], rows_of_u(w, half, e, j, u.in), u);
+        }
+    round_rows(all, parallel_);
+  }
+
+  // What a base's U's are multiplied with, and the U, or whole matrix, of expert e with `in` inputs.
+  Rows<P> low_rows(const Weights<P>& w, Half<P>& half, int j) const {
+    return factor_rows<P>(half.low[j].data(), batch_.tokens, w.base_rank[j]);
+  }
+  // Rows lie as far apart as the widest expert's.
+  Rows<P> rows_of_u(const Weights<P>& w, Half<P>& half, i64 e, int j, i64 in) const {
+    return r_.rows_of<P>(w.whole ? half.pairs : half.s[j], e, in, w.rank[j]);
   }
 
   // f(first, end) for all outputs: slices, or as much of a fold of a base that is packed by columns as leaves each thread
@@ -177,10 +189,8 @@ class Run {
       }
     } else if (w.base[j] || w.base_rank[j]) {
       const bool whole = bool(w.base[j]);
-      Rows<P> rows = whole ? half.base.rows(tokens, false) : factor_rows<P>(half.low[j].data(), tokens, w.base_rank[j]);
-#ifdef D2MOE_INTEGERS
-      if (P::PAIR == 2 && whole) rows.wholes = &half.of_base;
-#endif
+      Rows<P> rows = whole ? half.base.rows(tokens, false) : low_rows(w, half, j);
+      rows.rounded = &half.of_base[whole ? 0 : j];
       multiply_factor<P>(rows, (whole ? w.base[j] : w.base_u[j]).from(first), blocks_from(first, out), after, z, SLICE);
     }
   }
@@ -189,11 +199,8 @@ class Run {
   bool delta_slice(const Weights<P>& w, Half<P>& half, i64 e, int j, i64 first, Next after, float* d) const {
     if (!w.rank[j] || !w.has_delta(e) || !layer_.width(e)) return false;
     const Factor<P> u = w.u[j].at(w.u_place(e));
-    // Rows lie as far apart as the widest expert's.
-    Rows<P> rows = r_.rows_of<P>(w.whole ? half.pairs : half.s[j], e, u.in, w.rank[j]);
-#ifdef D2MOE_INTEGERS
-    if constexpr (P::PAIR == 2) if (w.whole) rows.wholes = &half.wholes[e];
-#endif
+    Rows<P> rows = rows_of_u(w, half, e, j, u.in);
+    rows.rounded = &half.of_u[w.whole ? 0 : j][e];
     multiply_factor<P>(rows, u.from(first), blocks_from(first, u.out), after, d, SLICE);
     return true;
   }

@@ -66,7 +66,15 @@ class Shrink {
     }
   }
 
-  void run(const std::vector<Job>& jobs) const {
+  void run(std::vector<Job>& jobs) const {
+    half_.of_v.resize(std::max(half_.of_v.size(), jobs.size()));
+    std::vector<ToRound<P>> rounding;
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      if (!rounds<P>(jobs[i].v.how)) continue;
+      rounding.push_back({&half_.of_v[i], jobs[i].rows, &jobs[i].v});
+      jobs[i].rows.rounded = &half_.of_v[i];
+    }
+    round_rows(rounding, parallel_);
     // Two slices a task where that leaves enough of them: the second's weights are asked for during the first.
     i64 slices = 0;
     for (const Job& job : jobs) slices += ceil_div(job.v.out, SLICE);

@@ -7,6 +7,10 @@
 //   4 and 2 bits: at bit i / 2 * bits of it;
 //   3 bits: five pairs to each of three lines, and the sixteenth in the top bits that are left;
 //   8 bits: a byte each, [4][16], with its sign.
+// For rows of 8 bits (bytes.h) four inputs lie side by side instead: output o and input i are in the byte 4 o + i % 4,
+//   4 and 2 bits: at bit i / 4 * bits of it;
+//   3 bits: two codes to a byte of each of three lines, and the last two in the bits that are left: their lower two bits in the
+//   first line and the second, their highest ones in the third.
 // Weights are widened in registers, by few_bits.h.
 #pragma once
 
@@ -14,9 +18,10 @@
 
 namespace d2moe {
 
-// 0 bits: elements of P, not codes. group: inputs that share a scale.
+// 0 bits: elements of P, not codes. group: inputs that share a scale. bytes: for rows of 8 bits.
 struct Storage {
   i64 bits = 0, group = 1;
+  bool bytes = false;
 };
 
 constexpr i64 unit_inputs(i64 bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 3 ? 32 : 16; }

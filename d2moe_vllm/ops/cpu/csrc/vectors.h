@@ -102,6 +102,7 @@ struct Float32 {
   static Element element(float f) { return f; }
   static Input input(float f) { return f; }
   static Input as_input(Element e) { return e; }
+  static float of(Input x) { return x; }
 };
 
 struct Float16 {
@@ -112,6 +113,7 @@ struct Float16 {
   static Element element(float f) { return bits<Element>(_Float16(f)); }
   static Input input(float f) { return value(element(f)); }
   static Input as_input(Element e) { return value(e); }
+  static float of(Input x) { return x; }
 };
 
 struct BFloat16 {
