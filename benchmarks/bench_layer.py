@@ -5,7 +5,8 @@ Random bfloat16 weights and routing. A table on stdout, all rows in build/bench/
 layer's experts in use weigh over what ours read for the same routing; limit the speed-up that is possible: the lower of
 byte_ratio and of the dense layer's time over that of our multiplications at the peak rate, which is measured first.
 After the rows of low-rank deltas in bfloat16, by ratio and scope, those of whole matrices of few bits, by storage:
-ratio then is what of the dense layer's bytes is gone.
+ratio then is what of the dense layer's bytes is gone. On CPUs each of fewer than 8 bits has a second row, in the same
+turns, of the backend that rounds what it multiplies with to 8 bits; error is how far its result is from the first's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from d2moe_vllm.ops.weights import HalfSpec, LayerSpec, Weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = BACKENDS["triton" if DEVICE == "cuda" else "cpu"]
+INT8 = BACKENDS.get("cpu-int8") if DEVICE == "cpu" else None
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of x, gates and ids."""
 PRECISIONS = (torch.bfloat16,) if DEVICE == "cuda" else (torch.bfloat16, torch.float32)
 OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "layer.json"
 
@@ -77,6 +81,7 @@ class Ours:
                 )
             )
         self.halves = halves if OURS.pack is None else OURS.pack(*halves, self.spec)
+        self.others: dict[str, Layer] = {}
 
     def __call__(self, x: Tensor, gates: Tensor, ids: Tensor) -> Tensor:
         return OURS.fused_experts(x, gates, ids, *self.halves, None, self.spec)
@@ -106,6 +111,12 @@ class Few:
             halves.append(Weights(**own))
         specs = (HalfSpec((0,) * parts, groups=GROUPS, base=base, delta=delta) for parts in (2, 1))
         self.spec = LayerSpec(experts, inner, *specs, activation="silu", scope="off")
+        self.others: dict[str, Layer] = {}
+        if INT8 is not None and INT8.pack is not None and any(bits and bits < 8 for bits in STORAGES[storage]):
+            # Packing takes the storage it is given.
+            copies = (Weights(*(None if t is None else t.clone() for t in half)) for half in halves)
+            packed, run, spec = INT8.pack(*copies, self.spec), INT8.fused_experts, self.spec
+            self.others[", rows int8"] = lambda x, gates, ids: run(x, gates, ids, *packed, None, spec)
         self.halves = halves if OURS.pack is None else OURS.pack(*halves, self.spec)
 
     def _matrices(self, how: Packing | None, *size: int) -> tuple[Tensor, Tensor]:
@@ -183,8 +194,8 @@ def main() -> None:
     OUT.parent.mkdir(parents=True, exist_ok=True)
     rows, peak = [], peak_rate()
     print(f"peak rate measured: {2 * peak / 1e9:.0f} GFLOP/s")
-    titles = ("dense ms", "ours ms", "speed-up", "bytes", "limit", "of it", "GB/s")
-    print(f"{'shape':16} {'storage':21} {'ratio':>5} {'scope':>5} {'tokens':>6}", *(f"{title:>8}" for title in titles))
+    titles = ("dense ms", "ours ms", "speed-up", "bytes", "limit", "of it", "GB/s", "error")
+    print(f"{'shape':16} {'storage':32} {'ratio':>5} {'scope':>5} {'tokens':>6}", *(f"{title:>8}" for title in titles))
     for name in arguments.shapes:
         shape = SHAPES[name]
         dense = layer_gpu.Dense(shape) if DEVICE == "cuda" else Dense(shape)
@@ -192,13 +203,13 @@ def main() -> None:
             for scope in arguments.scopes:
                 ours = Ours(shape, ratio, scope)
                 for tokens in arguments.tokens:
-                    rows.append(measure(name, shape, dense, ours, ratio, scope, tokens, peak, arguments.seconds))
+                    rows += measure(name, shape, dense, ours, ratio, scope, tokens, peak, arguments.seconds)
                     OUT.write_text(json.dumps(rows, indent=1))
         for storage in arguments.storages:
             few = Few(shape, storage)
             ratio = 1 - (few.base_bytes / shape.experts + few.expert_bytes) / dense_expert_bytes(shape)
             for tokens in arguments.tokens:
-                rows.append(measure(name, shape, dense, few, ratio, "off", tokens, peak, arguments.seconds, storage))
+                rows += measure(name, shape, dense, few, ratio, "off", tokens, peak, arguments.seconds, storage)
                 OUT.write_text(json.dumps(rows, indent=1))
 
 
@@ -213,34 +224,41 @@ def measure(
     peak: float,
     seconds: float,
     storage: str = "bfloat16",
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
+    """A row of ours, and one of each of its others."""
     x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16)
     ids = torch.stack([torch.randperm(shape.experts)[: shape.top_k] for _ in range(tokens)]).int()
     gates = torch.rand(tokens, shape.top_k)
-    times = interleaved({"dense": lambda: dense(x, gates, ids), "ours": lambda: ours(x, gates, ids)}, seconds)
+    layers = {"": ours, **ours.others}
+    calls: dict[str, Callable[[], Any]] = {"dense": lambda: dense(x, gates, ids)}
+    calls |= {kind: (lambda layer=layer: layer(x, gates, ids)) for kind, layer in layers.items()}
+    times = interleaved(calls, seconds)
     active = ids.unique().numel()
     dense_bytes = active * dense_expert_bytes(shape)
     our_bytes = ours.base_bytes + active * ours.expert_bytes
     # A base is multiplied with each token once, however many experts it goes to.
     products = tokens * (ours.base_products + shape.top_k * ours.expert_products)
     median = {key: statistics.median(values) for key, values in times.items()}
-    row = {
-        "shape": name, "tokens": tokens, "ratio": ratio, "scope": scope, "storage": storage,
-        "dense_ms": median["dense"], "ours_ms": median["ours"], "speedup": median["dense"] / median["ours"],
-        "byte_ratio": dense_bytes / our_bytes, "bytes_read": our_bytes,
-        "gb_per_s": our_bytes / median["ours"] / 1e6, "dense_gb_per_s": dense_bytes / median["dense"] / 1e6,
-        "runs": len(times["ours"]), "ours_ms_min_max": [min(times["ours"]), max(times["ours"])],
-        "dense_ms_min_max": [min(times["dense"]), max(times["dense"])],
-    }  # fmt: skip
-    row["limit"] = min(row["byte_ratio"], row["dense_ms"] / (1000 * products / peak))
-    row["of_limit"] = row["speedup"] / row["limit"]
-    figures = (row[key] for key in ("dense_ms", "ours_ms", "speedup", "byte_ratio", "limit", "of_limit", "gb_per_s"))
-    print(
-        f"{name:16} {storage:21} {ratio:5.0%} {scope:>5} {tokens:6}",
-        *(f"{figure:8.2f}" for figure in figures),
-        flush=True,
-    )
-    return row
+    first, rows = ours(x, gates, ids).float(), []
+    for kind, layer in layers.items():
+        row = {
+            "shape": name, "tokens": tokens, "ratio": ratio, "scope": scope, "storage": storage + kind,
+            "dense_ms": median["dense"], "ours_ms": median[kind], "speedup": median["dense"] / median[kind],
+            "byte_ratio": dense_bytes / our_bytes, "bytes_read": our_bytes,
+            "gb_per_s": our_bytes / median[kind] / 1e6, "dense_gb_per_s": dense_bytes / median["dense"] / 1e6,
+            "runs": len(times[kind]), "ours_ms_min_max": [min(times[kind]), max(times[kind])],
+            "dense_ms_min_max": [min(times["dense"]), max(times["dense"])],
+        }  # fmt: skip
+        if kind:
+            row["error"] = float((layer(x, gates, ids).float() - first).norm() / first.norm())
+        row["limit"] = min(row["byte_ratio"], row["dense_ms"] / (1000 * products / peak))
+        row["of_limit"] = row["speedup"] / row["limit"]
+        columns = ("dense_ms", "ours_ms", "speedup", "byte_ratio", "limit", "of_limit", "gb_per_s")
+        figures = " ".join(f"{row[key]:8.2f}" for key in columns)
+        error = f" {row['error']:8.4f}" if kind else ""
+        print(f"{name:16} {storage + kind:32} {ratio:5.0%} {scope:>5} {tokens:6} {figures}{error}", flush=True)
+        rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":

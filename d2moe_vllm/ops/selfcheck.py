@@ -44,8 +44,9 @@ class Example(NamedTuple):
     expected: Tensor = torch.empty(0)
 
 
-_DONE: set[tuple[object, ...]] = set()
-"""Kinds of layers that this process has checked: backend, sizes by kind, dtypes and which tensors they have."""
+_DONE: set[object] = set()
+"""Kinds of layers that this process has checked: backend, sizes by kind, dtypes and which tensors they have; "opted"
+where it has said how far off a backend is."""
 
 
 @contextmanager
@@ -96,6 +97,39 @@ def against_reference(
                 f"not serving; start with {SWITCH if theirs is None else OURS} and report it"
             )
     _DONE.add(kind)
+
+
+@contextmanager
+def how_far_off(
+    read: Callable[[], Sequence[Tensor | None]],
+    backend: str,
+    spec: LayerSpec,
+    *,
+    hidden_size: int,
+    top_k: int,
+    dtype: torch.dtype,
+    say: Callable[[float], None],
+) -> Iterator[None]:
+    """Around the packing of a layer's weights, as `against_reference`, for a backend that computes something else
+    (`Backend.opted`): `say` is told the root mean square of its differences from the reference, relative to what this
+    gives, for a random token. Once in a process, of the first layer."""
+    found = ops.BACKENDS.get(backend)
+    parameters = read()
+    if found is None or not found.opted or "opted" in _DONE:
+        yield
+        return
+    device = next(t.device for t in parameters if t is not None)
+    random: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
+    x = torch.randn(1, hidden_size, **random).to(device, dtype)
+    # Those that are whole here: some may keep no channel.
+    whole = [expert for expert in range(spec.num_experts) if not spec.widths or spec.widths[expert]]
+    ids = torch.tensor([whole[:top_k]], dtype=torch.int32, device=device)
+    example = Example(spec.scope, x, torch.full(ids.shape, 1 / top_k, dtype=torch.float32, device=device), ids, None)
+    expected = _compute("reference", example, parameters, spec)
+    yield
+    _DONE.add("opted")
+    if (size := float(expected.norm())) > 0:
+        say(float((_compute(backend, example, read(), spec) - expected).norm()) / size)
 
 
 def _examples(

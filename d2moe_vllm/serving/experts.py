@@ -128,10 +128,20 @@ class D2MoEMethod(FusedMoEMethodBase):
             )
         sizes = {"hidden_size": self.config.hidden_size, "top_k": self.moe.experts_per_token}
         theirs = self._in_place_of_backend(layer)
-        with selfcheck.against_reference(
-            lambda: _parameters(layer), self.backend, self.spec, **sizes, dtype=self.dtype, theirs=theirs
+        known: tuple[Any, ...] = (lambda: _parameters(layer), self.backend, self.spec)
+        with (
+            selfcheck.against_reference(*known, **sizes, dtype=self.dtype, theirs=theirs),
+            selfcheck.how_far_off(*known, **sizes, dtype=self.dtype, say=self._say_how_far_off),
         ):
             self._pack(layer)
+
+    def _say_how_far_off(self, error: float) -> None:
+        logger.info(
+            "d2moe: backend %r changes what layer %d gives for a random token by %.1f %% (root mean square)",
+            self.backend,
+            self.layer,
+            100 * error,
+        )
 
     def _in_place_of_backend(self, layer: nn.Module) -> selfcheck.Theirs | None:
         """What computes the layer once it is packed, given x, gates and local ids, where that is no backend of ours."""

@@ -158,6 +158,8 @@ def test_without_a_compiler_it_falls_back_and_says_why(environment: dict[str, st
 def test_a_backend_that_is_asked_for_is_not_replaced() -> None:
     assert choose_backend("cpu") == ("cpu", None)
     assert choose_backend("cpu", "reference") == ("reference", None)
+    # Never by itself: it computes something else.
+    assert choose_backend("cpu", "cpu-int8") == ("cpu-int8", None)
     assert choose_backend("cuda", "reference") == ("reference", None)
     with pytest.raises(ValueError, match="backend 'cpu' is none of those for this device: triton, reference"):
         choose_backend("cuda", "cpu")

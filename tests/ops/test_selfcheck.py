@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_cases import Few, make
 from moe_cases import CROWDED, crowd, random_case
 from moe_oracle import kernel_arguments
 from torch import Tensor
@@ -207,3 +208,18 @@ def test_the_triton_backend_is_let_through_on_a_gpu(variant: str, scope: str, dt
 
 def test_what_has_never_run_on_its_hardware_is_checked() -> None:
     assert {name for name, backend in ops.BACKENDS.items() if backend.check} == {"triton"}
+    assert {name for name, backend in ops.BACKENDS.items() if backend.opted} == {"cpu-int8"}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cpu-int8"])
+def test_how_far_a_backend_is_off_that_computes_something_else_is_said_once(backend: str) -> None:
+    """Of the first layer that it packs; nothing is said of one that computes the same."""
+    made = make(Few(1, torch.bfloat16, hidden=256, intermediate=128, widths=(128, 0, 64, 32), skipped=(0,) * 4))
+    said: list[float] = []
+    for _ in range(2):
+        parameters = [None if t is None else t.clone() for t in ops.flat(*made.arguments[3:5])]
+        known: Any = {"hidden_size": 256, "top_k": 2, "dtype": torch.bfloat16, "say": said.append}
+        with selfcheck.how_far_off(lambda: parameters, backend, made.spec, **known):  # noqa: B023 - called within
+            parameters = ops.flat(*ops.BACKENDS[backend].pack(*ops.halves(parameters), made.spec))  # type: ignore[misc]
+    assert len(said) == (backend == "cpu-int8")
+    assert all(0.003 < error < 0.03 for error in said)

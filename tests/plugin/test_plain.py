@@ -322,7 +322,9 @@ def test_vllms_experts_that_are_asked_for_are_refused_by_name(
     vllm_config.additional_config = {"d2moe": {"backend": "vllm"}}
     config = D2MoEConfig(plain(content, 2, 64))
     config._checked = True
-    with pytest.raises(ValueError, match="d2moe backend 'vllm' is none of those for this device: cpu, reference"):
+    with pytest.raises(
+        ValueError, match="d2moe backend 'vllm' is none of those for this device: cpu, cpu-int8, reference"
+    ):
         config.get_quant_method(routed_experts(moe_config=moe()), PREFIX)
     monkeypatch.setattr(compat, "device_type", lambda: "cuda")
     with pytest.raises(ValueError, match="d2moe backend 'vllm' does not serve this: layer 1 is not plainly 8 or 4"):

@@ -460,7 +460,8 @@ def test_the_cpu_backend_packs_what_was_loaded(config: CheckpointConfig, vllm_co
 
 def test_a_backend_is_chosen_and_may_be_named(content: dict[str, Any], vllm_config: VllmConfig) -> None:
     layer, prefix = routed_experts(), "model.layers.1.block_sparse_moe.experts"
-    for additional, expected in (({}, "cpu"), ({"d2moe": {"backend": "reference"}}, "reference")):
+    for asked in ("cpu", "reference", "cpu-int8"):
+        expected, additional = asked, {} if asked == "cpu" else {"d2moe": {"backend": asked}}
         vllm_config.additional_config = additional
         method = D2MoEConfig.from_config(content).get_quant_method(layer, prefix)
         assert isinstance(method, D2MoEMethod)
