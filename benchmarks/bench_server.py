@@ -3,7 +3,8 @@
 The models are synthetic (synthetic_mixtral.py): Mixtral-like, about 3 GB dense, with random weights. Of each pair,
 dense and compressed, two `vllm serve` run at once on the same cores, compiled, in bfloat16; `vllm bench serve` loads
 them in turn, so that both see the same machine; then `vllm bench throughput` runs on each in turn. A table on stdout;
-everything in build/bench/server.json, where rows of other pairs stay as long as the workload is the same.
+everything in build/bench/server.json, where rows of other pairs stay as long as the workload is the same. Whole
+matrices of few bits (--storages), by every backend that is asked for (--backends), follow the low-rank ones.
 
 KV tokens: what fits into the memory that the dense server takes, its own KV cache included.
 """
@@ -24,7 +25,8 @@ from re import search
 from typing import Any, NamedTuple
 
 import psutil
-from synthetic_mixtral import Size, write_compressed, write_dense
+from layer_shapes import STORAGES
+from synthetic_mixtral import Size, write_compressed, write_dense, write_packed
 
 from offline.compare.server import Server
 
@@ -55,10 +57,12 @@ class Pair(NamedTuple):
     ratio: float
     scope: str
     folder: Path
+    storage: str = "bfloat16"
+    backend: str = "cpu"
 
     @property
     def key(self) -> dict[str, Any]:
-        return {"ratio": self.ratio, "scope": self.scope}
+        return {"ratio": self.ratio, "scope": self.scope, "storage": self.storage, "backend": self.backend}
 
 
 class Bench:
@@ -68,10 +72,11 @@ class Bench:
         self.arguments, self.folder = arguments, folder
         self.logs = 0
 
-    def server(self, model: Path) -> Server:
+    def server(self, model: Path, backend: str | None = None) -> Server:
         a = self.arguments
         options = ["--dtype", "bfloat16", "--max-model-len", "2048", "--no-enable-prefix-caching"]
         options += ["--served-model-name", "model", *(["--enforce-eager"] if a.eager else [])]
+        options += _by(backend)
         return Server(model, options, log=self._log(f"serve-{model.name}"), env=ENVIRONMENT)
 
     def _log(self, name: str) -> Path:
@@ -112,13 +117,13 @@ class Bench:
             raise RuntimeError(f"requests failed, see {server.log}")
         return {ours: found[theirs] for ours, theirs in FIGURES.items()}
 
-    def throughput(self, model: Path) -> dict[str, float]:
+    def throughput(self, model: Path, backend: str | None = None) -> dict[str, float]:
         """One `vllm bench throughput`: output tokens per second, all requests at once."""
         a = self.arguments
         found = self._run(
             f"bench-throughput-{model.name}", "throughput", "--model", str(model), "--trust-remote-code",
             *self._random(a.prompts), "--dtype", "bfloat16", "--max-model-len", "2048", "--no-enable-prefix-caching",
-            "--disable-detokenize", *(["--enforce-eager"] if a.eager else []),
+            "--disable-detokenize", *(["--enforce-eager"] if a.eager else []), *_by(backend),
         )  # fmt: skip
         return {"output_tokens_per_s": a.prompts * a.output_len / found["elapsed_time"]}
 
@@ -129,7 +134,7 @@ class Bench:
         with self.server(dense) as reference:
             fresh = Resident.of(dense, reference)
             for pair in pairs:
-                with self.server(pair.folder) as server:
+                with self.server(pair.folder, pair.backend) as server:
                     memory = compare_memory(fresh, Resident.of(pair.folder, server))
                     yield {"memory": [{**pair.key, **memory}]}
                     yield from self._rounds(pair, {dense: reference, pair.folder: server})
@@ -143,8 +148,13 @@ class Bench:
     def throughput_pairs(self, dense: Path, pairs: list[Pair]) -> Iterator[Rows]:
         """One round of all pairs after another."""
         for pair in self.arguments.throughput_rounds * pairs:
-            both = [self.throughput(model) for model in (dense, pair.folder)]
+            both = [self.throughput(dense), self.throughput(pair.folder, pair.backend)]
             yield {"throughput": [{**pair.key, "requests": self.arguments.prompts, "rounds": [both]}]}
+
+
+def _by(backend: str | None) -> list[str]:
+    """vLLM's arguments for it."""
+    return [] if backend is None else ["--additional-config", json.dumps({"d2moe": {"backend": backend}})]
 
 
 class Resident(NamedTuple):
@@ -208,14 +218,24 @@ def merged(old: dict[str, Any], workload: dict[str, Any], new: Rows) -> dict[str
 
 def without(results: dict[str, Any], pairs: Iterable[Pair]) -> dict[str, Any]:
     """The results without these pairs' rows."""
-    gone = [(pair.ratio, pair.scope) for pair in pairs]
+    gone = [_identity(pair.key) for pair in pairs]
     kinds = {kind: rows for kind, rows in results.items() if kind != "workload"}
-    kept = {kind: [row for row in rows if (row["ratio"], row["scope"]) not in gone] for kind, rows in kinds.items()}
+    kept = {kind: [row for row in rows if _identity(row) not in gone] for kind, rows in kinds.items()}
     return {**results, **kept}
 
 
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Of its pair; results of before there were storages have none."""
+    return row["ratio"], row["scope"], row.get("storage", "bfloat16"), row.get("backend", "cpu")
+
+
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["ratio"], row["scope"], row.get("concurrency", row.get("requests", 0))
+    return *_identity(row), row.get("concurrency", row.get("requests", 0))
+
+
+def _name(row: dict[str, Any]) -> str:
+    ratio, scope, storage, backend = _identity(row)
+    return f"{ratio:5.0%} {scope:>5} {storage + ('' if backend == 'cpu' else f', {backend}'):32}"
 
 
 def show(results: dict[str, Any]) -> Iterable[str]:
@@ -224,24 +244,25 @@ def show(results: dict[str, Any]) -> Iterable[str]:
     def arrow(row: dict[str, Any], figure: str, unit: float = 1) -> str:
         return f"{row['dense'][figure] / unit:9.1f} -> {row['ours'][figure] / unit:<9.1f}"
 
-    yield f"{'ratio':>5} {'scope':>5} {'conc.':>5} {'tokens/s':^22} {'speed-up':^18} {'TTFT ms':^22} {'TPOT ms':^22}"
+    titles = f"{'tokens/s':^22} {'speed-up':^18} {'TTFT ms':^22} {'TPOT ms':^22}"
+    yield f"{'ratio':>5} {'scope':>5} {'stored':32} {'conc.':>5} {titles}"
     for row in [*results.get("serve", []), *results.get("throughput", [])]:
         low, high = row["speedup_min_max"]
         figures = [arrow(row, figure) for figure in ("ttft_ms", "tpot_ms") if figure in row["ours"]]
         load = row.get("concurrency", "all")
         speed = f"{row['speedup']:5.2f} ({low:4.2f}-{high:4.2f})"
-        yield " ".join(
-            [f"{row['ratio']:5.0%} {row['scope']:>5} {load:>5}", arrow(row, "output_tokens_per_s"), speed, *figures]
-        )
+        yield " ".join([f"{_name(row)} {load:>5}", arrow(row, "output_tokens_per_s"), speed, *figures])
     for row in results.get("memory", []):
         kv = f"{row['dense']['kv_tokens']:,} -> {row['ours']['kv_tokens']:,}"
-        yield f"{row['ratio']:5.0%} {row['scope']:>5} resident GB {arrow(row, 'resident', 1e9)} KV tokens {kv}"
+        yield f"{_name(row)} resident GB {arrow(row, 'resident', 1e9)} KV tokens {kv}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.4, 0.6, 0.8], help="in scope off")
     parser.add_argument("--batch-ratios", nargs="*", type=float, default=[0.8], help="in scope batch")
+    parser.add_argument("--storages", nargs="*", default=["int4", "int2"], choices=STORAGES, help="of whole matrices")
+    parser.add_argument("--backends", nargs="+", default=["cpu", "cpu-int8"], help="for these")
     parser.add_argument("--concurrency", nargs="+", type=int, default=[16, 1])
     parser.add_argument("--rounds", type=int, default=3, help="of `vllm bench serve`, 0 to leave it out")
     parser.add_argument(
@@ -259,6 +280,11 @@ def main() -> None:
     asked = [(ratio, "off") for ratio in arguments.ratios] + [(ratio, "batch") for ratio in arguments.batch_ratios]
     dense = write_dense(arguments.folder / "models", arguments.size)
     pairs = [Pair(ratio, scope, write_compressed(dense, ratio, scope)) for ratio, scope in asked]
+    weight = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
+    for storage in arguments.storages:
+        packed = write_packed(dense, *STORAGES[storage])
+        gone = round(1 - sum(file.stat().st_size for file in packed.glob("*.safetensors")) / weight, 3)
+        pairs += [Pair(gone, "off", packed, storage, backend) for backend in arguments.backends]
     names = ("input_len", "output_len", "eager")
     workload = {"model": arguments.size.name, "cores": CORES, **{name: getattr(arguments, name) for name in names}}
     out = arguments.folder / "server.json"

@@ -23,7 +23,7 @@ from d2moe_vllm.format.config import MANIFEST_FILE, STATS_FILE, CheckpointConfig
 from d2moe_vllm.format.files import check_checkpoint
 from d2moe_vllm.format.kinds import ROLES, TensorSpec
 from offline.io.folders import new_folder
-from offline.io.shards import plan_shards, write_file, write_shards
+from offline.io.shards import Shard, plan_shards, write_file, write_shards
 from offline.plan.make import make_plan
 from offline.plan.recipe import Recipe
 from offline.source.dense import DenseModel, open_dense
@@ -132,13 +132,36 @@ def write_compressed(dense: Path, ratio: float, scope: str = "off", method: str 
     settings = {"ratio": ratio, "allocation": "uniform", "scope": scope, "delta": {"rank_multiple": 16}, **parts}
     recipe = Recipe.model_validate(settings)
     plan = make_plan(model, recipe)
-    config, specs = plan.budget.config, plan.budget.config.expert_tensors()
+    _write_checkpoint(out, model, plan.budget.config, plan.budget.shards)
+    return out
+
+
+def write_packed(dense: Path, base: int | None, delta: int) -> Path:
+    """A compressed checkpoint beside the dense model, written unless it is there: every expert's whole matrices in
+    `delta` bits, on a base in `base` bits, None for none; one scale for every 64 inputs."""
+    out = dense.with_name(f"int{delta}" if base is None else f"int{base}-int{delta}")
+    if out.exists():
+        return out
+    model = open_dense(str(dense))
+    # Names, sizes and layers of any checkpoint of it.
+    any_one = make_plan(model, Recipe(ratio=0.5, bits=16, allocation="uniform")).budget.config
+    stored: dict[str, Any] = {"delta": "dense", "delta_storage": {"type": f"int{delta}"}}
+    if base is not None:
+        stored |= {"full_base": True, "base_storage": {"type": f"int{base}"}}
+    layers = {number: dict.fromkeys(ROLES, stored) for number in any_one.layers}
+    config = CheckpointConfig.model_validate({**any_one.model_dump(), "layers": layers})
+    _write_checkpoint(out, model, config, plan_shards({**model.other_tensors, **config.expert_tensors()}))
+    return out
+
+
+def _write_checkpoint(out: Path, model: DenseModel, config: CheckpointConfig, shards: list[Shard]) -> None:
+    specs = config.expert_tensors()
 
     def produce(name: str) -> Tensor:
         return _expert_tensor(config, specs, name) if name in specs else model.other_tensor(name)
 
     with new_folder(out) as folder:
-        files = write_shards(folder, plan.budget.shards, produce)
+        files = write_shards(folder, shards, produce)
         others = {name: (spec.dtype, spec.shape) for name, spec in model.other_tensors.items()}
         write_file(folder / MANIFEST_FILE, Manifest(other_tensors=others, files=files).model_dump_json(indent=1) + "\n")
         _write_json(folder / "config.json", _compressed_config(model, config))
@@ -146,12 +169,15 @@ def write_compressed(dense: Path, ratio: float, scope: str = "off", method: str 
         write_file(folder / MODELING_FILE, checkpoint_modeling_source())
         _copy_tokenizer(folder)
         check_checkpoint(folder)
-    return out
 
 
 def _expert_tensor(config: CheckpointConfig, specs: Mapping[str, TensorSpec], name: str) -> Tensor:
     """One tensor of a base or delta; base and delta have half of the weight's variance each, with MoBE about all."""
     prefix, kind = name.rsplit(".", 1)
+    if specs[name].dtype == "U8":
+        return torch.randint(0, 256, specs[name].shape, generator=_generator(name), dtype=torch.uint8)
+    if kind.endswith("_scales"):
+        return _scales(config, prefix, kind, specs[name])
     if kind == "alpha":
         return torch.full(specs[name].shape, 1 / specs[name].numel, dtype=torch.bfloat16)
     if kind == "base_columns":
@@ -162,6 +188,17 @@ def _expert_tensor(config: CheckpointConfig, specs: Mapping[str, TensorSpec], na
     fan_in = inputs[prefix.rsplit(".", 1)[1]]
     fan_in = specs[name].shape[1] if kind in ("delta_u", "a") else 2 * fan_in
     return _normal(name, specs[name], fan_in**-0.5)
+
+
+def _scales(config: CheckpointConfig, prefix: str, kind: str, spec: TensorSpec) -> Tensor:
+    """Of codes that are drawn evenly: of base and delta each has half of the weight's variance."""
+    role = next(role for role, name in config.projections.items() if prefix.endswith(f".{name}"))
+    layer = next(iter(config.layers.values()))[role]
+    storage = layer.base_storage if kind.startswith("base") else layer.delta_storage
+    assert storage is not None
+    deviation = (2 ** (2 * int(storage.type.removeprefix("int"))) / 12) ** 0.5
+    size = ((2 if layer.has_base else 1) * config.shape(role)[1]) ** -0.5 / deviation
+    return ((torch.rand(spec.shape, generator=_generator(f"{prefix}.{kind}")) + 0.5) * size).bfloat16()
 
 
 def _columns(config: CheckpointConfig, prefix: str, kept: int) -> Tensor:

@@ -20,10 +20,11 @@ TINY += ["--output-len", "4", "--prompts", "4"]
 
 @pytest.mark.slow
 def test_the_bench_runs(tmp_path: Path) -> None:
-    """Two pairs by two runs: servers, `vllm bench serve` and `throughput`; every figure of every row is there."""
+    """Three pairs by two runs: servers, `vllm bench serve` and `throughput`; every figure of every row is there."""
+    packed = ["--storages", "base int4, delta int2", "--backends", "cpu-int8"]
     runs = (
-        ["--ratios", "0.4", "--batch-ratios", "--throughput-rounds", "1"],
-        ["--ratios", "--batch-ratios", "0.4", "--throughput-rounds", "0"],
+        ["--ratios", "0.4", "--batch-ratios", "--storages", "--throughput-rounds", "1"],
+        ["--ratios", "--batch-ratios", "0.4", *packed, "--throughput-rounds", "0"],
     )
     for options in runs:
         command = [
@@ -38,7 +39,11 @@ def test_the_bench_runs(tmp_path: Path) -> None:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=800, env=environment)
         assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "server.json").read_text())
-    assert [(row["ratio"], row["scope"]) for row in results["serve"]] == [(0.4, "batch"), (0.4, "off")]
+    pairs = [(row["scope"], row["storage"], row["backend"]) for row in results["serve"]]
+    few = ("off", "base int4, delta int2", "cpu-int8")
+    assert pairs == [("batch", "bfloat16", "cpu"), ("off", "bfloat16", "cpu"), few]
+    assert [row["ratio"] for row in results["serve"][:2]] == [0.4, 0.4]
+    assert 0.5 < results["serve"][2]["ratio"] < 0.9
     assert [(row["ratio"], row["scope"]) for row in results["throughput"]] == [(0.4, "off")]
     for found in [*results["serve"], *results["throughput"]]:
         for side in ("dense", "ours"):
@@ -51,7 +56,8 @@ def test_the_bench_runs(tmp_path: Path) -> None:
     for found in results["memory"]:
         assert found["ours"]["checkpoint"] < 0.6 * found["dense"]["checkpoint"] + 1e6
         assert all(found[side]["resident"] > found[side]["checkpoint"] for side in ("dense", "ours"))
-    assert "40%   off     2" in done.stdout
+    assert "40%   off bfloat16" in done.stdout
+    assert "base int4, delta int2, cpu-int8" in done.stdout
 
 
 def test_what_a_smaller_model_leaves_to_the_kv_cache() -> None:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Target(NamedTuple):
 
 TARGETS: dict[str, dict[str, Target]] = {
     "x86_64": {
-        "avx512-bf16": Target("-march=x86-64-v4 -mavx512bf16", _V4 | {"avx512_bf16"}),
+        "avx512-bf16": Target("-march=x86-64-v4 -mavx512bf16 -mavx512vnni", _V4 | {"avx512_bf16", "avx512_vnni"}),
         "avx512": Target("-march=x86-64-v4", _V4),
         "avx2": Target("-march=x86-64-v3", _V3),
     }
@@ -66,26 +67,30 @@ def ahead_name(name: str, target: Target) -> str:
 
 
 def compile_to(path: Path, arch: str) -> None:
-    """Compile to `path`, whole or not at all, whose folder exists. Takes some twenty seconds. Raises CompilerError."""
-    command = compiler()
+    """Compile to `path`, whole or not at all, whose folder exists; the sources side by side. Takes a minute or two.
+    Raises CompilerError."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made, linked = Path(folder) / "api.o", Path(folder) / path.name
-        for arguments in (
-            [*FLAGS.split(), *arch.split(), "-c", str(SOURCES / "api.cpp"), "-o", str(made)],
-            # Without -fopenmp, which would name a runtime to load.
-            ["-shared", str(made), "-o", str(linked)],
-        ):
-            try:
-                done = subprocess.run([*command, *arguments], check=False, capture_output=True, text=True)
-            except OSError as error:
-                raise CompilerError(
-                    f"{command[0]}: {error.strerror}; install a C++ compiler, or name one by CXX"
-                ) from None
-            if done.returncode:
-                lines = done.stderr.splitlines()
-                why = next((line for line in lines if "error" in line), lines[0] if lines else "it says nothing")
-                raise CompilerError(f"{shlex.join(command)} failed: {why}")
+        linked = Path(folder) / path.name
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor(len(sources)) as pool:
+            flags = (*FLAGS.split(), *arch.split(), "-c")
+            list(pool.map(lambda source, made: _run(*flags, source, "-o", made), sources, objects))
+        # Without -fopenmp, which would name a runtime to load.
+        _run("-shared", *objects, "-o", linked)
         linked.rename(path)
+
+
+def _run(*arguments: object) -> None:
+    command = [*compiler(), *map(str, arguments)]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    except OSError as error:
+        raise CompilerError(f"{command[0]}: {error.strerror}; install a C++ compiler, or name one by CXX") from None
+    if done.returncode:
+        lines = done.stderr.splitlines()
+        why = next((line for line in lines if "error" in line), lines[0] if lines else "it says nothing")
+        raise CompilerError(f"{shlex.join(compiler())} failed: {why}")
 
 
 def compile_ahead(folder: Path, wanted: Iterable[str] | None = None) -> list[Path]:

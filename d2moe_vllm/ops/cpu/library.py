@@ -21,13 +21,13 @@ I64, POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 class Matrices(ctypes.Structure):
-    """`MatricesC` of api.cpp."""
+    """`MatricesC` of call.h."""
 
     _fields_ = [("data", POINTER), ("scales", POINTER), *((name, I64) for name in ("bits", "group", "first", "bytes"))]
 
 
 class Half(ctypes.Structure):
-    """`HalfC` of api.cpp."""
+    """`HalfC` of call.h."""
 
     _fields_ = [
         *((name, Matrices) for name in ("u", "v", "base", "base_u", "base_v", "bases")),
@@ -41,7 +41,7 @@ class Half(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    """`CallC` of api.cpp."""
+    """`CallC` of call.h."""
 
     _fields_ = [
         ("w13", Half),

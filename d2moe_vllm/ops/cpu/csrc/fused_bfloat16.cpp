@@ -1,0 +1,3 @@
+#include "fused.h"
+
+template void d2moe::fused_experts<d2moe::BFloat16>(const d2moe::CallC&);
