@@ -73,7 +73,8 @@ def _phases(evaluated: Evaluated, batch: int, *, hold: bool) -> dict[str, int]:
     outer = shape.model_hidden_size
     states = FLOAT32 * batch * (outer * 12 + 3 * widest)
     states += scores(evaluated.family, evaluated.settings, evaluated.length, batch, backwards=False)
-    states += FLOAT32 * batch * (4 * middle + 3 * hidden)
+    # The mix, one expert at work, and all rows that are routed.
+    states += FLOAT32 * batch * (4 * middle + (3 + shape.experts_per_token) * hidden)
     vocabulary = int(evaluated.settings.get("vocab_size", 0))
     phases = {
         "embeddings": FLOAT32 * (outside + 2 * batch * outer),

@@ -42,12 +42,12 @@ struct Rounded {
   // Inputs before a group's, in a row.
   static i64 place(const Groups& groups, i64 g) { return g ? inputs_of(groups, 0) + (g - 1) * inputs_of(groups, 1) : 0; }
 
-  // Of a tile whose first row is the `row`th, M rows: its words from a group on, its scales and its sums.
-  const std::uint32_t* words_at(i64 row, const Groups& groups, i64 g, i64 M) const {
-    return words.data() + (row * inputs + place(groups, g) * M) / per_word;
+  // Of a tile of `rows` rows, whose first is the `row`th: its words from a group on, and the group's scales and sums.
+  const std::uint32_t* words_at(i64 row, const Groups& groups, i64 g, i64 rows) const {
+    return words.data() + (row * inputs + place(groups, g) * rows) / per_word;
   }
-  const float* scales_at(i64 row, i64 g, i64 M) const { return scales.data() + row * count + g * M; }
-  const i32* sums_at(i64 row, i64 g, i64 M) const { return sums.data() + row * count + g * M; }
+  const float* scales_at(i64 row, i64 g, i64 rows) const { return scales.data() + row * count + g * rows; }
+  const i32* sums_at(i64 row, i64 g, i64 rows) const { return sums.data() + row * count + g * rows; }
 
   // For `rows` rows that will meet a factor of these groups; then `fill` for each of their tiles, in any order.
   void prepare(i64 rows, const Groups& groups, bool bytes) {
@@ -79,7 +79,7 @@ struct Rounded {
       some.assign(n, 0.0f);
       for (i64 m = 0; m < M; ++m) {
         for (i64 i = begin; i < end; ++i)
-          some[i - origin] = P::of(x[i / P::PAIR * M * P::PAIR + m * P::PAIR + i % P::PAIR]);
+          some[i - origin] = P::of(x[M == 1 ? i : i / P::PAIR * M * P::PAIR + m * P::PAIR + i % P::PAIR]);
         bytes_of(some.data(), n, to + m * 4, M * 4, scales[row * count + g * M + m], sums[row * count + g * M + m]);
       }
       to += n * M;
