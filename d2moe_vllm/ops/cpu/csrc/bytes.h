@@ -10,8 +10,8 @@ namespace d2moe {
 // A unit of codes, in the order of storage.h for bytes: VECTORS times four inputs of 16 outputs.
 template <int BITS>
 struct ByteCodes {
-  static constexpr i64 BYTES = unit_bytes(BITS), LINES = BYTES / 64;
   static constexpr int VECTORS = int(unit_inputs(BITS)) / 4;
+  static constexpr i64 WORDS = VECTORS;
 
   // Four codes of each output, side by side.
   template <int V>
@@ -61,39 +61,17 @@ struct ByteCodes {
     return sum;
 #endif
   }
-};
 
-// out[m][0 .. 16 NB) += x w^T for M rows from the `row`th on, a tile, over some groups.
-template <int BITS, int M, int NB>
-void some_bytes(
-    const Rounded& x, i64 row, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
-  using C = ByteCodes<BITS>;
-  const char* w = f.w + groups.unit(first, BITS) * C::BYTES;
-  i64 wait = 0;
-  for (i64 g = first; g < last; ++g) {
-    const std::uint32_t* words = x.words_at(row, groups, g, M);
-    Ints sums[M][NB];
-    for (auto& one : sums) for (Ints& sum : one) sum = Ints{};
-    for (i64 units = groups.units_of(g, BITS); units; --units, w += C::BYTES, words += C::VECTORS * M) {
-      for (i64 i = 0; i < C::LINES; ++i) next.step<NB, 3>(wait);
+  template <int M, int NB>
+  D2MOE_INLINE static void unit(const std::uint32_t* x, const char* w, i64 stride, Ints (&sums)[M][NB]) {
 #pragma GCC unroll 4
-      for (int b = 0; b < NB; ++b) {
-        Words codes[C::VECTORS];
-        C::vectors(w + b * f.stride, codes, std::make_integer_sequence<int, C::VECTORS>{});
+    for (int b = 0; b < NB; ++b) {
+      Words codes[VECTORS];
+      vectors(w + b * stride, codes, std::make_integer_sequence<int, VECTORS>{});
 #pragma GCC unroll 6
-        for (int m = 0; m < M; ++m) sums[m][b] = C::dots(sums[m][b], codes, words + m, M);
-      }
+      for (int m = 0; m < M; ++m) sums[m][b] = dots(sums[m][b], codes, x + m, M);
     }
-    add_group<BITS>(sums, f, g, x.scales_at(row, g, M), x.sums_at(row, g, M), out, ld);
   }
-}
-
-template <int BITS, int M, int NB>
-void bytes_tile(
-    const Rounded& x, i64 row, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
-  constexpr int SOME = at_once<M, SUMS >= 24 ? NB : std::min(NB, 2)>();
-  for (int b = 0; b < NB; b += SOME)
-    some_bytes<BITS, M, SOME>(x, row, groups, f.from(b), first, last, next.from(b), out + b * LANES, ld);
-}
+};
 
 }  // namespace d2moe

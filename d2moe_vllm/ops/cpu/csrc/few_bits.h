@@ -282,12 +282,14 @@ void codes_blocks(const Rows<P>& x, const Factor<P>& f, Next after, float* out, 
         constexpr int M = decltype(m)::value;
         const Next own = next.share(t, x.tiles);
         float* to = out + x.first(t) * ld;
+        auto by_rounded = [&](auto codes) {
+          rounded_tile<decltype(codes), BITS, M, NB>(*x.rounded, x.first(t), groups, stored, first, last, own, to, ld);
+        };
         if constexpr (BITS < 8)
-          if (f.how.bytes) return bytes_tile<BITS, M, NB>(*x.rounded, x.first(t), groups, stored, first, last, own, to, ld);
+          if (f.how.bytes) return by_rounded(ByteCodes<BITS>{});
 #ifdef D2MOE_INTEGERS
         if constexpr (P::PAIR == 2 && BITS < 8)
-          if (rounds<P>(f.how))
-            return integers_tile<BITS, M, NB>(*x.rounded, x.first(t), groups, stored, first, last, own, to, ld);
+          if (rounds<P>(f.how)) return by_rounded(IntegerCodes<BITS>{});
 #endif
         codes_tile<P, BITS, M, NB>(x.tile(t), groups, stored, first, last, own, to, ld);
       });

@@ -14,7 +14,7 @@ struct Line { __m256i part[2]; };
 
 template <int BITS>
 struct IntegerCodes {
-  static constexpr i64 PAIRS = unit_inputs(BITS) / 2, BYTES = unit_bytes(BITS), LINES = BYTES / 64;
+  static constexpr i64 PAIRS = unit_inputs(BITS) / 2, WORDS = PAIRS;
 
   static __m256i load(const char* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
 
@@ -37,8 +37,13 @@ struct IntegerCodes {
     return line;
   }
 
+  template <int M, int NB>
+  D2MOE_INLINE static void unit(const std::uint32_t* x, const char* w, i64 stride, Ints (&sums)[M][NB]) {
+    pairs<M, NB>(x, w, stride, sums, std::make_integer_sequence<int, int(PAIRS)>{});
+  }
+
   template <int M, int NB, int... P>
-  D2MOE_INLINE static void unit(
+  D2MOE_INLINE static void pairs(
       const std::uint32_t* x, const char* w, i64 stride, Ints (&sums)[M][NB], std::integer_sequence<int, P...>) {
     auto one = [&](int p) D2MOE_HERE {
       Line lines[NB];
@@ -56,33 +61,6 @@ struct IntegerCodes {
     (one(P), ...);
   }
 };
-
-// out[m][0 .. 16 NB) += x w^T for M rows from the `row`th on, a tile, over some groups.
-template <int BITS, int M, int NB>
-void some_integers(
-    const Rounded& x, i64 row, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
-  using C = IntegerCodes<BITS>;
-  const char* w = f.w + groups.unit(first, BITS) * C::BYTES;
-  i64 wait = 0;
-  for (i64 g = first; g < last; ++g) {
-    const std::uint32_t* pairs = x.words_at(row, groups, g, M);
-    Ints sums[M][NB];
-    for (auto& one : sums) for (Ints& sum : one) sum = Ints{};
-    for (i64 units = groups.units_of(g, BITS); units; --units, w += C::BYTES, pairs += C::PAIRS * M) {
-      for (i64 i = 0; i < C::LINES; ++i) next.step<NB, 3>(wait);
-      C::template unit<M, NB>(pairs, w, f.stride, sums, std::make_integer_sequence<int, int(C::PAIRS)>{});
-    }
-    add_group<BITS>(sums, f, g, x.scales_at(row, g, M), x.sums_at(row, g, M), out, ld);
-  }
-}
-
-template <int BITS, int M, int NB>
-void integers_tile(
-    const Rounded& x, i64 row, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
-  constexpr int SOME = at_once<M, std::min(NB, 2)>();
-  for (int b = 0; b < NB; b += SOME)
-    some_integers<BITS, M, SOME>(x, row, groups, f.from(b), first, last, next.from(b), out + b * LANES, ld);
-}
 
 }  // namespace d2moe
 #endif

@@ -211,6 +211,35 @@ D2MOE_INLINE void add_group(
   }
 }
 
+// out[m][0 .. 16 NB) += x w^T for M rows from the `row`th on, a tile, over some groups. Codes: how a unit of them is multiplied,
+// with WORDS words of each row.
+template <class Codes, int BITS, int M, int NB>
+void some_rounded(
+    const Rounded& x, i64 row, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
+  constexpr i64 BYTES = unit_bytes(BITS);
+  const char* w = f.w + groups.unit(first, BITS) * BYTES;
+  i64 wait = 0;
+  for (i64 g = first; g < last; ++g) {
+    const std::uint32_t* words = x.words_at(row, groups, g, M);
+    Ints sums[M][NB];
+    for (auto& one : sums) for (Ints& sum : one) sum = Ints{};
+    for (i64 units = groups.units_of(g, BITS); units; --units, w += BYTES, words += Codes::WORDS * M) {
+      for (i64 i = 0; i < BYTES / 64; ++i) next.step<NB, 3>(wait);
+      Codes::template unit<M, NB>(words, w, f.stride, sums);
+    }
+    add_group<BITS>(sums, f, g, x.scales_at(row, g, M), x.sums_at(row, g, M), out, ld);
+  }
+}
+
+// The same, as many blocks at once as registers hold, which words of codes want as well.
+template <class Codes, int BITS, int M, int NB>
+void rounded_tile(
+    const Rounded& x, i64 row, const Groups& groups, const Stored& f, i64 first, i64 last, Next next, float* out, i64 ld) {
+  constexpr int SOME = at_once<M, SUMS >= 24 ? NB : std::min(NB, 2)>();
+  for (int b = 0; b < NB; b += SOME)
+    some_rounded<Codes, BITS, M, SOME>(x, row, groups, f.from(b), first, last, next.from(b), out + b * LANES, ld);
+}
+
 // Rows that are to be rounded for a factor.
 template <class P>
 struct ToRound {
